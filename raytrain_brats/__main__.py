@@ -1,0 +1,38 @@
+"""The command line: `raytrain-brats NAME ...` is `python -m raytrain_brats.NAME ...`.
+
+In: the name of a command and its arguments.
+Out: the command's exit code.
+"""
+
+import difflib
+import importlib
+import sys
+
+COMMANDS = {
+    "phantom": "write labelled BraTS-like cases",
+    "index": "find and checksum the cases of a folder",
+    "prepare": "preprocess all cases once, into a store",
+    "train": "train; the same command again goes on",
+    "evaluate": "Dice and HD95 of held-out cases",
+    "predict": "segment NIfTI cases",
+    "report": "one page: curves, overlays, time split",
+    "demo": "all of these on phantoms, in minutes",
+}
+
+
+def main() -> int:
+    name, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    if name in ("-h", "--help"):
+        print("usage: raytrain-brats COMMAND [--help] ...\n")
+        print("\n".join(f"  {command:10} {what}" for command, what in COMMANDS.items()))
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"error: command {name!r} is not known; {hint}", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(f"raytrain_brats.{name}").main(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""The whole description of a run: one frozen value, checked at the door.
+
+In: a recipe (a name from `recipes/`, or a YAML file) and `a.b=c` overrides.
+Out: a `Config`, and its YAML. Whatever is wrong is told with the key and the nearest names that exist.
+"""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from raytrain_brats.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Preprocess(_Frozen):
+    """What turns a volume into a prepared case. Part of the dataset's identity."""
+
+    spacing_mm: PositiveFloat = 1.0
+    """Voxel edge after resampling; volumes that have it already are not resampled."""
+
+
+class Data(_Frozen):
+    convention: Literal["auto", "msd", "brats2017_2021", "brats2023", "brats2024_gli", "article"] = "auto"
+    """How label values are read; `auto` follows the folder's layout."""
+    fold: int = Field(0, ge=0, le=4)
+    """The one of five folds that is held out for validation."""
+    patch_xyz: tuple[PositiveInt, PositiveInt, PositiveInt] = (128, 128, 128)
+    """Voxels of a training patch."""
+    patches_per_case: PositiveInt = 4
+    """Patches cut from each case per epoch, out of one decode."""
+    window_cases: PositiveInt = 4
+    """Cases whose patches are shuffled among each other (decoded by one task)."""
+    foreground_share: Share = 0.5
+    """Share of patches centred on a tumour voxel."""
+    max_bad_share: Share = 0.05
+    """The run stops when more than this share of an epoch's samples cannot be read."""
+
+
+class SegResNetOptions(_Frozen):
+    """MONAI SegResNet without its VAE branch (Myronenko 2018, arXiv 1810.11654); group norm."""
+
+    name: Literal["segresnet"]
+    init_filters: PositiveInt = 16
+    blocks_down: tuple[PositiveInt, ...] = (1, 2, 2, 4)
+    blocks_up: tuple[PositiveInt, ...] = (1, 1, 1)
+
+
+class DynUNetOptions(_Frozen):
+    """MONAI DynUNet, nnU-Net's network (Isensee et al. 2021, doi 10.1038/s41592-020-01008-z); instance norm."""
+
+    name: Literal["dynunet"]
+    filters: tuple[PositiveInt, ...] = (32, 64, 128, 256, 320)
+
+
+class Optimiser(_Frozen):
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: PositiveFloat = 3e-4
+    weight_decay: float = Field(1e-5, ge=0)
+    warmup_share: Share = 0.03
+    """Share of all samples over which the learning rate rises; then it falls to zero along a cosine."""
+    clip_norm: PositiveFloat = 12.0
+
+
+class Augment(_Frozen):
+    """Drawn from each sample's own seed, applied on the training device."""
+
+    flip: bool = True
+    scale: float = Field(0.1, ge=0, lt=1)
+    """Intensities times 1 + U(-scale, scale), per modality."""
+    shift: float = Field(0.1, ge=0)
+    """Intensities plus U(-shift, shift) standard deviations, per modality."""
+
+
+class Train(_Frozen):
+    seed: int = 0
+    epochs: PositiveInt = 100
+    global_batch: PositiveInt = 8
+    """Samples per step over all workers, whatever their number."""
+    micro_batch: PositiveInt = 1
+    """Samples of one forward pass on one worker."""
+    optimiser: Optimiser = Optimiser()
+    augment: Augment = Augment()
+    amp: bool = True
+    """Mixed precision where the device has it (bf16, else fp16 with loss scaling); CPUs train in float32."""
+
+
+class Validate(_Frozen):
+    every_samples: PositiveInt = 2000
+    max_cases: PositiveInt = 32
+    overlap: float = Field(0.5, ge=0, lt=1)
+    """Overlap of neighbouring windows of the sliding-window inference."""
+
+
+class Checkpoint(_Frozen):
+    every_samples: PositiveInt = 400
+    keep: int = Field(2, ge=2)
+    """Newest valid checkpoints kept; two at least, so that a damaged one never is the only one."""
+
+
+class Run(_Frozen):
+    """Where and on how many machines; may change from one start of a run to the next."""
+
+    workers: str = "auto"
+    """MIN:MAX training workers; `auto` is 1 up to the number of GPUs (at least 1)."""
+    cpus_per_worker: PositiveFloat | None = None
+    """Logical CPUs of a training worker; by default 1 with a GPU, 0.5 without. Use 0.5, 0.25 or whole numbers."""
+    cpus_per_task: PositiveFloat | None = None
+    """Logical CPUs of a data task; by default 1, and 0.5 on machines of up to 4 CPUs."""
+    prefetch: PositiveInt = 4
+    """Patches a worker holds ready."""
+    max_failures_in_place: PositiveInt = 5
+    """Restarts without a new checkpoint in between after which the run gives up."""
+
+    @model_validator(mode="after")
+    def _workers_read(self) -> "Run":
+        if self.workers != "auto":
+            low, _, high = self.workers.partition(":")
+            if not (low.isdigit() and (high or low).isdigit() and 1 <= int(low) <= int(high or low)):
+                raise ValueError(f"workers {self.workers!r} is not MIN:MAX, such as 1:8, 4 or auto")
+        return self
+
+
+class Config(_Frozen):
+    network: Annotated[SegResNetOptions | DynUNetOptions, Field(discriminator="name")]
+    preprocess: Preprocess = Preprocess()
+    data: Data = Data()
+    train: Train = Train()
+    validate_: Validate = Field(Validate(), alias="validate")
+    checkpoint: Checkpoint = Checkpoint()
+    run: Run = Run()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def recipe_names() -> list[str]:
+    folder = resources.files("raytrain_brats") / "recipes"
+    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+
+
+def load(recipe: str, overrides: tuple[str, ...] = ()) -> Config:
+    """The validated config of a recipe name or YAML file with `a.b=c` overrides applied.
+
+    Raises UserError naming the key that is wrong and the nearest ones that exist.
+    """
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise UserError(f"recipe file {recipe} does not exist")
+        text, where = Path(recipe).read_text(), recipe
+    else:
+        names = recipe_names()
+        if recipe not in names:
+            raise UserError(f"recipe {recipe!r} is not known{_near(recipe, names)}; there are {', '.join(names)}")
+        where = f"recipe {recipe}"
+        text = (resources.files("raytrain_brats") / "recipes" / f"{recipe}.yaml").read_text()
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{where} holds no `key: value` lines")
+    for override in overrides:
+        _apply(values, override)
+    return parse(values, where)
+
+
+def parse(values: dict[str, Any], where: str) -> Config:
+    """Validate plain values; `where` (a file or recipe) stands in the error message."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        location = [str(part) for part in first["loc"] if part not in ("segresnet", "dynunet")]
+        key, message = ".".join(location), first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(Config)
+            raise UserError(f"{where}: key {key} is not known{_near(key, known)}") from error
+        raise UserError(f"{where}: {key or 'config'}: {message} (got {first['input']!r})") from error
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` of every setting that may not change within a run (all but `run` and `checkpoint`)."""
+    before, after = (_flat(c.model_dump(mode="json", by_alias=True, exclude={"run", "checkpoint"})) for c in (old, new))
+    keys = sorted(before.keys() | after.keys())
+    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write it as key=value, such as train.epochs=20")
+    *path, last = key.split(".")
+    place = values
+    for part in path:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise UserError(f"--set {override}: {part} is a value, not a section")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML") from error
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    known: list[str] = []
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        known.append(key)
+        kind: Any = field.annotation
+        for part in getattr(kind, "__args__", (kind,)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                known += _known_keys(part, f"{key}.")
+    return known
+
+
+def _near(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    near = near or [k for k in known if k.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:3]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+

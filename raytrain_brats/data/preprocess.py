@@ -1,0 +1,200 @@
+"""From a native volume to a prepared case, and exactly back.
+
+In: a `Volume`, the wanted voxel edge.
+Out: a `Prepared` case: RAS, resampled, cropped to the foreground, statistics, geometry; `restore`, its inverse.
+
+The order is that of MONAI's chain (Orientation RAS, Spacing, CropForeground, NormalizeIntensity nonzero channel by
+channel); normalisation itself waits until after the crop, on the training device, so integers travel.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from scipy import ndimage
+
+from raytrain_brats.data.nifti import Refused, Volume
+
+FOREGROUND_VOXELS = 512
+"""Voxels remembered per label value, for crops centred on tumour."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The way back from the prepared box to the native grid. Shapes are (x, y, z)."""
+
+    native_shape: tuple[int, int, int]
+    affine: tuple[tuple[float, ...], ...]
+    axes: tuple[int, int, int]
+    """Native axis that became R, A, S."""
+    flips: tuple[int, int, int]
+    """-1 where that axis was turned round."""
+    grid_shape: tuple[int, int, int]
+    """After resampling, before the crop."""
+    spacing_mm: tuple[float, float, float]
+    """Of the prepared voxels."""
+    box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    """Foreground, as (low, high) per axis of the resampled grid."""
+
+    @property
+    def ras_shape(self) -> tuple[int, int, int]:
+        x, y, z = (self.native_shape[a] for a in self.axes)
+        return x, y, z
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case ready for cropping, in memory order (c, z, y, x).
+
+    `image_czyx`: int16 where that is exact, else float16 (`max_error` is what the rounding cost);
+    `mean`, `std`: per channel over non-zero voxels, float64-accumulated;
+    `foreground`: flat indices into the (z, y, x) box, FOREGROUND_VOXELS at most per label value, and per value
+    its (value, count);
+    `native_label_xyz`: only where the prepared label cannot be restored to it (after resampling, or with label
+    voxels outside the foreground), since scores are taken on the native grid.
+    """
+
+    image_czyx: npt.NDArray[Any]
+    label_zyx: npt.NDArray[np.uint8] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    geometry: Geometry
+    foreground: npt.NDArray[np.int32]
+    foreground_counts: tuple[tuple[int, int], ...]
+    max_error: float
+    native_label_xyz: npt.NDArray[np.uint8] | None = None
+
+    def truth_xyz(self) -> npt.NDArray[np.uint8]:
+        """The label on the native grid."""
+        if self.native_label_xyz is not None:
+            return self.native_label_xyz
+        assert self.label_zyx is not None, "only labelled cases have a truth"
+        truth: npt.NDArray[np.uint8] = restore(self.label_zyx[None], self.geometry)[0]
+        return truth
+
+
+def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
+    """The prepared case at `spacing_mm`. Raises Refused("empty") when nothing but zeros is left."""
+    orientation = ornt_transform(io_orientation(volume.affine), axcodes2ornt("RAS"))
+    axes = np.argsort(orientation[:, 0]).astype(int)
+    flips = orientation[axes, 1].astype(int)
+    image, label = _to_ras(volume.image_cxyz, axes, flips), None
+    if volume.label_xyz is not None:
+        label = _to_ras(volume.label_xyz, axes, flips)
+    native_mm = np.linalg.norm(volume.affine[:3, :3], axis=0)[axes]
+    ratio = np.where(np.abs(native_mm - spacing_mm) < 1e-3, 1.0, spacing_mm / native_mm)
+    grid_shape = tuple(int(n) for n in np.round((np.array(image.shape[1:]) - 1) / ratio) + 1)
+    if (ratio != 1).any():
+        image = resample(image.astype(np.float32), ratio, grid_shape, order=1)
+        label = None if label is None else resample(label, ratio, grid_shape, order=0)
+    box = _foreground_box(image)
+    crop = tuple(slice(low, high) for low, high in box)
+    image_czyx = np.ascontiguousarray(image[(slice(None), *crop)].transpose(0, 3, 2, 1))
+    label_zyx = None if label is None else np.ascontiguousarray(label[crop].T)
+    mean, std = _statistics(image_czyx)
+    stored, max_error = _quantised(image_czyx)
+    foreground, counts = _foreground_index(label_zyx)
+    geometry = Geometry(
+        native_shape=_triple(volume.image_cxyz.shape[1:]),
+        affine=tuple(tuple(row) for row in volume.affine.tolist()),
+        axes=_triple(axes),
+        flips=_triple(flips),
+        grid_shape=_triple(grid_shape),
+        spacing_mm=(float(native_mm[0] * ratio[0]), float(native_mm[1] * ratio[1]), float(native_mm[2] * ratio[2])),
+        box=box,
+    )
+    native = volume.label_xyz
+    if native is None or ((ratio == 1).all() and np.count_nonzero(label_zyx) == np.count_nonzero(native)):
+        native = None
+    return Prepared(stored, label_zyx, mean, std, geometry, foreground, counts, max_error, native)
+
+
+def restore(box_czyx: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:
+    """Values on the prepared box, back on the native grid: (c, z, y, x) -> (c, x, y, z); zero outside the box.
+
+    Exact for masks when nothing was resampled. Floats are interpolated linearly, everything else to the nearest.
+    """
+    channels = box_czyx.shape[0]
+    grid = np.zeros((channels, *geometry.grid_shape), box_czyx.dtype)
+    grid[(slice(None), *(slice(low, high) for low, high in geometry.box))] = box_czyx.transpose(0, 3, 2, 1)
+    native_mm = np.linalg.norm(np.array(geometry.affine)[:3, :3], axis=0)[list(geometry.axes)]
+    if not np.array_equal(native_mm, geometry.spacing_mm):
+        back = native_mm / np.array(geometry.spacing_mm)
+        order = 1 if grid.dtype.kind == "f" else 0
+        grid = resample(grid, back, geometry.ras_shape, order=order)
+    turned = grid[(slice(None), *(slice(None, None, flip) for flip in geometry.flips))]
+    native = np.empty((channels, *geometry.native_shape), grid.dtype)
+    native.transpose(0, *(1 + axis for axis in geometry.axes))[:] = turned
+    return native
+
+
+def resample(array: npt.NDArray[Any], ratio: npt.NDArray[np.float64], shape: Any, order: int) -> npt.NDArray[Any]:
+    """Sample (..., x, y, z) at index i * ratio: the first voxels' centres stay together, edges repeat."""
+    leading = array.shape[:-3]
+    output = np.empty((*leading, *shape), array.dtype)
+    for index in np.ndindex(*leading):
+        ndimage.affine_transform(array[index], ratio, output_shape=shape, output=output[index], order=order, mode="nearest")
+    return output
+
+
+def _to_ras(array: npt.NDArray[Any], axes: npt.NDArray[Any], flips: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    lead = array.ndim - 3
+    turned = array.transpose(*range(lead), *(lead + axes))
+    return turned[(..., *(slice(None, None, int(flip)) for flip in flips))]
+
+
+def _foreground_box(image_cxyz: npt.NDArray[Any]) -> Any:
+    # Non-zero, not positive: registered volumes carry small negative overshoots inside the brain.
+    mask = image_cxyz[0] != 0
+    for channel in image_cxyz[1:]:
+        mask |= channel != 0
+    if not mask.any():
+        raise Refused("empty", "no voxel left after resampling")
+    spans = (np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
+    return tuple((int(span[0]), int(span[-1]) + 1) for span in spans)
+
+
+def _statistics(image_czyx: npt.NDArray[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population standard deviation of the non-zero voxels of each channel (1 where it would be 0)."""
+    means, stds = [], []
+    for channel in image_czyx:
+        values = channel.astype(np.float64).ravel()
+        count = max(1, int(np.count_nonzero(values)))  # zeros add nothing to either sum
+        mean = float(values.sum()) / count
+        variance = max(0.0, float(np.dot(values, values)) / count - mean * mean)
+        means.append(mean)
+        stds.append(variance**0.5 or 1.0)
+    return tuple(means), tuple(stds)
+
+
+def _quantised(image: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], float]:
+    """int16 when no value changes, else float16 scaled down to its range; and the greatest absolute error."""
+    if image.dtype == np.int16:
+        return image, 0.0
+    if -32768 <= image.min() and image.max() <= 32767:
+        integers = image.astype(np.int16)
+        if np.array_equal(integers, image):
+            return integers, 0.0
+    if np.abs(image).max() > 60000:
+        raise Refused("range", "intensities beyond 60,000 do not fit the store's 16 bits")
+    halves = image.astype(np.float16)
+    return halves, float(np.abs(halves.astype(np.float32) - image).max())
+
+
+def _foreground_index(label_zyx: npt.NDArray[np.uint8] | None) -> tuple[npt.NDArray[np.int32], Any]:
+    indices, counts = [np.zeros(0, np.int32)], []
+    if label_zyx is not None:
+        flat = label_zyx.ravel()
+        for value in np.unique(flat[flat > 0]):
+            found = np.flatnonzero(flat == value)
+            pick = np.linspace(0, len(found) - 1, min(len(found), FOREGROUND_VOXELS)).astype(int)
+            indices.append(found[pick].astype(np.int32))
+            counts.append((int(value), len(pick)))
+    return np.concatenate(indices), tuple(counts)
+
+
+def _triple(values: Any) -> tuple[int, int, int]:
+    x, y, z = (int(v) for v in values)
+    return x, y, z

@@ -1,0 +1,46 @@
+"""Whole-case inference by MONAI's sliding window.
+
+In: a network, one prepared image and its statistics.
+Out: region probabilities on the prepared box.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.inferers import sliding_window_inference
+from torch import nn
+
+from raytrain_brats.learn.augment import normalise
+
+
+def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[object]:
+    """Mixed precision where it pays: bf16 on GPUs that have it, fp16 on older ones, float32 on CPUs."""
+    if device.type != "cuda" or not enabled:
+        return nullcontext()
+    return torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16)
+
+
+@torch.inference_mode()
+def probabilities(
+    network: nn.Module,
+    image_czyx: npt.NDArray[np.int16],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    patch_xyz: tuple[int, int, int],
+    overlap: float,
+    device: torch.device,
+    amp: bool = True,
+) -> npt.NDArray[np.float32]:
+    """(3, z, y, x) probabilities of WT, TC, ET on the box of the prepared image; the network is left in eval mode."""
+    network.eval()
+    raw = torch.from_numpy(np.array(image_czyx)).to(device)[None]
+    statistics = (torch.tensor([values], dtype=torch.float32, device=device) for values in (mean, std))
+    image = normalise(raw, *statistics)
+    with autocast(device, amp):
+        logits = sliding_window_inference(
+            image, tuple(reversed(patch_xyz)), sw_batch_size=2, predictor=network, overlap=overlap, mode="gaussian"
+        )
+    result: npt.NDArray[np.float32] = torch.sigmoid(logits[0].float()).cpu().numpy()  # type: ignore[union-attr, index]
+    return result

@@ -1,0 +1,40 @@
+"""How well regions agree: Dice and 95th-percentile Hausdorff distance.
+
+In: predicted and true region masks on one grid.
+Out: one number per region, with the BraTS challenge's rules for empty regions.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.metrics import compute_hausdorff_distance
+
+from raytrain_brats.labels import REGIONS
+
+MISSED_MM = 373.13
+"""HD95 when exactly one of prediction and truth is empty: the diagonal of the BraTS grid (BraTS 2021 rules)."""
+
+Masks = npt.NDArray[np.bool_]
+
+
+def dice(predicted: Masks, truth: Masks) -> dict[str, float]:
+    """{region: Dice} of (3, x, y, z) masks; 1 when both are empty."""
+    scores = {}
+    for region, p, t in zip(REGIONS, predicted, truth, strict=True):
+        size = int(p.sum()) + int(t.sum())
+        scores[region] = 1.0 if size == 0 else 2.0 * int((p & t).sum()) / size
+    return scores
+
+
+def hd95_mm(predicted: Masks, truth: Masks, spacing_mm: tuple[float, ...]) -> dict[str, float]:
+    """{region: HD95 in mm}; 0 when both are empty, MISSED_MM when one is."""
+    distances = {}
+    for region, p, t in zip(REGIONS, predicted, truth, strict=True):
+        if not p.any() or not t.any():
+            distances[region] = 0.0 if p.any() == t.any() else MISSED_MM
+            continue
+        box = tuple(slice(int(i.min()), int(i.max()) + 1) for i in np.nonzero(p | t))
+        p, t = np.pad(p[box], 1), np.pad(t[box], 1)  # without a rim MONAI sees no surface at the box's border
+        pair = (torch.from_numpy(mask)[None, None] for mask in (p, t))
+        distances[region] = float(compute_hausdorff_distance(*pair, percentile=95, spacing=list(spacing_mm)))
+    return distances

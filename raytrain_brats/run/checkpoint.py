@@ -1,0 +1,170 @@
+"""Checkpoints: safetensors and JSON, written file by file, made valid by a manifest that comes last.
+
+In: named tensors and a JSON state.
+Out: `checkpoints/<samples_seen>-g<generation>/{tensors.safetensors, state.json, MANIFEST.json}`.
+
+A checkpoint without a manifest does not exist; one whose bytes disagree with the manifest's sha256 is damaged, is
+named, and the next older one is used. Every file is put whole (`storage.write_bytes`), so this holds on a local disk
+and on S3 alike. No pickle: a checkpoint from elsewhere cannot run code here.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from raytrain_brats import storage
+
+FORMAT = 1
+_NAME = re.compile(r"^(\d{12})-g(\d{4,})$")
+_FILES = ("tensors.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    name: str
+    samples_seen: int
+    generation: int
+    bytes: int
+
+
+def save(run_dir: str, samples_seen: int, generation: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Checkpoint:
+    """Write and commit one checkpoint; when this returns it survives a crash."""
+    name = f"{samples_seen:012d}-g{generation:04d}"
+    contents = dict(zip(_FILES, (tensors_to_bytes(tensors), json.dumps(state).encode()), strict=True))
+    listed = {}
+    for file, content in contents.items():
+        storage.write_bytes(_uri(run_dir, name, file), content)
+        listed[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest = {"format": FORMAT, "samples_seen": samples_seen, "generation": generation, "files": listed}
+    storage.write_bytes(_uri(run_dir, name, "MANIFEST.json"), json.dumps(manifest).encode())
+    return Checkpoint(name, samples_seen, generation, sum(map(len, contents.values())))
+
+
+def load(run_dir: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors on the CPU, state). Raises ValueError, saying what is wrong, unless every byte is as committed."""
+    tensors, state = _contents(run_dir, name)
+    return tensors_from_bytes(tensors), json.loads(state)
+
+
+def newest_valid(run_dir: str) -> tuple[Checkpoint | None, list[tuple[str, str]]]:
+    """The newest checkpoint whose every byte is as committed, and the damaged ones passed over, with the reason."""
+    damaged = []
+    for name in reversed(_committed(run_dir)):
+        try:
+            contents = _contents(run_dir, name)
+        except ValueError as error:
+            damaged.append((name, str(error)))
+            continue
+        seen, generation = _parts(name)
+        return Checkpoint(name, seen, generation, sum(map(len, contents))), damaged
+    return None, damaged
+
+
+def discard(run_dir: str, name: str) -> None:
+    """Remove a checkpoint, manifest first: a half-removed one is an uncommitted one."""
+    storage.delete(_uri(run_dir, name, "MANIFEST.json"))
+    for path in storage.list_files(_uri(run_dir, name)):
+        storage.delete(_uri(run_dir, name, path))
+    if not storage.is_s3(run_dir):
+        import shutil
+
+        shutil.rmtree(_uri(run_dir, name), ignore_errors=True)
+
+
+def prune(run_dir: str, keep: int) -> None:
+    """Remove all but the newest `keep` committed checkpoints, and what never was committed.
+
+    For the one writer of a run, between two saves.
+    """
+    committed = _committed(run_dir)
+    for name in sorted(_names(run_dir) - set(committed[-keep:])):
+        discard(run_dir, name)
+
+
+def _uri(run_dir: str, name: str, *file: str) -> str:
+    return storage.join(run_dir, "checkpoints", name, *file)
+
+
+def _names(run_dir: str) -> set[str]:
+    files = storage.list_files(storage.join(run_dir, "checkpoints"))
+    return {path.split("/")[0] for path in files if _NAME.match(path.split("/")[0])}
+
+
+def _committed(run_dir: str) -> list[str]:
+    files = storage.list_files(storage.join(run_dir, "checkpoints"))
+    names = (path.removesuffix("/MANIFEST.json") for path in files if path.endswith("/MANIFEST.json"))
+    return sorted((name for name in names if _NAME.match(name)), key=_parts)
+
+
+def _parts(name: str) -> tuple[int, int]:
+    match = _NAME.match(name)
+    assert match
+    return int(match[1]), int(match[2])
+
+
+def _contents(run_dir: str, name: str) -> list[bytes]:
+    """The bytes of _FILES, verified against the manifest. Raises ValueError."""
+    try:
+        manifest = json.loads(storage.read_bytes(_uri(run_dir, name, "MANIFEST.json")))
+        listed = [(file, manifest["files"][file]) for file in _FILES]
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']} is not {FORMAT}")
+        if (manifest["samples_seen"], manifest["generation"]) != _parts(name):
+            raise ValueError("the manifest is another checkpoint's")
+        contents = []
+        for file, about in listed:
+            content = storage.read_bytes(_uri(run_dir, name, file))
+            if len(content) != about["bytes"] or hashlib.sha256(content).hexdigest() != about["sha256"]:
+                raise ValueError(f"{file} differs from its checksum")
+            contents.append(content)
+        return contents
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"the manifest cannot be read: {error}") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"a file is gone: {error.filename or error}") from error
+
+
+class Writer:
+    """Saves beside the training: `start` takes a snapshot's tensors and returns; one save runs at a time."""
+
+    def __init__(self, run_dir: str, keep: int, done: Callable[[Checkpoint, float], None]) -> None:
+        self._run_dir, self._keep, self._done = run_dir, keep, done
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+
+    def start(
+        self, samples_seen: int, generation: int, tensors: dict[str, Tensor], state: dict[str, Any], flush: Callable[[], None]
+    ) -> None:
+        """Begin a save; waits for the one before. `flush` makes the books durable before the commit."""
+        self.wait()
+        snapshot = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+        def work() -> None:
+            began = time.perf_counter()
+            flush()
+            made = save(self._run_dir, samples_seen, generation, snapshot, state)
+            prune(self._run_dir, self._keep)
+            self._done(made, time.perf_counter() - began)
+
+        self._running = self._thread.submit(work)
+
+    def wait(self) -> None:
+        """Until the save under way is committed; raises what went wrong in it."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.wait()
+        self._thread.shutdown()

@@ -1,0 +1,148 @@
+"""The Ray cluster a command runs on: found or started, measured, refused when it cannot do the work.
+
+In: the environment (RAY_ADDRESS, a `ray start`ed cluster, or nothing), the config's `run` section.
+Out: a connection; `Resources` that fit; ordered parallel maps.
+"""
+
+import math
+import os
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raytrain_brats import storage
+from raytrain_brats.config import Run
+from raytrain_brats.errors import UserError
+
+T, R = TypeVar("T"), TypeVar("R")
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is noticed, and report() returns, this fast
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # after a node loss Ray asks for too many workers this long
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run uses: workers from `low` to `high`, each `cpus` and `gpus`; data tasks `cpus_per_task` each."""
+
+    low: int
+    high: int
+    cpus: float
+    gpus: int
+    cpus_per_task: float
+
+
+def connect(local_cpus: int | None = None) -> None:
+    """Join the cluster of RAY_ADDRESS or of `ray start` on this machine; else start one inside this process.
+
+    `local_cpus` is the number of logical CPUs of a started one (by default the machine's, 2 at least).
+    Raises UserError when RAY_ADDRESS answers nobody.
+    """
+    if ray.is_initialized():
+        return
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS", "")
+    quiet: Any = {"log_to_driver": bool(os.environ.get("RAYTRAIN_BRATS_VERBOSE")), "logging_level": "ERROR"}
+    try:
+        if address and address != "local":
+            ray.init(**quiet)
+            return
+        if not address and os.path.exists("/tmp/ray/ray_current_cluster"):  # noqa: S108 - Ray's own fixed place
+            try:
+                ray.init(address="auto", **quiet)
+                return
+            except ConnectionError:
+                pass  # left behind by a cluster that is gone
+        cpus = local_cpus or max(2, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    except (ConnectionError, TimeoutError) as error:
+        raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address}; start it, or unset RAY_ADDRESS") from error
+
+
+def measure(run: Run, global_batch: int) -> Resources:
+    """Resources that the connected cluster can give.
+
+    Raises UserError where Ray would wait for ever without a word: when `high` workers leave no CPU for data tasks.
+    """
+    totals = ray.cluster_resources()
+    cpus, gpus = totals.get("CPU", 0.0), int(totals.get("GPU", 0))
+    low, high = (1, max(1, gpus)) if run.workers == "auto" else _range(run.workers)
+    if run.workers == "auto":
+        high = min(high, global_batch)
+    if high > global_batch:
+        raise UserError(
+            f"run.workers {low}:{high}: more workers than train.global_batch = {global_batch}; every worker needs a sample"
+        )
+    if 0 < gpus < low:
+        raise UserError(f"run.workers {low}:{high}: the cluster has {gpus} GPUs; lower --workers or add nodes")
+    per_worker = run.cpus_per_worker or (1.0 if gpus else 0.5)
+    per_task = run.cpus_per_task or (0.5 if cpus <= 4 else 1.0)
+    fitting = min(high, gpus) if gpus else high
+    if fitting * per_worker + per_task > cpus:
+        most = math.floor((cpus - per_task) / per_worker)
+        remedy = f"use --workers {min(low, most)}:{most}, or " if most >= 1 else ""
+        raise UserError(
+            f"{fitting} workers of {per_worker:g} CPUs leave no CPU for data tasks of {per_task:g} on this cluster of "
+            f"{cpus:g} CPUs; {remedy}lower run.cpus_per_worker or run.cpus_per_task, or add CPUs"
+        )
+    return Resources(low, high, per_worker, 1 if gpus else 0, per_task)
+
+
+def _range(workers: str) -> tuple[int, int]:
+    low, _, high = workers.partition(":")
+    return int(low), int(high or low)
+
+
+def check_shared(uris: dict[str, str]) -> None:
+    """Raises UserError unless every node sees these local folders; `uris` maps what they are to where.
+
+    Asked with a real file, so a mounted network folder passes and a folder of this machine's own does not.
+    """
+    others = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] != ray.get_runtime_context().get_node_id()]
+    local = {what: uri for what, uri in uris.items() if not storage.is_s3(uri)}
+    if not others or not local:
+        return
+
+    @ray.remote(num_cpus=0)
+    def missing(paths: dict[str, str]) -> list[str]:
+        return [what for what, path in paths.items() if not os.path.exists(path)]
+
+    probe = storage.join(local["run folder"], f"probe-{uuid.uuid4().hex}") if "run folder" in local else None
+    if probe:
+        storage.write_bytes(probe, socket.gethostname().encode())
+    try:
+        for node in others:
+            at = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            paths = local | ({"run folder": probe} if probe else {})
+            if gone := ray.get(missing.options(scheduling_strategy=at).remote(paths)):
+                what = gone[0]
+                raise UserError(
+                    f"{what} {local[what]} is not seen by node {node['NodeManagerHostname']}; with several machines give "
+                    "an s3:// place or a folder that all of them mount (FSx, NFS)"
+                )
+    finally:
+        if probe:
+            storage.delete(probe)
+
+
+def parallel_map(function: Callable[[T], R], items: Iterable[T], cpus: float = 1.0) -> Iterator[R]:
+    """`map` over the cluster's CPUs, results in order, a bounded number under way."""
+    task = ray.remote(num_cpus=cpus, max_retries=2)(function)
+    width = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) / cpus))
+    running: list[Any] = []
+    for item in items:
+        running.append(task.remote(item))
+        if len(running) >= width:
+            yield ray.get(running.pop(0))
+    for reference in running:
+        yield ray.get(reference)

@@ -1,0 +1,112 @@
+"""Everything a run is about, in one frozen value that travels to every worker.
+
+In: a config, a data folder or store, a run folder.
+Out: a `Job`: cases, plan, source, identity; refused when it cannot be what the run folder began.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from raytrain_brats import storage
+from raytrain_brats.config import Config, differences, parse
+from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data import store as stores
+from raytrain_brats.data.manifest import Case, Manifest
+from raytrain_brats.data.plan import Plan
+from raytrain_brats.data.store import Source
+from raytrain_brats.data.stream import Cutting
+from raytrain_brats.errors import UserError
+from raytrain_brats.learn.model import patch_divisor
+
+
+@dataclass(frozen=True)
+class Job:
+    config: Config
+    run_dir: str
+    route: str
+    """`raw`: .nii.gz preprocessed while training; `store`: prepared before."""
+    source: Source
+    train_cases: tuple[Case, ...]
+    held_out_cases: tuple[Case, ...]
+    plan: Plan
+    identity: str
+
+    @property
+    def cutting(self) -> Cutting:
+        return Cutting(self.config.data.patch_xyz, self.config.data.foreground_share)
+
+
+def preprocessing(config: Config) -> dict[str, Any]:
+    return config.preprocess.model_dump(mode="json")
+
+
+def open_cases(config: Config, data: str | None, store: str | None) -> tuple[Manifest, Source]:
+    """The manifest and the source of a data folder (or manifest file) or of a store. Raises UserError."""
+    if store:
+        manifest = stores.open_index(store, preprocessing(config))
+    elif data:
+        manifest = manifests.open_manifest(data)
+    else:
+        raise UserError("no data given; name a folder with --data or a prepared store with --store")
+    convention = manifest.convention if config.data.convention == "auto" else config.data.convention
+    return manifest, Source(manifest.root, convention, config.preprocess.spacing_mm)
+
+
+def build(config: Config, run_dir: str, data: str | None, store: str | None) -> Job:
+    """The job, checked as far as it can be before Ray starts. Raises UserError."""
+    divisor = patch_divisor(config)
+    if any(edge % divisor for edge in config.data.patch_xyz):
+        raise UserError(f"data.patch_xyz {config.data.patch_xyz}: this network needs multiples of {divisor}")
+    manifest, source = open_cases(config, data, store)
+    train, held_out = manifest.split(config.data.fold)
+    if not train:
+        raise UserError(f"{manifest.root}: none of its {len(manifest.cases)} cases is left to train on; more are needed")
+    plan = Plan(
+        config.train.seed,
+        len(train),
+        config.train.global_batch,
+        config.data.patches_per_case,
+        config.data.window_cases,
+        config.train.epochs,
+    )
+    identity = manifests.identity(manifest.cases, preprocessing(config))
+    job = Job(config, storage.normal(run_dir), "store" if store else "raw", source, train, held_out, plan, identity)
+    _check_same_run(job)
+    return job
+
+
+def _check_same_run(job: Job) -> None:
+    """Raises UserError when the run folder holds a run of other data or of another config."""
+    where = storage.join(job.run_dir, "config.yaml")
+    try:
+        stored = yaml.safe_load(storage.read_bytes(where))
+    except FileNotFoundError:
+        return
+    if stored["identity"] != job.identity:
+        raise UserError(
+            f"{job.run_dir} was begun on other data or preprocessing (identity {stored['identity']}, now {job.identity}); "
+            "give the data it was begun with, or another --run-dir"
+        )
+    if changed := differences(parse(stored["config"], where), job.config):
+        raise UserError(
+            f"{job.run_dir} was begun with another config ({'; '.join(changed)}); use the old values, or another --run-dir"
+        )
+
+
+def write_config(job: Job) -> None:
+    """Record what the run is, for resumes, `evaluate` and the reader."""
+    about = {"identity": job.identity, "convention": job.source.convention, "data": job.source.root, "route": job.route}
+    content = yaml.safe_dump(about | {"config": yaml.safe_load(job.config.to_yaml())}, sort_keys=False)
+    storage.write_bytes(storage.join(job.run_dir, "config.yaml"), content.encode())
+
+
+def read_config(run_dir: str) -> tuple[Config, str]:
+    """(config, label convention) of an existing run. Raises UserError when there is none."""
+    where = storage.join(storage.normal(run_dir), "config.yaml")
+    try:
+        stored = yaml.safe_load(storage.read_bytes(where))
+        return parse(stored["config"], where), str(stored["convention"])
+    except FileNotFoundError as error:
+        raise UserError(f"{run_dir} is not a run folder (no config.yaml); train first with --run-dir {run_dir}") from error

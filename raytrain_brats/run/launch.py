@@ -1,0 +1,94 @@
+"""Start (or go on with) a run: the driver's part.
+
+In: a `Job`, a connected cluster.
+Out: the finished run folder; or RunFailed with the cause.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from raytrain_brats import storage
+from raytrain_brats.data import stream
+from raytrain_brats.errors import RunFailed
+from raytrain_brats.run import cluster, ledger
+from raytrain_brats.run.job import Job, write_config
+from raytrain_brats.run.loop import train_worker
+from raytrain_brats.run.progress import Progress
+
+
+@dataclass(frozen=True)
+class StreamFactory:
+    """Called by Ray Train's controller before each worker group starts: decides where it goes on."""
+
+    job: Job
+    cpus_per_task: float
+
+    def __call__(self) -> Any:
+        generation = ledger.begin_generation(self.job.run_dir)
+        if generation.failures_in_place > self.job.config.run.max_failures_in_place:
+            raise RunFailed(f"{generation.failures_in_place} starts in a row from sample {generation.samples_seen}")
+        job = self.job
+        return stream.dataset(
+            job.plan, job.train_cases, job.source, job.cutting, generation.samples_seen, self.cpus_per_task
+        )
+
+
+def train(job: Job) -> None:
+    """Train until the plan's end. Raises UserError (cannot run here), RunFailed (gave up)."""
+    storage.check_writable(job.run_dir)
+    needed = cluster.measure(job.config.run, job.plan.global_batch)
+    cluster.check_shared({"run folder": job.run_dir, "data folder": job.source.root})
+    write_config(job)
+    ledger.forgive(job.run_dir)
+    facts = {
+        "workers": f"{needed.low}:{needed.high}",
+        "route": job.route,
+        "cases_train": len(job.train_cases),
+        "cases_val": len(job.held_out_cases),
+        "total_samples": job.plan.total,
+        "dataset_identity": job.identity,
+    }
+    ledger.event(job.run_dir, "launch", **facts)
+    began = time.perf_counter()
+    with Progress(job):
+        problem = _fit(job, needed)
+    rows = ledger.read_rows(job.run_dir)
+    if not rows or rows[-1]["samples_seen"] < job.plan.total:
+        stops = [e["reason"] for e in ledger.read_events(job.run_dir)[-20:] if e["event"] == "stop"]
+        reason = stops[-1] if stops else problem or "the workers stopped early"
+        raise RunFailed(f"{reason}; see {storage.join(job.run_dir, 'events.jsonl')}")
+    ledger.event(job.run_dir, "finish", samples_seen=job.plan.total, seconds=round(time.perf_counter() - began, 1))
+
+
+def _fit(job: Job, needed: cluster.Resources) -> str:
+    """Run Ray Train to its end; why it failed, or an empty string."""
+    resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
+    workers = needed.high if needed.low == needed.high else (needed.low, needed.high)
+    place, filesystem = storage.for_ray(storage.join(job.run_dir, "ray"))
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=bool(needed.gpus), resources_per_worker=resources  # type: ignore[arg-type]
+        ),
+        # A name of its own for every launch: Ray's registry is told of our checkpoints, but never asked, since it
+        # loses them around a crash and does not start from a torn file.
+        run_config=RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=place,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=-1),
+        ),
+        datasets={"train": StreamFactory(job, needed.cpus_per_task)},
+        dataset_config=stream.OrderedSplit(),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        return " ".join(str(error).split())[:400]
+    return ""

@@ -1,0 +1,130 @@
+"""The run folder's books: what was applied (`metrics.jsonl`), what happened (`events.jsonl`), who may write.
+
+In: rows of applied steps, events, the decision from where a worker group goes on.
+Out: one row per applied step, whatever died; a `Generation` that the stream and all ranks share.
+
+A row counts once the checkpoint that holds its step is committed. When a group starts from samples_seen = c, rows
+beyond c are dropped: their steps are lost and will be done again.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raytrain_brats import storage
+from raytrain_brats.run import checkpoint
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One start of a worker group: where it goes on. Written by the controller, read by every rank."""
+
+    number: int
+    samples_seen: int
+    checkpoint: str | None
+    failures_in_place: int
+    """Starts in a row from this very place: without progress, restarting is no use."""
+
+
+def begin_generation(run_dir: str) -> Generation:
+    """Choose the newest valid checkpoint, cut the books back to it, and record the decision."""
+    found, damaged = checkpoint.newest_valid(run_dir)
+    for name, why in damaged:
+        event(run_dir, "damaged_checkpoint", name=name, why=why)
+        checkpoint.discard(run_dir, name)
+    before = current(run_dir)
+    seen = found.samples_seen if found else 0
+    again = before is not None and before.samples_seen == seen
+    generation = Generation(
+        number=before.number + 1 if before else 1,
+        samples_seen=seen,
+        checkpoint=found.name if found else None,
+        failures_in_place=before.failures_in_place + 1 if before and again else 0,
+    )
+    rows = read_rows(run_dir)
+    kept = [row for row in rows if row["samples_seen"] <= seen]
+    if len(kept) < len(rows) or not storage.exists(_metrics(run_dir)):
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        storage.write_bytes(_metrics(run_dir), text.encode())
+    storage.write_bytes(storage.join(run_dir, "generation.json"), json.dumps(asdict(generation)).encode())
+    facts = asdict(generation)
+    event(
+        run_dir, "group", generation=facts.pop("number"), redone_steps=len(rows) - len(kept), **facts
+    )
+    return generation
+
+
+def forgive(run_dir: str) -> None:
+    """A person started the run again: earlier failures in place no longer count."""
+    if before := current(run_dir):
+        facts = asdict(before) | {"failures_in_place": -1}
+        storage.write_bytes(storage.join(run_dir, "generation.json"), json.dumps(facts).encode())
+
+
+def current(run_dir: str) -> Generation | None:
+    try:
+        return Generation(**json.loads(storage.read_bytes(storage.join(run_dir, "generation.json"))))
+    except FileNotFoundError:
+        return None
+
+
+def event(run_dir: str, kind: str, **facts: Any) -> None:
+    """Add one line to events.jsonl, at once and for good."""
+    about = {"event": kind, "time": time.time(), "mono_s": time.monotonic()}
+    row = about | {"host": socket.gethostname(), "pid": os.getpid()} | facts
+    storage.append(storage.join(run_dir, "events.jsonl"), json.dumps(row) + "\n")
+
+
+def read_rows(run_dir: str) -> list[dict[str, Any]]:
+    """The applied steps, in order."""
+    return _lines(_metrics(run_dir))
+
+
+def read_events(run_dir: str) -> list[dict[str, Any]]:
+    return _lines(storage.join(run_dir, "events.jsonl"))
+
+
+def _metrics(run_dir: str) -> str:
+    return storage.join(run_dir, "metrics.jsonl")
+
+
+def _lines(uri: str) -> list[dict[str, Any]]:
+    try:
+        lines = storage.read_bytes(uri).splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number != len(lines) - 1:  # only the last line may be torn, by a crash
+                raise
+    return rows
+
+
+class MetricsLog:
+    """Rank 0's pen: rows show up at once on a local disk; on S3, which cannot append, with each checkpoint."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._uri = _metrics(run_dir)
+        self._lock = threading.Lock()
+        self._waiting: list[str] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        with self._lock:
+            self._waiting.append(json.dumps(row) + "\n")
+        if not storage.is_s3(self._uri):
+            with open(self._uri, "a") as file, self._lock:
+                file.write("".join(self._waiting))
+                self._waiting.clear()
+
+    def flush(self) -> None:
+        """Every row added so far is durable afterwards; called before a checkpoint is committed."""
+        with self._lock:
+            storage.append(self._uri, "".join(self._waiting))
+            self._waiting.clear()

@@ -1,0 +1,90 @@
+"""What a person sees while a run goes on.
+
+In: the run folder, as it fills.
+Out: a live line on a terminal; a plain line every few seconds elsewhere.
+"""
+
+import sys
+import threading
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from raytrain_brats import storage
+from raytrain_brats.labels import REGIONS
+from raytrain_brats.run import ledger
+from raytrain_brats.run.job import Job
+
+_RECENT = 20
+
+
+class Progress:
+    """Follow a run from the driver, in a thread, for the time of a `with` block."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+        self._console = Console(stderr=False)
+
+    def __enter__(self) -> "Progress":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._done.set()
+        self._thread.join(timeout=10)
+
+    def _follow(self) -> None:
+        every_s = 1.0 if not storage.is_s3(self._job.run_dir) else 5.0
+        if self._console.is_terminal:
+            with Live(Text("starting workers ..."), console=self._console, refresh_per_second=4) as live:
+                while not self._done.wait(every_s):
+                    live.update(Text(self._line()))
+                live.update(Text(self._line()))
+            return
+        last = ""
+        while not self._done.wait(max(10.0, every_s)):
+            if (line := self._line()) != last:
+                print(line, flush=True)
+            last = line
+        print(self._line(), flush=True)
+        sys.stdout.flush()
+
+    def _line(self) -> str:
+        try:
+            rows, events = ledger.read_rows(self._job.run_dir), ledger.read_events(self._job.run_dir)
+        except OSError as error:  # the picture is not the run: storage may come back
+            return f"run folder cannot be read just now: {error}"
+        return describe(rows, events, self._job.plan.total)
+
+
+def describe(rows: list[dict[str, Any]], events: list[dict[str, Any]], total: int) -> str:
+    """One line: how far, how well, how fast, how long still."""
+    groups = [e for e in events if e["event"] == "group"]
+    if not rows:
+        return f"sample 0 of {total:,}: workers are starting" if groups else "starting"
+    recent = rows[-_RECENT:]
+    if groups and groups[-1]["time"] > rows[-1]["time"]:
+        return f"sample {rows[-1]['samples_seen']:,} of {total:,}: worker group {groups[-1]['generation']} is starting"
+    losses = [row["loss"] for row in recent if row["loss"] is not None]
+    seconds = sum(row["step_s"] for row in recent)
+    speed = sum(row["positions"][1] - row["positions"][0] for row in recent) / max(seconds, 1e-9)
+    waiting = sum(row["wait_s"] for row in recent) / max(seconds, 1e-9)
+    left_s = (total - recent[-1]["samples_seen"]) / max(speed, 1e-9)
+    parts = [
+        f"sample {recent[-1]['samples_seen']:,} of {total:,}",
+        f"loss {sum(losses) / len(losses):.3f}" if losses else "loss -",
+        f"{speed:.1f} samples/s",
+        f"{waiting:.0%} waiting for data",
+        f"{recent[-1]['world_size']} worker{'s' if recent[-1]['world_size'] > 1 else ''}",
+        f"{int(left_s // 60)}:{int(left_s % 60):02d} left",
+    ]
+    if scored := [e for e in events if e["event"] == "validation"]:
+        dice = " ".join(f"{region} {scored[-1]['dice'][region]:.2f}" for region in REGIONS)
+        parts.insert(2, f"Dice {dice}")
+    if len(groups) > 1:
+        parts.append(f"{len(groups) - 1} restart{'s' if len(groups) > 2 else ''}")
+    return " | ".join(parts)

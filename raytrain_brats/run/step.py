@@ -1,0 +1,120 @@
+"""One rank's share of a global step: forward, backward, one update that is the same on all ranks.
+
+In: the patches this rank owns in the step.
+Out: updated weights; the step's loss over the whole global batch.
+
+The update is that of one worker with the whole batch: each sample's loss is weighted, gradients are summed over ranks
+and divided by the batch's weight, so ranks may hold unequal numbers of samples.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raytrain_brats.data.patch import Patch
+from raytrain_brats.data.plan import draw
+from raytrain_brats.labels import region_table
+from raytrain_brats.learn.augment import DRAWS, augment, normalise, to_regions
+from raytrain_brats.learn.inference import autocast
+from raytrain_brats.learn.model import build_network, build_optimiser, learning_rate, sample_losses
+from raytrain_brats.run.job import Job
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of the whole global batch: mean loss (None when no sample counted), samples that could not be read."""
+
+    loss: float | None
+    bad: int
+    learning_rate: float
+
+
+class Learner:
+    """Network, optimiser and loss scaler of one rank; everything a checkpoint holds."""
+
+    def __init__(self, job: Job, world_size: int, device: torch.device) -> None:
+        self.config, self.total, self.world_size, self.device = job.config, job.plan.total, world_size, device
+        self.network = build_network(job.config).to(device)
+        self.optimiser = build_optimiser(self.network, job.config.train.optimiser)
+        fp16 = job.config.train.amp and device.type == "cuda" and not torch.cuda.is_bf16_supported(False)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.table = torch.from_numpy(region_table(job.source.convention)).to(device)
+        self.parallel: nn.Module = DistributedDataParallel(self.network) if world_size > 1 else self.network
+
+    def step(self, patches: list[Patch], samples_seen: int) -> StepResult:
+        """Apply one global step. A step without weight or with a non-finite loss leaves the weights as they are."""
+        train = self.config.train
+        rate = learning_rate(train.optimiser, samples_seen, self.total)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.network.train()
+        self.optimiser.zero_grad(set_to_none=True)
+        sums = torch.zeros(3, device=self.device)  # weight, weighted loss, bad samples
+        for first in range(0, len(patches), train.micro_batch):
+            batch = patches[first : first + train.micro_batch]
+            last = first + train.micro_batch >= len(patches)
+            with nullcontext() if last or self.world_size == 1 else self.parallel.no_sync():  # type: ignore[operator]
+                sums += self._backward(batch)
+        if self.world_size > 1:
+            distributed.all_reduce(sums)
+        weight, loss, bad = sums.tolist()
+        if weight > 0 and torch.isfinite(sums[1]):
+            parameters = [p for p in self.network.parameters() if p.grad is not None]
+            self.scaler.unscale_(self.optimiser)
+            # DDP has averaged over ranks what was to be summed
+            torch._foreach_mul_([p.grad for p in parameters], self.world_size / weight)
+            nn.utils.clip_grad_norm_(parameters, train.optimiser.clip_norm)
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+        return StepResult(loss / weight if weight > 0 else None, round(bad), rate)
+
+    def _backward(self, batch: list[Patch]) -> Tensor:
+        """Add the batch's gradients; (weight, weighted loss, bad samples)."""
+        image, regions, weights = self._to_device(batch)
+        with autocast(self.device, self.config.train.amp):
+            logits = self.parallel(image)
+        losses = sample_losses(logits, regions)
+        self.scaler.scale((losses * weights).sum()).backward()
+        bad = sum(bool(p.reason) for p in batch)
+        return torch.stack([weights.sum(), (losses.detach() * weights).sum(), weights.new_tensor(bad)])
+
+    def _to_device(self, batch: list[Patch]) -> tuple[Tensor, Tensor, Tensor]:
+        def stacked(arrays: list[Any]) -> Tensor:
+            # one by one: dtypes may differ between cases; copied, as blocks of the object store are read-only
+            return torch.stack([torch.tensor(a).to(self.device) for a in arrays])
+
+        images = torch.stack([torch.tensor(p.image_czyx).to(self.device).float() for p in batch])
+        image = normalise(images, stacked([p.mean for p in batch]), stacked([p.std for p in batch]))
+        regions = to_regions(stacked([p.label_zyx for p in batch]), self.table)
+        draws = [draw(p.seed, "augment", DRAWS) for p in batch]
+        image, regions = augment(image, regions, draws, self.config.train.augment)
+        return image, regions, torch.tensor([p.weight for p in batch], device=self.device)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, JSON values) of everything that must survive."""
+        optimiser = self.optimiser.state_dict()
+        tensors = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
+        for index, entries in optimiser["state"].items():
+            tensors |= {f"optimiser/{index}/{name}": t for name, t in entries.items() if isinstance(t, Tensor)}
+        return tensors, {"param_groups": optimiser["param_groups"], "scaler": self.scaler.state_dict()}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Take over what `state` gave, written at any number of workers."""
+        self.network.load_state_dict(network_weights(tensors))
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith("optimiser/"):
+                _, index, name = key.split("/")
+                entries.setdefault(int(index), {})[name] = tensor
+        self.optimiser.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def network_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network's own entries of a checkpoint's tensors."""
+    return {name.removeprefix("network/"): t for name, t in tensors.items() if name.startswith("network/")}

@@ -1,0 +1,108 @@
+"""Score whole cases on their native grid.
+
+In: a network, labelled cases and their source.
+Out: Dice and HD95 per region and case; a summary over all ranks.
+
+Ranks read their dealt cases themselves: a second Ray Dataset beside the training stream gets no CPU.
+"""
+
+import csv
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import distributed, nn
+
+from raytrain_brats import storage
+from raytrain_brats.config import Config
+from raytrain_brats.data.manifest import Case
+from raytrain_brats.data.nifti import Refused
+from raytrain_brats.data.preprocess import Prepared, restore
+from raytrain_brats.data.store import Source
+from raytrain_brats.labels import REGIONS, to_regions
+from raytrain_brats.learn.inference import probabilities
+from raytrain_brats.learn.metrics import dice, hd95_mm
+from raytrain_brats.run.job import Job
+
+Masks = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One case; the dictionaries go from region to value."""
+
+    case_id: str
+    dice: dict[str, float]
+    hd95_mm: dict[str, float]
+
+
+def segment(prepared: Prepared, network: nn.Module, config: Config, device: torch.device) -> Masks:
+    """(3, x, y, z) region masks on the native grid."""
+    found = probabilities(
+        network,
+        prepared.image_czyx,
+        prepared.mean,
+        prepared.std,
+        config.data.patch_xyz,
+        config.validate_.overlap,
+        device,
+        config.train.amp,
+    )
+    masks: Masks = restore(found, prepared.geometry) > 0.5
+    return masks
+
+
+def score(case_id: str, predicted: Masks, prepared: Prepared, convention: str) -> Score:
+    """Compare masks with the native label."""
+    truth = to_regions(prepared.truth_xyz(), convention)
+    spacing_mm = tuple(np.linalg.norm(np.array(prepared.geometry.affine)[:3, :3], axis=0).tolist())
+    return Score(case_id, dice(predicted, truth), hd95_mm(predicted, truth, spacing_mm))
+
+
+def means(scores: list[Score]) -> dict[str, dict[str, float]]:
+    """{"dice": {region: mean}, "hd95_mm": {region: mean}} over cases."""
+    return {
+        what: {r: round(float(np.mean([getattr(s, what)[r] for s in scores])), 4) for r in REGIONS}
+        for what in ("dice", "hd95_mm")
+    }
+
+
+def table(scores: list[Score]) -> bytes:
+    """CSV, a case a line."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["case", *(f"dice_{r}" for r in REGIONS), *(f"hd95_{r}_mm" for r in REGIONS)])
+    for s in sorted(scores, key=lambda s: s.case_id):
+        values = [*(s.dice[r] for r in REGIONS), *(s.hd95_mm[r] for r in REGIONS)]
+        lines.writerow([s.case_id, *(f"{value:.4f}" for value in values)])
+    return text.getvalue().encode()
+
+
+def validate(job: Job, network: nn.Module, device: torch.device, rank: int, world_size: int, seen: int) -> Any:
+    """Score the held-out cases over all ranks; rank 0 writes `validation/<seen>.csv` and gets the means.
+
+    The number of cases is bounded by `validate.max_cases`; unreadable ones are left out. None on other ranks, and
+    when nothing could be scored.
+    """
+    chosen = job.held_out_cases[: job.config.validate_.max_cases]
+    mine = [_scored(job.source, case, network, job.config, device) for case in chosen[rank::world_size]]
+    gathered: list[Any] = [mine]
+    if world_size > 1:
+        gathered = [None] * world_size
+        distributed.all_gather_object(gathered, mine)
+    scores = [s for part in gathered for s in part if s is not None]
+    if rank != 0 or not scores:
+        return None
+    storage.write_bytes(storage.join(job.run_dir, "validation", f"{seen:012d}.csv"), table(scores))
+    return means(scores) | {"cases": len(scores)}
+
+
+def _scored(source: Source, case: Case, network: nn.Module, config: Config, device: torch.device) -> Score | None:
+    try:
+        prepared = source.load(case)
+    except Refused:
+        return None
+    return score(case.id, segment(prepared, network, config, device), prepared, source.convention)

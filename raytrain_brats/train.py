@@ -1,0 +1,96 @@
+"""Train, or go on training: `raytrain-brats train --data URI --run-dir URI`.
+
+In: a folder of NIfTI cases or a prepared store; a recipe; a run folder.
+Out: the run folder: checkpoints, metrics.jsonl, events.jsonl, validation tables.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from raytrain_brats import config, storage
+from raytrain_brats.errors import UserError, run_entry
+from raytrain_brats.run import checkpoint, cluster, job, launch
+
+HOME = "~/raytrain_brats"
+PHANTOM_CASES = 20
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a recipe on Ray; the same command again goes on where the run stands.
+
+    Joins the cluster of RAY_ADDRESS or of `ray start`, else starts Ray inside this process. Options win over
+    RAYTRAIN_BRATS_DATA, RAYTRAIN_BRATS_STORE and RAYTRAIN_BRATS_RUN_DIR, those over the recipe. With nothing at all
+    it trains the demo recipe on phantoms it makes, under ~/raytrain_brats.
+    """
+
+    data: str | None = None
+    """Folder in MSD or BraTS layout (local or s3://), or a manifest from `index`: preprocessed while training."""
+    store: str | None = None
+    """Store made by `prepare`: read instead of --data."""
+    run_dir: str | None = None
+    """Where the run lives (local or s3://)."""
+    recipe: str = "demo"
+    """Name of a recipe, or a YAML file."""
+    workers: str | None = None
+    """MIN:MAX training workers; the run goes on with any number in between."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Change a setting of the recipe: key=value, such as train.epochs=20; may be given several times."""
+
+
+def work(args: Args) -> None:
+    overrides = args.set + ((f"run.workers={args.workers!r}",) if args.workers else ())
+    settings = config.load(args.recipe, overrides)
+    data, store = args.data, args.store
+    if not data and not store:
+        store = os.environ.get("RAYTRAIN_BRATS_STORE")
+        data = None if store else os.environ.get("RAYTRAIN_BRATS_DATA")
+    if data and store:
+        raise UserError("--data and --store are two ways to give the cases; give one")
+    run_dir = args.run_dir or os.environ.get("RAYTRAIN_BRATS_RUN_DIR")
+    if not run_dir:
+        if data or store:
+            raise UserError("no run folder given; name one with --run-dir (local or s3://)")
+        run_dir = str(Path(HOME).expanduser() / "run")
+    if not data and not store:
+        data = str(Path(HOME).expanduser() / "phantoms")
+        _make_phantoms(data)
+    todo = job.build(settings, run_dir, data, store)
+    storage.check_writable(todo.run_dir)
+    found, _ = checkpoint.newest_valid(todo.run_dir)
+    if found and found.samples_seen >= todo.plan.total:
+        print(f"{todo.run_dir} is finished: {todo.plan.total:,} samples; evaluate it, or give another --run-dir")
+        return
+    cluster.connect()
+    print(
+        f"{len(todo.train_cases)} cases to train on, {len(todo.held_out_cases)} held out, {todo.plan.total:,} samples in "
+        f"{todo.config.train.epochs} epochs, {'from sample ' + f'{found.samples_seen:,}' if found else 'a new run'}"
+    )
+    launch.train(todo)
+    print(f"done: {todo.run_dir}")
+
+
+def _make_phantoms(folder: str) -> None:
+    from raytrain_brats.data import phantom
+
+    if storage.exists(storage.join(folder, "dataset.json")):
+        return
+    cluster.connect()
+    cluster.check_shared({"run folder": folder})
+    print(f"no data given: writing {PHANTOM_CASES} phantoms to {folder}")
+    cluster.write_phantoms(folder, PHANTOM_CASES, seed=0, grid=60)
+    del phantom
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Args, prog="raytrain-brats train", args=argv)
+    return run_entry(lambda: work(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
