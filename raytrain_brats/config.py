@@ -5,12 +5,22 @@ Out: a `Config`, and its YAML. Whatever is wrong is told with the key and the ne
 """
 
 import difflib
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from raytrain_brats.errors import UserError
 
@@ -18,7 +28,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Preprocess(_Frozen):
@@ -31,7 +41,7 @@ class Preprocess(_Frozen):
 class Data(_Frozen):
     convention: Literal["auto", "msd", "brats2017_2021", "brats2023", "brats2024_gli", "article"] = "auto"
     """How label values are read; `auto` follows the folder's layout."""
-    fold: int = Field(0, ge=0, le=4)
+    fold: int = Field(default=0, ge=0, le=4)
     """The one of five folds that is held out for validation."""
     patch_xyz: tuple[PositiveInt, PositiveInt, PositiveInt] = (128, 128, 128)
     """Voxels of a training patch."""
@@ -53,18 +63,26 @@ class SegResNetOptions(_Frozen):
     blocks_down: tuple[PositiveInt, ...] = (1, 2, 2, 4)
     blocks_up: tuple[PositiveInt, ...] = (1, 1, 1)
 
+    @model_validator(mode="after")
+    def _fits(self) -> "SegResNetOptions":
+        if len(self.blocks_up) != len(self.blocks_down) - 1:
+            raise ValueError("blocks_up must have one entry less than blocks_down")
+        if self.init_filters % 8:
+            raise ValueError("init_filters must be a multiple of 8, for group norm")
+        return self
+
 
 class DynUNetOptions(_Frozen):
     """MONAI DynUNet, nnU-Net's network (Isensee et al. 2021, doi 10.1038/s41592-020-01008-z); instance norm."""
 
     name: Literal["dynunet"]
-    filters: tuple[PositiveInt, ...] = (32, 64, 128, 256, 320)
+    filters: Annotated[tuple[PositiveInt, ...], Field(min_length=3)] = (32, 64, 128, 256, 320)
 
 
 class Optimiser(_Frozen):
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: PositiveFloat = 3e-4
-    weight_decay: float = Field(1e-5, ge=0)
+    weight_decay: float = Field(default=1e-5, ge=0)
     warmup_share: Share = 0.03
     """Share of all samples over which the learning rate rises; then it falls to zero along a cosine."""
     clip_norm: PositiveFloat = 12.0
@@ -74,14 +92,14 @@ class Augment(_Frozen):
     """Drawn from each sample's own seed, applied on the training device."""
 
     flip: bool = True
-    scale: float = Field(0.1, ge=0, lt=1)
+    scale: float = Field(default=0.1, ge=0, lt=1)
     """Intensities times 1 + U(-scale, scale), per modality."""
-    shift: float = Field(0.1, ge=0)
+    shift: float = Field(default=0.1, ge=0)
     """Intensities plus U(-shift, shift) standard deviations, per modality."""
 
 
 class Train(_Frozen):
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     epochs: PositiveInt = 100
     global_batch: PositiveInt = 8
     """Samples per step over all workers, whatever their number."""
@@ -96,13 +114,13 @@ class Train(_Frozen):
 class Validate(_Frozen):
     every_samples: PositiveInt = 2000
     max_cases: PositiveInt = 32
-    overlap: float = Field(0.5, ge=0, lt=1)
+    overlap: float = Field(default=0.5, ge=0, lt=1)
     """Overlap of neighbouring windows of the sliding-window inference."""
 
 
 class Checkpoint(_Frozen):
     every_samples: PositiveInt = 400
-    keep: int = Field(2, ge=2)
+    keep: int = Field(default=2, ge=2)
     """Newest valid checkpoints kept; two at least, so that a damaged one never is the only one."""
 
 
@@ -120,6 +138,11 @@ class Run(_Frozen):
     max_failures_in_place: PositiveInt = 5
     """Restarts without a new checkpoint in between after which the run gives up."""
 
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _workers_counted(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
     @model_validator(mode="after")
     def _workers_read(self) -> "Run":
         if self.workers != "auto":
@@ -134,7 +157,7 @@ class Config(_Frozen):
     preprocess: Preprocess = Preprocess()
     data: Data = Data()
     train: Train = Train()
-    validate_: Validate = Field(Validate(), alias="validate")
+    validate_: Validate = Field(default=Validate(), alias="validate")
     checkpoint: Checkpoint = Checkpoint()
     run: Run = Run()
 
@@ -155,15 +178,15 @@ def load(recipe: str, overrides: tuple[str, ...] = ()) -> Config:
     if recipe.endswith((".yaml", ".yml")):
         if not Path(recipe).is_file():
             raise UserError(f"recipe file {recipe} does not exist")
-        text, where = Path(recipe).read_text(), recipe
+        content, where = Path(recipe).read_bytes(), recipe
     else:
         names = recipe_names()
         if recipe not in names:
             raise UserError(f"recipe {recipe!r} is not known{_near(recipe, names)}; there are {', '.join(names)}")
         where = f"recipe {recipe}"
-        text = (resources.files("raytrain_brats") / "recipes" / f"{recipe}.yaml").read_text()
+        content = (resources.files("raytrain_brats") / "recipes" / f"{recipe}.yaml").read_bytes()
     try:
-        values = yaml.safe_load(text)
+        values = _read_yaml(content)
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -194,6 +217,25 @@ def differences(old: Config, new: Config) -> list[str]:
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML 1.1 without its numbers to base 60: `workers: 1:8` is no 68."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:int"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+
+
+def _read_yaml(text: str | bytes) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -205,7 +247,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise UserError(f"--set {override}: {part} is a value, not a section")
     try:
-        place[last] = yaml.safe_load(text)
+        place[last] = _read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not YAML") from error
 

@@ -12,7 +12,7 @@ class UserError(Exception):
     """Something the user can mend. The message says what was wrong, where, and what to do."""
 
 
-class RunFailed(Exception):
+class RunFailed(Exception):  # noqa: N818 - it reads better than RunFailedError
     """The work could not be finished although the request was sound; what was saved stays saved."""
 
 
@@ -21,12 +21,17 @@ def run_entry(work: Callable[[], None]) -> int:
     try:
         work()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    # What Ray hands back from a task is of the error's own class, but prints a traceback; `cause` is the error.
+    return " ".join(str(getattr(error, "cause", error)).splitlines())

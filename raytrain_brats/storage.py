@@ -65,6 +65,8 @@ def _s3_errors(uri: str) -> Any:
         code = error.response["Error"]["Code"]
         if code in ("404", "NoSuchKey"):
             raise FileNotFoundError(uri) from error
+        if code in ("PreconditionFailed", "ConditionalRequestConflict"):
+            raise FileExistsError(f"{uri}: another writer was first") from error
         if code in ("NoSuchBucket", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
             raise UserError(f"{uri}: S3 answers {code}; check the bucket's name and the credentials") from error
         raise OSError(f"{uri}: S3 answers {error}") from error
@@ -132,22 +134,20 @@ def append(uri: str, text: str) -> None:
         finally:
             os.close(file)
         return
-    from botocore.exceptions import ClientError
-
     client, bucket, key = _s3(uri)
+    put: bytes | None = None
     for attempt in range(30):
-        try:
+        before, condition = b"", {"IfNoneMatch": "*"}
+        with contextlib.suppress(FileNotFoundError), _s3_errors(uri):
             found = client.get_object(Bucket=bucket, Key=key)
             before, condition = found["Body"].read(), {"IfMatch": found["ETag"]}
-        except client.exceptions.NoSuchKey:
-            before, condition = b"", {"IfNoneMatch": "*"}
-        try:
-            client.put_object(Bucket=bucket, Key=key, Body=before + text.encode(), **condition)
+        if put is not None and before.startswith(put):
+            return  # the last put had arrived, only its answer was lost
+        put = before + text.encode()
+        with contextlib.suppress(FileExistsError), _s3_errors(uri):
+            client.put_object(Bucket=bucket, Key=key, Body=put, **condition)
             return
-        except ClientError as error:
-            if error.response["Error"]["Code"] not in ("PreconditionFailed", "ConditionalRequestConflict"):
-                raise OSError(f"{uri}: S3 answers {error}") from error
-            time.sleep(0.05 * (attempt + 1))
+        time.sleep(0.05 * (attempt + 1))
     raise OSError(f"{uri}: other writers never left a gap")
 
 
@@ -158,7 +158,7 @@ def exists(uri: str) -> bool:
     client, bucket, key = _s3(uri)
     try:
         with _s3_errors(uri):
-            client.head_object(Bucket=bucket, Key=key)
+            _ = client.head_object(Bucket=bucket, Key=key) if key else client.head_bucket(Bucket=bucket)
     except FileNotFoundError:
         return False
     return True
@@ -175,7 +175,8 @@ def list_files(uri: str) -> dict[str, int]:
         prefix = f"{key.rstrip('/')}/" if key else ""
         with _s3_errors(uri):
             for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-                found |= {row["Key"][len(prefix) :]: row["Size"] for row in page.get("Contents", [])}
+                rows = [row for row in page.get("Contents", []) if not row["Key"].endswith("/")]  # consoles' folders
+                found |= {row["Key"][len(prefix) :]: row["Size"] for row in rows}
     else:
         root = Path(normal(uri))
         for folder, _, names in os.walk(root, followlinks=True):

@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from raytrain_brats import config, storage
+from raytrain_brats.data.phantom import write_set
 from raytrain_brats.errors import UserError, run_entry
 from raytrain_brats.run import checkpoint, cluster, job, launch
 
@@ -76,15 +77,12 @@ def work(args: Args) -> None:
 
 
 def _make_phantoms(folder: str) -> None:
-    from raytrain_brats.data import phantom
-
     if storage.exists(storage.join(folder, "dataset.json")):
         return
     cluster.connect()
     cluster.check_shared({"run folder": folder})
     print(f"no data given: writing {PHANTOM_CASES} phantoms to {folder}")
-    cluster.write_phantoms(folder, PHANTOM_CASES, seed=0, grid=60)
-    del phantom
+    write_set(folder, PHANTOM_CASES, seed=0, grid=60, anatomy="procedural", parallel_map=cluster.parallel_map)
 
 
 def main(argv: list[str] | None = None) -> int:

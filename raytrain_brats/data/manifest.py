@@ -49,6 +49,8 @@ class Manifest:
     layout: str
     convention: str
     cases: tuple[Case, ...]
+    synthetic: bool = False
+    """Phantoms: scores on them say nothing about patients."""
 
     def split(self, fold: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
         """(training cases, held-out cases) for a held-out fold."""
@@ -82,9 +84,11 @@ def scan(root: str, need_labels: bool = True) -> Manifest:
         what = "holds no files" if storage.exists(root) else "does not exist"
         raise UserError(f"data folder {root} {what}; give a folder in MSD or BraTS layout")
     if "dataset.json" in files:
-        cases, layout, convention = _scan_msd(root, files), "msd", "msd"
+        cases, synthetic = _scan_msd(root, files)
+        layout, convention = "msd", "msd"
     else:
-        cases, layout, convention = _scan_brats(files), "brats2018_2021", "brats2017_2021"
+        cases, synthetic = _scan_brats(files), False
+        layout, convention = "brats2018_2021", "brats2017_2021"
     if not cases:
         raise UserError(
             f"{root} holds no case: neither an MSD dataset.json nor BraTS folders "
@@ -93,15 +97,43 @@ def scan(root: str, need_labels: bool = True) -> Manifest:
     unlabelled = [c.id for c in cases if c.label is None]
     if unlabelled and need_labels:
         some = ", ".join(unlabelled[:3]) + (", ..." if len(unlabelled) > 3 else "")
-        raise UserError(f"{root}: {len(unlabelled)} of {len(cases)} cases have no label file ({some}); add or drop them")
-    return Manifest(root, layout, convention, tuple(sorted(cases, key=lambda c: c.id)))
+        count = f"{len(unlabelled)} of {len(cases)}"
+        raise UserError(f"{root}: {count} cases have no label file ({some}); add or drop them")
+    return Manifest(root, layout, convention, tuple(sorted(cases, key=lambda c: c.id)), synthetic)
 
 
-def _scan_msd(root: str, files: dict[str, int]) -> list[Case]:
+def scan_images(uri: str) -> list[tuple[str, Case]]:
+    """(root, case) of what is to be segmented: one 4D file, or a folder in a known layout or of 4D files.
+
+    Raises UserError when nothing is found.
+    """
+    uri = storage.normal(uri)
+    if uri.endswith((".nii", ".nii.gz")):
+        root, _, name = uri.rpartition("/")
+        size = storage.list_files(root).get(name)
+        if size is None:
+            raise UserError(f"image {uri} does not exist")
+        return [(root, Case(_stem(name), _stem(name), (name,), None, size))]
+    files = storage.list_files(uri)
+    plain = [name for name in files if "/" not in name and name.endswith((".nii", ".nii.gz"))]
+    if plain and "dataset.json" not in files:
+        return [(uri, Case(_stem(name), _stem(name), (name,), None, files[name])) for name in plain]
+    found = []
+    for case in scan(uri, need_labels=False).cases:
+        size = sum(files[path] for path in case.images)
+        found.append((uri, dataclasses.replace(case, label=None, bytes=size)))
+    return found
+
+
+def _stem(path: str) -> str:
+    return path.rsplit("/", 1)[-1].removesuffix(".gz").removesuffix(".nii")
+
+
+def _scan_msd(root: str, files: dict[str, int]) -> tuple[list[Case], bool]:
     where = storage.join(root, "dataset.json")
     try:
-        listed = json.loads(storage.read_bytes(where))["training"]
-        rows = [(row["image"].removeprefix("./"), row["label"].removeprefix("./")) for row in listed]
+        about = json.loads(storage.read_bytes(where))
+        rows = [(row["image"].removeprefix("./"), row["label"].removeprefix("./")) for row in about["training"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{where} is not an MSD dataset.json with a "training" list of image and label') from error
     cases = []
@@ -109,18 +141,20 @@ def _scan_msd(root: str, files: dict[str, int]) -> list[Case]:
         if image not in files:
             raise UserError(f"{where} names {image}, which is not there; restore the file or drop its entry")
         size = files[image] + files.get(label, 0)
-        name = image.rsplit("/", 1)[-1].removesuffix(".gz").removesuffix(".nii")
+        name = _stem(image)
         cases.append(Case(name, name, (image,), label if label in files else None, size))
     if len({c.id for c in cases}) != len(cases):
         raise UserError(f"{where} lists a case twice; every image must have a name of its own")
-    return cases
+    return cases, bool(about.get("synthetic"))
 
 
 def _scan_brats(files: dict[str, int]) -> list[Case]:
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for path in files:
         if match := _BRATS_FILE.search(path):
-            found[match["id"]][match["kind"].lower()] = path
+            first = found[match["id"]].setdefault(match["kind"].lower(), path)
+            if first != path:
+                raise UserError(f"case {match['id']} stands twice, as {first} and as {path}; keep one")
     cases = []
     for name, kinds in found.items():
         missing = [kind for kind in _BRATS_SUFFIXES if kind not in kinds]
@@ -173,7 +207,8 @@ def case_files(case: Case) -> tuple[str, ...]:
 
 def write(manifest: Manifest, uri: str) -> None:
     """JSON lines: a header, then one case a line."""
-    header = {"manifest": 1, "root": manifest.root, "layout": manifest.layout, "convention": manifest.convention}
+    header: dict[str, Any] = {"manifest": 1, "root": manifest.root, "layout": manifest.layout}
+    header |= {"convention": manifest.convention, "synthetic": manifest.synthetic}
     lines = [header, *(dataclasses.asdict(c) for c in manifest.cases)]
     storage.write_bytes(uri, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
@@ -183,7 +218,7 @@ def read(uri: str) -> Manifest:
     try:
         header, *rows = [json.loads(line) for line in storage.read_bytes(uri).splitlines()]
         cases = tuple(Case(**row | {"images": tuple(row["images"])}) for row in rows)
-        return Manifest(header["root"], header["layout"], header["convention"], cases)
+        return Manifest(header["root"], header["layout"], header["convention"], cases, header["synthetic"])
     except FileNotFoundError as error:
         raise UserError(f"manifest {uri} does not exist; write it with `raytrain-brats index`") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -12,7 +12,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from isal import igzip
+from isal import igzip, isal_zlib
+from nibabel.spatialimages import HeaderDataError
 
 REASONS = {
     "missing": "a file of the case is not there",
@@ -29,10 +30,11 @@ REASONS = {
     "label_values": "a label value is fractional or outside the convention",
 }
 _KINDS = {"u1", "i1", "u2", "i2", "u4", "i4", "f4", "f8"}
-_MAX_BYTES = 4 << 30
+MAX_BYTES = 4 << 30
+_DEFLATE_RATIO = 1032  # no deflate stream unpacks to more than this many times its length
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 (a verdict on a file, not a fault of ours)
     """A case that cannot be used; `reason` is a key of REASONS."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -98,6 +100,8 @@ def decode(content: bytes, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.
             with igzip.IGzipFile(fileobj=io.BytesIO(content)) as file:
                 start = file.read(352)
                 header, offset, wanted = _header(start, name)
+                if wanted > _DEFLATE_RATIO * len(content):
+                    raise Refused("size", f"{name}: {len(content)} bytes cannot hold the {wanted} of the header")
                 raw = np.empty(wanted, np.uint8)  # never more than the header says: a bomb stays small
                 raw[: len(start)] = np.frombuffer(start, np.uint8)
                 rest, filled = memoryview(raw), len(start)
@@ -107,7 +111,7 @@ def decode(content: bytes, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.
                     raise Refused("size", f"{name}: {filled} bytes, header says {wanted}")
                 if file.read(1):  # also drives the checksum at the end of the stream
                     raise Refused("size", f"{name}: more than the {wanted} bytes the header says")
-        except (EOFError, OSError, igzip.isal_zlib.error) as error:
+        except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]
             raise Refused("gzip_damaged", f"{name}: {error}") from error
     shape = tuple(int(n) for n in header.get_data_shape())
     array = np.frombuffer(raw, header.get_data_dtype(), int(np.prod(shape)), offset).reshape(shape, order="F")
@@ -133,22 +137,28 @@ def _header(start: bytes, name: str) -> tuple[nib.Nifti1Header, int, int]:
         raise Refused("header", f"{name}: dim is {dims}")
     try:
         kind = header.get_data_dtype().str[1:]
-    except nib.spatialimages.HeaderDataError:
-        kind = "none"
+        header.get_slope_inter()
+    except (KeyError, HeaderDataError) as error:
+        raise Refused("header", f"{name}: datatype or scaling: {error}") from error
     offset = float(header["vox_offset"])
     if kind not in _KINDS or not (352 <= offset < 2**31) or offset % 1:
         raise Refused("header", f"{name}: datatype {int(header['datatype'])}, vox_offset {offset}")
     wanted = int(offset) + int(np.prod(dims[1 : dims[0] + 1], dtype=object)) * int(kind[1:])
-    if wanted > _MAX_BYTES:
+    if wanted > MAX_BYTES:
         raise Refused("header", f"{name}: header asks for {wanted} bytes")
     return header, int(offset), wanted
 
 
 def _affine(header: nib.Nifti1Header, name: str) -> npt.NDArray[np.float64]:
-    affine = np.asarray(header.get_best_affine(), np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise Refused("affine", f"{name}: {affine[:3].round(3).tolist()}")
+    try:
+        affine = np.asarray(header.get_best_affine(), np.float64)
+    except (ValueError, HeaderDataError) as error:  # a quaternion longer than 1, a qfac other than 1 or -1
+        raise Refused("affine", f"{name}: {error}") from error
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    singular = abs(np.linalg.det(affine[:3, :3])) < 1e-3 * spacing_mm.prod()
+    # Edges outside 0.01 to 100 mm: metres, microns or damage; resampling would ask for a grid of any size
+    if not np.isfinite(affine).all() or singular or spacing_mm.min() < 0.01 or spacing_mm.max() > 100:
+        raise Refused("affine", f"{name}: {affine[:3].round(6).tolist()}")
     if not np.allclose(spacing_mm, header.get_zooms()[:3], rtol=1e-2):
         raise Refused("affine", f"{name}: affine says {spacing_mm.round(4)} mm, pixdim {header.get_zooms()[:3]}")
     return affine

@@ -67,5 +67,13 @@ def placeholder(sample: Sample, case_id: str, reason: str, patch_xyz: tuple[int,
     size = tuple(reversed(patch_xyz))
     image, label = np.zeros((4, *size), np.int16), np.zeros(size, np.uint8)
     return Patch(
-        sample.position, sample.seed, case_id, 0.0, reason, image, label, np.zeros(4, np.float32), np.ones(4, np.float32)
+        sample.position,
+        sample.seed,
+        case_id,
+        0.0,
+        reason,
+        image,
+        label,
+        np.zeros(4, np.float32),
+        np.ones(4, np.float32),
     )

@@ -37,7 +37,8 @@ def draw(seed: int, purpose: str, count: int) -> list[float]:
     numbers: list[float] = []
     for block in range((count + 7) // 8):
         digest = hashlib.blake2b(f"{seed}/{purpose}/{block}".encode(), digest_size=64).digest()
-        numbers += [int.from_bytes(digest[i : i + 8], "little") / 2**64 for i in range(0, 64, 8)]
+        # 53 bits fill a float; 64 would round up to 1.0 now and then
+        numbers += [(int.from_bytes(digest[i : i + 8], "little") >> 11) / 2**53 for i in range(0, 64, 8)]
     return numbers[:count]
 
 

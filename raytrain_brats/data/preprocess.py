@@ -7,6 +7,7 @@ The order is that of MONAI's chain (Orientation RAS, Spacing, CropForeground, No
 channel); normalisation itself waits until after the crop, on the training device, so integers travel.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy import ndimage
 
-from raytrain_brats.data.nifti import Refused, Volume
+from raytrain_brats.data.nifti import MAX_BYTES, Refused, Volume
 
 FOREGROUND_VOXELS = 512
 """Voxels remembered per label value, for crops centred on tumour."""
@@ -80,21 +81,24 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
     orientation = ornt_transform(io_orientation(volume.affine), axcodes2ornt("RAS"))
     axes = np.argsort(orientation[:, 0]).astype(int)
     flips = orientation[axes, 1].astype(int)
-    image, label = _to_ras(volume.image_cxyz, axes, flips), None
+    image, label = to_ras(volume.image_cxyz, axes, flips), None
     if volume.label_xyz is not None:
-        label = _to_ras(volume.label_xyz, axes, flips)
+        label = to_ras(volume.label_xyz, axes, flips)
     native_mm = np.linalg.norm(volume.affine[:3, :3], axis=0)[axes]
     ratio = np.where(np.abs(native_mm - spacing_mm) < 1e-3, 1.0, spacing_mm / native_mm)
-    grid_shape = tuple(int(n) for n in np.round((np.array(image.shape[1:]) - 1) / ratio) + 1)
+    grid_shape = tuple(int(n) for n in np.round((np.array(image.shape[1:]) - 1) / ratio + 1))  # as MONAI rounds
     if (ratio != 1).any():
+        if 4 * image.shape[0] * math.prod(grid_shape) > MAX_BYTES:
+            raise Refused("affine", f"voxels of {native_mm.round(3)} mm resampled to {spacing_mm} mm: {grid_shape}")
         image = resample(image.astype(np.float32), ratio, grid_shape, order=1)
+        image[np.abs(image) <= 2.0**-25] = 0  # rounded coordinates leave 1e-13 beside the brain; float16 holds it as 0
         label = None if label is None else resample(label, ratio, grid_shape, order=0)
     box = _foreground_box(image)
     crop = tuple(slice(low, high) for low, high in box)
     image_czyx = np.ascontiguousarray(image[(slice(None), *crop)].transpose(0, 3, 2, 1))
     label_zyx = None if label is None else np.ascontiguousarray(label[crop].T)
     mean, std = _statistics(image_czyx)
-    stored, max_error = _quantised(image_czyx)
+    stored, max_error = _quantised(image_czyx, min(std))
     foreground, counts = _foreground_index(label_zyx)
     geometry = Geometry(
         native_shape=_triple(volume.image_cxyz.shape[1:]),
@@ -106,8 +110,8 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
         box=box,
     )
     native = volume.label_xyz
-    if native is None or ((ratio == 1).all() and np.count_nonzero(label_zyx) == np.count_nonzero(native)):
-        native = None
+    if native is not None and label_zyx is not None and (ratio == 1).all():
+        native = None if np.count_nonzero(label_zyx) == np.count_nonzero(native) else native
     return Prepared(stored, label_zyx, mean, std, geometry, foreground, counts, max_error, native)
 
 
@@ -133,16 +137,20 @@ def restore(box_czyx: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:
 def resample(array: npt.NDArray[Any], ratio: npt.NDArray[np.float64], shape: Any, order: int) -> npt.NDArray[Any]:
     """Sample (..., x, y, z) at index i * ratio: the first voxels' centres stay together, edges repeat."""
     leading = array.shape[:-3]
-    output = np.empty((*leading, *shape), array.dtype)
+    output: npt.NDArray[Any] = np.empty((*leading, *shape), array.dtype)
+    options: dict[str, Any] = {"output_shape": tuple(shape), "order": order, "mode": "nearest"}
     for index in np.ndindex(*leading):
-        ndimage.affine_transform(array[index], ratio, output_shape=shape, output=output[index], order=order, mode="nearest")
+        ndimage.affine_transform(array[index], ratio, output=output[index], **options)
     return output
 
 
-def _to_ras(array: npt.NDArray[Any], axes: npt.NDArray[Any], flips: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def to_ras(array: npt.NDArray[Any], axes: Any, flips: Any) -> npt.NDArray[Any]:
+    """A (..., x, y, z) native array seen as R, A, S; `axes` and `flips` as in Geometry."""
     lead = array.ndim - 3
-    turned = array.transpose(*range(lead), *(lead + axes))
-    return turned[(..., *(slice(None, None, int(flip)) for flip in flips))]
+    turned = array.transpose(*range(lead), *(lead + axis for axis in axes))
+    index: tuple[Any, ...] = (..., *(slice(None, None, int(flip)) for flip in flips))
+    result: npt.NDArray[Any] = turned[index]
+    return result
 
 
 def _foreground_box(image_cxyz: npt.NDArray[Any]) -> Any:
@@ -169,16 +177,19 @@ def _statistics(image_czyx: npt.NDArray[Any]) -> tuple[tuple[float, ...], tuple[
     return tuple(means), tuple(stds)
 
 
-def _quantised(image: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], float]:
-    """int16 when no value changes, else float16 scaled down to its range; and the greatest absolute error."""
+def _quantised(image: npt.NDArray[Any], least_std: float) -> tuple[npt.NDArray[Any], float]:
+    """int16 when no value changes, else float16; and the greatest absolute error."""
     if image.dtype == np.int16:
         return image, 0.0
-    if -32768 <= image.min() and image.max() <= 32767:
+    low, high = float(image.min()), float(image.max())
+    if low >= -32768 and high <= 32767:
         integers = image.astype(np.int16)
         if np.array_equal(integers, image):
             return integers, 0.0
-    if np.abs(image).max() > 60000:
+    if max(-low, high) > 60000:
         raise Refused("range", "intensities beyond 60,000 do not fit the store's 16 bits")
+    if least_std < 2**-18:  # float16 resolves 2**-24: finer contrast than 1 % of a deviation would be lost
+        raise Refused("range", f"standard deviation {least_std:.3g} is finer than the store's 16 bits")
     halves = image.astype(np.float16)
     return halves, float(np.abs(halves.astype(np.float32) - image).max())
 

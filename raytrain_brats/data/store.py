@@ -41,7 +41,10 @@ class Source:
     def load(self, case: Case) -> Prepared:
         """Raises Refused for a case that cannot be used, OSError when storage fails."""
         if case.object:
-            content = storage.read_bytes(storage.join(self.root, case.object))
+            try:
+                content = storage.read_bytes(storage.join(self.root, case.object))
+            except FileNotFoundError as error:
+                raise Refused("missing", f"{case.object}; run `prepare` again") from error
             if hashlib.sha256(content).hexdigest() != case.object_sha256:
                 raise Refused("changed", f"{case.object} differs from its checksum; run `prepare` again")
             return decode(content)
@@ -99,15 +102,19 @@ def encode(prepared: Prepared) -> bytes:
         }
     )
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=False)
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    )
     return sink.getvalue()
 
 
 def decode(content: bytes) -> Prepared:
     """The prepared case of a Parquet object. Raises Refused("changed") for anything else."""
     try:
-        table = pq.read_table(pa.BufferReader(content))
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
         about = json.loads(table.column("about")[0].as_py())
+        if about["format"] != FORMAT:
+            raise ValueError(f"format {about['format']}")
         shape = tuple(about["shape_czyx"])
         geometry = Geometry(**{key: _tuples(value) for key, value in about["geometry"].items()})
         native = None
@@ -124,7 +131,7 @@ def decode(content: bytes) -> Prepared:
             about["max_error"],
             native,
         )
-    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+    except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
         raise Refused("changed", f"not a store object of format {FORMAT}: {error}") from error
 
 
@@ -138,10 +145,10 @@ def put(store: str, source: Source, case: Case, preprocessing: dict[str, Any]) -
     """Prepare one case into the store unless it is there; the case, with its object. Raises Refused."""
     name = f"objects/{key(case, preprocessing)}.parquet"
     uri = storage.join(store, name)
-    if storage.exists(uri):
+    try:
         content = storage.read_bytes(uri)
         decode(content)
-    else:
+    except (FileNotFoundError, Refused):  # new, or damaged since it was written
         content = encode(source.load(case))
         storage.write_bytes(uri, content)
     return dataclasses.replace(case, object=name, object_sha256=hashlib.sha256(content).hexdigest())
@@ -156,11 +163,14 @@ def write_index(store: str, manifest: Manifest, preprocessing: dict[str, Any]) -
 def open_index(store: str, preprocessing: dict[str, Any]) -> Manifest:
     """The store's manifest. Raises UserError when it is no finished store, or one prepared otherwise."""
     store = storage.normal(store)
+    index, unfinished = storage.join(store, "index.jsonl"), f"{store} is not a finished store"
     try:
         found = json.loads(storage.read_bytes(storage.join(store, "preprocess.json")))
-        manifest = manifests.read(storage.join(store, "index.jsonl"))
-    except FileNotFoundError as error:
-        raise UserError(f"{store} is not a finished store; make it with `raytrain-brats prepare`") from error
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{unfinished}; make it with `raytrain-brats prepare`") from error
+    if not storage.exists(index):
+        raise UserError(f"{unfinished}; make it with `raytrain-brats prepare`")
+    manifest = manifests.read(index)
     if found != preprocessing:
         raise UserError(
             f"store {store} was prepared with {found}, the recipe wants {preprocessing}; "

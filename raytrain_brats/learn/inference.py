@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.inferers import sliding_window_inference
+from monai.inferers.utils import sliding_window_inference
 from torch import nn
 
 from raytrain_brats.learn.augment import normalise
@@ -42,5 +42,5 @@ def probabilities(
         logits = sliding_window_inference(
             image, tuple(reversed(patch_xyz)), sw_batch_size=2, predictor=network, overlap=overlap, mode="gaussian"
         )
-    result: npt.NDArray[np.float32] = torch.sigmoid(logits[0].float()).cpu().numpy()  # type: ignore[union-attr, index]
+    result: npt.NDArray[np.float32] = torch.sigmoid(logits[0].float()).cpu().numpy()
     return result

@@ -7,7 +7,7 @@ Out: one number per region, with the BraTS challenge's rules for empty regions.
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.metrics import compute_hausdorff_distance
+from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 
 from raytrain_brats.labels import REGIONS
 
@@ -35,6 +35,6 @@ def hd95_mm(predicted: Masks, truth: Masks, spacing_mm: tuple[float, ...]) -> di
             continue
         box = tuple(slice(int(i.min()), int(i.max()) + 1) for i in np.nonzero(p | t))
         p, t = np.pad(p[box], 1), np.pad(t[box], 1)  # without a rim MONAI sees no surface at the box's border
-        pair = (torch.from_numpy(mask)[None, None] for mask in (p, t))
-        distances[region] = float(compute_hausdorff_distance(*pair, percentile=95, spacing=list(spacing_mm)))
+        first, second = (torch.from_numpy(mask)[None, None] for mask in (p, t))
+        distances[region] = float(compute_hausdorff_distance(first, second, percentile=95, spacing=list(spacing_mm)))
     return distances

@@ -10,8 +10,9 @@ instance norm, and the loss is reduced sample by sample.
 import math
 
 import torch
-from monai.losses import DiceLoss
-from monai.networks.nets import DynUNet, SegResNet
+from monai.losses.dice import DiceLoss
+from monai.networks.nets.dynunet import DynUNet
+from monai.networks.nets.segresnet import SegResNet
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -11,9 +11,10 @@ and on S3 alike. No pickle: a checkpoint from elsewhere cannot run code here.
 import contextlib
 import hashlib
 import json
+import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,9 @@ class Checkpoint:
     bytes: int
 
 
-def save(run_dir: str, samples_seen: int, generation: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Checkpoint:
+def save(
+    run_dir: str, samples_seen: int, generation: int, tensors: dict[str, Tensor], state: dict[str, Any]
+) -> Checkpoint:
     """Write and commit one checkpoint; when this returns it survives a crash."""
     name = f"{samples_seen:012d}-g{generation:04d}"
     contents = dict(zip(_FILES, (tensors_to_bytes(tensors), json.dumps(state).encode()), strict=True))
@@ -96,7 +99,10 @@ def _uri(run_dir: str, name: str, *file: str) -> str:
 
 
 def _names(run_dir: str) -> set[str]:
-    files = storage.list_files(storage.join(run_dir, "checkpoints"))
+    folder = storage.join(run_dir, "checkpoints")
+    files: Iterable[str] = storage.list_files(folder)
+    if not storage.is_s3(folder) and storage.exists(folder):
+        files = os.listdir(storage.normal(folder))  # also those where a crash left nothing but a hidden temporary file
     return {path.split("/")[0] for path in files if _NAME.match(path.split("/")[0])}
 
 
@@ -128,7 +134,7 @@ def _contents(run_dir: str, name: str) -> list[bytes]:
                 raise ValueError(f"{file} differs from its checksum")
             contents.append(content)
         return contents
-    except (KeyError, TypeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"the manifest cannot be read: {error}") from error
     except FileNotFoundError as error:
         raise ValueError(f"a file is gone: {error.filename or error}") from error
@@ -143,11 +149,16 @@ class Writer:
         self._running: Future[None] | None = None
 
     def start(
-        self, samples_seen: int, generation: int, tensors: dict[str, Tensor], state: dict[str, Any], flush: Callable[[], None]
+        self,
+        samples_seen: int,
+        generation: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        flush: Callable[[], None],
     ) -> None:
         """Begin a save; waits for the one before. `flush` makes the books durable before the commit."""
         self.wait()
-        snapshot = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        snapshot = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
         def work() -> None:
             began = time.perf_counter()

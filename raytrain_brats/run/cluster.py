@@ -4,6 +4,7 @@ In: the environment (RAY_ADDRESS, a `ray start`ed cluster, or nothing), the conf
 Out: a connection; `Resources` that fit; ordered parallel maps.
 """
 
+import logging
 import math
 import os
 import socket
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
+import ray.data  # sets its logger up, which `connect` quiets
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain_brats import storage
@@ -28,6 +30,10 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # after a node loss Ray asks for too many workers this long
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning
 }
+
+# Where S3 is; workers on other nodes inherit their node's environment, not ours. Never credentials: they would show
+# in the dashboard.
+_PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,13 @@ def connect(local_cpus: int | None = None) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS", "")
-    quiet: Any = {"log_to_driver": bool(os.environ.get("RAYTRAIN_BRATS_VERBOSE")), "logging_level": "ERROR"}
+    verbose = bool(os.environ.get("RAYTRAIN_BRATS_VERBOSE"))
+    for handler in [] if verbose else logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # the console; its log file stays
+            handler.setLevel(logging.ERROR)
+    quiet: Any = {"log_to_driver": verbose, "logging_level": "WARNING" if verbose else "ERROR"}
+    if passed := {name: os.environ[name] for name in _PASSED_ON if name in os.environ}:
+        quiet["runtime_env"] = {"env_vars": passed}
     try:
         if address and address != "local":
             ray.init(**quiet)
@@ -135,10 +147,14 @@ def check_shared(uris: dict[str, str]) -> None:
             storage.delete(probe)
 
 
-def parallel_map(function: Callable[[T], R], items: Iterable[T], cpus: float = 1.0) -> Iterator[R]:
-    """`map` over the cluster's CPUs, results in order, a bounded number under way."""
-    task = ray.remote(num_cpus=cpus, max_retries=2)(function)
-    width = 2 * max(1, int(ray.cluster_resources().get("CPU", 1) / cpus))
+def has_gpus() -> bool:
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def parallel_map(function: Callable[[T], R], items: Iterable[T], gpus: bool = False) -> Iterator[R]:
+    """`map` over the cluster's CPUs (or GPUs), results in order, a bounded number under way."""
+    task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=2)(lambda item: function(item))
+    width = 2 * max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)))
     running: list[Any] = []
     for item in items:
         running.append(task.remote(item))

@@ -32,6 +32,7 @@ class Job:
     held_out_cases: tuple[Case, ...]
     plan: Plan
     identity: str
+    synthetic: bool
 
     @property
     def cutting(self) -> Cutting:
@@ -72,7 +73,7 @@ def build(config: Config, run_dir: str, data: str | None, store: str | None) -> 
         config.train.epochs,
     )
     identity = manifests.identity(manifest.cases, preprocessing(config))
-    job = Job(config, storage.normal(run_dir), "store" if store else "raw", source, train, held_out, plan, identity)
+    job = Job(config, storage.normal(run_dir), "store" if store else "raw", source, train, held_out, plan, identity, manifest.synthetic)
     _check_same_run(job)
     return job
 
@@ -97,16 +98,17 @@ def _check_same_run(job: Job) -> None:
 
 def write_config(job: Job) -> None:
     """Record what the run is, for resumes, `evaluate` and the reader."""
-    about = {"identity": job.identity, "convention": job.source.convention, "data": job.source.root, "route": job.route}
+    about: dict[str, Any] = {"identity": job.identity, "convention": job.source.convention, "data": job.source.root, "route": job.route}
+    about["synthetic"] = job.synthetic
     content = yaml.safe_dump(about | {"config": yaml.safe_load(job.config.to_yaml())}, sort_keys=False)
     storage.write_bytes(storage.join(job.run_dir, "config.yaml"), content.encode())
 
 
-def read_config(run_dir: str) -> tuple[Config, str]:
-    """(config, label convention) of an existing run. Raises UserError when there is none."""
+def read_config(run_dir: str) -> tuple[Config, str, str]:
+    """(config, label convention, dataset identity) of an existing run. Raises UserError when there is none."""
     where = storage.join(storage.normal(run_dir), "config.yaml")
     try:
         stored = yaml.safe_load(storage.read_bytes(where))
-        return parse(stored["config"], where), str(stored["convention"])
+        return parse(stored["config"], where), str(stored["convention"]), str(stored["identity"])
     except FileNotFoundError as error:
         raise UserError(f"{run_dir} is not a run folder (no config.yaml); train first with --run-dir {run_dir}") from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from raytrain_brats import storage
@@ -30,9 +30,11 @@ class StreamFactory:
 
     def __call__(self) -> Any:
         generation = ledger.begin_generation(self.job.run_dir)
-        if generation.failures_in_place > self.job.config.run.max_failures_in_place:
-            raise RunFailed(f"{generation.failures_in_place} starts in a row from sample {generation.samples_seen}")
-        job = self.job
+        job, again = self.job, generation.failures_in_place
+        if again > job.config.run.max_failures_in_place:
+            causes = [e["error"] for e in ledger.read_events(job.run_dir) if e["event"] == "failure"]
+            last = f"; the last failure: {causes[-1]}" if causes else ""
+            raise RunFailed(f"{again} starts in a row from sample {generation.samples_seen} without progress{last}")
         return stream.dataset(
             job.plan, job.train_cases, job.source, job.cutting, generation.samples_seen, self.cpus_per_task
         )
@@ -83,6 +85,7 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
         datasets={"train": StreamFactory(job, needed.cpus_per_task)},
         dataset_config=stream.OrderedSplit(),
@@ -90,5 +93,5 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        return " ".join(str(error).split())[:400]
+        return " ".join(str(error).split()).removeprefix("Training failed due to controller error: ")[:800]
     return ""

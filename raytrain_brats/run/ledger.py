@@ -32,6 +32,7 @@ class Generation:
 
 def begin_generation(run_dir: str) -> Generation:
     """Choose the newest valid checkpoint, cut the books back to it, and record the decision."""
+    _end_torn_line(run_dir)
     found, damaged = checkpoint.newest_valid(run_dir)
     for name, why in damaged:
         event(run_dir, "damaged_checkpoint", name=name, why=why)
@@ -47,19 +48,18 @@ def begin_generation(run_dir: str) -> Generation:
     )
     rows = read_rows(run_dir)
     kept = [row for row in rows if row["samples_seen"] <= seen]
-    if len(kept) < len(rows) or not storage.exists(_metrics(run_dir)):
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        storage.write_bytes(_metrics(run_dir), text.encode())
+    text = "".join(json.dumps(row) + "\n" for row in kept).encode()
+    if _bytes(_metrics(run_dir)) != text:  # also when only a torn last line goes: the next row must not join it
+        storage.write_bytes(_metrics(run_dir), text)
     storage.write_bytes(storage.join(run_dir, "generation.json"), json.dumps(asdict(generation)).encode())
     facts = asdict(generation)
-    event(
-        run_dir, "group", generation=facts.pop("number"), redone_steps=len(rows) - len(kept), **facts
-    )
+    event(run_dir, "group", generation=facts.pop("number"), redone_steps=len(rows) - len(kept), **facts)
     return generation
 
 
 def forgive(run_dir: str) -> None:
     """A person started the run again: earlier failures in place no longer count."""
+    _end_torn_line(run_dir)
     if before := current(run_dir):
         facts = asdict(before) | {"failures_in_place": -1}
         storage.write_bytes(storage.join(run_dir, "generation.json"), json.dumps(facts).encode())
@@ -85,26 +85,36 @@ def read_rows(run_dir: str) -> list[dict[str, Any]]:
 
 
 def read_events(run_dir: str) -> list[dict[str, Any]]:
-    return _lines(storage.join(run_dir, "events.jsonl"))
+    return _lines(storage.join(run_dir, "events.jsonl"), torn_lines=True)
 
 
 def _metrics(run_dir: str) -> str:
     return storage.join(run_dir, "metrics.jsonl")
 
 
-def _lines(uri: str) -> list[dict[str, Any]]:
-    try:
-        lines = storage.read_bytes(uri).splitlines()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for number, line in enumerate(lines):
+def _lines(uri: str, torn_lines: bool = False) -> list[dict[str, Any]]:
+    rows, lines = [], (_bytes(uri) or b"").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
-            if number != len(lines) - 1:  # only the last line may be torn, by a crash
-                raise
+        except ValueError as error:
+            if not torn_lines and number != len(lines):  # only the last line may be torn, by a crash
+                raise ValueError(f"{uri}: line {number} is damaged: {error}") from error
     return rows
+
+
+def _bytes(uri: str) -> bytes | None:
+    try:
+        return storage.read_bytes(uri)
+    except FileNotFoundError:
+        return None
+
+
+def _end_torn_line(run_dir: str) -> None:
+    """Close an event that a crash cut off, or the next one would join it."""
+    uri = storage.join(run_dir, "events.jsonl")
+    if not (_bytes(uri) or b"\n").endswith(b"\n"):
+        storage.append(uri, "\n")  # never rewritten: workers that are dying may still add to it
 
 
 class MetricsLog:
@@ -119,7 +129,7 @@ class MetricsLog:
         with self._lock:
             self._waiting.append(json.dumps(row) + "\n")
         if not storage.is_s3(self._uri):
-            with open(self._uri, "a") as file, self._lock:
+            with self._lock, open(self._uri, "a") as file:
                 file.write("".join(self._waiting))
                 self._waiting.clear()
 

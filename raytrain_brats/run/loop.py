@@ -33,12 +33,14 @@ def train_worker(arguments: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     generation = ledger.current(job.run_dir)
     assert generation is not None, "the dataset factory writes it before workers start"
-    learner = Learner(job, world_size, device)
-    if generation.checkpoint:
-        learner.restore(*checkpoint.load(job.run_dir, generation.checkpoint))
     seen, plan, every = generation.samples_seen, job.plan, job.config.validate_.every_samples
-    shard = ray.train.get_dataset_shard("train")
-    with Scribe(job, generation, rank, world_size, str(device)) as scribe:
+    with Scribe(job, generation, rank, world_size, device) as scribe:
+        learner = Learner(job, world_size, device)
+        if generation.checkpoint:
+            tensors, state = checkpoint.load(job.run_dir, generation.checkpoint)
+            learner.restore(tensors, state["learner"])
+        shard = ray.train.get_dataset_shard("train")
+        scribe.ready()
         while seen < plan.total and not scribe.stopped:
             stream_start, stretch_end = plan.stretch(seen)
             stream = patches(shard, job.config.run.prefetch)

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from raytrain_brats import storage
+from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS
 from raytrain_brats.run import ledger
 from raytrain_brats.run.job import Job
@@ -56,7 +57,7 @@ class Progress:
     def _line(self) -> str:
         try:
             rows, events = ledger.read_rows(self._job.run_dir), ledger.read_events(self._job.run_dir)
-        except OSError as error:  # the picture is not the run: storage may come back
+        except (OSError, ValueError, UserError) as error:  # the picture is not the run: storage may come back
             return f"run folder cannot be read just now: {error}"
         return describe(rows, events, self._job.plan.total)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-import torch.cuda
+import torch
 
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.run import ledger
@@ -26,7 +26,7 @@ from raytrain_brats.run.step import Learner, StepResult
 class Scribe:
     """Bookkeeping of one rank, for the time of one worker group. `stopped` is the same on all ranks."""
 
-    def __init__(self, job: Job, generation: Generation, rank: int, world_size: int, device: str) -> None:
+    def __init__(self, job: Job, generation: Generation, rank: int, world_size: int, device: torch.device) -> None:
         self.job, self.generation, self.rank, self.world_size = job, generation, rank, world_size
         self.stopped = False
         self._log = MetricsLog(job.run_dir)
@@ -34,20 +34,26 @@ class Scribe:
         self._bad_in_epoch = 0
         self._quarantined: set[str] = set()
         self._stall_s = 0.0
-        name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
-        self.event("worker", rank=rank, world_size=world_size, node=ray.util.get_node_ip_address(), device=name)
+        self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def __enter__(self) -> "Scribe":
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None and self.rank == 0:
+    def __exit__(self, kind: Any, error: Any, *_: Any) -> None:
+        if kind is not None:
+            self.event("failure", rank=self.rank, error=f"{kind.__name__}: {error}"[:500])
+        elif self.rank == 0:
             self._writer.wait()
             self._log.flush()
         self._writer.close()
 
     def event(self, kind: str, **facts: Any) -> None:
         ledger.event(self.job.run_dir, kind, generation=self.generation.number, **facts)
+
+    def ready(self) -> None:
+        """This rank is about to take its first patch."""
+        node = ray.util.get_node_ip_address()
+        self.event("worker", rank=self.rank, world_size=self.world_size, node=node, device=self._device)
 
     def step(
         self, before: int, seen: int, result: StepResult, mine: list[Patch], wait_s: float, step_s: float

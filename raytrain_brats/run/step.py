@@ -46,7 +46,7 @@ class Learner:
         self.parallel: nn.Module = DistributedDataParallel(self.network) if world_size > 1 else self.network
 
     def step(self, patches: list[Patch], samples_seen: int) -> StepResult:
-        """Apply one global step. A step without weight or with a non-finite loss leaves the weights as they are."""
+        """Apply one global step. A step without weight or with a non-finite loss or gradient changes nothing."""
         train = self.config.train
         rate = learning_rate(train.optimiser, samples_seen, self.total)
         for group in self.optimiser.param_groups:
@@ -63,12 +63,12 @@ class Learner:
             distributed.all_reduce(sums)
         weight, loss, bad = sums.tolist()
         if weight > 0 and torch.isfinite(sums[1]):
-            parameters = [p for p in self.network.parameters() if p.grad is not None]
             self.scaler.unscale_(self.optimiser)
             # DDP has averaged over ranks what was to be summed
-            torch._foreach_mul_([p.grad for p in parameters], self.world_size / weight)
-            nn.utils.clip_grad_norm_(parameters, train.optimiser.clip_norm)
-            self.scaler.step(self.optimiser)
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, self.world_size / weight)
+            if torch.isfinite(nn.utils.clip_grad_norm_(self.network.parameters(), train.optimiser.clip_norm)):
+                self.scaler.step(self.optimiser)
             self.scaler.update()
         return StepResult(loss / weight if weight > 0 else None, round(bad), rate)
 

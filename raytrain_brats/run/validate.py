@@ -9,6 +9,7 @@ Ranks read their dealt cases themselves: a second Ray Dataset beside the trainin
 import csv
 import io
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,14 @@ from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import Refused
 from raytrain_brats.data.preprocess import Prepared, restore
 from raytrain_brats.data.store import Source
+from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS, to_regions
 from raytrain_brats.learn.inference import probabilities
 from raytrain_brats.learn.metrics import dice, hd95_mm
-from raytrain_brats.run.job import Job
+from raytrain_brats.learn.model import build_network
+from raytrain_brats.run import checkpoint
+from raytrain_brats.run.job import Job, read_config
+from raytrain_brats.run.step import network_weights
 
 Masks = npt.NDArray[np.bool_]
 
@@ -37,6 +42,24 @@ class Score:
     case_id: str
     dice: dict[str, float]
     hd95_mm: dict[str, float]
+
+
+def newest(run_dir: str) -> str:
+    """Name of the newest valid checkpoint. Raises UserError when there is none."""
+    found, _ = checkpoint.newest_valid(run_dir)
+    if found is None:
+        raise UserError(f"{run_dir} has no valid checkpoint yet; train first")
+    return found.name
+
+
+@lru_cache(maxsize=1)
+def load_network(run_dir: str, name: str) -> tuple[nn.Module, Config, torch.device]:
+    """The network of a checkpoint, on the GPU if this process was given one; kept for the next case."""
+    settings, _, _ = read_config(run_dir)
+    network = build_network(settings)
+    network.load_state_dict(network_weights(checkpoint.load(run_dir, name)[0]))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return network.to(device), settings, device
 
 
 def segment(prepared: Prepared, network: nn.Module, config: Config, device: torch.device) -> Masks:

@@ -1,0 +1,150 @@
+"""The whole story in minutes: `raytrain-brats demo [--chaos] [--data DIR]`.
+
+In: nothing (phantoms are drawn), or a folder of real cases.
+Out: `data/`, `store/`, `run/`, `predictions/`, `summary.json` under --out. Every stage is the command a person would
+type, and is printed before it runs.
+"""
+
+import importlib
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from raytrain_brats import storage
+from raytrain_brats.errors import RunFailed, UserError, run_entry
+from raytrain_brats.labels import REGIONS
+from raytrain_brats.run import cluster, ledger
+
+
+@dataclass(frozen=True)
+class Args:
+    """Phantoms, index, prepare, train, evaluate, predict, report: every stage on a Ray of its own in this process."""
+
+    out: str = "demo"
+    """Folder for everything the demo makes."""
+    data: str | None = None
+    """A folder of real cases in MSD or BraTS layout, instead of phantoms."""
+    cases: int = 30
+    """Phantoms to draw."""
+    chaos: bool = False
+    """Kill a training worker in the middle, and see the run go on."""
+    keep: bool = False
+    """Go on with what an earlier demo left in --out, instead of beginning anew."""
+    recipe: str = "demo"
+    set: tuple[str, ...] = ()
+    """Settings of the recipe to change: key=value."""
+
+
+class Stages:
+    """Runs commands one after the other in this process and keeps their seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def run(self, command: str, *arguments: str) -> None:
+        """Raises RunFailed, naming the stage, unless the command exits with 0."""
+        print(f"\n$ raytrain-brats {command} {shlex.join(arguments)}", flush=True)
+        began = time.perf_counter()
+        code = importlib.import_module(f"raytrain_brats.{command}").main(list(arguments))
+        self.seconds[command] = round(time.perf_counter() - began, 1)
+        if code:
+            raise RunFailed(f"stage {command} ended with exit code {code}")
+
+
+def work(args: Args) -> None:
+    out = Path(args.out).absolute()
+    _clear(out, args.keep)
+    data = storage.normal(args.data) if args.data else str(out / "data")
+    store, run_dir, predictions = (str(out / name) for name in ("store", "run", "predictions"))
+    manifest, began = str(out / "manifest.jsonl"), time.perf_counter()
+    os.environ["RAY_ADDRESS"] = "local"  # a demo must not land on somebody's cluster
+    cluster.connect()
+    stages = Stages()
+    stages.seconds["ray"] = round(time.perf_counter() - began, 1)
+    settings = ["--recipe", args.recipe, *(f"--set={s}" for s in args.set)]
+    if not args.data:
+        stages.run("phantom", "--out", data, "--cases", str(args.cases), "--anatomy", "procedural")
+    stages.run("index", "--data", data, "--out", manifest)
+    stages.run("prepare", "--data", manifest, "--store", store, *settings)
+    if args.chaos:
+        threading.Thread(target=_kill_a_worker, args=(run_dir,), daemon=True).start()
+    stages.run("train", "--store", store, "--run-dir", run_dir, *settings)
+    stages.run("evaluate", "--store", store, "--run-dir", run_dir)
+    stages.run("predict", "--run-dir", run_dir, "--out", predictions, "--images", data)
+    stages.run("report", "--run-dir", run_dir)
+    ray.shutdown()
+    stages.seconds["total"] = round(time.perf_counter() - began, 1)
+    _summarise(out, run_dir, stages.seconds)
+
+
+def _clear(out: Path, keep: bool) -> None:
+    """Begin anew, but only in a folder that is empty or that a demo made."""
+    import shutil
+
+    if out.exists() and any(out.iterdir()) and not keep:
+        if not (out / ".made-by-demo").exists():
+            raise UserError(f"--out {out} holds other files; give an empty or new folder")
+        shutil.rmtree(out)
+    storage.check_writable(str(out))
+    (out / ".made-by-demo").touch()
+
+
+def _kill_a_worker(run_dir: str) -> None:
+    """SIGKILL the last rank once a third of the samples is applied."""
+    while True:
+        time.sleep(0.5)
+        rows, events = ledger.read_rows(run_dir), ledger.read_events(run_dir)
+        launches = [e for e in events if e["event"] == "launch"]
+        if rows and launches and rows[-1]["samples_seen"] > launches[-1]["total_samples"] / 3:
+            break
+    victim = [e for e in events if e["event"] == "worker"][-1]
+    print(f"chaos: killing the worker of rank {victim['rank']} (process {victim['pid']})", flush=True)
+    os.kill(victim["pid"], signal.SIGKILL)
+    ledger.event(run_dir, "chaos", killed_pid=victim["pid"], rank=victim["rank"])
+
+
+def _summarise(out: Path, run_dir: str, seconds: dict[str, float]) -> None:
+    rows, events = ledger.read_rows(run_dir), ledger.read_events(run_dir)
+    scores = json.loads((out / "run" / "evaluation" / "summary.json").read_bytes())
+    launch = max(i for i, e in enumerate(events) if e["event"] == "launch")
+    summary = {
+        "dice": scores["dice"],
+        "hd95_mm": scores["hd95_mm"],
+        "data": scores["data"],
+        "steps": len(rows),
+        "samples_seen": rows[-1]["samples_seen"],
+        "seconds": seconds,
+        "restarts": sum(e["event"] == "group" for e in events[launch:]) - 1,
+        "report": str(out / "run" / "report.html"),
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    made = Table(title=f"made in {seconds['total']:.0f} s", show_header=False)
+    dice = ", ".join(f"{region} {scores['dice'][region]:.3f}" for region in REGIONS)
+    kind = " (phantoms: no clinical meaning)" if scores["data"] == "phantom" else ""
+    made.add_row("Dice, held-out cases", f"{dice}{kind}")
+    made.add_row("samples, steps", f"{summary['samples_seen']:,}, {summary['steps']:,}")
+    made.add_row("restarts", f"{summary['restarts']}")
+    made.add_row("seconds", ", ".join(f"{stage} {s:g}" for stage, s in seconds.items() if stage != "total"))
+    for name, what in (("report", "run/report.html"), ("predictions", "predictions/"), ("summary", "summary.json")):
+        made.add_row(name, str(out / what))
+    Console().print(made)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Args, prog="raytrain-brats demo", args=argv)
+    return run_entry(lambda: work(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Every picture of a run, drawn in memory.
+
+In: rows of metrics.jsonl and events.jsonl, seconds by kind, or one case's image and masks.
+Out: PNG bytes. Charts have a transparent ground and a light and a dark variant; overlays are always dark.
+Shape letters: C modalities (FLAIR, T1w, T1gd, T2w), R regions (WT, TC, ET), X Y Z voxels on a RAS grid.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise, product
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Row = Mapping[str, Any]
+Array = np.ndarray
+
+# Told apart with every common colour blindness: they differ in lightness, not in hue alone.
+REGION_COLOURS = {"WT": "#3fa7e6", "TC": "#f2ae00", "ET": "#e0478a"}
+_LOST = "start-up, recovery, redone"
+TIME_COLOURS = {
+    "training": "#159183",
+    "waiting for data": "#f2ae00",
+    "checkpoint stall": "#3064c8",
+    "validation": "#b292ea",
+    _LOST: "#e0603a",
+    "stopped": "#a9b0b9",
+}
+_LANES = {  # event kind: (name, marker, colour)
+    "group": ("group start", "^", TIME_COLOURS["training"]),
+    "checkpoint": ("checkpoint", "o", TIME_COLOURS["checkpoint stall"]),
+    "validation": ("validation", "D", TIME_COLOURS["validation"]),
+    "chaos": ("chaos kill", "X", TIME_COLOURS[_LOST]),
+}
+
+
+def _theme(dark: bool) -> dict[Any, Any]:
+    ink, faint = ("#c9d1da", "#3a424d") if dark else ("#3d4650", "#d5dae0")
+    inks = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), ink)
+    lines = dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), faint)
+    ground = {"axes.facecolor": "none", "figure.facecolor": "none", "axes.titlelocation": "left"}
+    look = {"font.size": 9.5, "legend.fontsize": 8.5, "legend.frameon": False, "ytick.major.size": 0}
+    axes = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True}
+    return {**inks, **lines, **ground, **look, **axes, "axes.titlesize": 10}
+
+
+def _png(figure: Figure, dpi: int = 150) -> bytes:
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return target.getvalue()
+
+
+def _samples_axes(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="samples seen")
+    axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter="{x:,.0f}")
+    return figure, axes
+
+
+def _running_mean(values: Array, window: int) -> Array:
+    """Centred mean, over fewer values at the ends; a value that is not finite carries no weight."""
+    known = np.isfinite(values)
+    total, count = (np.convolve(x, np.ones(window), "same") for x in (np.where(known, values, 0.0), known))
+    return np.where(count > 0.5, total / np.maximum(count, 1), np.nan)
+
+
+def loss_curve(rows: Sequence[Row], dark: bool = False) -> bytes:
+    """Loss over samples seen: each step faint, its running mean strong, restarts as vertical lines."""
+    seen, loss = np.array([(row["samples_seen"], row["loss"]) for row in rows], dtype=float).T
+    window = min(max(1, len(rows) // 25), 500) | 1
+    restarts = [after for before, after in pairwise(rows) if before["generation"] != after["generation"]]
+    with matplotlib.rc_context(_theme(dark)):
+        figure, axes = _samples_axes("Training loss")
+        axes.plot(seen, loss, color=TIME_COLOURS["stopped"], lw=0.8, alpha=0.7, label="each step")
+        mean, label = _running_mean(loss, window), f"mean of {window} steps" if window > 1 else None
+        axes.plot(seen, mean, ".-" if len(rows) < 30 else "-", color=TIME_COLOURS["training"], lw=2.2, label=label)
+        for row in restarts:
+            start, name = row["positions"][0], f"group {row['generation']}" if len(restarts) <= 12 else ""
+            axes.axvline(start, color=TIME_COLOURS[_LOST], lw=min(0.9, 12 / len(restarts)), ls="--", zorder=1)
+            look: dict[str, Any] = {"color": TIME_COLOURS[_LOST], "size": 7.5, "rotation": 90, "va": "top"}
+            axes.annotate(name, (start, 1), (3, 0), axes.get_xaxis_transform(), "offset points", **look)
+        axes.legend(loc="best" if len(rows) < 2000 else "upper right")
+        return _png(figure)
+
+
+def dice_curve(validations: Sequence[Row], dark: bool = False) -> bytes:
+    """Validation Dice of WT, TC and ET over samples seen, named at their last value."""
+    seen = [row["samples_seen"] for row in validations]
+    curves = {r: np.array([row["dice"].get(r) for row in validations], dtype=float) for r in REGION_COLOURS}
+    ends = {r: float(known[-1]) for r, curve in curves.items() if len(known := curve[np.isfinite(curve)])}
+    with matplotlib.rc_context(_theme(dark)):
+        figure, axes = _samples_axes("Validation Dice" if ends else "Validation Dice: none yet")
+        axes.set_ylim(-0.02, 1.02)
+        label_y = -1.0
+        for region, end in sorted(ends.items(), key=lambda item: item[1]):
+            axes.plot(seen, curves[region], "o-", color=REGION_COLOURS[region], lw=2, ms=4.5)
+            label_y = max(end, label_y + 0.075)  # labels keep a distance, whatever the scores
+            look: dict[str, Any] = {"va": "center", "color": REGION_COLOURS[region], "fontweight": "bold"}
+            axes.text(1.02, label_y, f"{region} {end:.2f}", transform=axes.get_yaxis_transform(), **look)
+        return _png(figure)
+
+
+def wall_span(rows: Sequence[Row], events: Sequence[Row]) -> tuple[float, float]:
+    """Unix seconds of the first launch (or first step) and of the last thing known of the run."""
+    starts = [row["time"] - row["step_s"] for row in rows[:1]]
+    starts += [e["time"] for e in events if e["event"] == "launch"] or [e["time"] for e in events]
+    return min(starts), max([*starts, *(row["time"] for row in [*rows, *events])])
+
+
+def stopped_spans(rows: Sequence[Row], events: Sequence[Row]) -> list[tuple[float, float]]:
+    """Pauses between the last sign of life of one driver and the launch of the next."""
+    launches = sorted(event["time"] for event in events if event["event"] == "launch")[1:]
+    times = np.sort(np.array([row["time"] for row in [*rows, *events]], dtype=float))
+    return [(float(times[before - 1]), t) for t in launches if (before := int(np.searchsorted(times, t))) > 0]
+
+
+def _joined(spans: Iterable[tuple[float, float, int]], tolerance_s: float) -> list[tuple[float, float, int]]:
+    """Sorted (start, end, height) with neighbours of equal height joined across gaps up to the tolerance."""
+    joined: list[tuple[float, float, int]] = []
+    for start, end, height in sorted(spans):
+        if joined and joined[-1][2] == height and start - joined[-1][1] <= tolerance_s:
+            start, end = joined[-1][0], max(end, joined.pop()[1])
+        joined.append((start, end, height))
+    return joined
+
+
+def _areas(rows: Sequence[Row], events: Sequence[Row], top: int) -> dict[str, list[tuple[float, float, int]]]:
+    """(start, end, height) of what filled the wall time, by its name in TIME_COLOURS."""
+    origin, end = wall_span(rows, events)
+    tolerance_s = max(1.0, 4 * float(np.median([row["step_s"] for row in rows])), (end - origin) / 1500)
+    training = _joined(((row["time"] - row["step_s"], row["time"], row["world_size"]) for row in rows), tolerance_s)
+    validation = [(e["time"] - e["seconds"], e["time"], top) for e in events if e["event"] == "validation"]
+    stopped = [(*span, top) for span in stopped_spans(rows, events)]
+    busy = _joined(((a, b, 0) for a, b, _ in [*training, *validation, *stopped, (end, end, 0)]), tolerance_s)
+    gaps = zip([origin, *(span[1] for span in busy)], [span[0] for span in busy], strict=False)
+    lost = [(a, b, top) for a, b in gaps if b - a > tolerance_s]
+    named = {"training": training, _LOST: lost, "validation": validation, "stopped": stopped}
+    return {name: spans for name, spans in named.items() if spans}
+
+
+def worker_timeline(rows: Sequence[Row], events: Sequence[Row], dark: bool = False) -> bytes:
+    """How many workers trained when, what happened in between, and one lane of marks per kind of event."""
+    origin, end = wall_span(rows, events)
+    unit, unit_s = next(((n, s) for n, s in (("h", 3600), ("min", 60)) if end - origin > 3 * s), ("s", 1))
+    lanes = {kind: lane for kind, lane in _LANES.items() if any(e["event"] == kind for e in events)}
+    top = max(row["world_size"] for row in rows)
+    with matplotlib.rc_context(_theme(dark)):
+        figure = Figure(figsize=(10.6, 2.6 + 0.22 * len(lanes)), layout="constrained")
+        axes, marks = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, 0.12 + 0.22 * len(lanes)])
+        for name, spans in _areas(rows, events, top).items():
+            start, stop, height = np.array(spans, dtype=float).T
+            look: dict[str, Any] = {"color": TIME_COLOURS[name], "alpha": 0.9 if name == "training" else 0.32, "lw": 0}
+            axes.bar((start - origin) / unit_s, height, (stop - start) / unit_s, align="edge", label=name, **look)
+        axes.set(title="World size", ylim=(0, top * 1.04))
+        axes.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for lane, (kind, (_, marker, colour)) in enumerate(lanes.items()):
+            times = [(e["time"] - origin) / unit_s for e in events if e["event"] == kind]
+            marks.scatter(times, [lane] * len(times), s=32, marker=marker, color=colour, lw=0, clip_on=False)
+        marks.set_yticks(range(len(lanes)), [name for name, _, _ in lanes.values()])
+        marks.set(xlim=(0, (end - origin) / unit_s or 1), ylim=(len(lanes) - 0.4, -0.6), xlabel=f"{unit} since launch")
+        return _png(figure)
+
+
+def time_split(seconds: Mapping[str, float], dark: bool = False) -> bytes:
+    """One stacked bar of the wall time; `seconds` has the keys of TIME_COLOURS."""
+    total, left = sum(seconds.values()) or 1.0, 0.0
+    with matplotlib.rc_context(_theme(dark)):
+        figure = Figure(figsize=(10.6, 0.5))
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(-0.5, 0.5), frame_on=False)
+        for name, part in seconds.items():
+            share = part / total
+            axes.barh(0, share, left=left, height=1, color=TIME_COLOURS[name])
+            label = f"{name} {share:.0%}" if share > 0.04 + 0.0095 * len(name) else f"{share:.0%}" * (share > 0.04)
+            ink = "white" if name in ("training", "checkpoint stall", _LOST) else "#1c2127"
+            axes.text(left + share / 2, 0, label, ha="center", va="center_baseline", color=ink, weight="bold")
+            left += share
+        return _png(figure)
+
+
+def _box(inside_xy: Array) -> tuple[slice, slice]:
+    """The bounding box of what is inside, with a margin; everything if nothing is."""
+    x, y = (np.flatnonzero(inside_xy.any(axis=axis)) if inside_xy.any() else [0, 10**6] for axis in (1, 0))
+    return slice(max(x[0] - 2, 0), x[-1] + 3), slice(max(y[0] - 2, 0), y[-1] + 3)
+
+
+def _panel(axes: Axes, plane_xy: Array, inside_xy: Array, regions_rxy: Array) -> None:
+    low, high = np.nanpercentile(plane_xy[inside_xy] if inside_xy.any() else plane_xy, [1, 99.5])
+    shown = np.nan_to_num(np.where(inside_xy, plane_xy, low), nan=low)
+    axes.imshow(shown.T, cmap="gray", origin="lower", interpolation="bilinear", vmin=low, vmax=max(high, low + 1e-6))
+    for mask, colour, width in zip(regions_rxy, REGION_COLOURS.values(), (1.5, 2.6, 1.1), strict=True):
+        if mask.any():  # padded, so that a mask at the border is closed, and a full one has an outline
+            x, y = (np.arange(-1, n + 1) for n in mask.shape)
+            axes.contour(x, y, np.pad(mask, 1).T.astype(float), levels=[0.5], colors=[colour], linewidths=width)
+    axes.axis("off")
+
+
+def overlay(
+    case_id: str, image_cxyz: Array, truth_regions: Array | None, predicted_regions: Array, dice: Mapping[str, Any]
+) -> bytes:
+    """FLAIR and T1gd of the axial slice with the largest tumour: true outlines above, predicted below."""
+    masks = {name: m for name, m in (("truth", truth_regions), ("prediction", predicted_regions)) if m is not None}
+    areas_z = next((m[0].sum(axis=(0, 1)) for m in masks.values() if m[0].any()), None)
+    z = predicted_regions.shape[3] // 2 if areas_z is None else int(areas_z.argmax())
+    planes = {"FLAIR": image_cxyz[0, :, :, z], "T1gd": image_cxyz[2, :, :, z]}
+    inside = (planes["FLAIR"] != image_cxyz[0, 0, 0, 0]) | (planes["T1gd"] != image_cxyz[2, 0, 0, 0])
+    box = _box(inside | np.any([regions[0, :, :, z] for regions in masks.values()], axis=0))
+    side, strip, head, foot = 2.4, 0.22, 0.66, 0.3  # inches
+    total = head + (side + strip) * len(masks) + foot
+    with matplotlib.rc_context({**_theme(dark=True), "figure.facecolor": "black"}):
+        figure = Figure(figsize=(2 * side, total))
+        for place, (name, modality) in enumerate(product(masks, planes)):
+            left, bottom = place % 2 / 2 + 0.01, total - head - (side + strip) * (place // 2 + 1)
+            axes = figure.add_axes((left, bottom / total, 0.48, side / total))
+            _panel(axes, planes[modality][box], inside[box], masks[name][:, *box, z])
+            label = f"{modality}, {name}{'' if masks[name][0].any() else ': no tumour'}"
+            figure.text(left + 0.01, (bottom + side + 0.04) / total, label, alpha=0.9)
+        look: dict[str, Any] = {"va": "center", "fontweight": "bold"}
+        figure.text(0.02, 1 - 0.2 / total, f"{case_id:.46}", fontsize=11.5, parse_math=False, **look)
+        for place, (region, colour) in enumerate(REGION_COLOURS.items()):
+            score = "" if truth_regions is None else f"  Dice {np.array(dice.get(region), dtype=float):.3f}"
+            text = f"━ {region}{score}".replace("nan", "–")
+            figure.text(0.02 + 0.32 * place, 1 - 0.45 / total, text, color=colour, **look)
+        figure.text(0.02, 0.12 / total, f"axial z = {z}, as stored (RAS): patient left is left, front is up", size=8)
+        return _png(figure, dpi=120)

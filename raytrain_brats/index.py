@@ -1,0 +1,52 @@
+"""Find, checksum and deal the cases of a folder: `raytrain-brats index --data URI --out FILE`.
+
+In: a folder in MSD or BraTS 2018-2021 layout, local or s3://.
+Out: a manifest (JSON lines); copies of equal content are named and kept on one side of every split.
+"""
+
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import tyro
+from rich.progress import track
+
+from raytrain_brats import storage
+from raytrain_brats.data import manifest as manifests
+from raytrain_brats.errors import UserError, run_entry
+
+
+@dataclass(frozen=True)
+class Args:
+    """List the cases of a folder with sizes, checksums and folds, in a manifest that other commands take as --data."""
+
+    out: str
+    """The manifest to write, ending in .jsonl (local or s3://)."""
+    data: str | None = os.environ.get("RAYTRAIN_BRATS_DATA")
+    """Folder in MSD or BraTS 2018-2021 layout (local or s3://); by default RAYTRAIN_BRATS_DATA."""
+
+
+def work(args: Args) -> None:
+    if not args.data:
+        raise UserError("no data given; name a folder with --data")
+    if not args.out.endswith(".jsonl"):
+        raise UserError(f"--out {args.out}: a manifest's name ends in .jsonl")
+    found = manifests.open_manifest(
+        args.data, lambda rows, total: track(rows, "checksums", total, disable=not sys.stdout.isatty())
+    )
+    manifests.write(found, storage.normal(args.out))
+    folds = Counter(case.fold for case in found.cases)
+    print(f"{len(found.cases)} cases, {sum(c.bytes for c in found.cases) / 1e6:,.1f} MB, {found.layout} layout")
+    print(f"folds of {', '.join(str(folds[fold]) for fold in range(manifests.FOLDS))} cases -> {args.out}")
+    for copies in manifests.duplicates(found):
+        print(f"equal content, kept in one fold: {', '.join(copies)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Args, prog="raytrain-brats index", args=argv)
+    return run_entry(lambda: work(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Write labelled BraTS-like cases: `raytrain-brats phantom --out DIR --cases N`.
+
+In: how many, on which grid, from which seed.
+Out: a folder in MSD layout; the same arguments give the same bytes.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import tyro
+from rich.progress import track
+
+from raytrain_brats import storage
+from raytrain_brats.data.phantom import write_set
+from raytrain_brats.errors import UserError, run_entry
+from raytrain_brats.run import cluster
+
+
+@dataclass(frozen=True)
+class Args:
+    """Draw synthetic gliomas in four contrasts, over all CPUs. They are for trying things out: no patient data."""
+
+    out: str
+    """Folder to write, in MSD Task01 layout (local)."""
+    cases: int = 20
+    """Number of cases; a larger set begins with the same ones."""
+    grid: int = 60
+    """Voxels along x and y: 240 is the size of real cases (1 mm), 60 a quick one (4 mm)."""
+    seed: int = 0
+    anatomy: Literal["auto", "procedural", "mni"] = "auto"
+    """mni: tissue maps that ship with nilearn; procedural: no data needed; auto: mni where nilearn is installed."""
+
+
+def work(args: Args) -> None:
+    if args.cases < 1 or not 32 <= args.grid <= 512:
+        raise UserError(f"--cases {args.cases} --grid {args.grid}: at least 1 case, on a grid of 32 to 512")
+    if storage.is_s3(args.out):
+        raise UserError(f"--out {args.out}: phantoms are written to a local folder; copy them from there")
+    out = storage.normal(args.out)
+    storage.check_writable(out)
+    cluster.connect()
+    cluster.check_shared({"run folder": out})
+    show = partial(track, description="drawing", total=args.cases, disable=not sys.stdout.isatty())
+    try:
+        size = write_set(out, args.cases, args.seed, args.grid, args.anatomy, lambda f, n: show(cluster.parallel_map(f, n)))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(f"{args.cases} phantoms ({size / 1e6:,.1f} MB) in {out}: synthetic, not patient data")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Args, prog="raytrain-brats phantom", args=argv)
+    return run_entry(lambda: work(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

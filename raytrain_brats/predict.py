@@ -1,0 +1,80 @@
+"""Segment cases: `raytrain-brats predict --run-dir URI --images ... --out DIR`.
+
+In: a run folder; 4D NIfTI files, or folders in MSD or BraTS layout or of 4D files; no labels needed.
+Out: `<out>/<case>.nii.gz`, uint8 labels of the run's convention on each case's own grid and affine.
+"""
+
+import gzip
+import os
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import nibabel as nib
+import numpy as np
+import tyro
+from rich.progress import track
+
+from raytrain_brats import storage
+from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data.manifest import Case
+from raytrain_brats.data.nifti import Refused
+from raytrain_brats.data.store import Source
+from raytrain_brats.errors import RunFailed, UserError, run_entry
+from raytrain_brats.labels import from_regions
+from raytrain_brats.run import cluster, job
+from raytrain_brats.run.validate import load_network, newest, segment
+
+
+@dataclass(frozen=True)
+class Args:
+    """Write a label volume for every case given, by the run's newest checkpoint."""
+
+    images: tuple[str, ...]
+    """4D NIfTI files, or folders of cases (local or s3://)."""
+    out: str
+    """Where the label volumes go (local or s3://)."""
+    run_dir: str | None = os.environ.get("RAYTRAIN_BRATS_RUN_DIR")
+    """The run; by default RAYTRAIN_BRATS_RUN_DIR."""
+
+
+def work(args: Args) -> None:
+    if not args.run_dir:
+        raise UserError("no run folder given; name one with --run-dir")
+    run_dir, out = storage.normal(args.run_dir), storage.normal(args.out)
+    settings, convention, _ = job.read_config(run_dir)
+    name = newest(run_dir)
+    found = [item for uri in args.images for item in manifests.scan_images(uri)]
+    items = [(Source(root, convention, settings.preprocess.spacing_mm), case) for root, case in found]
+    storage.check_writable(out)
+    cluster.connect()
+    written = cluster.parallel_map(partial(_one, run_dir, name, out), items, gpus=cluster.has_gpus())
+    refusals = [r for r in track(written, "predicting", len(items), disable=not sys.stdout.isatty()) if r]
+    for message in refusals:
+        print(f"refused: {message}", file=sys.stderr)
+    print(f"{len(items) - len(refusals)} label volumes in {out}")
+    if refusals:
+        raise RunFailed(f"{len(refusals)} of {len(items)} cases could not be read")
+
+
+def _one(run_dir: str, name: str, out: str, item: tuple[Source, Case]) -> str:
+    source, case = item
+    try:
+        prepared = source.load(case)
+    except Refused as error:
+        return f"case {case.id}: {error.reason}, {error.detail}"
+    network, settings, device = load_network(run_dir, name)
+    label = from_regions(segment(prepared, network, settings, device), source.convention)
+    image = nib.Nifti1Image(label, np.array(prepared.geometry.affine))
+    image.header.set_xyzt_units("mm")
+    storage.write_bytes(storage.join(out, f"{case.id}.nii.gz"), gzip.compress(image.to_bytes(), 6, mtime=0))
+    return ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Args, prog="raytrain-brats predict", args=argv)
+    return run_entry(lambda: work(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Preprocess all cases once: `raytrain-brats prepare --data URI --store URI`, a Ray Data job over all CPUs.
+
+In: a folder of NIfTI cases or a manifest; a recipe's `preprocess` section.
+Out: a store for `train --store`; `quarantine.json` in it names what could not be used and why.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import ray
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from raytrain_brats import config, storage
+from raytrain_brats.data import store as stores
+from raytrain_brats.data.manifest import Case
+from raytrain_brats.data.nifti import Refused
+from raytrain_brats.data.store import Source
+from raytrain_brats.errors import RunFailed, UserError, run_entry
+from raytrain_brats.run import cluster, job
+
+
+@dataclass(frozen=True)
+class Args:
+    """Decode, reorient, resample and crop every case once, over all CPUs; a second run does only what is missing."""
+
+    data: str | None = os.environ.get("RAYTRAIN_BRATS_DATA")
+    """Folder in MSD or BraTS layout, or a manifest; by default RAYTRAIN_BRATS_DATA."""
+    store: str | None = os.environ.get("RAYTRAIN_BRATS_STORE")
+    """Where the store goes (local or s3://); by default RAYTRAIN_BRATS_STORE."""
+    recipe: str = "demo"
+    """Recipe whose `preprocess` section counts."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Change a setting of the recipe: key=value, such as preprocess.spacing_mm=1.0."""
+    strict: bool = False
+    """Stop at the first case that cannot be used, instead of setting it aside."""
+
+
+def work(args: Args) -> None:
+    if not args.data or not args.store:
+        raise UserError(f"no {'store' if args.data else 'data'} given; name it with --{'store' if args.data else 'data'}")
+    settings = config.load(args.recipe, args.set)
+    store, options = storage.normal(args.store), job.preprocessing(settings)
+    manifest, source = job.open_cases(settings, args.data, None)
+    storage.check_writable(store)
+    cluster.connect()
+    cluster.check_shared({"run folder": store, "data folder": source.root})
+    good: list[Case] = []
+    refused: list[dict[str, str]] = []
+    results = _prepare_all(store, source, manifest.cases, options)
+    for row in track(results, "preparing", len(manifest.cases), disable=not sys.stdout.isatty()):
+        if not row["reason"]:
+            case = json.loads(row["case"])
+            good.append(Case(**case | {"images": tuple(case["images"])}))
+            continue
+        refused.append({key: row[key] for key in ("id", "uri", "reason", "detail")})
+        if args.strict:
+            raise RunFailed(f"case {row['id']} ({row['uri']}): {row['reason']}, {row['detail']}")
+    listed = [{"case": r["id"], "uri": r["uri"], "reason": r["reason"], "detail": r["detail"]} for r in refused]
+    storage.write_bytes(storage.join(store, "quarantine.json"), json.dumps(listed, indent=1).encode())
+    _show(listed)
+    if not good:
+        raise RunFailed(f"none of {len(manifest.cases)} cases could be used; see {storage.join(store, 'quarantine.json')}")
+    good.sort(key=lambda case: case.id)
+    stores.write_index(store, dataclasses.replace(manifest, cases=tuple(good), convention=source.convention), options)
+    size = sum(storage.list_files(storage.join(store, "objects")).values())
+    print(f"{len(good)} cases prepared, {len(refused)} set aside, {size / 1e6:,.1f} MB in {store}")
+
+
+def _prepare_all(store: str, source: Source, cases: tuple[Case, ...], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def one(row: dict[str, Any]) -> dict[str, Any]:
+        case = cases_by_id[row["id"]]
+        about = {"id": case.id, "uri": storage.join(source.root, case.images[0]), "case": "", "reason": "", "detail": ""}
+        try:
+            return about | {"case": json.dumps(dataclasses.asdict(stores.put(store, source, case, options)))}
+        except Refused as error:
+            return about | {"reason": error.reason, "detail": error.detail}
+
+    cases_by_id = {case.id: case for case in cases}
+    cpus = 0.5 if ray.cluster_resources()["CPU"] <= 4 else 1.0
+    ids = ray.data.from_items([{"id": case.id} for case in cases], override_num_blocks=len(cases))
+    yield from ids.map(one, num_cpus=cpus).iter_rows()
+
+
+def _show(refused: list[dict[str, str]]) -> None:
+    if refused:
+        table = Table("case", "reason", "detail", title=f"{len(refused)} cases set aside")
+        for row in refused[:20]:
+            table.add_row(row["case"], row["reason"], row["detail"])
+        Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Args, prog="raytrain-brats prepare", args=argv)
+    return run_entry(lambda: work(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""One self-contained page that tells what a run did: scores, curves, workers, where the time went.
+
+In: a run folder (local or s3://); only metrics.jsonl must be there.
+Out: `report.html` beside it. Command: `raytrain-brats report --run-dir URI [--out FILE]`.
+"""
+
+import base64
+import csv
+import io
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import jinja2
+import tyro
+import yaml
+
+from raytrain_brats import figures, storage
+from raytrain_brats.errors import UserError, run_entry
+
+Row = dict[str, Any]
+REGIONS = tuple(figures.REGION_COLOURS)
+MOST_CASES, MOST_OVERLAYS, MOST_LINES = 50, 12, 200
+
+
+@dataclass(frozen=True)
+class Args:
+    run_dir: str = field(default_factory=lambda: os.environ.get("RAYTRAIN_BRATS_RUN_DIR", ""))
+    """The run folder that `raytrain-brats train` wrote, local or s3://."""
+    out: str = ""
+    """Where the page goes; by default report.html in the run folder."""
+
+
+@dataclass(frozen=True)
+class TimeSplit:
+    """Seconds of a run's wall time by what they were spent on; no part is negative and nothing is left out."""
+
+    compute_s: float
+    wait_s: float
+    checkpoint_s: float
+    validation_s: float
+    recovery_s: float
+    stopped_s: float
+
+    @property
+    def wall_s(self) -> float:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        seconds = (self.compute_s, self.wait_s, self.checkpoint_s, self.validation_s, self.recovery_s, self.stopped_s)
+        return dict(zip(figures.TIME_COLOURS, seconds, strict=True))
+
+
+def time_split(rows: Sequence[Row], events: Sequence[Row]) -> TimeSplit:
+    """Wall time from the first launch to the last thing known of the run.
+
+    Checkpoint stalls and validations lie between steps. What nobody measured is start-up and recovery; steps
+    that were lost and redone count there too, since metrics.jsonl holds each step once.
+    """
+    start, end = figures.wall_span(rows, events)
+    stopped = sum(b - a for a, b in figures.stopped_spans(rows, events))
+    wait = [min(max(row["wait_s"], 0.0), row["step_s"]) for row in rows]
+    stall = sum(event["stall_s"] for event in events if event["event"] == "checkpoint")
+    validation = sum(event["seconds"] for event in events if event["event"] == "validation")
+    measured = [sum(row["step_s"] for row in rows) - sum(wait), sum(wait), stall, validation]
+    running = max(end - start - stopped, 0.0)
+    scale = min(1.0, running / sum(measured)) if sum(measured) > 0 else 0.0  # clocks of two hosts may disagree
+    compute, waiting, stalled, validated = (max(part, 0.0) * scale for part in measured)
+    rest = max(running - compute - waiting - stalled - validated, 0.0)
+    return TimeSplit(compute, waiting, stalled, validated, rest, stopped)
+
+
+def _json_lines(content: bytes) -> tuple[list[Row], int]:
+    """The rows, and how many lines were torn (a killed writer leaves one)."""
+    rows: list[Row] = []
+    lines = [line for line in content.splitlines() if line.strip()]
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows, len(lines) - len(rows)
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, jinja2.UndefinedError):
+        return "–"
+    return "–" if math.isnan(number) else "∞" if math.isinf(number) else f"{number:,.{digits}f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _groups(rows: Sequence[Row], events: Sequence[Row], origin: float) -> list[Row]:
+    """One row per worker-group start. Matched by time, since two launches may number alike."""
+    starts = [event for event in events if event["event"] == "group"]
+    table = []
+    for start, until in zip(starts, [*(e["time"] for e in starts[1:]), math.inf], strict=False):
+        workers = [e for e in events if e["event"] == "worker" and start["time"] <= e["time"] < until]
+        steps = [row for row in rows if start["time"] <= row["time"] < until]
+        first_s = steps[0]["time"] - steps[0]["step_s"] - start["time"] if steps else math.nan
+        places = Counter(f"{w.get('node', '?')} {w.get('device', '')}".strip() for w in workers)
+        where = ", ".join(f"{count} × {place}" if count > 1 else place for place, count in places.items())
+        world = steps[0]["world_size"] if steps else len(workers)
+        table.append({**start, "at": start["time"] - origin, "first_s": first_s, "world": world, "where": where})
+    return table
+
+
+def _quarantined(events: Sequence[Row]) -> list[Row]:
+    found = [event for event in events if event["event"] == "quarantine"]
+    times = Counter((str(e.get("case")), str(e.get("reason")), str(e.get("detail") or "")) for e in found)
+    return [{"case": c, "reason": r, "detail": d, "count": n} for (c, r, d), n in sorted(times.items())]
+
+
+def _evaluation(run_dir: str, files: Mapping[str, int]) -> Row:
+    """Summary, cases (worst mean Dice first) and overlays, as far as they are there."""
+    found: Row = {"summary": {}, "cases": [], "overlays": []}
+    if "evaluation/summary.json" in files:
+        found["summary"] = json.loads(storage.read_bytes(storage.join(run_dir, "evaluation/summary.json")))
+    if "evaluation/cases.csv" in files:
+        text = storage.read_bytes(storage.join(run_dir, "evaluation/cases.csv")).decode()
+        found["cases"] = sorted(csv.DictReader(io.StringIO(text)), key=_mean_dice)
+    order = {case["case"]: rank for rank, case in enumerate(found["cases"])}
+    pictures = [f for f in files if f.startswith("evaluation/overlays/") and f.endswith(".png")]
+    names = {name: name.rsplit("/", 1)[1].removesuffix(".png") for name in pictures}
+    for name in sorted(pictures, key=lambda f: (order.get(names[f], len(order)), f))[:MOST_OVERLAYS]:
+        picture = _base64(storage.read_bytes(storage.join(run_dir, name)))
+        found["overlays"].append({"case": names[name], "png": picture})
+    found["num_overlays"] = len(pictures)
+    return found
+
+
+def _mean_dice(case: Mapping[str, Any]) -> float:
+    known = [float(case[f"dice_{r}"]) for r in REGIONS if _number(case.get(f"dice_{r}")) != "–"]
+    return sum(known) / len(known) if known else math.inf
+
+
+def _headline(rows: Sequence[Row], events: Sequence[Row], split: TimeSplit, num_groups: int) -> list[tuple[str, ...]]:
+    """(name, value, note) of every number at the top."""
+    last, tail = rows[-1], [row["loss"] for row in rows[-20:]]
+    total = next((e["total_samples"] for e in reversed(events) if e.get("total_samples")), None)
+    done = f"of {total:,} ({min(last['samples_seen'] / total, 1):.0%})" if total else ""
+    worlds = sorted({row["world_size"] for row in rows})
+    samples = sum(row["positions"][1] - row["positions"][0] for row in rows)
+    active_s, in_steps_s = split.wall_s - split.stopped_s, split.compute_s + split.wait_s
+    bad = sum(row["bad"] for row in rows)
+    return [
+        ("final loss", _number(sum(tail) / len(tail), 4), f"mean of the last {len(tail)} steps"),
+        ("samples seen", f"{last['samples_seen']:,}", done),
+        ("steps", f"{len(rows):,}", f"{bad:,} samples could not be read" if bad else "every sample was read"),
+        ("workers", "–".join(str(w) for w in dict.fromkeys((worlds[0], worlds[-1]))), "in the worker group"),
+        ("restarts", str(max(num_groups, len({r["generation"] for r in rows})) - 1), "of the worker group"),
+        ("samples / s", _number(samples / active_s if active_s else math.nan, 2),
+         f"{_number(samples / in_steps_s if in_steps_s else math.nan, 2)} within steps"),
+        ("data wait", f"{split.wait_s / in_steps_s:.1%}" if in_steps_s else "–", "of the time within steps"),
+        ("wall time", _duration(split.wall_s), f"{split.compute_s / (split.wall_s or 1):.0%} of it training"),
+    ]  # fmt: skip
+
+
+def _scores(evaluation: Row, validations: Sequence[Row]) -> tuple[dict[str, Any], str]:
+    """Dice by region and where it comes from: the evaluation, else the last validation."""
+    if summary := evaluation["summary"]:
+        note = f"{summary.get('split', 'held-out')} split, {summary.get('cases', '?')} cases"
+        return summary.get("dice", {}), f"{note}, {summary.get('checkpoint', 'checkpoint unknown')}"
+    if validations:
+        return validations[-1]["dice"], f"validation at {validations[-1]['samples_seen']:,} samples"
+    return {}, ""
+
+
+def _on_phantoms(summary: Row, config: Any) -> bool:
+    """By the evaluation's word, else by the configuration's `synthetic`."""
+    if "data" in summary:
+        return str(summary["data"]) == "phantom"
+    return bool(config.get("synthetic")) if isinstance(config, dict) else False
+
+
+def _ending(events: Sequence[Row]) -> str:
+    last = next((e for e in reversed(events) if e["event"] in ("launch", "finish", "stop")), {"event": ""})
+    known = {"finish": "finished", "stop": f"stopped: {last.get('reason', 'no reason given')}"}
+    return known.get(last["event"], "no end recorded: running, or cut off")
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _pair(draw: Callable[..., bytes], *args: Any) -> dict[str, str]:
+    return {"light": _base64(draw(*args)), "dark": _base64(draw(*args, dark=True))}
+
+
+def write_report(run_dir: str, out: str = "") -> str:
+    """Write the page and return its URI. Raises UserError when there is no run to report."""
+    run_dir = storage.normal(run_dir)
+    files = storage.list_files(run_dir)
+    if not files:
+        raise UserError(f"{run_dir}: no such run folder, or an empty one; name the folder that `train` wrote")
+    texts = {n: storage.read_bytes(storage.join(run_dir, n)) for n in ("metrics.jsonl", "events.jsonl") if n in files}
+    rows, torn_rows = _json_lines(texts.get("metrics.jsonl", b""))
+    events, torn_events = _json_lines(texts.get("events.jsonl", b""))
+    if not rows:
+        raise UserError(f"{run_dir}: metrics.jsonl is missing or empty; report after the run's first step")
+    config = storage.read_bytes(storage.join(run_dir, "config.yaml")).decode() if "config.yaml" in files else ""
+    events = sorted((e for e in events if "event" in e and "time" in e), key=lambda event: float(event["time"]))
+    validations = [event for event in events if event["event"] == "validation"]
+    split, evaluation = time_split(rows, events), _evaluation(run_dir, files)
+    origin, end = figures.wall_span(rows, events)
+    groups, (dice, dice_source) = _groups(rows, events, origin), _scores(evaluation, validations)
+    drawn = {
+        "loss": _pair(figures.loss_curve, rows),
+        "dice": _pair(figures.dice_curve, validations) if validations else None,
+        "workers": _pair(figures.worker_timeline, rows, events),
+        "split": _pair(figures.time_split, split.parts()),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("raytrain_brats"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": _number, "duration": _duration}
+    page = environment.get_template("report.html.j2").render(
+        run_dir=run_dir, ending=_ending(events), began=datetime.fromtimestamp(origin, UTC),
+        ended=datetime.fromtimestamp(end, UTC), launch=next((e for e in events if e["event"] == "launch"), {}),
+        headline=_headline(rows, events, split, len(groups)), dice=dice, dice_source=dice_source,
+        phantom=_on_phantoms(evaluation["summary"], yaml.safe_load(config)), figures=drawn, split=split,
+        validations=validations, evaluation=evaluation, quarantined=_quarantined(events), groups=groups,
+        config=config, torn=torn_rows + torn_events, origin=origin, regions=figures.REGION_COLOURS,
+        time_colours=figures.TIME_COLOURS, most_cases=MOST_CASES, most_lines=MOST_LINES,
+    )  # fmt: skip
+    target = storage.normal(out) if out else storage.join(run_dir, "report.html")
+    storage.write_bytes(target, page.encode())
+    return target
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Args, prog="raytrain-brats report", args=argv, description="Write one page about a run.")
+
+    def work() -> None:
+        if not args.run_dir:
+            raise UserError("no run folder given; pass --run-dir or set RAYTRAIN_BRATS_RUN_DIR")
+        print(write_report(args.run_dir, args.out))
+
+    return run_entry(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,132 @@
+"""Rules of the code's shape (design.md, sections 2 and 7): who imports whom, how long things are, what --help does."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+import raytrain_brats
+from raytrain_brats.__main__ import COMMANDS
+
+ROOT = Path(raytrain_brats.__file__).parent
+SOURCES = {
+    ".".join(["raytrain_brats", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
+LEAVES = {f"raytrain_brats.{name}" for name in ("errors", "storage", "labels", "config")}
+ENTRIES = {
+    name
+    for name, tree in TREES.items()
+    if name.count(".") == 1 and any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+}
+
+
+def imports(name: str) -> set[str]:
+    """Full names of all modules imported anywhere in a module, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} uses a relative import"
+            module = node.module or ""
+            found |= {f"{module}.{a.name}" if f"{module}.{a.name}" in SOURCES else module for a in node.names}
+    return found
+
+
+def own(name: str) -> set[str]:
+    return {module for module in imports(name) if module.split(".")[0] == "raytrain_brats"}
+
+
+def foreign(name: str) -> set[str]:
+    return {module.split(".")[0] for module in imports(name)} - {"raytrain_brats"}
+
+
+def members(package: str) -> list[str]:
+    return [name for name in SOURCES if name == f"raytrain_brats.{package}" or name.startswith(f"raytrain_brats.{package}.")]
+
+
+def layer(module: str) -> str:
+    return "leaf" if module in LEAVES else (module.split(".") + [""])[1]
+
+
+def test_the_rules_see_the_package() -> None:
+    """The tests below are about something."""
+    assert LEAVES < set(SOURCES) and len(members("data")) > 5 and len(members("run")) > 8 and len(members("learn")) > 3
+    assert {f"raytrain_brats.{name}" for name in COMMANDS} <= ENTRIES
+    assert "raytrain_brats.errors" in own("raytrain_brats.train") and "torch" in foreign("raytrain_brats.run.step")
+
+
+@pytest.mark.parametrize("name", sorted(LEAVES))
+def test_leaves_import_leaves_only(name: str) -> None:
+    """config, errors, labels and storage know neither each other's users nor Ray nor torch."""
+    assert {layer(module) for module in own(name)} <= {"leaf"}
+    assert not foreign(name) & {"ray", "torch", "monai"}
+
+
+@pytest.mark.parametrize("name", members("data"))
+def test_data_imports_leaves(name: str) -> None:
+    """No torch; Ray in `stream` alone."""
+    assert {layer(module) for module in own(name)} <= {"leaf", "data"}
+    assert not foreign(name) & {"torch", "monai"}
+    assert name == "raytrain_brats.data.stream" or "ray" not in foreign(name)
+
+
+@pytest.mark.parametrize("name", members("learn"))
+def test_learn_knows_neither_ray_nor_data(name: str) -> None:
+    """It stands beside data."""
+    assert {layer(module) for module in own(name)} <= {"leaf", "learn"}
+    assert "ray" not in foreign(name)
+
+
+@pytest.mark.parametrize("name", members("run"))
+def test_run_imports_data_learn_and_leaves(name: str) -> None:
+    """And no entry."""
+    assert {layer(module) for module in own(name)} <= {"leaf", "data", "learn", "run"}
+
+
+@pytest.mark.parametrize("name", sorted(ENTRIES))
+def test_entries_do_not_import_each_other(name: str) -> None:
+    """An entry may use everything but another entry."""
+    assert not own(name) & ENTRIES - {name}
+
+
+def test_figures_import_leaves_only() -> None:
+    """Pictures are made of rows and arrays."""
+    assert {layer(module) for module in own("raytrain_brats.figures")} <= {"leaf"}
+    assert not foreign("raytrain_brats.figures") & {"ray", "torch", "monai"}
+
+
+@pytest.mark.parametrize("name", list(SOURCES))
+def test_modules_say_what_enters_and_what_leaves(name: str) -> None:
+    """Every module's docstring names its input and its output."""
+    docstring = ast.get_docstring(TREES[name]) or ""
+
+    assert "In: " in docstring and "Out: " in docstring
+
+
+def test_sizes() -> None:
+    """No file over 400 lines, no function over 60; the training loop within 70."""
+    files = {name: len(path.read_text().splitlines()) for name, path in SOURCES.items()}
+    functions = {
+        f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert not {name: lines for name, lines in files.items() if lines > 400}
+    assert functions.pop("raytrain_brats.run.loop.train_worker") <= 70
+    assert not {name: lines for name, lines in functions.items() if lines > 60}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """--help prints the usage by the command's own name and exits with 0, without starting anything."""
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"raytrain_brats.{command}").main(["--help"])
+    printed = capsys.readouterr()
+
+    assert ended.value.code == 0 and printed.err == ""
+    assert f"raytrain-brats {command}" in printed.out and "--help" in printed.out

@@ -1,0 +1,163 @@
+"""The books: generations, rows that count, events that stay; on a local disk and on S3."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain_brats import storage
+from raytrain_brats.run import checkpoint, ledger
+from raytrain_brats.run.ledger import MetricsLog
+
+
+@pytest.fixture(params=["local", "s3"])
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A run folder of either kind."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3_server')}/some/run"
+    (tmp_path / "run").mkdir()
+    return str(tmp_path / "run")
+
+
+def save(run_dir: str, seen: int, generation: int = 1) -> str:
+    return checkpoint.save(run_dir, seen, generation, {"a": torch.ones(3)}, {"samples_seen": seen}).name
+
+
+def write_rows(run_dir: str, *seen: int) -> None:
+    log = MetricsLog(run_dir)
+    for number in seen:
+        log.add({"samples_seen": number, "loss": 0.1})
+    log.flush()
+
+
+def seen_rows(run_dir: str) -> list[int]:
+    return [row["samples_seen"] for row in ledger.read_rows(run_dir)]
+
+
+def events(run_dir: str, kind: str) -> list[dict[str, Any]]:
+    return [event for event in ledger.read_events(run_dir) if event["event"] == kind]
+
+
+def test_generations_are_numbered_and_recorded(run_dir: str) -> None:
+    """The first starts at 0 without a checkpoint; later ones at the newest valid one; all ranks read the decision."""
+    assert ledger.current(run_dir) is None and ledger.read_rows(run_dir) == [] == ledger.read_events(run_dir)
+    first = ledger.begin_generation(run_dir)
+    assert first == ledger.Generation(1, 0, None, 0) == ledger.current(run_dir)
+    name = save(run_dir, 8)
+    second = ledger.begin_generation(run_dir)
+
+    assert second == ledger.Generation(2, 8, name, 0) == ledger.current(run_dir)
+    assert [e["generation"] for e in events(run_dir, "group")] == [1, 2]
+    assert events(run_dir, "group")[1]["checkpoint"] == name
+    assert {"time", "mono_s", "host", "pid"} <= events(run_dir, "group")[0].keys()
+
+
+def test_rows_beyond_the_checkpoint_are_dropped_and_counted(run_dir: str) -> None:
+    """Steps whose checkpoint was never committed will be done again, so their rows go."""
+    ledger.begin_generation(run_dir)
+    write_rows(run_dir, 4, 8, 12, 16)
+    save(run_dir, 8)
+    ledger.begin_generation(run_dir)
+
+    assert seen_rows(run_dir) == [4, 8]
+    assert events(run_dir, "group")[-1]["redone_steps"] == 2
+    write_rows(run_dir, 12)
+    assert seen_rows(run_dir) == [4, 8, 12]
+
+
+@pytest.mark.parametrize("checkpointed", [4, 8])
+def test_a_torn_last_row_is_cut_off(tmp_path: Path, checkpointed: int) -> None:
+    """A crash amid a row does not stop the next start, and the next row does not join the torn one."""
+    run_dir, file = str(tmp_path), tmp_path / "metrics.jsonl"
+    write_rows(run_dir, 4, 8)
+    save(run_dir, checkpointed)
+    with file.open("a") as torn:
+        torn.write('{"samples_seen": 12, "lo')
+    ledger.begin_generation(run_dir)
+    write_rows(run_dir, 12)
+
+    assert seen_rows(run_dir) == [*range(4, checkpointed + 1, 4), 12]
+    assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
+def test_a_damaged_row_in_the_middle_is_named(tmp_path: Path) -> None:
+    """What no crash explains is no silent gap: the file and the line are named."""
+    (tmp_path / "metrics.jsonl").write_text('{"samples_seen": 4}\n{"samp\n{"samples_seen": 12}\n')
+
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is damaged"):
+        ledger.read_rows(str(tmp_path))
+
+
+@pytest.mark.parametrize("start", [ledger.begin_generation, ledger.forgive])
+def test_a_torn_event_does_not_swallow_the_next(tmp_path: Path, start: Any) -> None:
+    """A crash amid an event costs that event alone."""
+    ledger.event(str(tmp_path), "launch")
+    with (tmp_path / "events.jsonl").open("a") as torn:
+        torn.write('{"event": "work')
+    start(str(tmp_path))
+    ledger.event(str(tmp_path), "worker")
+
+    assert [e["event"] for e in ledger.read_events(str(tmp_path)) if e["event"] != "group"] == ["launch", "worker"]
+
+
+def test_failures_in_place_count_only_without_progress(run_dir: str) -> None:
+    """They rise while starts come from the same place, and begin anew with each new checkpoint."""
+    assert [ledger.begin_generation(run_dir).failures_in_place for _ in range(3)] == [0, 1, 2]
+    save(run_dir, 4)
+    assert [ledger.begin_generation(run_dir).failures_in_place for _ in range(3)] == [0, 1, 2]
+    ledger.forgive(run_dir)
+
+    assert [ledger.begin_generation(run_dir).failures_in_place for _ in range(2)] == [0, 1]
+    assert ledger.current(run_dir) == ledger.Generation(8, 4, f"{4:012d}-g0001", 1)
+
+
+def test_a_damaged_checkpoint_is_discarded_with_an_event(run_dir: str) -> None:
+    """The one below is used, the damage is on record, the rows are cut back to what is left."""
+    write_rows(run_dir, 4, 8)
+    good, bad = save(run_dir, 4), save(run_dir, 8)
+    storage.write_bytes(storage.join(run_dir, "checkpoints", bad, "state.json"), b"{}")
+    generation = ledger.begin_generation(run_dir)
+
+    assert (generation.samples_seen, generation.checkpoint) == (4, good)
+    assert [(e["name"], e["why"]) for e in events(run_dir, "damaged_checkpoint")] == [
+        (bad, "state.json differs from its checksum")
+    ]
+    assert not [path for path in storage.list_files(run_dir) if bad in path]
+    assert seen_rows(run_dir) == [4]
+
+
+def test_local_rows_can_be_read_at_once(tmp_path: Path) -> None:
+    """A row shows when its step ends, not with the next checkpoint; a flush adds none twice."""
+    log = MetricsLog(str(tmp_path))
+    for count in (1, 2, 3):
+        log.add({"samples_seen": 4 * count})
+        assert seen_rows(str(tmp_path)) == [4, 8, 12][:count]
+    log.flush()
+    log.flush()
+
+    assert seen_rows(str(tmp_path)) == [4, 8, 12]
+
+
+def test_rows_are_there_after_a_flush(run_dir: str) -> None:
+    """Wherever the run lives, what was added before a flush is stored, in order, exactly once."""
+    log = MetricsLog(run_dir)
+    for number in range(3):
+        log.add({"samples_seen": number})
+    log.flush()
+    log.add({"samples_seen": 3})
+    log.flush()
+
+    assert seen_rows(run_dir) == [0, 1, 2, 3]
+
+
+def test_saving_and_pruning_work_anywhere(run_dir: str) -> None:
+    """On S3 as on a disk: prune leaves the newest `keep` and nothing uncommitted."""
+    made = [save(run_dir, seen) for seen in (4, 8, 12)]
+    storage.write_bytes(storage.join(run_dir, "checkpoints", f"{16:012d}-g0001", "state.json"), b"{}")
+    checkpoint.prune(run_dir, 2)
+    left = {path.split("/")[0] for path in storage.list_files(storage.join(run_dir, "checkpoints"))}
+
+    assert left == set(made[1:])
+    assert checkpoint.load(run_dir, made[2])[1] == {"samples_seen": 12}

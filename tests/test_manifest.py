@@ -1,0 +1,227 @@
+"""Which cases a folder holds, their identity, their folds; and one clear line when it is not what it should be."""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from raytrain_brats import storage
+from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data.manifest import Case, Manifest, checksummed, duplicates, identity, open_manifest, scan
+from raytrain_brats.data.nifti import decode_case
+from raytrain_brats.errors import UserError
+from raytrain_brats.labels import allowed_values, to_regions
+from tests.conftest import write_brats_folder, write_msd_folder
+
+OPTIONS: dict[str, Any] = {"spacing_mm": 1.0}
+
+
+def decoded(manifest: Manifest, case: Case) -> Any:
+    files = [storage.read_bytes(storage.join(manifest.root, path)) for path in manifests.case_files(case)]
+    return decode_case(files[:-1], files[-1], allowed_values(manifest.convention))
+
+
+def test_both_layouts_hold_the_same_cases(tmp_path: Path) -> None:
+    """MSD and BraTS 2021 files of the same patients give the same modalities in the same order, and regions."""
+    msd = open_manifest(str(write_msd_folder(tmp_path / "msd", 2)))
+    brats = open_manifest(str(write_brats_folder(tmp_path / "brats", 2)))
+
+    assert [c.id for c in msd.cases] == ["BRATS_001", "BRATS_002"]
+    assert [c.id for c in brats.cases] == ["BraTS2021_00000", "BraTS2021_00001"]
+    assert (msd.convention, brats.convention) == ("msd", "brats2017_2021")
+    for ours, theirs in zip(msd.cases, brats.cases, strict=True):
+        a, b = decoded(msd, ours), decoded(brats, theirs)
+        assert np.array_equal(a.image_cxyz, b.image_cxyz)
+        assert np.array_equal(to_regions(a.label_xyz, "msd"), to_regions(b.label_xyz, "brats2017_2021"))
+        sizes = [(tmp_path / "brats" / path).stat().st_size for path in manifests.case_files(theirs)]
+        assert theirs.bytes == sum(sizes)
+
+
+def test_both_layouts_are_read_from_s3(tmp_path: Path, s3_server: str) -> None:
+    """A bucket gives the same manifest as the folder, but for the root."""
+    folder = write_msd_folder(tmp_path / "msd", 2)
+    for path in folder.rglob("*.*"):
+        storage.write_bytes(f"{s3_server}/data/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    local, remote = open_manifest(str(folder)), open_manifest(f"{s3_server}/data/")
+    assert remote == dataclasses.replace(local, root=f"{s3_server}/data")
+
+
+def test_brats_names_in_any_case_and_unpacked(tmp_path: Path) -> None:
+    """Public copies have `_T1CE.nii.gz` and plain `.nii`; both are found, also below a subfolder."""
+    folder = write_brats_folder(tmp_path / "HGG", 1) / "BraTS2021_00000"
+    (folder / "BraTS2021_00000_t1ce.nii.gz").rename(folder / "BraTS2021_00000_T1CE.nii.gz")
+    nib.save(nib.load(folder / "BraTS2021_00000_t2.nii.gz"), folder / "BraTS2021_00000_t2.nii")  # type: ignore[attr-defined]
+    (folder / "BraTS2021_00000_t2.nii.gz").unlink()
+    (case,) = scan(str(tmp_path)).cases
+    assert [path.rsplit("_", 1)[1] for path in case.images] == ["flair.nii.gz", "t1.nii.gz", "T1CE.nii.gz", "t2.nii"]
+
+
+def broken(folder: Path, what: str) -> None:
+    listed = folder / "msd" / "dataset.json"
+    row = {"image": "./imagesTr/BRATS_001.nii.gz", "label": "./labelsTr/BRATS_001.nii.gz"}
+    contents = {
+        "json": '{"training": [', "list": "[1, 2]", "no training": "{}", "no label": '{"training": [{"image": "x"}]}',
+        "number": '{"training": [{"image": 1, "label": 2}]}', "not text": '{"training": [null]}',
+        "twice": json.dumps({"training": [row, row]}), "none": '{"training": []}',
+    }  # fmt: skip
+    if what in contents:
+        listed.write_text(contents[what])
+    elif what == "image":
+        (folder / "msd" / "imagesTr" / "BRATS_002.nii.gz").unlink()
+    elif what == "label":
+        (folder / "msd" / "labelsTr" / "BRATS_002.nii.gz").unlink()
+    elif what == "modality":
+        (folder / "brats" / "BraTS2021_00001" / "BraTS2021_00001_t1ce.nii.gz").unlink()
+    elif what == "seg":
+        (folder / "brats" / "BraTS2021_00001" / "BraTS2021_00001_seg.nii.gz").unlink()
+    elif what == "copy":
+        shutil.copytree(folder / "brats" / "BraTS2021_00001", folder / "brats" / "old" / "BraTS2021_00001")
+    elif what == "layout":
+        listed.unlink()
+    elif what == "empty":
+        (folder / "empty").mkdir()
+    elif what == "mac":
+        (folder / "mac").mkdir()
+        (folder / "mac" / "._dataset.json").write_text("left by macOS")
+
+
+@pytest.mark.parametrize(
+    ("what", "where", "named"),
+    [
+        ("", "nowhere", "nowhere does not exist"),
+        ("empty", "empty", "empty holds no files"),
+        ("mac", "mac", "mac holds no files"),
+        ("layout", "msd", "holds no case"),
+        *((what, "msd", "dataset.json") for what in ("json", "list", "no training", "no label", "number", "not text")),
+        ("none", "msd", "holds no case"),
+        ("twice", "msd", "lists a case twice"),
+        ("image", "msd", "imagesTr/BRATS_002.nii.gz, which is not there"),
+        ("label", "msd", r"1 of 2 cases have no label file \(BRATS_002\)"),
+        ("modality", "brats", "BraTS2021_00001 lacks BraTS2021_00001_t1ce.nii.gz"),
+        ("seg", "brats", r"1 of 2 cases have no label file \(BraTS2021_00001\)"),
+        ("copy", "brats", "BraTS2021_00001 stands twice"),
+        ("", "index.jsonl", "index.jsonl does not exist"),
+    ],
+)
+def test_a_broken_folder_is_named_in_one_line(tmp_path: Path, what: str, where: str, named: str) -> None:
+    """Each mistake is a UserError of one line that names the folder or file and ends with a remedy."""
+    write_msd_folder(tmp_path / "msd", 2, shape=(10, 10, 10))
+    write_brats_folder(tmp_path / "brats", 2, shape=(10, 10, 10))
+    broken(tmp_path, what)
+    with pytest.raises(UserError, match=named) as caught:
+        open_manifest(str(tmp_path / where))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_bucket_prefix_is_named_too(s3_server: str) -> None:
+    """An empty bucket, an empty prefix and a console's folder mark hold no cases; a wrong bucket says so."""
+    storage.write_bytes(f"{s3_server}/marked/", b"")
+    for uri, named in (
+        (s3_server, "holds no files"),
+        (f"{s3_server}/nothing", "does not exist"),
+        (f"{s3_server}/marked", "does not exist"),
+        (f"{s3_server}-wrong/x", "NoSuchBucket"),
+    ):
+        with pytest.raises(UserError, match=named):
+            open_manifest(uri)
+
+
+def test_folds_are_even_and_copies_stay_together(tmp_path: Path) -> None:
+    """Fold sizes differ by at most one; a copied case shares the fold of its original, under any name."""
+    folder = write_msd_folder(tmp_path, 12, shape=(8, 8, 8))
+    manifest = open_manifest(str(folder))
+    sizes = Counter(c.fold for c in manifest.cases)
+    assert sorted(sizes) == list(range(manifests.FOLDS))
+    assert max(sizes.values()) - min(sizes.values()) <= 1
+    train, held_out = manifest.split(2)
+    assert {*train} | {*held_out} == {*manifest.cases}
+    assert {c.fold for c in held_out} == {2}
+    assert 2 not in {c.fold for c in train}
+
+    copies = []
+    for number in (3, 7, 11):
+        for part in ("imagesTr", "labelsTr"):
+            shutil.copy(folder / part / f"BRATS_{number:03d}.nii.gz", folder / part / f"COPY_{number}.nii.gz")
+        copies.append((f"BRATS_{number:03d}", f"COPY_{number}"))
+    about = json.loads((folder / "dataset.json").read_text())
+    about["training"] += [{"image": f"imagesTr/{c}.nii.gz", "label": f"labelsTr/{c}.nii.gz"} for _, c in copies]
+    (folder / "dataset.json").write_text(json.dumps(about))
+    again = open_manifest(str(folder))
+    fold = {c.id: c.fold for c in again.cases}
+    assert duplicates(again) == copies
+    assert all(fold[original] == fold[copy] for original, copy in copies)
+    assert {c.id: c.fold for c in manifest.cases} == {c: f for c, f in fold.items() if not c.startswith("COPY")}
+
+
+def test_identity_is_that_of_content_and_preprocessing(tmp_path: Path) -> None:
+    """A changed byte, a case more or less, or other preprocessing change it; where the folder lies does not."""
+    folder = write_msd_folder(tmp_path / "here", 3, shape=(8, 8, 8))
+    cases = open_manifest(str(folder)).cases
+    first = identity(cases, OPTIONS)
+    moved = shutil.copytree(folder, tmp_path / "there")
+    assert identity(open_manifest(str(moved)).cases, OPTIONS) == first
+    assert identity(cases, {"spacing_mm": 1.5}) != first
+    assert identity(cases[:-1], OPTIONS) != first
+    for part in ("imagesTr", "labelsTr"):
+        path = moved / part / "BRATS_002.nii.gz"
+        content = bytearray(path.read_bytes())
+        content[-9] ^= 1
+        path.write_bytes(content)
+        changed = identity(open_manifest(str(moved)).cases, OPTIONS)
+        assert changed != first
+        content[-9] ^= 1
+        path.write_bytes(content)
+    assert identity(open_manifest(str(moved)).cases, OPTIONS) == first
+
+
+def test_a_manifest_file_comes_back_whole(tmp_path: Path) -> None:
+    """What `write` wrote, `read` and `open_manifest` read: every field, also of store cases and phantoms."""
+    manifest = open_manifest(str(write_brats_folder(tmp_path / "brats", 3, shape=(8, 8, 8))))
+    stored = tuple(dataclasses.replace(c, object="objects/x", object_sha256="ab") for c in manifest.cases)
+    for one in (manifest, dataclasses.replace(manifest, cases=stored, synthetic=True)):
+        manifests.write(one, str(tmp_path / "index.jsonl"))
+        assert open_manifest(str(tmp_path / "index.jsonl")) == one
+
+
+@pytest.mark.parametrize("content", [b"", b"[]\n", b"{}\n", b"\xff\n", b"3\n", b'{"root": "x"}\n{"id": 3}\n', b"{"])
+def test_a_file_that_is_no_manifest_is_named(tmp_path: Path, content: bytes) -> None:
+    """Anything else under that name is a UserError with the command that writes one."""
+    (tmp_path / "index.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"index\.jsonl is not a manifest; write it with"):
+        open_manifest(str(tmp_path / "index.jsonl"))
+
+
+def test_checksums_see_every_case_in_order(tmp_path: Path) -> None:
+    """`progress` is handed every case once, in order; checksums are those of the files' bytes, images first."""
+    manifest = scan(str(write_msd_folder(tmp_path, 3, shape=(8, 8, 8))))
+    seen: list[str] = []
+
+    def progress(rows: Any, count: int) -> Any:
+        for row in rows:
+            seen.append(f"{row.id} of {count}")
+            yield row
+
+    cases = checksummed(manifest, progress).cases
+    assert seen == ["BRATS_001 of 3", "BRATS_002 of 3", "BRATS_003 of 3"]
+    assert len({c.sha256 for c in cases}) == 3
+    assert {c.sha256 for c in manifest.cases} == {""}
+
+
+def test_images_to_segment_need_no_label(tmp_path: Path) -> None:
+    """`predict` takes one file, a folder of files, or a known layout, and never reads a label."""
+    folder = write_msd_folder(tmp_path, 2, shape=(8, 8, 8))
+    shutil.rmtree(folder / "labelsTr")
+    image = folder / "imagesTr" / "BRATS_002.nii.gz"
+    expected = Case("BRATS_002", "BRATS_002", ("BRATS_002.nii.gz",), None, image.stat().st_size)
+    assert manifests.scan_images(str(image)) == [(str(image.parent), expected)]
+    assert [c.id for _, c in manifests.scan_images(str(image.parent))] == ["BRATS_001", "BRATS_002"]
+    ((root, case), _) = manifests.scan_images(str(folder))
+    assert (root, case.images, case.label) == (str(folder), ("imagesTr/BRATS_001.nii.gz",), None)
+    with pytest.raises(UserError, match="does not exist"):
+        manifests.scan_images(str(folder / "none.nii.gz"))

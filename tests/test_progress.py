@@ -1,0 +1,74 @@
+"""The line a person reads while a run goes on."""
+
+from typing import Any
+
+import pytest
+
+
+from raytrain_brats.errors import UserError
+from raytrain_brats.run import ledger, progress
+from raytrain_brats.run.progress import describe
+
+
+def row(seen: int, time: float, **changes: Any) -> dict[str, Any]:
+    about = {"samples_seen": seen, "positions": [seen - 4, seen], "world_size": 2, "loss": 0.5, "time": time}
+    return about | {"step_s": 2.0, "wait_s": 0.5} | changes
+
+
+def group(number: int, time: float) -> dict[str, Any]:
+    return {"event": "group", "generation": number, "time": time}
+
+
+def test_before_the_first_step() -> None:
+    """It says that it starts, then that workers do."""
+    assert describe([], [], 4000) == "starting"
+    assert describe([], [group(1, 0)], 4000) == "sample 0 of 4,000: workers are starting"
+
+
+def test_how_far_how_well_how_fast_how_long() -> None:
+    """Means of the recent steps; the time left follows from samples per second."""
+    rows = [row(seen, seen, loss=loss) for seen, loss in ((1200, 0.4), (1204, None), (1208, 0.6))]
+
+    assert describe(rows, [group(1, 0)], 1508) == (
+        "sample 1,208 of 1,508 | loss 0.500 | 2.0 samples/s | 25% waiting for data | 2 workers | 2:30 left"
+    )
+    assert "| loss - |" in describe([row(4, 1, loss=None, world_size=1)], [], 8)
+    assert "| 1 worker |" in describe([row(4, 1, world_size=1)], [], 8)
+
+
+def test_only_recent_steps_count() -> None:
+    """A slow start is forgotten after twenty steps."""
+    rows = [row(4 * n, n, step_s=100.0 if n <= 5 else 2.0, loss=9.0 if n <= 5 else 0.5) for n in range(1, 26)]
+
+    assert "loss 0.500 | 2.0 samples/s" in describe(rows, [], 1000)
+
+
+def test_scores_and_restarts() -> None:
+    """The last validation by region; how often the group was started again."""
+    scores = {"event": "validation", "dice": {"WT": 0.9, "TC": 0.805, "ET": 0.7}, "time": 3}
+    rows, older = [row(4, 5)], scores | {"dice": {"WT": 0, "TC": 0, "ET": 0}}
+
+    assert "| Dice WT 0.90 TC 0.81 ET 0.70 |" in describe(rows, [group(1, 0), older, scores], 8)
+    assert describe(rows, [group(1, 0), group(2, 1)], 8).endswith("| 1 restart")
+    assert describe(rows, [group(1, 0), group(2, 1), group(3, 2)], 8).endswith("| 2 restarts")
+
+
+def test_between_two_worker_groups() -> None:
+    """While a new group starts, the line says so instead of showing the old speed."""
+    assert describe([row(8, 5)], [group(1, 0), group(2, 6)], 80) == "sample 8 of 80: worker group 2 is starting"
+
+
+@pytest.mark.parametrize("error", [OSError("away"), UserError("s3://x: S3 answers 403"), ValueError("line 3")])
+def test_books_that_cannot_be_read_do_not_end_the_picture(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line says why; the next look may work again."""
+
+    def fail(_: str) -> Any:
+        raise error
+
+    class Job:
+        run_dir = "s3://x/run"
+
+    monkeypatch.setattr(ledger, "read_rows", fail)
+    line = progress.Progress(Job())._line()  # type: ignore[arg-type]
+
+    assert "cannot be read just now" in line and str(error) in line

@@ -1,0 +1,201 @@
+"""The report tells the truth about a run, and its pictures show what they claim."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from raytrain_brats import figures, report
+from raytrain_brats.errors import UserError
+
+Row = dict[str, Any]
+PNG = b"\x89PNG\r\n\x1a\n"
+HOSTILE = '<script>alert("case")</script>'
+
+
+def step(number: int, time: float, generation: int = 1, world_size: int = 1) -> Row:
+    return {
+        "step": number, "samples_seen": 4 * number + 4, "positions": [4 * number, 4 * number + 4],
+        "world_size": world_size, "generation": generation, "loss": 1 / (number + 1), "lr": 1e-3, "bad": 0,
+        "wait_s": 0.5, "step_s": 2.0, "time": time,
+    }  # fmt: skip
+
+
+def event(kind: str, time: float, **more: Any) -> Row:
+    return {"event": kind, "time": time, "mono_s": time, "host": "h", "pid": 1, **more}
+
+
+def scores(value: float) -> Row:
+    return {"seconds": 3.0, "cases": 2, "dice": dict.fromkeys(("WT", "TC", "ET"), value), "hd95_mm": {}}
+
+
+ROWS = [step(n, 1012.0 + 2 * n) for n in range(5)] + [step(n, 1112.0 + 2 * n, 2, 2) for n in range(5, 10)]
+EVENTS = [
+    event("launch", 1000.0, total_samples=40, route="store", cases_train=8, cases_val=2, dataset_identity="abc"),
+    event("group", 1002.0, generation=1, samples_seen=0, checkpoint=None, redone_steps=0),
+    event("checkpoint", 1021.0, generation=1, samples_seen=20, name="c-20", seconds=1.0, bytes=9, stall_s=1.0),
+    event("validation", 1024.0, samples_seen=20, **scores(0.5)),
+    event("invented_next_year", 1025.0),
+    event("launch", 1100.0, total_samples=40),
+    event("group", 1103.0, generation=2, samples_seen=20, checkpoint="c-20", redone_steps=1),
+    event("quarantine", 1113.0, case=HOSTILE, reason="truncated", detail="cut & short", position=30),
+    event("validation", 1135.0, samples_seen=40, **scores(0.75)),
+    event("finish", 1140.0, samples_seen=40, seconds=40.0),
+]
+
+
+def write_run(folder: Path, rows: list[Row] = ROWS, events: list[Row] = EVENTS) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if events:
+        (folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in events))
+    return folder
+
+
+def pixels(png: bytes) -> np.ndarray:
+    assert png.startswith(PNG)
+    return matplotlib.image.imread(io.BytesIO(png))
+
+
+def test_split_accounts_for_every_second() -> None:
+    """Two launches with a pause: each part is what the rows say, the pause apart, the rest is recovery."""
+    split = report.time_split(ROWS, EVENTS)
+    assert split == report.TimeSplit(15.0, 5.0, 1.0, 6.0, 38.0, 75.0)
+    assert split.wall_s == 1140.0 - 1000.0
+    assert report.time_split(ROWS[:5], EVENTS[:4]) == report.TimeSplit(7.5, 2.5, 1.0, 3.0, 10.0, 0.0)
+
+
+def test_split_is_never_negative() -> None:
+    """Random, contradictory clocks and waits: no negative part, and the parts still sum to the wall time."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        rows = [step(n, float(rng.uniform(0, 100))) for n in range(6)]
+        rows = [{**row, "step_s": rng.uniform(0, 30), "wait_s": rng.uniform(-5, 40)} for row in rows]
+        events = [event("launch", float(rng.uniform(0, 100))) for _ in range(3)]
+        events += [event("validation", float(rng.uniform(0, 100)), samples_seen=1, **scores(0.1))]
+        events.sort(key=lambda e: float(e["time"]))
+        split = report.time_split(rows, events)
+        start, end = figures.wall_span(rows, events)
+        assert min(split.parts().values()) >= 0
+        assert split.wall_s == pytest.approx(end - start)
+
+
+def test_report_from_metrics_alone(tmp_path: Path) -> None:
+    """A run cut off after its first step, without events, is still reported."""
+    target = Path(report.write_report(str(write_run(tmp_path / "run", ROWS[:1], []))))
+    page = target.read_text()
+    assert target == tmp_path / "run" / "report.html"
+    assert "no end recorded" in page
+    assert "<h2>Validation history" not in page
+    assert "None" not in page
+
+
+def test_torn_last_line_is_skipped_and_named(tmp_path: Path) -> None:
+    """A writer killed in the middle of a line costs that line and no more, and the reader is told."""
+    run = write_run(tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "samp')
+    page = Path(report.write_report(str(run))).read_text()
+    assert "1 torn line in" in page
+    assert "<b>40</b><span>of 40 (100%)" in page
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_missing_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], create: bool) -> None:
+    """A folder that is missing, or has no metrics yet, ends with code 2 and one line that names it."""
+    run = tmp_path / "nowhere"
+    if create:
+        run.mkdir()
+        (run / "events.jsonl").write_text("{}\n")
+    assert report.main(["--run-dir", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert str(run) in message
+    assert message.count("\n") == 1
+    with pytest.raises(UserError):
+        report.write_report(str(run))
+
+
+def test_report_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Headline numbers, tables and figures are there, nothing is fetched, and hostile names stay text."""
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text("synthetic: true\nname: '<b>bold</b>'\n")
+    (run / "evaluation" / "overlays").mkdir(parents=True)
+    header = "case,dice_WT,dice_TC,dice_ET,hd95_WT_mm,hd95_TC_mm,hd95_ET_mm\n"
+    lines = 'good,0.9,0.9,0.9,1,1,1\nunknown,nan,nan,nan,nan,,\n"<img src=x>",0.1,0.2,0.3,9,inf,9\n'
+    (run / "evaluation" / "cases.csv").write_text(header + lines)
+    summary = {"split": "val", "cases": 3, "checkpoint": "c-40", "dice": {"WT": 0.875}, "data": "phantom"}
+    (run / "evaluation" / "summary.json").write_text(json.dumps(summary))
+    (run / "evaluation" / "overlays" / "good.png").write_bytes(PNG + b"overlay")
+    out = tmp_path / "elsewhere" / "page.html"
+    assert report.main(["--run-dir", str(run), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    page = out.read_text()
+    for expected in (
+        "phantom scores say nothing about patients", "<b>0.875</b>", "1–2", "finished", "cut &amp; short",
+        "<b>0.62</b>", "of the time within steps", "none: from scratch", "∞",
+    ):  # fmt: skip
+        assert expected in page, expected
+    for forbidden in ("<script", "<img src=x", "<b>bold", 'src="http', "url(", "<link"):
+        assert forbidden not in page, forbidden
+    assert page.index("&lt;img src=x&gt;") < page.index(">good<") < page.index(">unknown<")
+    assert page.count("data:image/png;base64,") == 2 * 4 + 1
+
+
+def test_charts_draw_in_both_modes() -> None:
+    """Each chart is a PNG with a transparent ground, and its dark variant differs."""
+    split = report.time_split(ROWS, EVENTS).parts()
+    validations = [e for e in EVENTS if e["event"] == "validation"]
+    for light, dark in (
+        (figures.loss_curve(ROWS), figures.loss_curve(ROWS, dark=True)),
+        (figures.dice_curve(validations), figures.dice_curve(validations, dark=True)),
+        (figures.worker_timeline(ROWS, EVENTS), figures.worker_timeline(ROWS, EVENTS, dark=True)),
+    ):
+        assert pixels(light)[0, 0, 3] == 0
+        assert light != dark
+    assert len(np.unique(pixels(figures.time_split(split)).reshape(-1, 4), axis=0)) > 5
+    broken = [{**ROWS[0], "loss": float("nan")}, {**ROWS[1], "loss": None}]
+    assert pixels(figures.loss_curve(broken)).size
+    assert pixels(figures.dice_curve([])).size
+
+
+def ball(shape: tuple[int, int, int], radius: float) -> np.ndarray:
+    grid = np.stack(np.meshgrid(*(np.arange(n) - n / 2 for n in shape), indexing="ij"))
+    return np.sqrt((grid**2).sum(axis=0)) < radius
+
+
+def outline_pixels(png: bytes, region: str) -> int:
+    colour = [int(figures.REGION_COLOURS[region][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    image = pixels(png)[80:, :, :3]  # below the legend
+    return int((np.abs(image - colour).max(axis=2) < 0.03).sum())
+
+
+@pytest.mark.parametrize("shape", [(60, 60, 39), (7, 5, 3)])
+def test_overlay_shows_brain_and_outlines(shape: tuple[int, int, int]) -> None:
+    """With a tumour all three outlines are drawn; without one the brain is shown and no outline."""
+    image = np.random.default_rng(0).normal(100, 10, (4, *shape)) * ball(shape, max(shape) / 2.2)
+    regions = np.stack([ball(shape, max(shape) / k) for k in (3, 4, 6)])
+    dice = {"WT": 0.9, "TC": None, "ET": float("nan")}
+    drawn = figures.overlay("$case_{1}", image, regions, regions, dice)
+    assert all(outline_pixels(drawn, region) > 20 for region in ("WT", "TC", "ET"))
+    nothing = np.zeros_like(regions)
+    for truth in (nothing, None):
+        empty = figures.overlay("empty", image, truth, nothing, {})
+        assert pixels(empty).std() > 0.05
+        assert outline_pixels(empty, "WT") == 0
+
+
+def test_overlay_takes_the_largest_true_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slice shown is the one where the true whole tumour is largest, and constant images do no harm."""
+    shape, shown = (12, 12, 9), []
+    truth = np.zeros((3, *shape), bool)
+    truth[:, 4:8, 4:8, 6] = True
+    truth[:, 5, 5, 2] = True
+    monkeypatch.setattr(figures, "_panel", lambda axes, plane, inside, regions: shown.append(regions.sum()))
+    figures.overlay("case", np.ones((4, *shape)), truth, ~truth, {})
+    assert shown[:2] == [48, 48]
+    monkeypatch.undo()
+    assert pixels(figures.overlay("full", np.ones((4, *shape)), ~truth | truth, truth, {})).size
