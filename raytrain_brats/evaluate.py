@@ -74,7 +74,7 @@ def work(args: Args) -> None:
     storage.write_bytes(storage.join(run_dir, "evaluation", "cases.csv"), table(scores))
     content = json.dumps(summary | means(scores), indent=1).encode()
     storage.write_bytes(storage.join(run_dir, "evaluation", "summary.json"), content)
-    _show(scores, phantoms)
+    _show(scores, args.split, phantoms)
 
 
 def _chosen(manifest: Manifest, fold: int, split: str) -> tuple[Case, ...]:
@@ -102,8 +102,8 @@ def _one(run_dir: str, name: str, source: Source, drawn: set[str], case: Case) -
     return result
 
 
-def _show(scores: list[Score], phantoms: bool) -> None:
-    lines = Table("case", *(f"Dice {r}" for r in REGIONS), *(f"HD95 {r} mm" for r in REGIONS), title="held-out scores")
+def _show(scores: list[Score], split: str, phantoms: bool) -> None:
+    lines = Table("case", *(f"Dice {r}" for r in REGIONS), *(f"HD95 {r} mm" for r in REGIONS), title=f"scores of split {split}")
     for s in sorted(scores, key=lambda s: s.dice["WT"])[:20]:
         lines.add_row(s.case_id, *(f"{s.dice[r]:.3f}" for r in REGIONS), *(f"{s.hd95_mm[r]:.1f}" for r in REGIONS))
     mean = means(scores)

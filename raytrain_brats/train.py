@@ -68,11 +68,12 @@ def work(args: Args) -> None:
         print(f"{todo.run_dir} is finished: {todo.plan.total:,} samples; evaluate it, or give another --run-dir")
         return
     cluster.connect()
+    needed = launch.check(todo)
     print(
-        f"{len(todo.train_cases)} cases to train on, {len(todo.held_out_cases)} held out, {todo.plan.total:,} samples in "
-        f"{todo.config.train.epochs} epochs, {'from sample ' + f'{found.samples_seen:,}' if found else 'a new run'}"
+        f"{len(todo.train_cases)} cases to train on, {len(todo.held_out_cases)} held out; "
+        f"{todo.plan.total:,} samples in all, {f'{found.samples_seen:,} of them done' if found else 'a new run'}"
     )
-    launch.train(todo)
+    launch.train(todo, needed)
     print(f"done: {todo.run_dir}")
 
 

@@ -36,7 +36,6 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     tensors, state = checkpoint.load(str(tmp_path), made.name)
     found, damaged = checkpoint.newest_valid(str(tmp_path))
     size = sum((tmp_path / "checkpoints" / made.name / file).stat().st_size for file in FILES[1:])
-
     assert state == STATE and tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[key], TENSORS[key]) and tensors[key].dtype == TENSORS[key].dtype for key in TENSORS)
     assert (found, damaged) == (made, []) and made == checkpoint.Checkpoint("000000000012-g0003", 12, 3, size)
@@ -46,23 +45,18 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
     """Whichever write fails, no manifest stands; and without any checkpoint none is found."""
     assert checkpoint.newest_valid(str(tmp_path)) == (None, [])
     real, written = storage.write_bytes, []
-
     def write(uri: str, content: bytes) -> None:
         if len(written) == stop_at:
             raise OSError("disk full")
         written.append(uri.rsplit("/", 1)[1])
         real(uri, content)
-
     monkeypatch.setattr(storage, "write_bytes", write)
-    for stop_at in range(3):
+    for number in range(3):
+        stop_at = number
         written.clear()
         with pytest.raises(OSError, match="disk full"):
             save(tmp_path, 4)
         assert "MANIFEST.json" not in written and checkpoint.newest_valid(str(tmp_path)) == (None, [])
-    stop_at = 9
-    written.clear()
-    save(tmp_path, 4)
-    assert written[-1] == "MANIFEST.json" and len(written) == 3
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -116,7 +110,6 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path, damage: Any, reason
     for folder in folders[1:]:
         damage(folder)
     found, damaged = checkpoint.newest_valid(str(tmp_path))
-
     assert found is not None and found.samples_seen == 4
     assert [name for name, _ in damaged] == [folder.name for folder in reversed(folders[1:])]
     for _, why in damaged:
@@ -124,19 +117,10 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path, damage: Any, reason
             raise ValueError(why)
 
 
-def test_a_checkpoint_without_manifest_does_not_exist(tmp_path: Path) -> None:
-    """It is neither chosen nor reported as damaged: its save never ended."""
-    save(tmp_path, 4)
-    (save(tmp_path, 8) / "MANIFEST.json").unlink()
-    found, damaged = checkpoint.newest_valid(str(tmp_path))
-
-    assert found is not None and (found.samples_seen, damaged) == (4, [])
-
-
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"3", b"null", b'"text"', b"{}", b"\xff\xfe\x00", b"[" * 100_000, b'{"format": 1, "files": []}']
-    + [b'{"format": 1, "files": {"tensors.safetensors": 3, "state.json": null}}', b'{"format": 99}', b"nonsense"],
+    [b"", b"[]", b"3", b"null", b'"text"', b"{}", b"\xff\xfe\x00", b"[" * 100_000, b'{"format": 1, "files": []}', b"x",
+     b'{"format": 1, "files": {"tensors.safetensors": 3, "state.json": null}}', b'{"format": 99}'],
 )
 def test_garbage_manifests_are_damage_and_not_a_crash(tmp_path: Path, content: bytes) -> None:
     """Also valid JSON of another type: named, passed over, refused by load with ValueError."""
@@ -144,7 +128,6 @@ def test_garbage_manifests_are_damage_and_not_a_crash(tmp_path: Path, content: b
     newest = save(tmp_path, 8)
     (newest / "MANIFEST.json").write_bytes(content)
     found, damaged = checkpoint.newest_valid(str(tmp_path))
-
     assert found is not None and (found.samples_seen, len(damaged)) == (4, 1)
     with pytest.raises(ValueError, match=r".+"):
         checkpoint.load(str(tmp_path), newest.name)
@@ -155,7 +138,6 @@ def test_the_newest_is_that_of_most_samples_then_of_the_latest_generation(tmp_pa
     for seen, generation in ((16, 2), (8, 9), (16, 10000), (16, 9999)):
         save(tmp_path, seen, generation)
     found, _ = checkpoint.newest_valid(str(tmp_path))
-
     assert found is not None and (found.samples_seen, found.generation) == (16, 10000)
 
 
@@ -169,7 +151,6 @@ def test_prune_keeps_the_newest_and_collects_orphans(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "notes").mkdir()
     (tmp_path / "checkpoints" / "notes" / "mine.txt").write_text("not a checkpoint")
     checkpoint.prune(str(tmp_path), 2)
-
     assert names(tmp_path) == [folders[12].name, folders[16].name, "notes"]
     checkpoint.prune(str(tmp_path / "nothing here"), 2)
 
@@ -180,7 +161,6 @@ def test_discard_removes_the_manifest_first(tmp_path: Path, monkeypatch: pytest.
     real = storage.delete
     monkeypatch.setattr(storage, "delete", lambda uri: (removed.append(uri.rsplit("/", 1)[1]), real(uri)))
     checkpoint.discard(str(tmp_path), folder.name)
-
     assert removed[0] == "MANIFEST.json" and sorted(removed) == sorted(FILES) and not folder.exists()
 
 
@@ -190,25 +170,23 @@ class Slow:
     def __init__(self, run_dir: Path, keep: int = 2) -> None:
         self.go, self.done, self.flushed = threading.Event(), [], 0
         self.writer = Writer(str(run_dir), keep, lambda made, seconds: self.done.append(made.samples_seen))
-
     def flush(self) -> None:
         assert self.go.wait(10)
         self.flushed += 1
-
     def start(self, seen: int, tensors: dict[str, torch.Tensor]) -> None:
         self.writer.start(seen, 1, tensors, STATE, self.flush)
 
 
 def test_writer_takes_its_snapshot_at_once(tmp_path: Path) -> None:
     """`start` returns before anything is written; training on in place does not leak into the checkpoint."""
-    slow, tensor = Slow(tmp_path), torch.zeros(2, 3).T  # not contiguous, as an optimiser's state may be
-    slow.start(4, {"a": tensor})
+    slow, tensors = Slow(tmp_path), {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3).T}  # b is not contiguous
+    slow.start(4, tensors)
     assert checkpoint.newest_valid(str(tmp_path))[0] is None
-    tensor += 1
+    for tensor in tensors.values():
+        tensor += 1
     slow.go.set()
     slow.writer.wait()
-
-    assert not checkpoint.load(str(tmp_path), f"{4:012d}-g0001")[0]["a"].any()
+    assert not any(tensor.any() for tensor in checkpoint.load(str(tmp_path), f"{4:012d}-g0001")[0].values())
     assert (slow.done, slow.flushed) == ([4], 1)
     slow.writer.close()
 
@@ -225,7 +203,6 @@ def test_writer_runs_one_save_at_a_time(tmp_path: Path) -> None:
     second.join(10)
     slow.start(12, TENSORS)
     slow.writer.close()
-
     assert slow.done == [4, 8, 12] and len(names(tmp_path)) == 2
 
 
@@ -240,7 +217,6 @@ def test_writer_surfaces_what_went_wrong(tmp_path: Path, monkeypatch: pytest.Mon
     slow.writer.wait()
     slow.start(8, TENSORS)
     slow.writer.close()  # a worker that is going down anyway
-
     assert slow.done == [] and checkpoint.newest_valid(str(tmp_path)) == (None, [])
 
 

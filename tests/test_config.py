@@ -19,15 +19,14 @@ DYNUNET = ("network={name: dynunet, filters: [8, 16, 16]}",)
 def test_recipes_load_and_fit_their_network(name: str) -> None:
     """Every recipe that ships is valid, and its patch passes its network."""
     recipe = load(name)
-
     assert not [edge for edge in recipe.data.patch_xyz if edge % patch_divisor(recipe)]
 
 
 @pytest.mark.parametrize("overrides", [(), DYNUNET, ("train.optimiser.learning_rate=1e-5", "run.cpus_per_worker=0.25")])
 def test_yaml_round_trip(overrides: tuple[str, ...]) -> None:
     """Config to YAML, read with any safe loader, to an equal config."""
-    one = load("demo", overrides)
-
+    one = load("demo", overrides)  # 1e-5 has no dot, which YAML takes for text
+    assert "1e-5" not in str(overrides) or one.train.optimiser.learning_rate == 1e-5
     assert parse(yaml.safe_load(one.to_yaml()), "again") == one
 
 
@@ -85,7 +84,6 @@ def test_what_is_wrong_is_named(overrides: list[str], fragments: list[str]) -> N
     """One line with the key, the value or the nearest names that exist."""
     with pytest.raises(UserError) as caught:
         load("demo", tuple(overrides))
-
     assert "\n" not in str(caught.value)
     assert all(fragment in str(caught.value) for fragment in fragments), caught.value
 
@@ -109,7 +107,6 @@ def test_broken_recipe_files_are_named(tmp_path: Path, content: bytes, fragment:
     (tmp_path / "mine.yaml").write_bytes(content)
     with pytest.raises(UserError) as caught:
         load(str(tmp_path / "mine.yaml"))
-
     assert "mine.yaml" in str(caught.value) and fragment in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -121,13 +118,12 @@ def test_unknown_recipes_are_named_with_the_known_ones() -> None:
         load("nowhere/x.yaml")
 
 
-@pytest.mark.parametrize(("text", "workers"), [("1:8", "1:8"), ("4", "4"), ("64", "64"), ("auto", "auto"), ("'2:2'", "2:2")])
-def test_workers_are_read_as_written(tmp_path: Path, text: str, workers: str) -> None:
+@pytest.mark.parametrize("text", ["1:8", "4", "64", "auto", "'2:2'"])
+def test_workers_are_read_as_written(tmp_path: Path, text: str) -> None:
     """1:8 is no number to base 60, with or without quotes, on the command line and in a file."""
     (tmp_path / "mine.yaml").write_text(f"network: {{name: segresnet}}\nrun:\n  workers: {text}\n")
-
-    assert load("demo", (f"run.workers={text}",)).run.workers == workers
-    assert load(str(tmp_path / "mine.yaml")).run.workers == workers
+    found = load("demo", (f"run.workers={text}",)), load(str(tmp_path / "mine.yaml"))
+    assert [one.run.workers for one in found] == [text.strip("'")] * 2
 
 
 @pytest.mark.parametrize("text", ["0", "0:2", "4:2", "-1", "1:2:3", "a:b", "':3'", "1.5", "true", "''", "²"])
@@ -137,20 +133,11 @@ def test_workers_must_be_a_range(text: str) -> None:
         load("demo", (f"run.workers={text}",))
 
 
-def test_numbers_are_read_as_people_write_them() -> None:
-    """1e-3 without a dot is a number; later overrides win; lists may be given."""
-    one = load("demo", ("train.optimiser.learning_rate=1e-3", "train.epochs=3", "train.epochs=4", "data.patch_xyz=[8,16,8]"))
-
-    assert (one.train.optimiser.learning_rate, one.train.epochs, one.data.patch_xyz) == (0.001, 4, (8, 16, 8))
-
-
 def test_differences_are_those_that_make_another_run() -> None:
     """Every changed setting but those of `run` and `checkpoint`, with both values."""
     changed: dict[str, Any] = {"run.workers": "1:5", "run.prefetch": 9, "checkpoint.keep": 5}
     other = load("demo", (*(f"{key}={value}" for key, value in changed.items()), "train.epochs=99", "data.fold=2"))
-
     one = load("demo", ("train.epochs=12", "data.fold=0"))
-
     assert config.differences(one, one) == []
     assert config.differences(one, other) == ["data.fold: 0 -> 2", "train.epochs: 12 -> 99"]
-    assert any(line == "network.name: segresnet -> dynunet" for line in config.differences(load("demo"), load("demo", DYNUNET)))
+    assert "network.name: segresnet -> dynunet" in config.differences(one, load("demo", DYNUNET))

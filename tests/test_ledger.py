@@ -47,7 +47,6 @@ def test_generations_are_numbered_and_recorded(run_dir: str) -> None:
     assert first == ledger.Generation(1, 0, None, 0) == ledger.current(run_dir)
     name = save(run_dir, 8)
     second = ledger.begin_generation(run_dir)
-
     assert second == ledger.Generation(2, 8, name, 0) == ledger.current(run_dir)
     assert [e["generation"] for e in events(run_dir, "group")] == [1, 2]
     assert events(run_dir, "group")[1]["checkpoint"] == name
@@ -60,7 +59,6 @@ def test_rows_beyond_the_checkpoint_are_dropped_and_counted(run_dir: str) -> Non
     write_rows(run_dir, 4, 8, 12, 16)
     save(run_dir, 8)
     ledger.begin_generation(run_dir)
-
     assert seen_rows(run_dir) == [4, 8]
     assert events(run_dir, "group")[-1]["redone_steps"] == 2
     write_rows(run_dir, 12)
@@ -77,7 +75,6 @@ def test_a_torn_last_row_is_cut_off(tmp_path: Path, checkpointed: int) -> None:
         torn.write('{"samples_seen": 12, "lo')
     ledger.begin_generation(run_dir)
     write_rows(run_dir, 12)
-
     assert seen_rows(run_dir) == [*range(4, checkpointed + 1, 4), 12]
     assert all(json.loads(line) for line in file.read_text().splitlines())
 
@@ -85,7 +82,6 @@ def test_a_torn_last_row_is_cut_off(tmp_path: Path, checkpointed: int) -> None:
 def test_a_damaged_row_in_the_middle_is_named(tmp_path: Path) -> None:
     """What no crash explains is no silent gap: the file and the line are named."""
     (tmp_path / "metrics.jsonl").write_text('{"samples_seen": 4}\n{"samp\n{"samples_seen": 12}\n')
-
     with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is damaged"):
         ledger.read_rows(str(tmp_path))
 
@@ -98,7 +94,6 @@ def test_a_torn_event_does_not_swallow_the_next(tmp_path: Path, start: Any) -> N
         torn.write('{"event": "work')
     start(str(tmp_path))
     ledger.event(str(tmp_path), "worker")
-
     assert [e["event"] for e in ledger.read_events(str(tmp_path)) if e["event"] != "group"] == ["launch", "worker"]
 
 
@@ -108,7 +103,6 @@ def test_failures_in_place_count_only_without_progress(run_dir: str) -> None:
     save(run_dir, 4)
     assert [ledger.begin_generation(run_dir).failures_in_place for _ in range(3)] == [0, 1, 2]
     ledger.forgive(run_dir)
-
     assert [ledger.begin_generation(run_dir).failures_in_place for _ in range(2)] == [0, 1]
     assert ledger.current(run_dir) == ledger.Generation(8, 4, f"{4:012d}-g0001", 1)
 
@@ -119,7 +113,6 @@ def test_a_damaged_checkpoint_is_discarded_with_an_event(run_dir: str) -> None:
     good, bad = save(run_dir, 4), save(run_dir, 8)
     storage.write_bytes(storage.join(run_dir, "checkpoints", bad, "state.json"), b"{}")
     generation = ledger.begin_generation(run_dir)
-
     assert (generation.samples_seen, generation.checkpoint) == (4, good)
     assert [(e["name"], e["why"]) for e in events(run_dir, "damaged_checkpoint")] == [
         (bad, "state.json differs from its checksum")
@@ -136,20 +129,7 @@ def test_local_rows_can_be_read_at_once(tmp_path: Path) -> None:
         assert seen_rows(str(tmp_path)) == [4, 8, 12][:count]
     log.flush()
     log.flush()
-
     assert seen_rows(str(tmp_path)) == [4, 8, 12]
-
-
-def test_rows_are_there_after_a_flush(run_dir: str) -> None:
-    """Wherever the run lives, what was added before a flush is stored, in order, exactly once."""
-    log = MetricsLog(run_dir)
-    for number in range(3):
-        log.add({"samples_seen": number})
-    log.flush()
-    log.add({"samples_seen": 3})
-    log.flush()
-
-    assert seen_rows(run_dir) == [0, 1, 2, 3]
 
 
 def test_saving_and_pruning_work_anywhere(run_dir: str) -> None:
@@ -158,6 +138,5 @@ def test_saving_and_pruning_work_anywhere(run_dir: str) -> None:
     storage.write_bytes(storage.join(run_dir, "checkpoints", f"{16:012d}-g0001", "state.json"), b"{}")
     checkpoint.prune(run_dir, 2)
     left = {path.split("/")[0] for path in storage.list_files(storage.join(run_dir, "checkpoints"))}
-
     assert left == set(made[1:])
     assert checkpoint.load(run_dir, made[2])[1] == {"samples_seen": 12}

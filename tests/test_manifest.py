@@ -56,7 +56,7 @@ def test_brats_names_in_any_case_and_unpacked(tmp_path: Path) -> None:
     """Public copies have `_T1CE.nii.gz` and plain `.nii`; both are found, also below a subfolder."""
     folder = write_brats_folder(tmp_path / "HGG", 1) / "BraTS2021_00000"
     (folder / "BraTS2021_00000_t1ce.nii.gz").rename(folder / "BraTS2021_00000_T1CE.nii.gz")
-    nib.save(nib.load(folder / "BraTS2021_00000_t2.nii.gz"), folder / "BraTS2021_00000_t2.nii")  # type: ignore[attr-defined]
+    nib.save(nib.load(folder / "BraTS2021_00000_t2.nii.gz"), folder / "BraTS2021_00000_t2.nii")
     (folder / "BraTS2021_00000_t2.nii.gz").unlink()
     (case,) = scan(str(tmp_path)).cases
     assert [path.rsplit("_", 1)[1] for path in case.images] == ["flair.nii.gz", "t1.nii.gz", "T1CE.nii.gz", "t2.nii"]

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-
 from raytrain_brats.errors import UserError
 from raytrain_brats.run import ledger, progress
 from raytrain_brats.run.progress import describe
@@ -28,7 +27,6 @@ def test_before_the_first_step() -> None:
 def test_how_far_how_well_how_fast_how_long() -> None:
     """Means of the recent steps; the time left follows from samples per second."""
     rows = [row(seen, seen, loss=loss) for seen, loss in ((1200, 0.4), (1204, None), (1208, 0.6))]
-
     assert describe(rows, [group(1, 0)], 1508) == (
         "sample 1,208 of 1,508 | loss 0.500 | 2.0 samples/s | 25% waiting for data | 2 workers | 2:30 left"
     )
@@ -39,7 +37,6 @@ def test_how_far_how_well_how_fast_how_long() -> None:
 def test_only_recent_steps_count() -> None:
     """A slow start is forgotten after twenty steps."""
     rows = [row(4 * n, n, step_s=100.0 if n <= 5 else 2.0, loss=9.0 if n <= 5 else 0.5) for n in range(1, 26)]
-
     assert "loss 0.500 | 2.0 samples/s" in describe(rows, [], 1000)
 
 
@@ -47,7 +44,6 @@ def test_scores_and_restarts() -> None:
     """The last validation by region; how often the group was started again."""
     scores = {"event": "validation", "dice": {"WT": 0.9, "TC": 0.805, "ET": 0.7}, "time": 3}
     rows, older = [row(4, 5)], scores | {"dice": {"WT": 0, "TC": 0, "ET": 0}}
-
     assert "| Dice WT 0.90 TC 0.81 ET 0.70 |" in describe(rows, [group(1, 0), older, scores], 8)
     assert describe(rows, [group(1, 0), group(2, 1)], 8).endswith("| 1 restart")
     assert describe(rows, [group(1, 0), group(2, 1), group(3, 2)], 8).endswith("| 2 restarts")
@@ -61,14 +57,10 @@ def test_between_two_worker_groups() -> None:
 @pytest.mark.parametrize("error", [OSError("away"), UserError("s3://x: S3 answers 403"), ValueError("line 3")])
 def test_books_that_cannot_be_read_do_not_end_the_picture(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """The line says why; the next look may work again."""
-
     def fail(_: str) -> Any:
         raise error
-
     class Job:
         run_dir = "s3://x/run"
-
     monkeypatch.setattr(ledger, "read_rows", fail)
     line = progress.Progress(Job())._line()  # type: ignore[arg-type]
-
     assert "cannot be read just now" in line and str(error) in line

@@ -155,9 +155,9 @@ def _affine(header: nib.Nifti1Header, name: str) -> npt.NDArray[np.float64]:
     except (ValueError, HeaderDataError) as error:  # a quaternion longer than 1, a qfac other than 1 or -1
         raise Refused("affine", f"{name}: {error}") from error
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
-    singular = abs(np.linalg.det(affine[:3, :3])) < 1e-3 * spacing_mm.prod()
     # Edges outside 0.01 to 100 mm: metres, microns or damage; resampling would ask for a grid of any size
-    if not np.isfinite(affine).all() or singular or spacing_mm.min() < 0.01 or spacing_mm.max() > 100:
+    sound = np.isfinite(affine).all() and spacing_mm.min() >= 0.01 and spacing_mm.max() <= 100
+    if not sound or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * spacing_mm.prod():
         raise Refused("affine", f"{name}: {affine[:3].round(6).tolist()}")
     if not np.allclose(spacing_mm, header.get_zooms()[:3], rtol=1e-2):
         raise Refused("affine", f"{name}: affine says {spacing_mm.round(4)} mm, pixdim {header.get_zooms()[:3]}")

@@ -21,7 +21,8 @@ from raytrain_brats import storage
 from raytrain_brats.config import Run
 from raytrain_brats.errors import UserError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -152,13 +153,19 @@ def has_gpus() -> bool:
 
 
 def parallel_map(function: Callable[[T], R], items: Iterable[T], gpus: bool = False) -> Iterator[R]:
-    """`map` over the cluster's CPUs (or GPUs), results in order, a bounded number under way."""
-    task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=2)(lambda item: function(item))
+    """`map` over the cluster's CPUs (or GPUs), results in order, a bounded number under way.
+
+    What `function` raises is raised here as it was, without Ray's wrapping.
+    """
+    task: Any = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=2)(lambda item: function(item))
     width = 2 * max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)))
     running: list[Any] = []
-    for item in items:
-        running.append(task.remote(item))
-        if len(running) >= width:
+    try:
+        for item in items:
+            running.append(task.remote(item))
+            if len(running) >= width:
+                yield ray.get(running.pop(0))
+        while running:
             yield ray.get(running.pop(0))
-    for reference in running:
-        yield ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause or error from None

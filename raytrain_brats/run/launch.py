@@ -5,6 +5,7 @@ Out: the finished run folder; or RunFailed with the cause.
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,15 @@ class StreamFactory:
         )
 
 
-def train(job: Job) -> None:
-    """Train until the plan's end. Raises UserError (cannot run here), RunFailed (gave up)."""
-    storage.check_writable(job.run_dir)
+def check(job: Job) -> cluster.Resources:
+    """What the run will use of the connected cluster. Raises UserError when it cannot run there."""
     needed = cluster.measure(job.config.run, job.plan.global_batch)
     cluster.check_shared({"run folder": job.run_dir, "data folder": job.source.root})
+    return needed
+
+
+def train(job: Job, needed: cluster.Resources) -> None:
+    """Train until the plan's end. Raises RunFailed when it had to give up; what was committed stays."""
     write_config(job)
     ledger.forgive(job.run_dir)
     facts = {
@@ -90,8 +95,18 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
         datasets={"train": StreamFactory(job, needed.cpus_per_task)},
         dataset_config=stream.OrderedSplit(),
     )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
+    # In a thread, so that Ctrl-C reaches us: on the main thread Ray's own handler ends the process without a word.
+    with ThreadPoolExecutor(1) as pool:
+        fitting = pool.submit(trainer.fit)
+        try:
+            while not fitting.done():
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            ray.shutdown()  # ends the workers
+            raise
+    error = fitting.exception()
+    if isinstance(error, ray.train.TrainingFailedError):
         return " ".join(str(error).split()).removeprefix("Training failed due to controller error: ")[:800]
+    if error:
+        raise error
     return ""

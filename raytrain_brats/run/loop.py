@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-import ray
 import ray.train
+import ray.train.torch
 import torch
 
 from raytrain_brats.data.patch import Patch

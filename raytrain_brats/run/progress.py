@@ -4,7 +4,6 @@ In: the run folder, as it fills.
 Out: a live line on a terminal; a plain line every few seconds elsewhere.
 """
 
-import sys
 import threading
 from typing import Any
 
@@ -51,8 +50,8 @@ class Progress:
             if (line := self._line()) != last:
                 print(line, flush=True)
             last = line
-        print(self._line(), flush=True)
-        sys.stdout.flush()
+        if (line := self._line()) != last:
+            print(line, flush=True)
 
     def _line(self) -> str:
         try:

@@ -88,8 +88,8 @@ class Scribe:
             }
         )
         if self.stopped:
-            share = self.job.config.data.max_bad_share
-            self.event("stop", reason=f"more than {share:.0%} of an epoch's samples cannot be read (data.max_bad_share)")
+            share = f"{self.job.config.data.max_bad_share:.0%}"
+            self.event("stop", reason=f"more than {share} of an epoch's samples cannot be read (data.max_bad_share)")
 
     def checkpoint(self, seen: int, learner: Learner) -> None:
         """Save beside the training (rank 0), and let Ray Train know (all ranks: its report is a barrier)."""

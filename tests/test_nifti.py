@@ -1,0 +1,283 @@
+"""Decoding equals nibabel on good files, and refuses every bad one with a reason, never in another way."""
+
+import gzip
+import random
+import struct
+import tracemalloc
+import zlib
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from raytrain_brats.data.nifti import REASONS, Refused, decode, decode_case
+from raytrain_brats.data.preprocess import preprocess
+from tests.conftest import LPS, make_affine, make_arrays
+
+MSD = (0, 1, 2, 3)
+IMAGE, LABEL = make_arrays((8, 7, 6), dtype=np.int16)
+
+
+def nifti(
+    array: npt.NDArray[Any],
+    affine: Any = None,
+    codes: tuple[int, int] = (1, 0),
+    endian: str = "<",
+    extension: bytes = b"\0\0\0\0",
+    **fields: Any,
+) -> bytes:
+    """A single-file NIfTI-1; `codes` are sform and qform, `fields` overwrite the header."""
+    affine = np.eye(4) if affine is None else affine
+    header = nib.Nifti1Header(endianness=endian)
+    header.set_data_shape(array.shape)
+    header.set_data_dtype(array.dtype)
+    header["pixdim"][1:4] = np.linalg.norm(affine[:3, :3], axis=0)
+    header.set_qform(affine, codes[1])
+    header.set_sform(affine, codes[0])
+    header["vox_offset"] = 348 + len(extension)
+    header["magic"] = b"n+1"
+    for name, value in fields.items():
+        header[name] = value
+    voxels = array.astype(array.dtype.newbyteorder(endian)).tobytes("F")
+    return bytes(header.binaryblock) + extension + voxels
+
+
+def refusal(images: list[bytes], label: bytes | None = None, allowed: tuple[int, ...] = MSD) -> str:
+    with pytest.raises(Refused) as caught:
+        decode_case(images, label, allowed)
+    assert caught.value.reason in REASONS
+    assert caught.value.detail
+    return caught.value.reason
+
+
+def test_decode_equals_nibabel_over_many_headers() -> None:
+    """400 seeded combinations of type, byte order, scaling, affine, extension and wrapping: same voxels and affine."""
+    dice = random.Random(5)
+    affines = [np.eye(4), LPS, make_affine((0.9, 1.1, 2.5), (2, 0, 1), (1, -1, 1), 20), make_affine(degrees=45)]
+    sheared = make_affine((1, 2, 3))
+    sheared[0, 1] = 0.4
+    wrappings = [
+        lambda b: b,
+        lambda b: gzip.compress(b, dice.choice([0, 1, 6, 9])),
+        lambda b: b"".join(gzip.compress(b[i : i + 401]) for i in range(0, len(b), 401)),  # members, as bgzip makes
+        lambda b: gzip.compress(b) + bytes(512),  # zero padding, as tape tools leave it
+    ]
+    for number in range(400):
+        kind = dice.choice(["u1", "i1", "u2", "i2", "u4", "i4", "f4", "f8"])
+        shape = dice.choice([(5, 4, 3), (3, 5, 2, 4), (4, 3, 2, 1), (1, 7, 2)])
+        top = 100 if kind[1] == "1" else 30000
+        array = np.random.RandomState(number).randint(0 if kind[0] == "u" else -top, top, shape).astype(kind)
+        affine, codes = dice.choice([*affines, sheared]), dice.choice([(1, 0), (2, 1), (0, 1), (0, 0), (4, 3)])
+        slope, inter = dice.choice([(1, 0), (0, 0), (np.nan, np.nan), (0.5, -3), (2, 1000), (1, 5)])
+        fields = {"scl_slope": slope, "scl_inter": inter, "xyzt_units": dice.choice([0, 2])}
+        endian = dice.choice("<>")
+        comment = b"\1\0\0\0" + struct.pack(endian + "ii", 32, 6) + b"a comment".ljust(24)
+        plain = nifti(array, affine, codes, endian, dice.choice([bytes(4), comment]), **fields)
+        peer = nib.Nifti1Image.from_bytes(plain)
+
+        found, found_affine = decode(dice.choice(wrappings)(plain), "x")
+
+        expected = np.asarray(peer.dataobj)
+        expected = expected[..., 0] if shape[-1] == 1 and len(shape) == 4 else expected
+        about = (number, kind, shape, fields, codes)
+        assert found.shape == expected.shape, about
+        assert found.dtype.isnative, about
+        assert np.array_equal(found, expected.astype(found.dtype)), about
+        assert np.array_equal(found_affine, peer.affine), about
+        scaled = (slope, inter) in ((0.5, -3), (2, 1000), (1, 5))
+        assert found.dtype == (np.dtype(np.float32) if scaled else np.dtype(kind)), about
+
+
+def test_one_4d_file_and_four_3d_files_give_the_same_case() -> None:
+    """Both layouts give (4, x, y, z) and uint8 labels, whatever types the single modalities have."""
+    whole = decode_case([nifti(IMAGE)], nifti(LABEL.astype(np.float64)), MSD)
+    kinds = (np.int16, np.float32, np.int32, np.int16)
+    single = decode_case([nifti(IMAGE[..., c].astype(k)) for c, k in enumerate(kinds)], nifti(LABEL), MSD)
+
+    for volume in (whole, single):
+        assert np.array_equal(volume.image_cxyz, np.moveaxis(IMAGE, 3, 0))
+        assert volume.label_xyz is not None
+        assert volume.label_xyz.dtype == np.uint8
+        assert np.array_equal(volume.label_xyz, LABEL)
+    assert decode_case([nifti(IMAGE)], None, MSD).label_xyz is None
+
+
+def test_a_scaled_label_counts_by_its_scaled_values() -> None:
+    """Labels stored as 10, 20, 30 with slope 0.1 are 1, 2, 3."""
+    volume = decode_case([nifti(IMAGE)], nifti(LABEL * 10, scl_slope=0.1, scl_inter=0), MSD)
+    assert np.array_equal(volume.label_xyz, LABEL)
+
+
+def test_voxels_may_begin_at_any_byte() -> None:
+    """An odd vox_offset (nibabel refuses some) is only an offset."""
+    assert np.array_equal(decode(nifti(IMAGE, extension=bytes(9)), "x")[0], IMAGE)
+
+
+GOOD = nifti(IMAGE)
+PACKED = gzip.compress(GOOD, mtime=0)
+HUGE = {"dim": [4, 2000, 2000, 90, 4, 1, 1, 1]}
+BAD_FILES: dict[str, tuple[bytes, str]] = {
+    "empty file": (b"", "not_nifti"),
+    "no NIfTI": (b"DICM" * 400, "not_nifti"),
+    "gzip of no NIfTI": (gzip.compress(b"DICM" * 400), "not_nifti"),
+    "gzip of nothing": (gzip.compress(b""), "not_nifti"),
+    "two-file magic": (nifti(IMAGE, magic=b"ni1"), "not_nifti"),
+    "sizeof_hdr": (nifti(IMAGE, sizeof_hdr=540), "not_nifti"),
+    "header cut": (GOOD[:300], "not_nifti"),
+    "voxels cut": (GOOD[:-1], "size"),
+    "voxels added": (GOOD + b"\0", "size"),
+    "gz of cut voxels": (gzip.compress(GOOD[:-1]), "size"),
+    "gz of more voxels": (gzip.compress(GOOD + b"\0"), "size"),
+    "second member": (PACKED + gzip.compress(b"more"), "size"),
+    "wrong crc": (PACKED[:-8] + b"\1\2\3\4" + PACKED[-4:], "gzip_damaged"),
+    "wrong isize": (PACKED[:-4] + struct.pack("<I", len(GOOD) + 1), "gzip_damaged"),
+    "no trailer": (PACKED[:-8], "gzip_damaged"),
+    "half a trailer": (PACKED[:-3], "gzip_damaged"),
+    "trailing garbage": (PACKED + b"garbage, as of a failed upload", "gzip_damaged"),
+    "short trailing garbage": (PACKED + b"\n", "gzip_damaged"),
+    "cut to the gzip header": (PACKED[:10], "gzip_damaged"),
+    "cut in the gzip header": (PACKED[:5], "gzip_damaged"),
+    "only the magic": (PACKED[:2], "gzip_damaged"),
+    "compression method": (PACKED[:2] + b"\7" + PACKED[3:], "gzip_damaged"),
+    "2 dimensions": (nifti(IMAGE, dim=[2, 8, 42, 1, 1, 1, 1, 1]), "header"),
+    "8 dimensions": (nifti(IMAGE, dim=[8, 8, 7, 6, 4, 1, 1, 1]), "not_nifti"),
+    "dimension 0": (nifti(IMAGE, dim=[4, 8, 7, 0, 4, 1, 1, 1]), "header"),
+    "dimension -1": (nifti(IMAGE, dim=[4, 8, 7, -1, 4, 1, 1, 1]), "header"),
+    "3 modalities": (nifti(IMAGE[..., :3]), "header"),
+    "one 3D image": (nifti(IMAGE[..., 0]), "header"),
+    "7 dimensions": (nifti(IMAGE.reshape(8, 7, 6, 1, 1, 1, 4)), "header"),
+    "datatype unknown": (nifti(IMAGE, datatype=999), "header"),
+    "datatype 0": (nifti(IMAGE, datatype=0), "header"),
+    "datatype bits": (nifti(IMAGE, datatype=1), "header"),
+    "datatype complex": (nifti(IMAGE, datatype=32), "header"),
+    "datatype rgb": (nifti(IMAGE, datatype=128), "header"),
+    "vox_offset 0": (nifti(IMAGE, vox_offset=0), "header"),
+    "vox_offset nan": (nifti(IMAGE, vox_offset=np.nan), "header"),
+    "vox_offset inf": (nifti(IMAGE, vox_offset=np.inf), "header"),
+    "vox_offset fraction": (nifti(IMAGE, vox_offset=352.5), "header"),
+    "vox_offset later": (nifti(IMAGE, vox_offset=368), "size"),
+    "intercept inf": (nifti(IMAGE, scl_slope=1, scl_inter=np.inf), "header"),
+    "more than memory": (nifti(IMAGE, dim=[5, 32767, 32767, 32767, 4, 9, 1, 1]), "header"),
+    "gz header asks for 2.9 GB": (gzip.compress(nifti(IMAGE, **HUGE)), "size"),
+    "affine zero": (nifti(IMAGE, srow_x=0, srow_y=0, srow_z=0), "affine"),
+    "affine singular": (nifti(IMAGE, srow_x=[0, 1, 0, 0], srow_y=[0, 1, 0, 0]), "affine"),
+    "affine nan": (nifti(IMAGE, srow_x=[1, 0, 0, np.nan]), "affine"),
+    "affine inf": (nifti(IMAGE, srow_x=[np.inf, 0, 0, 0]), "affine"),
+    "quaternion too long": (nifti(IMAGE, codes=(0, 1), quatern_b=1, quatern_c=1), "affine"),
+    "quaternion nan": (nifti(IMAGE, codes=(0, 1), quatern_b=np.nan), "affine"),
+    "qfac": (nifti(IMAGE, codes=(0, 1), pixdim=[3, 1, 1, 1, 1, 1, 1, 1]), "affine"),
+    "pixdim negative": (nifti(IMAGE, codes=(0, 1), pixdim=[1, -1, 1, 1, 1, 1, 1, 1]), "affine"),
+    "pixdim zero": (nifti(IMAGE, codes=(0, 0), pixdim=[1, 0, 0, 0, 0, 0, 0, 0]), "affine"),
+    "pixdim against affine": (nifti(IMAGE, pixdim=[1, 1, 1, 2, 1, 1, 1, 1]), "affine"),
+    "voxels of metres": (nifti(IMAGE, np.diag([0.001, 0.001, 0.001, 1])), "affine"),
+    "voxels of microns": (nifti(IMAGE, np.diag([1000.0, 1000, 1000, 1])), "affine"),
+    "voxel nan": (nifti(np.where(np.arange(4) == 2, np.nan, IMAGE).astype("f4")), "not_finite"),
+    "voxel inf": (nifti(np.where(IMAGE > 1000, np.inf, IMAGE).astype("f8")), "not_finite"),
+    "scaled out of float32": (nifti(IMAGE.astype("f4"), scl_slope=3e38, scl_inter=0), "not_finite"),
+    "zero modality": (nifti(IMAGE * np.array([1, 1, 0, 1], np.int16)), "empty"),
+    "all zero": (nifti(IMAGE * 0), "empty"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize(("content", "reason"), BAD_FILES.values(), ids=list(BAD_FILES))
+def test_bad_images_are_refused_with_the_reason(content: bytes, reason: str) -> None:
+    """Each kind of damage has its reason code."""
+    assert refusal([content]) == reason
+
+
+SHIFTED = np.eye(4)
+SHIFTED[0, 3] = 0.1
+BAD_LABELS: dict[str, tuple[bytes, str]] = {
+    "damaged": (gzip.compress(nifti(LABEL))[:-2], "gzip_damaged"),
+    "fraction": (nifti(LABEL * np.float32(0.5)), "label_values"),
+    "nan": (nifti(np.where(LABEL == 3, np.nan, LABEL)), "label_values"),
+    "negative": (nifti(-LABEL.astype(np.int16)), "label_values"),
+    "4 in MSD": (nifti(np.where(LABEL == 3, 4, LABEL).astype(np.uint8)), "label_values"),
+    "257 is not 1": (nifti(LABEL.astype(np.int16) + np.int16(256) * (LABEL == 1)), "label_values"),
+    "other shape": (nifti(LABEL[:-1]), "mismatch"),
+    "transposed": (nifti(LABEL.transpose(1, 0, 2)), "mismatch"),
+    "4D": (nifti(IMAGE), "mismatch"),
+    "other origin": (nifti(LABEL, SHIFTED), "mismatch"),
+    "flipped": (nifti(LABEL, LPS), "mismatch"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), BAD_LABELS.values(), ids=list(BAD_LABELS))
+def test_bad_labels_are_refused_with_the_reason(content: bytes, reason: str) -> None:
+    """A label outside its convention or off the image's grid is refused."""
+    assert refusal([GOOD], content) == reason
+
+
+def test_modalities_on_different_grids_are_refused() -> None:
+    """Four files must share shape and affine; rounding of the affine in its last digits is no difference."""
+    good = [nifti(IMAGE[..., c]) for c in range(4)]
+    near = np.eye(4)
+    near[0, 3] = 1e-4
+
+    assert refusal([*good[:3], nifti(IMAGE[:-1, ..., 3])]) == "mismatch"
+    assert refusal([*good[:3], nifti(IMAGE[..., 3], SHIFTED)]) == "mismatch"
+    assert refusal([GOOD, GOOD, GOOD, GOOD]) == "header"
+    assert decode_case([*good[:3], nifti(IMAGE[..., 3], near)], None, MSD).image_cxyz.shape == (4, 8, 7, 6)
+
+
+def test_every_truncation_of_a_gz_file_is_refused() -> None:
+    """Wherever an upload broke off, the file is not used."""
+    for length in range(len(PACKED)):
+        assert refusal([PACKED[:length]]) in ("gzip_damaged", "not_nifti")
+
+
+def test_flipped_bits_in_a_gz_body_are_refused() -> None:
+    """A flipped bit after the gzip header is found by inflate or checksum, unless it unpacks to the same bytes."""
+    dice = random.Random(2)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(PACKED)
+        damaged[dice.randrange(10, len(PACKED))] ^= 1 << dice.randrange(8)
+        try:
+            assert np.array_equal(decode(bytes(damaged), "x")[0], IMAGE)
+        except Refused:
+            refused += 1
+    assert refused > 285
+
+
+@pytest.mark.parametrize("zeros", [1 << 26, 0])
+def test_a_decompression_bomb_costs_little_memory(zeros: int) -> None:
+    """Neither 64 MB behind a small header, nor a small file whose header asks for 2.9 GB, is allocated."""
+    bomb = gzip.compress(GOOD + bytes(zeros), 1) if zeros else gzip.compress(nifti(IMAGE, **HUGE))
+    tracemalloc.start()
+    reason = refusal([bomb])
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert reason == "size"
+    assert peak_bytes < 2 << 20
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_mutants_are_refused_or_are_sound_cases() -> None:
+    """600 seeded mutants of headers, voxels and gzip streams: a refusal or a whole case, never another exception."""
+    dice = random.Random(11)
+    accepted = 0
+    for number in range(600):
+        codes = dice.choice([(1, 0), (0, 1), (0, 0)])
+        plain = bytearray(nifti(IMAGE.astype(dice.choice(["i2", "f4"])), make_affine((1, 1.5, 2)), codes))
+        for _ in range(dice.randint(1, 4)):
+            plain[dice.randrange(352 if number % 3 else len(plain))] = dice.choice([0, 1, 255, dice.randrange(256)])
+        content = bytes(plain) if number % 2 else zlib.compress(bytes(plain), 1, 31)
+        if number % 5 == 0:
+            mutant = bytearray(content)
+            mutant[dice.randrange(len(mutant))] ^= 1 << dice.randrange(8)
+            content = bytes(mutant[: dice.choice([len(mutant), dice.randrange(len(mutant))])])
+        try:
+            volume = decode_case([content], None, MSD)
+            spacing_mm = float(np.linalg.norm(volume.affine[:3, :3], axis=0).max())
+            prepared = preprocess(volume, spacing_mm)
+        except Refused:  # it asserts itself that the reason is known
+            continue
+        accepted += 1
+        assert volume.image_cxyz.shape[0] == 4
+        assert np.isfinite(prepared.image_czyx.astype(float)).all()
+    assert 30 < accepted < 500

@@ -1,0 +1,200 @@
+"""A sample's patch depends on the sample alone, has its exact size, and no position ever goes missing."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raytrain_brats.data.manifest import Case, open_manifest
+from raytrain_brats.data.nifti import Refused, Volume
+from raytrain_brats.data.patch import Patch, cut, placeholder
+from raytrain_brats.data.plan import Plan, Sample, draw
+from raytrain_brats.data.preprocess import preprocess
+from raytrain_brats.data.store import Source, put
+from raytrain_brats.data.stream import Cutting, PositionSource, from_block, to_block, window_patches
+from tests.conftest import make_volume, write_msd_folder
+
+VOLUME = make_volume(seed=4)
+LABEL = np.asarray(VOLUME.label_xyz)
+# tumour at both ends of the box, so that centred patches run into every wall
+PREPARED = preprocess(Volume(VOLUME.image_cxyz, np.maximum(LABEL, LABEL[::-1, ::-1, ::-1]), VOLUME.affine), 1.0)
+BOX = PREPARED.image_czyx.shape[1:]
+
+
+def equal(a: Patch, b: Patch) -> bool:
+    fields = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Patch)]
+    return all(x.dtype == y.dtype and np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y for x, y in fields)
+
+
+def place(patch: Patch) -> tuple[int, ...]:
+    """Where in the box the patch was cut (found by its voxels, not by asking)."""
+    size = patch.label_zyx.shape
+    whole = np.pad(PREPARED.image_czyx, [(0, 0), *((0, max(0, s - b)) for s, b in zip(size, BOX, strict=True))])
+    spots = np.ndindex(*(w - s + 1 for w, s in zip(whole.shape[1:], size, strict=True)))
+    cuts = {p: whole[(slice(None), *(slice(a, a + s) for a, s in zip(p, size, strict=True)))] for p in spots}
+    (found,) = [p for p, voxels in cuts.items() if np.array_equal(voxels, patch.image_czyx)]
+    return found
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**63 - 1), patch_xyz=st.tuples(*[st.integers(6, 26)] * 3), share=st.sampled_from([0, 0.5, 1])
+)
+def test_a_patch_has_its_size_and_lies_inside_the_box_or_is_padded(seed: int, patch_xyz: Any, share: float) -> None:
+    """Exactly (4, z, y, x); every voxel is the box's, or zero behind its end; the same again for the same sample."""
+    assert PREPARED.label_zyx is not None
+    sample = Sample(3, 0, 0, seed)
+    patch = cut(PREPARED, sample, "case", patch_xyz, share)
+    size = patch_xyz[::-1]
+
+    assert patch.image_czyx.shape == (4, *size)
+    assert patch.label_zyx.shape == size
+    assert patch.image_czyx.flags.c_contiguous
+    start = place(patch)
+    inside = tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))
+    label = PREPARED.label_zyx[inside]
+    assert np.array_equal(patch.label_zyx[tuple(slice(0, n) for n in label.shape)], label)
+    assert np.count_nonzero(patch.label_zyx) == np.count_nonzero(label)
+    assert all(a == 0 or a + s <= b for a, s, b in zip(start, size, BOX, strict=True))
+    assert equal(patch, cut(PREPARED, sample, "case", patch_xyz, share))
+    assert (patch.position, patch.seed, patch.case_id, patch.weight, patch.reason) == (3, seed, "case", 1, "")
+    assert patch.mean.tolist() == pytest.approx(PREPARED.mean)
+
+
+def test_foreground_patches_hold_tumour_of_each_label_alike() -> None:
+    """With share 1 every patch holds tumour, its centre drawn evenly over label values, however rare."""
+    assert PREPARED.label_zyx is not None
+    patches = [cut(PREPARED, Sample(i, 0, 0, i), "", (1, 1, 1), 1.0) for i in range(900)]
+    values = np.bincount([int(p.label_zyx.item()) for p in patches], minlength=4)
+    assert values[0] == 0
+    assert values[1:].min() > 230
+    for size in ((2, 2, 2), (7, 8, 9), (30, 5, 30)):
+        assert all(cut(PREPARED, Sample(0, 0, 0, s), "", size, 1.0).label_zyx.any() for s in range(60))
+
+
+def test_background_patches_are_uniform_and_the_share_is_kept() -> None:
+    """With share 0 every place is drawn, first and last too; with share s about s of the patches are centred."""
+    patches = [cut(PREPARED, Sample(i, 0, 0, i), "", (BOX[2], BOX[1], 6), 0.0) for i in range(300)]
+    assert {place(p) for p in patches} == {(z, 0, 0) for z in range(BOX[0] - 5)}
+    centred = [cut(PREPARED, Sample(i, 0, 0, i), "", (1, 1, 1), 0.3).label_zyx.item() > 0 for i in range(1000)]
+    assert PREPARED.label_zyx is not None
+    assert np.mean(centred) == pytest.approx(0.3 + 0.7 * np.mean(PREPARED.label_zyx > 0), abs=0.05)
+    assert draw(5, "crop", 6)[0] >= 0
+
+
+def test_a_case_without_tumour_is_cut_uniformly() -> None:
+    """Foreground wanted but absent: a uniform patch, no error."""
+    bare = dataclasses.replace(PREPARED, foreground=np.zeros(0, np.int32), foreground_counts=())
+    for seed in range(20):
+        sample = Sample(0, 0, 0, seed)
+        assert equal(cut(bare, sample, "", (8, 8, 8), 1.0), cut(PREPARED, sample, "", (8, 8, 8), 0.0))
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float16])
+def test_blocks_carry_patches_unchanged(kind: Any) -> None:
+    """from_block(to_block(x)) is x, also for a row sliced out of a larger block."""
+    prepared = dataclasses.replace(PREPARED, image_czyx=PREPARED.image_czyx.astype(kind))
+    one = cut(prepared, Sample(7, 0, 0, 2**63 - 1), "é", (8, 9, 10), 0.5)
+    two = dataclasses.replace(placeholder(Sample(8, 1, None, 5), "", "gzip_damaged: x", (8, 9, 10)))
+    table = pa.concat_tables([to_block(one), to_block(two)]).combine_chunks()
+
+    assert equal(from_block(to_block(one)), one)
+    assert equal(from_block(to_block(two)), two)
+    assert equal(from_block(table.slice(0, 1)), one)
+    assert equal(from_block(table.slice(1, 1)), two)
+
+
+@pytest.fixture
+def cases(tmp_path: Path) -> tuple[Source, tuple[Case, ...]]:
+    manifest = open_manifest(str(write_msd_folder(tmp_path / "msd", 4, varied=True)))
+    return Source(manifest.root, manifest.convention, 1.0), manifest.cases
+
+
+PLAN = Plan(seed=1, cases=4, global_batch=3, patches_per_case=2, window_cases=2, epochs=2)
+CUTTING = Cutting((16, 14, 12), 0.5)
+
+
+def items(found: tuple[Case, ...]) -> list[tuple[Sample, Case | None]]:
+    samples = [PLAN.sample(p) for p in range(PLAN.total)]
+    return [(s, None if s.case is None else found[s.case]) for s in samples]
+
+
+def test_raw_and_store_routes_give_the_same_patches(cases: tuple[Source, tuple[Case, ...]], tmp_path: Path) -> None:
+    """Bit for bit the same rows for the same positions, padding included, resampled and oblique cases too."""
+    source, found = cases
+    home = str(tmp_path / "store")
+    stored = tuple(put(home, source, case, {"spacing_mm": 1.0}) for case in found)
+    raw = list(window_patches(source, items(found), CUTTING))
+    prepared = list(window_patches(Source(home, source.convention, 1.0), items(stored), CUTTING))
+
+    assert [p.position for p in raw] == list(range(18))
+    assert [p.weight for p in raw] == ([1.0] * 8 + [0.0]) * 2
+    assert {p.image_czyx.dtype.name for p in raw} == {"int16", "float16"}
+    assert all(equal(a, b) for a, b in zip(raw, prepared, strict=True))
+
+
+def test_a_refused_case_keeps_its_positions(cases: tuple[Source, tuple[Case, ...]]) -> None:
+    """Each position of a damaged case is one row of weight 0 with the reason; all other rows are as before."""
+    source, found = cases
+    before = list(window_patches(source, items(found), CUTTING))
+    damaged = Path(source.root) / "imagesTr" / "BRATS_002.nii.gz"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    after = list(window_patches(source, items(found), CUTTING))
+
+    assert len(after) == len(before) == PLAN.total
+    for old, new in zip(before, after, strict=True):
+        if old.case_id == "BRATS_002":
+            assert (new.position, new.seed, new.case_id, new.weight) == (old.position, old.seed, old.case_id, 0)
+            assert new.reason.startswith("gzip_damaged: ")
+            assert new.image_czyx.shape == old.image_czyx.shape
+            assert not new.image_czyx.any()
+        else:
+            assert equal(old, new)
+    assert sum(p.case_id == "BRATS_002" for p in after) == 4
+
+
+def test_storage_that_fails_stops_the_window_and_each_case_is_read_once() -> None:
+    """OSError is no property of a case and must not become a placeholder; a refusal is not asked for twice."""
+    asked: list[str] = []
+
+    class Double(Source):
+        def load(self, case: Case) -> Any:
+            asked.append(case.id)
+            if case.id == "down":
+                raise OSError("no route to host")
+            if case.id == "bad":
+                raise Refused("size", "cut")
+            return PREPARED
+
+    def rows(*ids: str) -> list[Patch]:
+        wanted = [(Sample(i, 0, 0, i), Case(name, name, (), None, 0)) for i, name in enumerate(ids)]
+        return list(window_patches(Double("", "msd", 1.0), list(wanted), CUTTING))
+
+    assert [p.weight for p in rows("bad", "ok", "bad", "ok")] == [0, 1, 0, 1]
+    assert asked == ["bad", "ok"]
+    with pytest.raises(OSError, match="no route"):
+        rows("ok", "down")
+
+
+def test_executions_of_the_datasource_chain_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The read tasks of execution 0, 1, 2 ... from any step on hold every later position once, in order."""
+    monkeypatch.setattr("raytrain_brats.data.plan.STRETCH_WINDOWS", 1)
+    found = tuple(Case(str(i), str(i), (), None, 0) for i in range(4))
+    for cursor in range(0, PLAN.total, PLAN.global_batch):
+        datasource = PositionSource(PLAN, found, Source("", "msd", 1.0), CUTTING, cursor)
+        seen: list[int] = []
+        for execution in range(PLAN.total):
+            context: Any = type("Context", (), {"_execution_idx": execution})
+            for task in datasource.get_read_tasks(1, data_context=context):
+                read: Any = task.read_fn
+                rows = [sample.position for sample, _ in read.args[1]]
+                assert task.metadata.num_rows == len(rows)
+                seen += rows
+        assert seen == list(range(cursor, PLAN.total))

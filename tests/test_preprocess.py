@@ -1,0 +1,249 @@
+"""Preprocessing is MONAI's chain with exact integers, and `restore` is its exact inverse."""
+
+import itertools
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.data.meta_tensor import MetaTensor
+from monai.transforms import (
+    Compose,
+    CropForegroundd,
+    EnsureChannelFirstd,
+    Lambdad,
+    NormalizeIntensityd,
+    Orientationd,
+    Spacing,
+    Spacingd,
+)
+
+from raytrain_brats.data import preprocess as module
+from raytrain_brats.data.nifti import Refused, Volume
+from raytrain_brats.data.preprocess import Prepared, preprocess, restore
+from tests.conftest import make_affine, make_volume
+
+ORIENTATIONS = list(itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)))
+
+
+def normalised(prepared: Prepared) -> npt.NDArray[Any]:
+    """(c, x, y, z) as the training device makes it: non-zero voxels to mean 0 and deviation 1."""
+    image = prepared.image_czyx.astype(np.float64).transpose(0, 3, 2, 1)
+    mean, std = (np.reshape(values, (-1, 1, 1, 1)) for values in (prepared.mean, prepared.std))
+    return np.where(image != 0, (image - mean) / std, 0)
+
+
+def monai_chain(volume: Volume, spacing_mm: float | None) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """(image, label) as MONAI's own transforms prepare them.
+
+    But for one thing: Spacingd's rounded coordinates leave values of 1e-13 beside the brain, which MONAI then takes
+    for foreground; they are set to zero here, as they are in ours.
+    """
+    both = ["image", "label"]
+    spacing = [Spacingd(both, pixdim=[spacing_mm] * 3, mode=("bilinear", "nearest"))] if spacing_mm else []
+    chain = Compose(
+        [
+            EnsureChannelFirstd(both, channel_dim=-1),
+            Orientationd(both, axcodes="RAS"),
+            *spacing,
+            Lambdad("image", lambda x: torch.where(x.abs() < 1e-6, 0, x)),
+            CropForegroundd(both, source_key="image", select_fn=lambda x: x != 0),
+            NormalizeIntensityd("image", nonzero=True, channel_wise=True),
+        ]
+    )
+    affine, image_xyzc = torch.from_numpy(volume.affine.copy()), np.moveaxis(volume.image_cxyz, 0, 3)
+    image = MetaTensor(torch.from_numpy(image_xyzc.astype(np.float32)), affine=affine)
+    label = MetaTensor(torch.from_numpy(np.array(volume.label_xyz)[..., None]), affine=affine)
+    result: Any = chain({"image": image, "label": label})
+    return result["image"].numpy(), result["label"].numpy()[0]
+
+
+@pytest.mark.parametrize("degrees", [0, 17])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_restore_is_exact_for_all_48_orientations(degrees: float, order: Any) -> None:
+    """Without resampling label, image and masks come back voxel for voxel from any axis order, also oblique."""
+    for permutation, signs in ORIENTATIONS:
+        volume = make_volume(make_affine((1, 1, 1), permutation, signs, degrees), shape=(13, 12, 11))
+        affine = np.asarray(volume.affine, order=order)
+        prepared = preprocess(Volume(volume.image_cxyz, volume.label_xyz, affine), 1.0)
+
+        assert prepared.native_label_xyz is None
+        assert np.array_equal(prepared.truth_xyz(), volume.label_xyz)
+        assert np.array_equal(restore(prepared.image_czyx, prepared.geometry), volume.image_cxyz)
+        masks = prepared.label_zyx == np.arange(1, 4).reshape(3, 1, 1, 1)
+        assert restore(masks, prepared.geometry).dtype == bool
+        expected = volume.label_xyz == np.arange(1, 4).reshape(3, 1, 1, 1)
+        assert np.array_equal(restore(masks, prepared.geometry), expected)
+
+
+def test_orientation_is_the_closest_canonical_one() -> None:
+    """The RAS grid is nibabel's closest canonical one, for all 48 axis orders and oblique affines."""
+    for number, (permutation, signs) in enumerate(ORIENTATIONS):
+        volume = make_volume(make_affine((1, 1, 1), permutation, signs, number), shape=(9, 8, 7), seed=number)
+        geometry = preprocess(volume, 1.0).geometry
+        peer = nib.as_closest_canonical(nib.Nifti1Image(volume.label_xyz, volume.affine))
+        ras = module.to_ras(volume.label_xyz, geometry.axes, geometry.flips)
+        assert np.array_equal(ras, np.asarray(peer.dataobj))
+        assert geometry.ras_shape == peer.shape
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.tuples(*[st.integers(10, 17)] * 3),
+    spacing=st.tuples(*[st.floats(0.5, 4.0)] * 3),
+    orientation=st.sampled_from(ORIENTATIONS),
+    wanted_mm=st.sampled_from([1.0, 2.0, 0.7]),
+    seed=st.integers(0, 99),
+)
+def test_truth_is_the_native_label_whatever_was_resampled(
+    shape: Any, spacing: Any, orientation: Any, wanted_mm: float, seed: int
+) -> None:
+    """Scores are taken on the native grid: the truth is the file's label, and predictions come back on its grid."""
+    volume = make_volume(make_affine(spacing, *orientation, degrees=9), shape=shape, seed=seed)
+    prepared = preprocess(volume, wanted_mm)
+
+    assert np.array_equal(prepared.truth_xyz(), volume.label_xyz)
+    assert restore(prepared.label_zyx[None] > 0, prepared.geometry).shape == (1, *shape)
+    assert prepared.image_czyx.shape[1:] == prepared.label_zyx.shape
+    for (low, high), size in zip(prepared.geometry.box, prepared.geometry.grid_shape, strict=True):
+        assert 0 <= low < high <= size
+
+
+def test_coarse_masks_come_back_where_they_were() -> None:
+    """A tumour resampled to half the edge and restored overlaps the native one almost wholly."""
+    volume = make_volume(make_affine((2, 2, 3), (1, 0, 2), (-1, 1, -1), 12), shape=(24, 25, 19))
+    prepared = preprocess(volume, 1.0)
+    for kind in (np.bool_, np.uint8, np.float32):
+        back = restore((prepared.label_zyx[None] > 0).astype(kind), prepared.geometry)[0] > 0.5
+        truth = np.asarray(volume.label_xyz) > 0
+        assert 2 * (back & truth).sum() / (back.sum() + truth.sum()) > 0.97
+        assert back.dtype == bool
+
+
+@pytest.mark.parametrize(
+    ("spacing", "wanted_mm"),
+    [((1, 1, 1), None), ((0.9, 1.1, 2.5), 1.0), ((1, 1, 1), 2.0), ((1.5, 1.5, 1.5), 1.0), ((1, 1, 4), 1.0)],
+)
+@pytest.mark.parametrize("orientation", [((0, 1, 2), (1, 1, 1)), ((2, 0, 1), (-1, 1, -1))])
+@pytest.mark.parametrize("degrees", [0, 20])
+def test_equals_the_monai_chain(
+    spacing: Any, wanted_mm: float | None, orientation: Any, degrees: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shape, voxels to 1e-4 and label as MONAI's own transforms give them, with and without resampling."""
+    monkeypatch.setattr(module, "_quantised", lambda image, least_std: (image, 0.0))  # rounding has its own test
+    volume = make_volume(make_affine(spacing, *orientation, degrees=degrees), shape=(24, 20, 18))
+    image, label = monai_chain(volume, wanted_mm)
+    prepared = preprocess(volume, wanted_mm or 1.0)
+    found = normalised(prepared)
+
+    assert found.shape == image.shape
+    assert np.abs(found - image).max() < 1e-4
+    assert prepared.label_zyx is not None
+    differing = np.count_nonzero(label != prepared.label_zyx.T)
+    halfway = wanted_mm is not None and 0.5 in np.mod(np.arange(40)[:, None] * wanted_mm / np.array(spacing), 1)
+    assert differing <= (0.25 * np.count_nonzero(label) if halfway else 0)  # at a tie either neighbour is nearest
+
+
+@pytest.mark.parametrize("wanted_mm", [2.0, 1.5, 0.7, 2.3])
+def test_the_resampled_grid_is_monais(wanted_mm: float) -> None:
+    """Before the crop too the grid has MONAI's size, halves rounded its way (239 mm at 2 mm: 120 voxels)."""
+    volume = make_volume(shape=(24, 21, 18))
+    peer = Spacing(pixdim=[wanted_mm] * 3)(MetaTensor(torch.zeros(1, 24, 21, 18), affine=torch.eye(4)))
+    assert preprocess(volume, wanted_mm).geometry.grid_shape == tuple(peer.shape[1:])
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.uint16, np.int32, np.float32, np.float64])
+def test_whole_numbers_stay_exact_and_statistics_are_those_of_float64(dtype: Any) -> None:
+    """int16 holds every whole number exactly; mean and deviation are numpy's over the non-zero voxels."""
+    volume = make_volume()
+    image = np.abs(volume.image_cxyz) % 251
+    prepared = preprocess(Volume(image.astype(dtype), volume.label_xyz, volume.affine), 1.0)
+
+    assert prepared.image_czyx.dtype == np.int16
+    assert prepared.max_error == 0
+    assert np.array_equal(restore(prepared.image_czyx, prepared.geometry), image)
+    for channel, mean, std in zip(image.astype(np.float64), prepared.mean, prepared.std, strict=True):
+        values = channel[channel != 0]
+        assert mean == pytest.approx(values.mean(), rel=1e-12)
+        assert std == pytest.approx(values.std(), rel=1e-9)
+
+
+def test_fractions_fall_back_to_float16_with_the_error_recorded() -> None:
+    """The greatest rounding error is recorded as it is, and is at most half a step of float16."""
+    volume = make_volume(dtype=np.float32)
+    image = volume.image_cxyz * np.float32(1.2345)
+    prepared = preprocess(Volume(image, volume.label_xyz, volume.affine), 1.0)
+
+    error = np.abs(restore(prepared.image_czyx.astype(np.float64), prepared.geometry) - image).max()
+    assert prepared.image_czyx.dtype == np.float16
+    assert prepared.max_error == pytest.approx(error)
+    assert 0 < prepared.max_error <= np.abs(image).max() * 2**-11
+
+
+@pytest.mark.parametrize(
+    ("factor", "kind"), [(1e3, "f4"), (-1e3, "f8"), (1e-9, "f4"), (-(2**31), "i4")], ids=["big", "low", "fine", "int32"]
+)
+def test_intensities_that_16_bits_cannot_hold_are_refused(factor: float, kind: str) -> None:
+    """Neither overflow to infinity nor a contrast lost in rounding goes by in silence."""
+    volume = make_volume(dtype=np.float64)
+    image = np.sign(volume.image_cxyz).clip(0) * factor if kind == "i4" else volume.image_cxyz * factor
+    with pytest.raises(Refused) as caught:
+        preprocess(Volume(image.astype(kind), volume.label_xyz, volume.affine), 1.0)
+    assert caught.value.reason == "range"
+
+
+def test_a_grid_beyond_memory_is_refused() -> None:
+    """Thick voxels resampled to very thin ones are a refusal, not a MemoryError on a worker."""
+    with pytest.raises(Refused) as caught:
+        preprocess(make_volume(np.diag([90.0, 90, 90, 1])), 0.5)
+    assert caught.value.reason == "affine"
+
+
+def test_negative_voxels_and_single_channels_are_foreground() -> None:
+    """The box is that of voxels other than zero in any modality, negative ones too."""
+    image = np.zeros((4, 9, 8, 7), np.int16)
+    image[:, 4, 4, 3] = 100
+    image[2, 1, 6, 5] = -3
+    prepared = preprocess(Volume(image, np.zeros((9, 8, 7), np.uint8), np.eye(4)), 1.0)
+
+    assert prepared.geometry.box == ((1, 5), (4, 7), (3, 6))
+    assert prepared.image_czyx.shape == (4, 3, 3, 4)
+    assert prepared.std == (1, 1, 51.5, 1)
+    assert prepared.foreground_counts == ()
+
+
+def test_label_outside_the_foreground_is_kept_for_the_truth() -> None:
+    """Label voxels that the crop cuts off are in the truth all the same."""
+    volume = make_volume()
+    label = np.array(volume.label_xyz)
+    label[0, 0, 0] = 1
+    prepared = preprocess(Volume(volume.image_cxyz, label, volume.affine), 1.0)
+    assert np.array_equal(prepared.truth_xyz(), label)
+
+
+def test_the_foreground_index_points_at_each_label_value() -> None:
+    """Per label value up to FOREGROUND_VOXELS indices, all of that value, spread from first to last."""
+    prepared = preprocess(make_volume(shape=(40, 36, 30)), 1.0)
+    assert prepared.label_zyx is not None
+    flat, start = prepared.label_zyx.ravel(), 0
+    assert [value for value, _ in prepared.foreground_counts] == [1, 2, 3]
+    for value, count in prepared.foreground_counts:
+        picked, every = prepared.foreground[start : start + count], np.flatnonzero(flat == value)
+        assert count == min(len(every), module.FOREGROUND_VOXELS)
+        assert (flat[picked] == value).all()
+        assert len(set(picked.tolist())) == count
+        assert (picked[0], picked[-1]) == (every[0], every[-1])
+        start += count
+    assert start == len(prepared.foreground)
+
+
+def test_an_unlabelled_volume_is_prepared_too() -> None:
+    """Prediction needs no label: image and geometry are the same as with one."""
+    with_label, without = preprocess(make_volume(), 1.0), preprocess(make_volume(label=False), 1.0)
+    assert (without.label_zyx, without.native_label_xyz, without.foreground_counts) == (None, None, ())
+    assert np.array_equal(without.image_czyx, with_label.image_czyx)
+    assert without.geometry == with_label.geometry

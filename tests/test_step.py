@@ -1,0 +1,220 @@
+"""One global step: the update of one worker with the whole batch, however the batch is dealt."""
+
+import dataclasses
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+
+from raytrain_brats import labels
+from raytrain_brats.config import parse
+from raytrain_brats.data.patch import Patch, placeholder
+from raytrain_brats.data.plan import Plan, Sample, draw
+from raytrain_brats.data.store import Source
+from raytrain_brats.learn.augment import DRAWS, augment, normalise, to_regions
+from raytrain_brats.learn.model import build_network, learning_rate, sample_losses
+from raytrain_brats.run import checkpoint
+from raytrain_brats.run.job import Job
+from raytrain_brats.run.step import Learner
+
+CPU = torch.device("cpu")
+EDGE = 8
+NETWORKS: dict[str, dict[str, Any]] = {
+    "segresnet": {"name": "segresnet", "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]},
+    "dynunet": {"name": "dynunet", "filters": [4, 4, 4]},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Any:
+    """Tiny networks: more threads than cores to spare only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def job(network: str = "segresnet", micro_batch: int = 4, optimiser: str = "sgd", clip_norm: float = 1e6) -> Job:
+    """A job whose data are never opened. SGD by default: Adam's first step hides the gradient's size."""
+    options = {"name": optimiser, "learning_rate": 0.01, "warmup_share": 0.0, "clip_norm": clip_norm}
+    train = {"global_batch": 4, "micro_batch": micro_batch, "optimiser": options}
+    data = {"patch_xyz": [EDGE] * 3}
+    config = parse({"network": NETWORKS[network], "data": data, "train": train}, "test")
+    plan = Plan(0, 10, 4, 4, 4, 10)
+    fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(Job)}
+    return Job(**fields | {"config": config, "plan": plan, "source": Source("nowhere", "msd", 1.0)})
+
+
+def patch(position: int) -> Patch:
+    """Integers and statistics as a stream gives them: read-only, dtypes differing from case to case."""
+    random = np.random.RandomState(position)
+    image = (random.randint(0, 300, (4, EDGE, EDGE, EDGE)) * (random.rand(EDGE, EDGE, EDGE) < 0.8)).astype(
+        np.float16 if position % 3 == 0 else np.int16
+    )
+    label = random.choice(4, (EDGE, EDGE, EDGE)).astype(np.uint8)
+    for array in (image, label):
+        array.flags.writeable = False
+    mean, std = random.uniform(100, 200, 4).astype(np.float32), random.uniform(50, 90, 4).astype(np.float32)
+    return Patch(position, 1000 + position, f"case{position}", 1.0, "", image, label, mean, std)
+
+
+def empty(position: int, reason: str = "") -> Patch:
+    return placeholder(Sample(position, 0, None, position), "", reason, (EDGE, EDGE, EDGE))
+
+
+def weights(learner: Learner) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(learner.network.parameters()).detach()
+
+
+def stepped(batch: list[Patch]) -> torch.Tensor:
+    learner = Learner(job(), 1, CPU)
+    learner.step(batch, 0)
+    return weights(learner)
+
+
+def by_hand(batch: list[Patch], todo: Job) -> tuple[torch.Tensor, float]:
+    """Gradient of the mean loss over the whole batch, by autograd, and that loss."""
+    network = build_network(todo.config)
+    image = torch.stack([torch.tensor(p.image_czyx).float() for p in batch])
+    mean, std = (torch.tensor(np.stack([getattr(p, name) for p in batch])) for name in ("mean", "std"))
+    label = torch.tensor(np.stack([p.label_zyx for p in batch]))
+    table = torch.from_numpy(labels.region_table("msd"))
+    draws = [draw(p.seed, "augment", DRAWS) for p in batch]
+    x, y = augment(normalise(image, mean, std), to_regions(label, table), draws, todo.config.train.augment)
+    loss = sample_losses(network(x), y).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return nn.utils.parameters_to_vector([p.grad for p in network.parameters() if p.grad is not None]), loss.item()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_step_is_the_gradient_of_the_mean_loss(network: str) -> None:
+    """One SGD step moves the weights by rate * (1 + momentum) * gradient of the batch's mean loss (Nesterov)."""
+    todo, batch = job(network), [patch(i) for i in range(4)]
+    learner = Learner(todo, 1, CPU)
+    before = weights(learner)
+    result = learner.step(batch, 0)
+    gradient, loss = by_hand(batch, todo)
+    rate = learning_rate(todo.config.train.optimiser, 0, todo.plan.total)
+    decayed = gradient + todo.config.train.optimiser.weight_decay * before
+    assert result.loss == pytest.approx(loss, abs=1e-6) and result.bad == 0 and result.learning_rate == rate
+    torch.testing.assert_close(weights(learner), before - rate * 1.99 * decayed, rtol=0, atol=1e-6)
+
+
+def test_gradients_are_clipped_as_one_batch() -> None:
+    """The clip norm applies to the mean gradient of the whole batch, whatever the micro-batch."""
+    batch = [patch(i) for i in range(4)]
+    gradient, _ = by_hand(batch, job())
+    limit = float(gradient.norm()) / 3
+    found = []
+    for micro_batch in (1, 4):
+        learner = Learner(job(micro_batch=micro_batch, clip_norm=limit), 1, CPU)
+        before = weights(learner)
+        learner.step(batch, 0)
+        found.append((before - weights(learner)).norm() / (0.01 * 1.99))
+    assert [float(norm) for norm in found] == pytest.approx([limit, limit], rel=1e-3)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4])
+def test_neither_micro_batches_nor_rows_of_weight_zero_change_the_update(micro_batch: int) -> None:
+    """Any micro-batch gives the same weights; an unreadable case leaves the step of the other three, and is counted."""
+    real = [patch(i) for i in range(3)]
+    for batch, bad in ((real, 0), ([real[0], empty(9, "missing: gone"), *real[1:]], 1)):
+        learner = Learner(job(micro_batch=micro_batch), 1, CPU)
+        result = learner.step(batch, 0)
+        torch.testing.assert_close(weights(learner), stepped(real), rtol=0, atol=2e-6)
+        assert (result.loss, result.bad) == (pytest.approx(by_hand(real, job())[1], abs=1e-6), bad)
+
+
+def _frozen_state(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.state()[0].items()}
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_a_step_without_samples_changes_nothing(optimiser: str) -> None:
+    """Only placeholders: weights and optimiser state stay bit for bit (no decay, no momentum), the loss is None."""
+    learner = Learner(job(optimiser=optimiser), 1, CPU)
+    learner.step([patch(i) for i in range(4)], 0)
+    before = _frozen_state(learner)
+    result = learner.step([empty(4), empty(5, "missing: x"), empty(6), empty(7)], 4)
+    after = learner.state()[0]
+    assert result.loss is None and result.bad == 1
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A NaN in the loss, or only in a gradient, reaches neither the weights nor the optimiser."""
+    learner = Learner(job(optimiser="adamw"), 1, CPU)
+    learner.step([patch(i) for i in range(4)], 0)
+    before = _frozen_state(learner)
+    bad = patch(4)
+    if where == "loss":
+        bad = dataclasses.replace(bad, std=np.full(4, np.nan, np.float32))
+    else:
+        first = next(learner.network.parameters())
+        first.register_hook(lambda gradient: gradient * float("inf"))
+    learner.step([bad, *(patch(i) for i in range(5, 8))], 4)
+    assert all(torch.equal(before[key], tensor) for key, tensor in learner.state()[0].items())
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_a_restored_learner_goes_on_bit_for_bit(optimiser: str, tmp_path: Path) -> None:
+    """State through a checkpoint on disk, into a learner of another history: the next steps are the very same."""
+    todo = job(optimiser=optimiser)
+    learner, other = Learner(todo, 1, CPU), Learner(todo, 1, CPU)
+    for start in (0, 4):
+        learner.step([patch(start + i) for i in range(4)], start)
+    made = checkpoint.save(str(tmp_path), 8, 1, *learner.state())
+    other.step([patch(50 + i) for i in range(4)], 0)
+    other.restore(*checkpoint.load(str(tmp_path), made.name))
+    for start in (8, 12):
+        results = [one.step([patch(start + i) for i in range(4)], start) for one in (learner, other)]
+        assert results[0] == results[1]
+    first, second = learner.state(), other.state()
+    assert first[0].keys() == second[0].keys() and all(torch.equal(first[0][k], second[0][k]) for k in first[0])
+    assert [group["lr"] for group in first[1]["param_groups"]] == [group["lr"] for group in second[1]["param_groups"]]
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    """Both cases in one process group: starting one costs seconds."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for name, (network, micro_batch, shares) in CASES.items():
+        learner = Learner(job(network, micro_batch), 2, CPU)
+        results = [learner.step([_row(n) for n in shares[rank]], start) for start in (0, 4)]
+        torch.save((weights(learner), [(r.loss, r.bad) for r in results]), f"{folder}/{name}-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def _row(number: int) -> Patch:
+    return empty(-number, "missing: x") if number < 0 else patch(number)
+
+
+# name: network, micro-batch, positions of rank 0 and 1; a negative one is a case that cannot be read
+CASES: dict[str, tuple[str, int, tuple[list[int], list[int]]]] = {
+    "3+1": ("segresnet", 1, ([0, 1, 2], [3])),
+    "3+2": ("dynunet", 2, ([0, 1, 2], [3, 4])),
+    "2+2-bad": ("segresnet", 1, ([0, -1], [-2, 3])),
+    "2+0": ("segresnet", 2, ([0, 1], [-1, -2])),
+}
+
+
+def test_two_ranks_make_the_step_of_one(tmp_path: Path) -> None:
+    """Uneven shares over DDP give the weights and losses of one worker with the whole batch, the same on both ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    for name, (network, _, shares) in CASES.items():
+        alone = Learner(job(network, 8), 1, CPU)
+        batch = [_row(n) for share in shares for n in share]
+        expected = [alone.step(batch, start) for start in (0, 4)]
+        ranks = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)]
+        assert torch.equal(ranks[0][0], ranks[1][0]), name
+        torch.testing.assert_close(ranks[0][0], weights(alone), rtol=0, atol=1e-5, msg=name)
+        for _, found in ranks:
+            assert found == [(pytest.approx(r.loss, abs=1e-5), r.bad) for r in expected]

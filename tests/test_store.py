@@ -1,0 +1,196 @@
+"""A prepared case comes back from the store as it went in, or is refused."""
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from raytrain_brats.data import store
+from raytrain_brats.data.manifest import Case, open_manifest
+from raytrain_brats.data.nifti import Refused, Volume
+from raytrain_brats.data.preprocess import Prepared, preprocess
+from raytrain_brats.data.store import Source, decode, encode, open_index, put, write_index
+from raytrain_brats.errors import UserError
+from tests.conftest import make_affine, make_volume, write_msd_folder
+
+OPTIONS: dict[str, Any] = {"spacing_mm": 1.0}
+
+
+def same(a: Prepared, b: Prepared) -> bool:
+    for field in dataclasses.fields(Prepared):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(x, np.ndarray):
+            if x.dtype != y.dtype or x.shape != y.shape or not np.array_equal(x, y):
+                return False
+        elif x != y or type(x) is not type(y):
+            return False
+    return True
+
+
+def prepared_variants() -> dict[str, Prepared]:
+    oblique = make_affine((0.9, 1.1, 2.5), (2, 0, 1), (-1, 1, -1), 20)
+    outside = make_volume()
+    label = np.array(outside.label_xyz)
+    label[0, 0, 0] = 2
+    return {
+        "labelled": preprocess(make_volume(), 1.0),
+        "unlabelled": preprocess(make_volume(label=False), 1.0),
+        "empty ET": preprocess(make_volume(empty_et=True, shape=(23, 21, 17)), 1.0),
+        "no tumour": preprocess(Volume(outside.image_cxyz, label * 0, np.eye(4)), 1.0),
+        "resampled": preprocess(make_volume(oblique), 1.0),
+        "label outside": preprocess(Volume(outside.image_cxyz, label, np.eye(4)), 1.0),
+    }
+
+
+VARIANTS = prepared_variants()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_msd_folder(tmp_path / "msd", 3, shape=(10, 9, 8))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_object_holds_every_field(name: str) -> None:
+    """decode(encode(x)) is x in every field, type and dtype; the same case always gives the same bytes."""
+    content = encode(VARIANTS[name])
+    assert same(decode(content), VARIANTS[name])
+    assert encode(decode(content)) == content
+    if VARIANTS[name].label_zyx is not None:
+        assert np.array_equal(decode(content).truth_xyz(), VARIANTS[name].truth_xyz())
+
+
+def test_damaged_objects_are_refused() -> None:
+    """Cut anywhere, or with flipped bits, an object is refused or still decodes to the very same case."""
+    content, dice, refused = encode(VARIANTS["resampled"]), random.Random(3), 0
+    for number in range(400):
+        damaged = bytearray(content)
+        if number % 4 == 0:
+            damaged = damaged[: dice.randrange(len(content))]
+        else:
+            damaged[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        try:
+            assert same(decode(bytes(damaged)), VARIANTS["resampled"])
+        except Refused as error:
+            refused += error.reason == "changed"
+    assert refused > 300
+
+
+def test_an_object_of_another_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later version's objects are not read as if they were ours, nor is any other Parquet file."""
+    monkeypatch.setattr(store, "FORMAT", 2)
+    content = encode(VARIANTS["labelled"])
+    monkeypatch.undo()
+    table = pq.read_table(store.pa.BufferReader(content))
+    for odd in (table.drop_columns(["label"]), table.slice(0, 0)):
+        sink = store.io.BytesIO()
+        pq.write_table(odd, sink)
+        with pytest.raises(Refused):
+            decode(sink.getvalue())
+    with pytest.raises(Refused, match="format"):
+        decode(content)
+
+
+def test_put_twice_writes_once_and_repairs_damage(folder: Path, tmp_path: Path) -> None:
+    """What is there is not prepared again; a damaged object is; no temporary file stays."""
+    manifest, home = open_manifest(str(folder)), tmp_path / "store"
+    source = Source(manifest.root, manifest.convention, 1.0)
+    first = put(str(home), source, manifest.cases[0], OPTIONS)
+    written = home / first.object
+    stamp, content = written.stat().st_mtime_ns, written.read_bytes()
+
+    assert put(str(home), Source("/nowhere", "msd", 1.0), manifest.cases[0], OPTIONS) == first
+    assert written.stat().st_mtime_ns == stamp
+    damaged = bytearray(content)
+    damaged[len(content) // 2] ^= 4
+    written.write_bytes(damaged)
+    assert put(str(home), source, manifest.cases[0], OPTIONS) == first
+    assert written.read_bytes() == content
+    assert [path.name for path in (home / "objects").iterdir()] == [written.name]
+    assert put(str(home), source, manifest.cases[0], {"spacing_mm": 2.0}).object != first.object
+
+
+def test_equal_content_shares_one_object(folder: Path, tmp_path: Path) -> None:
+    """A copy of a case under another name costs no second object."""
+    manifest = open_manifest(str(folder))
+    source = Source(manifest.root, manifest.convention, 1.0)
+    copy = dataclasses.replace(manifest.cases[1], id="COPY", subject="COPY")
+    stored = [put(str(tmp_path / "store"), source, case, OPTIONS) for case in (*manifest.cases, copy)]
+
+    assert stored[3].object == stored[1].object
+    assert stored[3].id == "COPY"
+    assert len(list((tmp_path / "store" / "objects").iterdir())) == 3
+
+
+def test_a_store_gives_what_the_files_give(folder: Path, tmp_path: Path) -> None:
+    """`load` is the same by either route, also from a store that was moved."""
+    manifest = open_manifest(str(folder))
+    raw = Source(manifest.root, manifest.convention, 1.0)
+    cases = tuple(put(str(tmp_path / "a"), raw, case, OPTIONS) for case in manifest.cases)
+    write_index(str(tmp_path / "a"), dataclasses.replace(manifest, cases=cases), OPTIONS)
+    (tmp_path / "a").rename(tmp_path / "b")
+    index = open_index(str(tmp_path / "b"), OPTIONS)
+
+    assert index == dataclasses.replace(manifest, cases=cases, root=str(tmp_path / "b"))
+    for ours, theirs in zip(index.cases, manifest.cases, strict=True):
+        assert same(Source(index.root, index.convention, 1.0).load(ours), raw.load(theirs))
+
+
+def test_what_is_no_finished_store_is_named(folder: Path, tmp_path: Path) -> None:
+    """Missing, half written, damaged or otherwise prepared: a UserError with the remedy."""
+    home = tmp_path / "store"
+    manifest = open_manifest(str(folder))
+    with pytest.raises(UserError, match=r"store is not a finished store; make it with .*prepare"):
+        open_index(str(home), OPTIONS)
+    write_index(str(home), manifest, OPTIONS)
+    with pytest.raises(UserError, match=r"was prepared with .*1\.0.*, the recipe wants .*2\.0"):
+        open_index(str(home), {"spacing_mm": 2.0})
+    for name, content in (("preprocess.json", b"{"), ("preprocess.json", b"\xff"), ("index.jsonl", b"{")):
+        write_index(str(home), manifest, OPTIONS)
+        (home / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"is not a "):
+            open_index(str(home), OPTIONS)
+    write_index(str(home), manifest, OPTIONS)
+    (home / "index.jsonl").unlink()
+    with pytest.raises(UserError, match="not a finished store"):
+        open_index(str(home), OPTIONS)
+
+
+def reason(source: Source, case: Case) -> str:
+    with pytest.raises(Refused) as caught:
+        source.load(case)
+    return caught.value.reason
+
+
+def test_files_that_went_or_changed_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Missing and changed files or objects are verdicts on the case, by either route."""
+    manifest, home = open_manifest(str(folder)), tmp_path / "store"
+    raw, stored = Source(str(folder), "msd", 1.0), Source(str(home), "msd", 1.0)
+    case = manifest.cases[0]
+    prepared = put(str(home), raw, case, OPTIONS)
+
+    assert reason(raw, dataclasses.replace(case, bytes=case.bytes + 1)) == "changed"
+    assert reason(stored, dataclasses.replace(prepared, object_sha256="0")) == "changed"
+    damaged = bytearray((home / prepared.object).read_bytes())
+    damaged[200] ^= 1
+    (home / prepared.object).write_bytes(damaged)
+    assert reason(stored, prepared) == "changed"
+    (home / prepared.object).unlink()
+    assert reason(stored, prepared) == "missing"
+    (folder / "labelsTr" / "BRATS_001.nii.gz").unlink()
+    assert reason(raw, case) == "missing"
+
+
+def test_missing_on_s3_is_a_refusal_and_no_store_is_an_error(folder: Path, s3_server: str) -> None:
+    """A lost object refuses one case; a lost bucket is the user's to mend and stops the run."""
+    case = open_manifest(str(folder)).cases[0]
+    prepared = put(s3_server, Source(str(folder), "msd", 1.0), case, OPTIONS)
+    assert same(Source(s3_server, "msd", 1.0).load(prepared), Source(str(folder), "msd", 1.0).load(case))
+    assert reason(Source(f"{s3_server}/elsewhere", "msd", 1.0), prepared) == "missing"
+    assert reason(Source(s3_server, "msd", 1.0), case) == "missing"
+    with pytest.raises(UserError, match="NoSuchBucket"):
+        Source(f"{s3_server}-wrong", "msd", 1.0).load(prepared)
