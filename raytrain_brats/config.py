@@ -135,8 +135,8 @@ class Run(_Frozen):
     """Logical CPUs of a data task; by default 1, and 0.5 on machines of up to 4 CPUs."""
     prefetch: PositiveInt = 4
     """Patches a worker holds ready."""
-    max_failures_in_place: PositiveInt = 5
-    """Restarts without a new checkpoint in between after which the run gives up."""
+    max_failures_in_place: PositiveInt = 8
+    """Failures without a new checkpoint in between after which the run gives up."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -275,5 +275,3 @@ def _near(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     near = near or [k for k in known if k.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:3]
     return f"; did you mean {' or '.join(near)}?" if near else ""
-
-

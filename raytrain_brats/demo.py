@@ -15,13 +15,15 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import ray
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from raytrain_brats import storage
+from raytrain_brats import config, storage
+from raytrain_brats.data import manifest as manifests
 from raytrain_brats.errors import RunFailed, UserError, run_entry
 from raytrain_brats.labels import REGIONS
 from raytrain_brats.run import cluster, ledger
@@ -42,8 +44,8 @@ class Args:
     keep: bool = False
     """Go on with what an earlier demo left in --out, instead of beginning anew."""
     recipe: str = "demo"
-    set: tuple[str, ...] = ()
-    """Settings of the recipe to change: key=value."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Change a setting of the recipe: key=value; may be given several times."""
 
 
 class Stages:
@@ -63,6 +65,9 @@ class Stages:
 
 
 def work(args: Args) -> None:
+    config.load(args.recipe, args.set)  # a slip is told before anything is cleared
+    if args.data:
+        manifests.scan(args.data)
     out = Path(args.out).absolute()
     _clear(out, args.keep)
     data = storage.normal(args.data) if args.data else str(out / "data")

@@ -49,8 +49,10 @@ def work(args: Args) -> None:
     if not args.run_dir:
         raise UserError("no run folder given; name one with --run-dir")
     run_dir = storage.normal(args.run_dir)
-    settings, _, identity = job.read_config(run_dir)
+    settings, _, identity = job.open_run(run_dir)
     name = newest(run_dir)
+    if args.data and args.store:
+        raise UserError("--data and --store are two ways to give the cases; give one")
     store = args.store or (None if args.data else os.environ.get("RAYTRAIN_BRATS_STORE"))
     manifest, source = job.open_cases(settings, args.data or os.environ.get("RAYTRAIN_BRATS_DATA"), store)
     same = manifests.identity(manifest.cases, job.preprocessing(settings)) == identity
@@ -103,7 +105,9 @@ def _one(run_dir: str, name: str, source: Source, drawn: set[str], case: Case) -
 
 
 def _show(scores: list[Score], split: str, phantoms: bool) -> None:
-    lines = Table("case", *(f"Dice {r}" for r in REGIONS), *(f"HD95 {r} mm" for r in REGIONS), title=f"scores of split {split}")
+    lines = Table(
+        "case", *(f"Dice {r}" for r in REGIONS), *(f"HD95 {r} mm" for r in REGIONS), title=f"scores of split {split}"
+    )
     for s in sorted(scores, key=lambda s: s.dice["WT"])[:20]:
         lines.add_row(s.case_id, *(f"{s.dice[r]:.3f}" for r in REGIONS), *(f"{s.hd95_mm[r]:.1f}" for r in REGIONS))
     mean = means(scores)

@@ -32,6 +32,7 @@ def work(args: Args) -> None:
         raise UserError("no data given; name a folder with --data")
     if not args.out.endswith(".jsonl"):
         raise UserError(f"--out {args.out}: a manifest's name ends in .jsonl")
+    storage.check_writable(storage.normal(args.out).rpartition("/")[0])
     found = manifests.open_manifest(
         args.data, lambda rows, total: track(rows, "checksums", total, disable=not sys.stdout.isatty())
     )

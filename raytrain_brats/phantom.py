@@ -44,7 +44,9 @@ def work(args: Args) -> None:
     cluster.check_shared({"run folder": out})
     show = partial(track, description="drawing", total=args.cases, disable=not sys.stdout.isatty())
     try:
-        size = write_set(out, args.cases, args.seed, args.grid, args.anatomy, lambda f, n: show(cluster.parallel_map(f, n)))
+        size = write_set(
+            out, args.cases, args.seed, args.grid, args.anatomy, lambda f, n: show(cluster.parallel_map(f, n))
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     print(f"{args.cases} phantoms ({size / 1e6:,.1f} MB) in {out}: synthetic, not patient data")

@@ -42,7 +42,7 @@ def work(args: Args) -> None:
     if not args.run_dir:
         raise UserError("no run folder given; name one with --run-dir")
     run_dir, out = storage.normal(args.run_dir), storage.normal(args.out)
-    settings, convention, _ = job.read_config(run_dir)
+    settings, convention, _ = job.open_run(run_dir)
     name = newest(run_dir)
     found = [item for uri in args.images for item in manifests.scan_images(uri)]
     items = [(Source(root, convention, settings.preprocess.spacing_mm), case) for root, case in found]

@@ -45,7 +45,9 @@ class Args:
 
 def work(args: Args) -> None:
     if not args.data or not args.store:
-        raise UserError(f"no {'store' if args.data else 'data'} given; name it with --{'store' if args.data else 'data'}")
+        raise UserError(
+            f"no {'store' if args.data else 'data'} given; name it with --{'store' if args.data else 'data'}"
+        )
     settings = config.load(args.recipe, args.set)
     store, options = storage.normal(args.store), job.preprocessing(settings)
     manifest, source = job.open_cases(settings, args.data, None)
@@ -67,17 +69,27 @@ def work(args: Args) -> None:
     storage.write_bytes(storage.join(store, "quarantine.json"), json.dumps(listed, indent=1).encode())
     _show(listed)
     if not good:
-        raise RunFailed(f"none of {len(manifest.cases)} cases could be used; see {storage.join(store, 'quarantine.json')}")
+        raise RunFailed(
+            f"none of {len(manifest.cases)} cases could be used; see {storage.join(store, 'quarantine.json')}"
+        )
     good.sort(key=lambda case: case.id)
     stores.write_index(store, dataclasses.replace(manifest, cases=tuple(good), convention=source.convention), options)
     size = sum(storage.list_files(storage.join(store, "objects")).values())
     print(f"{len(good)} cases prepared, {len(refused)} set aside, {size / 1e6:,.1f} MB in {store}")
 
 
-def _prepare_all(store: str, source: Source, cases: tuple[Case, ...], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _prepare_all(
+    store: str, source: Source, cases: tuple[Case, ...], options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     def one(row: dict[str, Any]) -> dict[str, Any]:
         case = cases_by_id[row["id"]]
-        about = {"id": case.id, "uri": storage.join(source.root, case.images[0]), "case": "", "reason": "", "detail": ""}
+        about = {
+            "id": case.id,
+            "uri": storage.join(source.root, case.images[0]),
+            "case": "",
+            "reason": "",
+            "detail": "",
+        }
         try:
             return about | {"case": json.dumps(dataclasses.asdict(stores.put(store, source, case, options)))}
         except Refused as error:

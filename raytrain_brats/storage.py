@@ -8,6 +8,7 @@ bodies in silence.
 """
 
 import contextlib
+import errno
 import os
 import time
 import uuid
@@ -94,6 +95,19 @@ def read_bytes(uri: str) -> bytes:
     raise AssertionError("unreachable")
 
 
+def read_tail(uri: str, size: int) -> bytes:
+    """The last `size` bytes, or all when there are fewer. Raises FileNotFoundError."""
+    if not is_s3(uri):
+        with open(normal(uri), "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read()
+    client, bucket, key = _s3(uri)
+    with _s3_errors(uri):
+        if not client.head_object(Bucket=bucket, Key=key)["ContentLength"]:
+            return b""
+        return bytes(client.get_object(Bucket=bucket, Key=key, Range=f"bytes=-{size}")["Body"].read())
+
+
 def write_bytes(uri: str, content: bytes) -> None:
     """Put the whole object: on a local disk by temporary name, fsync, rename and fsync of the folder."""
     if is_s3(uri):
@@ -129,7 +143,8 @@ def append(uri: str, text: str) -> None:
         Path(normal(uri)).parent.mkdir(parents=True, exist_ok=True)
         file = os.open(normal(uri), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(file, text.encode())
+            if os.write(file, text.encode()) != len(text.encode()):
+                raise OSError(errno.ENOSPC, "only a part could be written; the disk is full", uri)
             os.fsync(file)
         finally:
             os.close(file)
@@ -179,7 +194,11 @@ def list_files(uri: str) -> dict[str, int]:
                 found |= {row["Key"][len(prefix) :]: row["Size"] for row in rows}
     else:
         root = Path(normal(uri))
-        for folder, _, names in os.walk(root, followlinks=True):
+        been = {os.path.realpath(root)}
+        for folder, subfolders, names in os.walk(root, followlinks=True):
+            paths = {name: os.path.realpath(os.path.join(folder, name)) for name in subfolders}
+            subfolders[:] = [name for name, path in paths.items() if path not in been]  # links may go round in a ring
+            been.update(paths.values())
             for name in names:
                 with contextlib.suppress(FileNotFoundError):  # a file may go while we look
                     path = Path(folder) / name

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,13 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
     """Whichever write fails, no manifest stands; and without any checkpoint none is found."""
     assert checkpoint.newest_valid(str(tmp_path)) == (None, [])
     real, written = storage.write_bytes, []
+
     def write(uri: str, content: bytes) -> None:
         if len(written) == stop_at:
             raise OSError("disk full")
         written.append(uri.rsplit("/", 1)[1])
         real(uri, content)
+
     monkeypatch.setattr(storage, "write_bytes", write)
     for number in range(3):
         stop_at = number
@@ -119,8 +122,20 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path, damage: Any, reason
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"3", b"null", b'"text"', b"{}", b"\xff\xfe\x00", b"[" * 100_000, b'{"format": 1, "files": []}', b"x",
-     b'{"format": 1, "files": {"tensors.safetensors": 3, "state.json": null}}', b'{"format": 99}'],
+    [
+        b"",
+        b"[]",
+        b"3",
+        b"null",
+        b'"text"',
+        b"{}",
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b'{"format": 1, "files": []}',
+        b"x",
+        b'{"format": 1, "files": {"tensors.safetensors": 3, "state.json": null}}',
+        b'{"format": 99}',
+    ],
 )
 def test_garbage_manifests_are_damage_and_not_a_crash(tmp_path: Path, content: bytes) -> None:
     """Also valid JSON of another type: named, passed over, refused by load with ValueError."""
@@ -169,12 +184,14 @@ class Slow:
 
     def __init__(self, run_dir: Path, keep: int = 2) -> None:
         self.go, self.done, self.flushed = threading.Event(), [], 0
-        self.writer = Writer(str(run_dir), keep, lambda made, seconds: self.done.append(made.samples_seen))
+        self.writer = Writer(str(run_dir), keep, lambda made, *_: self.done.append(made.samples_seen))
+
     def flush(self) -> None:
         assert self.go.wait(10)
         self.flushed += 1
+
     def start(self, seen: int, tensors: dict[str, torch.Tensor]) -> None:
-        self.writer.start(seen, 1, tensors, STATE, self.flush)
+        self.writer.start(seen, 1, tensors, STATE, self.flush, time.perf_counter())
 
 
 def test_writer_takes_its_snapshot_at_once(tmp_path: Path) -> None:

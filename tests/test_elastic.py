@@ -104,7 +104,9 @@ def test_a_run_killed_twice_and_resized_equals_an_uninterrupted_one(tmp_path: Pa
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
     reference, weights = final_weights(calm), final_weights(rough)
     assert reference.keys() == weights.keys()
-    apart = max(float((reference[name] - weights[name]).abs().max()) for name in reference if name.startswith("network/"))
+    apart = max(
+        float((reference[name] - weights[name]).abs().max()) for name in reference if name.startswith("network/")
+    )
     assert apart < 1e-5, f"weights differ by {apart}"
     events = [json.loads(line) for line in (rough / "events.jsonl").read_text().splitlines()]
     assert [e["event"] for e in events].count("launch") == 2

@@ -159,6 +159,7 @@ class Identity(torch.nn.Module):
     """Logits are the normalised intensities of three modalities; `windows` are the shapes it saw."""
 
     windows: set[tuple[int, ...]] = set()  # noqa: RUF012 - emptied by the test
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         assert not self.training
         self.windows.add(tuple(image.shape[2:]))

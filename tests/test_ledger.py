@@ -26,7 +26,7 @@ def save(run_dir: str, seen: int, generation: int = 1) -> str:
 
 
 def write_rows(run_dir: str, *seen: int) -> None:
-    log = MetricsLog(run_dir)
+    log = MetricsLog(run_dir, ledger.current(run_dir))
     for number in seen:
         log.add({"samples_seen": number, "loss": 0.1})
     log.flush()
@@ -98,13 +98,43 @@ def test_a_torn_event_does_not_swallow_the_next(tmp_path: Path, start: Any) -> N
 
 
 def test_failures_in_place_count_only_without_progress(run_dir: str) -> None:
-    """They rise while starts come from the same place, and begin anew with each new checkpoint."""
-    assert [ledger.begin_generation(run_dir).failures_in_place for _ in range(3)] == [0, 1, 2]
+    """They rise while groups fail at the same place; a new checkpoint or a person's restart begins anew."""
+
+    def starts(count: int) -> list[int]:
+        found = []
+        for _ in range(count):
+            found.append(ledger.begin_generation(run_dir).failures_in_place)
+            ledger.event(run_dir, "failure", generation=ledger.current(run_dir).number, error="bug")
+        return found
+
+    assert starts(3) == [0, 1, 2]
     save(run_dir, 4)
-    assert [ledger.begin_generation(run_dir).failures_in_place for _ in range(3)] == [0, 1, 2]
+    assert starts(3) == [0, 1, 2]
     ledger.forgive(run_dir)
-    assert [ledger.begin_generation(run_dir).failures_in_place for _ in range(2)] == [0, 1]
-    assert ledger.current(run_dir) == ledger.Generation(8, 4, f"{4:012d}-g0001", 1)
+    assert starts(2) == [0, 1]
+
+
+def test_recent_reads_the_end_of_long_books(run_dir: str) -> None:
+    """The last rows whole, however long the book; nothing when there is none."""
+    assert ledger.recent(run_dir) == ([], [])
+    ledger.begin_generation(run_dir)
+    write_rows(run_dir, *range(4, 20004, 4))
+    rows, events = ledger.recent(run_dir)
+    assert [row["samples_seen"] for row in rows[-2:]] == [19996, 20000] and 200 < len(rows) < 5000
+    assert [event["event"] for event in events] == ["group"]
+
+
+def test_resizes_are_no_failures(run_dir: str) -> None:
+    """A group that is replaced without a failure, as in a resize, does not bring the run nearer to giving up."""
+    assert [ledger.begin_generation(run_dir).failures_in_place for _ in range(3)] == [0, 0, 0]
+
+
+def test_a_replaced_group_cannot_commit(run_dir: str) -> None:
+    """What is left of an older worker group cannot flush its rows, which comes before every commit."""
+    log = MetricsLog(run_dir, ledger.begin_generation(run_dir))
+    ledger.begin_generation(run_dir)
+    with pytest.raises(RuntimeError, match="worker group 1 was replaced"):
+        log.flush()
 
 
 def test_a_damaged_checkpoint_is_discarded_with_an_event(run_dir: str) -> None:
@@ -123,7 +153,7 @@ def test_a_damaged_checkpoint_is_discarded_with_an_event(run_dir: str) -> None:
 
 def test_local_rows_can_be_read_at_once(tmp_path: Path) -> None:
     """A row shows when its step ends, not with the next checkpoint; a flush adds none twice."""
-    log = MetricsLog(str(tmp_path))
+    log = MetricsLog(str(tmp_path), ledger.begin_generation(str(tmp_path)))
     for count in (1, 2, 3):
         log.add({"samples_seen": 4 * count})
         assert seen_rows(str(tmp_path)) == [4, 8, 12][:count]

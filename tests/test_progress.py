@@ -57,10 +57,13 @@ def test_between_two_worker_groups() -> None:
 @pytest.mark.parametrize("error", [OSError("away"), UserError("s3://x: S3 answers 403"), ValueError("line 3")])
 def test_books_that_cannot_be_read_do_not_end_the_picture(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """The line says why; the next look may work again."""
+
     def fail(_: str) -> Any:
         raise error
+
     class Job:
         run_dir = "s3://x/run"
-    monkeypatch.setattr(ledger, "read_rows", fail)
-    line = progress.Progress(Job())._line()  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ledger, "recent", fail)
+    _, line = progress.Progress(Job())._look()  # type: ignore[arg-type]
     assert "cannot be read just now" in line and str(error) in line

@@ -110,10 +110,9 @@ def scan_images(uri: str) -> list[tuple[str, Case]]:
     uri = storage.normal(uri)
     if uri.endswith((".nii", ".nii.gz")):
         root, _, name = uri.rpartition("/")
-        size = storage.list_files(root).get(name)
-        if size is None:
+        if not storage.exists(uri):
             raise UserError(f"image {uri} does not exist")
-        return [(root, Case(_stem(name), _stem(name), (name,), None, size))]
+        return [(root, Case(_stem(name), _stem(name), (name,), None, len(storage.read_bytes(uri))))]
     files = storage.list_files(uri)
     plain = [name for name in files if "/" not in name and name.endswith((".nii", ".nii.gz"))]
     if plain and "dataset.json" not in files:

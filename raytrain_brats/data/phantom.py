@@ -305,7 +305,7 @@ def write_case(folder: str, number: int, seed: int, grid: int, anatomy: str) -> 
     name = f"BRATS_{number:03d}.nii.gz"
     record: dict[str, object] = {"file": name, **case.facts}
     for kind, voxels in (("image", case.image_xyzc), ("label", case.label_xyz)):
-        image: Any = nib.Nifti1Image(voxels, np.diag([case.spacing_mm] * 3 + [1.0]))  # type: ignore[no-untyped-call]
+        image: Any = nib.Nifti1Image(voxels, np.diag([case.spacing_mm] * 3 + [1.0]))
         image.header.set_xyzt_units("mm", "sec")
         packed = gzip.compress(image.to_bytes(), 6, mtime=0)  # neither name nor time: the voxels decide the bytes
         record[f"{kind}_bytes"] = _write(Path(folder, f"{kind}sTr", name), packed)

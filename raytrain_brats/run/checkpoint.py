@@ -143,7 +143,7 @@ def _contents(run_dir: str, name: str) -> list[bytes]:
 class Writer:
     """Saves beside the training: `start` takes a snapshot's tensors and returns; one save runs at a time."""
 
-    def __init__(self, run_dir: str, keep: int, done: Callable[[Checkpoint, float], None]) -> None:
+    def __init__(self, run_dir: str, keep: int, done: Callable[[Checkpoint, float, float], None]) -> None:
         self._run_dir, self._keep, self._done = run_dir, keep, done
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
@@ -155,17 +155,23 @@ class Writer:
         tensors: dict[str, Tensor],
         state: dict[str, Any],
         flush: Callable[[], None],
+        called: float,
     ) -> None:
-        """Begin a save; waits for the one before. `flush` makes the books durable before the commit."""
+        """Begin a save; waits for the one before. `flush` makes the books durable before the commit.
+
+        `done` is called with the checkpoint, the seconds of the save, and the seconds the training stood still since
+        `called` (of time.perf_counter).
+        """
         self.wait()
         snapshot = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
+        began = time.perf_counter()
+
         def work() -> None:
-            began = time.perf_counter()
             flush()
             made = save(self._run_dir, samples_seen, generation, snapshot, state)
             prune(self._run_dir, self._keep)
-            self._done(made, time.perf_counter() - began)
+            self._done(made, time.perf_counter() - began, began - called)
 
         self._running = self._thread.submit(work)
 

@@ -94,7 +94,8 @@ def measure(run: Run, global_batch: int) -> Resources:
         high = min(high, global_batch)
     if high > global_batch:
         raise UserError(
-            f"run.workers {low}:{high}: more workers than train.global_batch = {global_batch}; every worker needs a sample"
+            f"run.workers {low}:{high}: more workers than train.global_batch = {global_batch}; "
+            "every worker needs a sample of each step"
         )
     if 0 < gpus < low:
         raise UserError(f"run.workers {low}:{high}: the cluster has {gpus} GPUs; lower --workers or add nodes")
@@ -140,8 +141,8 @@ def check_shared(uris: dict[str, str]) -> None:
             if gone := ray.get(missing.options(scheduling_strategy=at).remote(paths)):
                 what = gone[0]
                 raise UserError(
-                    f"{what} {local[what]} is not seen by node {node['NodeManagerHostname']}; with several machines give "
-                    "an s3:// place or a folder that all of them mount (FSx, NFS)"
+                    f"{what} {local[what]} is not seen by node {node['NodeManagerHostname']}; with several machines "
+                    "give an s3:// place or a folder that all of them mount (FSx, NFS)"
                 )
     finally:
         if probe:

@@ -58,12 +58,15 @@ def open_cases(config: Config, data: str | None, store: str | None) -> tuple[Man
 def build(config: Config, run_dir: str, data: str | None, store: str | None) -> Job:
     """The job, checked as far as it can be before Ray starts. Raises UserError."""
     divisor = patch_divisor(config)
-    if any(edge % divisor for edge in config.data.patch_xyz):
-        raise UserError(f"data.patch_xyz {config.data.patch_xyz}: this network needs multiples of {divisor}")
+    if any(edge % divisor or edge < 2 * divisor for edge in config.data.patch_xyz):
+        patch = "x".join(map(str, config.data.patch_xyz))
+        raise UserError(f"data.patch_xyz {patch}: this network needs multiples of {divisor}, {2 * divisor} at least")
     manifest, source = open_cases(config, data, store)
     train, held_out = manifest.split(config.data.fold)
     if not train:
-        raise UserError(f"{manifest.root}: none of its {len(manifest.cases)} cases is left to train on; more are needed")
+        raise UserError(
+            f"{manifest.root}: none of its {len(manifest.cases)} cases is left to train on; more are needed"
+        )
     plan = Plan(
         config.train.seed,
         len(train),
@@ -73,42 +76,72 @@ def build(config: Config, run_dir: str, data: str | None, store: str | None) -> 
         config.train.epochs,
     )
     identity = manifests.identity(manifest.cases, preprocessing(config))
-    job = Job(config, storage.normal(run_dir), "store" if store else "raw", source, train, held_out, plan, identity, manifest.synthetic)
+    job = Job(
+        config,
+        storage.normal(run_dir),
+        "store" if store else "raw",
+        source,
+        train,
+        held_out,
+        plan,
+        identity,
+        manifest.synthetic,
+    )
     _check_same_run(job)
     return job
 
 
 def _check_same_run(job: Job) -> None:
     """Raises UserError when the run folder holds a run of other data or of another config."""
-    where = storage.join(job.run_dir, "config.yaml")
     try:
-        stored = yaml.safe_load(storage.read_bytes(where))
+        config, _, identity = read_config(job.run_dir)
     except FileNotFoundError:
         return
-    if stored["identity"] != job.identity:
+    if identity != job.identity:
         raise UserError(
-            f"{job.run_dir} was begun on other data or preprocessing (identity {stored['identity']}, now {job.identity}); "
+            f"{job.run_dir} was begun on other data or preprocessing (identity {identity}, now {job.identity}); "
             "give the data it was begun with, or another --run-dir"
         )
-    if changed := differences(parse(stored["config"], where), job.config):
+    if changed := differences(config, job.config):
+        changes = "; ".join(changed)
         raise UserError(
-            f"{job.run_dir} was begun with another config ({'; '.join(changed)}); use the old values, or another --run-dir"
+            f"{job.run_dir} was begun with another config ({changes}); use the old values, or another --run-dir"
         )
 
 
 def write_config(job: Job) -> None:
     """Record what the run is, for resumes, `evaluate` and the reader."""
-    about: dict[str, Any] = {"identity": job.identity, "convention": job.source.convention, "data": job.source.root, "route": job.route}
+    about: dict[str, Any] = {
+        "identity": job.identity,
+        "convention": job.source.convention,
+        "data": job.source.root,
+        "route": job.route,
+    }
     about["synthetic"] = job.synthetic
     content = yaml.safe_dump(about | {"config": yaml.safe_load(job.config.to_yaml())}, sort_keys=False)
     storage.write_bytes(storage.join(job.run_dir, "config.yaml"), content.encode())
 
 
 def read_config(run_dir: str) -> tuple[Config, str, str]:
-    """(config, label convention, dataset identity) of an existing run. Raises UserError when there is none."""
+    """(config, label convention, dataset identity) of an existing run.
+
+    Raises FileNotFoundError when the folder holds no run, UserError when its config.yaml is no such file.
+    """
     where = storage.join(storage.normal(run_dir), "config.yaml")
     try:
         stored = yaml.safe_load(storage.read_bytes(where))
         return parse(stored["config"], where), str(stored["convention"]), str(stored["identity"])
+    except FileNotFoundError:
+        raise
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} is not a run's config.yaml; give another --run-dir") from error
+    except OSError as error:
+        raise UserError(f"cannot read {where} ({error}); choose another folder or mend its rights") from error
+
+
+def open_run(run_dir: str) -> tuple[Config, str, str]:
+    """As `read_config`, for commands that need a run. Raises UserError when there is none."""
+    try:
+        return read_config(run_dir)
     except FileNotFoundError as error:
-        raise UserError(f"{run_dir} is not a run folder (no config.yaml); train first with --run-dir {run_dir}") from error
+        raise UserError(f"{run_dir} is not a run folder (no config.yaml); train first") from error

@@ -35,7 +35,7 @@ class StreamFactory:
         if again > job.config.run.max_failures_in_place:
             causes = [e["error"] for e in ledger.read_events(job.run_dir) if e["event"] == "failure"]
             last = f"; the last failure: {causes[-1]}" if causes else ""
-            raise RunFailed(f"{again} starts in a row from sample {generation.samples_seen} without progress{last}")
+            raise RunFailed(f"{again} failures in a row at sample {generation.samples_seen}{last}")
         return stream.dataset(
             job.plan, job.train_cases, job.source, job.cutting, generation.samples_seen, self.cpus_per_task
         )
@@ -75,13 +75,15 @@ def train(job: Job, needed: cluster.Resources) -> None:
 def _fit(job: Job, needed: cluster.Resources) -> str:
     """Run Ray Train to its end; why it failed, or an empty string."""
     resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
-    workers = needed.high if needed.low == needed.high else (needed.low, needed.high)
+    workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
     place, filesystem = storage.for_ray(storage.join(job.run_dir, "ray"))
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=bool(needed.gpus), resources_per_worker=resources  # type: ignore[arg-type]
+            num_workers=workers,
+            use_gpu=bool(needed.gpus),
+            resources_per_worker=resources,
         ),
         # A name of its own for every launch: Ray's registry is told of our checkpoints, but never asked, since it
         # loses them around a crash and does not start from a torn file.

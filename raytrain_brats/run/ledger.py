@@ -18,6 +18,8 @@ from typing import Any
 from raytrain_brats import storage
 from raytrain_brats.run import checkpoint
 
+_TAIL_BYTES = 1 << 16
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -27,7 +29,7 @@ class Generation:
     samples_seen: int
     checkpoint: str | None
     failures_in_place: int
-    """Starts in a row from this very place: without progress, restarting is no use."""
+    """Failures in a row without a new checkpoint: then restarting is no use. A resize is none."""
 
 
 def begin_generation(run_dir: str) -> Generation:
@@ -37,14 +39,14 @@ def begin_generation(run_dir: str) -> Generation:
     for name, why in damaged:
         event(run_dir, "damaged_checkpoint", name=name, why=why)
         checkpoint.discard(run_dir, name)
-    before = current(run_dir)
+    before = current(run_dir) or Generation(0, 0, None, 0)
     seen = found.samples_seen if found else 0
-    again = before is not None and before.samples_seen == seen
+    failed = any(e["event"] == "failure" and e["generation"] == before.number for e in read_events(run_dir))
     generation = Generation(
-        number=before.number + 1 if before else 1,
+        number=before.number + 1,
         samples_seen=seen,
         checkpoint=found.name if found else None,
-        failures_in_place=before.failures_in_place + 1 if before and again else 0,
+        failures_in_place=max(0, before.failures_in_place + failed) if before.samples_seen == seen else 0,
     )
     rows = read_rows(run_dir)
     kept = [row for row in rows if row["samples_seen"] <= seen]
@@ -88,12 +90,29 @@ def read_events(run_dir: str) -> list[dict[str, Any]]:
     return _lines(storage.join(run_dir, "events.jsonl"), torn_lines=True)
 
 
+def recent(run_dir: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The last rows and events, some hundreds: what a progress line needs, at a cost that does not grow."""
+    books = []
+    for uri in (_metrics(run_dir), storage.join(run_dir, "events.jsonl")):
+        try:
+            tail = storage.read_tail(uri, _TAIL_BYTES)
+        except FileNotFoundError:
+            tail = b""
+        lines = tail.splitlines()[1 if len(tail) == _TAIL_BYTES else 0 :]  # the first may be cut
+        books.append(_parsed(uri, lines, torn_lines=True))
+    return books[0], books[1]
+
+
 def _metrics(run_dir: str) -> str:
     return storage.join(run_dir, "metrics.jsonl")
 
 
 def _lines(uri: str, torn_lines: bool = False) -> list[dict[str, Any]]:
-    rows, lines = [], (_bytes(uri) or b"").splitlines()
+    return _parsed(uri, (_bytes(uri) or b"").splitlines(), torn_lines)
+
+
+def _parsed(uri: str, lines: list[bytes], torn_lines: bool) -> list[dict[str, Any]]:
+    rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
@@ -120,8 +139,8 @@ def _end_torn_line(run_dir: str) -> None:
 class MetricsLog:
     """Rank 0's pen: rows show up at once on a local disk; on S3, which cannot append, with each checkpoint."""
 
-    def __init__(self, run_dir: str) -> None:
-        self._uri = _metrics(run_dir)
+    def __init__(self, run_dir: str, generation: Generation) -> None:
+        self._run_dir, self._generation, self._uri = run_dir, generation, _metrics(run_dir)
         self._lock = threading.Lock()
         self._waiting: list[str] = []
 
@@ -134,7 +153,12 @@ class MetricsLog:
                 self._waiting.clear()
 
     def flush(self) -> None:
-        """Every row added so far is durable afterwards; called before a checkpoint is committed."""
+        """Every row added so far is durable afterwards; called before a checkpoint is committed.
+
+        Raises RuntimeError when a later worker group has begun: what is left of this one must not commit.
+        """
+        if current(self._run_dir) != self._generation:
+            raise RuntimeError(f"worker group {self._generation.number} was replaced by a later one")
         with self._lock:
             storage.append(self._uri, "".join(self._waiting))
             self._waiting.clear()

@@ -8,8 +8,8 @@ import threading
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
 
 from raytrain_brats import storage
 from raytrain_brats.errors import UserError
@@ -40,25 +40,27 @@ class Progress:
     def _follow(self) -> None:
         every_s = 1.0 if not storage.is_s3(self._job.run_dir) else 5.0
         if self._console.is_terminal:
-            with Live(Text("starting workers ..."), console=self._console, refresh_per_second=4) as live:
+            with Bar(BarColumn(20), TextColumn("{task.description}", markup=False), console=self._console) as bar:
+                run = bar.add_task("", total=self._job.plan.total)
                 while not self._done.wait(every_s):
-                    live.update(Text(self._line()))
-                live.update(Text(self._line()))
+                    rows, line = self._look()
+                    bar.update(run, description=line, completed=rows[-1]["samples_seen"] if rows else 0)
+                bar.update(run, description=self._look()[1], completed=self._job.plan.total)
             return
         last = ""
         while not self._done.wait(max(10.0, every_s)):
-            if (line := self._line()) != last:
+            if (line := self._look()[1]) != last:
                 print(line, flush=True)
             last = line
-        if (line := self._line()) != last:
+        if (line := self._look()[1]) != last:
             print(line, flush=True)
 
-    def _line(self) -> str:
+    def _look(self) -> tuple[list[dict[str, Any]], str]:
         try:
-            rows, events = ledger.read_rows(self._job.run_dir), ledger.read_events(self._job.run_dir)
+            rows, events = ledger.recent(self._job.run_dir)
         except (OSError, ValueError, UserError) as error:  # the picture is not the run: storage may come back
-            return f"run folder cannot be read just now: {error}"
-        return describe(rows, events, self._job.plan.total)
+            return [], f"run folder cannot be read just now: {error}"
+        return rows, describe(rows, events, self._job.plan.total)
 
 
 def describe(rows: list[dict[str, Any]], events: list[dict[str, Any]], total: int) -> str:
@@ -85,6 +87,6 @@ def describe(rows: list[dict[str, Any]], events: list[dict[str, Any]], total: in
     if scored := [e for e in events if e["event"] == "validation"]:
         dice = " ".join(f"{region} {scored[-1]['dice'][region]:.2f}" for region in REGIONS)
         parts.insert(2, f"Dice {dice}")
-    if len(groups) > 1:
-        parts.append(f"{len(groups) - 1} restart{'s' if len(groups) > 2 else ''}")
+    if groups and (restarts := groups[-1]["generation"] - 1):
+        parts.append(f"{restarts} restart{'s' if restarts > 1 else ''}")
     return " | ".join(parts)

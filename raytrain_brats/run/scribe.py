@@ -29,11 +29,10 @@ class Scribe:
     def __init__(self, job: Job, generation: Generation, rank: int, world_size: int, device: torch.device) -> None:
         self.job, self.generation, self.rank, self.world_size = job, generation, rank, world_size
         self.stopped = False
-        self._log = MetricsLog(job.run_dir)
+        self._log = MetricsLog(job.run_dir, generation)
         self._writer = Writer(job.run_dir, job.config.checkpoint.keep, self._committed)
         self._bad_in_epoch = 0
         self._quarantined: set[str] = set()
-        self._stall_s = 0.0
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def __enter__(self) -> "Scribe":
@@ -55,9 +54,7 @@ class Scribe:
         node = ray.util.get_node_ip_address()
         self.event("worker", rank=self.rank, world_size=self.world_size, node=node, device=self._device)
 
-    def step(
-        self, before: int, seen: int, result: StepResult, mine: list[Patch], wait_s: float, step_s: float
-    ) -> None:
+    def step(self, before: int, seen: int, result: StepResult, mine: list[Patch], wait_s: float, step_s: float) -> None:
         """Write the row of an applied step; name unreadable cases; stop when there are too many of them."""
         for patch in mine:
             if patch.reason and patch.case_id not in self._quarantined:
@@ -93,28 +90,26 @@ class Scribe:
 
     def checkpoint(self, seen: int, learner: Learner) -> None:
         """Save beside the training (rank 0), and let Ray Train know (all ranks: its report is a barrier)."""
-        began = time.perf_counter()
-        metrics = {"samples_seen": seen}
+        began, metrics = time.perf_counter(), {"samples_seen": seen}
         if self.rank == 0:
-            tensors, values = learner.state()
-            state = {"samples_seen": seen, "identity": self.job.identity, "learner": values}
-            self._writer.start(seen, self.generation.number, tensors, state, self._log.flush)
             with tempfile.TemporaryDirectory() as folder:
                 pointer = {"run_dir": self.job.run_dir, "samples_seen": seen}
                 (Path(folder) / "pointer.json").write_text(json.dumps(pointer))
                 ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            tensors, values = learner.state()
+            state = {"samples_seen": seen, "identity": self.job.identity, "learner": values}
+            self._writer.start(seen, self.generation.number, tensors, state, self._log.flush, began)
         else:
             ray.train.report(metrics)
-        self._stall_s = time.perf_counter() - began
 
-    def _committed(self, made: Checkpoint, seconds: float) -> None:
+    def _committed(self, made: Checkpoint, seconds: float, stall_s: float) -> None:
         self.event(
             "checkpoint",
             samples_seen=made.samples_seen,
             name=made.name,
             bytes=made.bytes,
             seconds=round(seconds, 3),
-            stall_s=round(self._stall_s, 3),
+            stall_s=round(stall_s, 3),
         )
 
     @contextmanager
