@@ -236,7 +236,8 @@ def _acquire(rng: Random, grain: Random, signal: Floats, voxel_mm: float, channe
     real, imaginary = (level * grain.standard_normal(slices.shape, np.float32) for _ in range(2))
     slices = np.hypot(slices + real, imaginary)
     voxels = ndimage.zoom(slices, (1, 1, thick), order=1, mode="nearest", grid_mode=True)  # linear between slices
-    return ndimage.gaussian_filter(voxels[..., : signal.shape[2]], smooth, truncate=2.5)
+    smoothed: Floats = ndimage.gaussian_filter(voxels[..., : signal.shape[2]], smooth, truncate=2.5)
+    return smoothed
 
 
 def _render(rng: Random, grain: Random, head: Head, label: NDArray[np.uint8], oedema: Floats) -> Floats:
