@@ -131,6 +131,8 @@ class Run(_Frozen):
     """MIN:MAX training workers; `auto` is 1 up to the number of GPUs (at least 1)."""
     cpus_per_worker: PositiveFloat | None = None
     """Logical CPUs of a training worker; by default 1 with a GPU, 0.5 without. Use 0.5, 0.25 or whole numbers."""
+    gpus_per_worker: Literal[0, 1] | None = None
+    """By default 1 when the cluster has GPUs at the start, else 0; say 1 when an autoscaler is to bring them."""
     cpus_per_task: PositiveFloat | None = None
     """Logical CPUs of a data task; by default 1, and 0.5 on machines of up to 4 CPUs."""
     prefetch: PositiveInt = 4
@@ -210,9 +212,19 @@ def parse(values: dict[str, Any], where: str) -> Config:
         raise UserError(f"{where}: {key or 'config'}: {message} (got {first['input']!r})") from error
 
 
+_FREE: dict[str, Any] = {
+    "run": True,
+    "checkpoint": True,
+    "validate_": True,
+    "data": {"max_bad_share"},
+    "train": {"micro_batch"},
+}
+"""What may change from one start of a run to the next: it does not alter which updates are applied."""
+
+
 def differences(old: Config, new: Config) -> list[str]:
-    """`key: old -> new` of every setting that may not change within a run (all but `run` and `checkpoint`)."""
-    before, after = (_flat(c.model_dump(mode="json", by_alias=True, exclude={"run", "checkpoint"})) for c in (old, new))
+    """`key: old -> new` of every setting that may not change within a run."""
+    before, after = (_flat(c.model_dump(mode="json", by_alias=True, exclude=_FREE)) for c in (old, new))
     keys = sorted(before.keys() | after.keys())
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
 

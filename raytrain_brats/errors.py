@@ -26,6 +26,9 @@ def run_entry(work: Callable[[], None]) -> int:
     except RunFailed as error:
         print(f"failed: {_one_line(error)}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"failed: {_one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130

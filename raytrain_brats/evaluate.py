@@ -9,9 +9,10 @@ import os
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import ray
 import tyro
 from rich.console import Console
 from rich.progress import track
@@ -26,7 +27,7 @@ from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError, run_entry
 from raytrain_brats.labels import REGIONS, to_regions
 from raytrain_brats.run import cluster, job
-from raytrain_brats.run.validate import Score, load_network, means, newest, score, segment, table
+from raytrain_brats.run.validate import Score, means, newest_weights, score, segment, shared_network, table
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,10 @@ def work(args: Args) -> None:
         raise UserError("no run folder given; name one with --run-dir")
     run_dir = storage.normal(args.run_dir)
     settings, _, identity = job.open_run(run_dir)
-    name = newest(run_dir)
     if args.data and args.store:
         raise UserError("--data and --store are two ways to give the cases; give one")
     store = args.store or (None if args.data else os.environ.get("RAYTRAIN_BRATS_STORE"))
-    manifest, source = job.open_cases(settings, args.data or os.environ.get("RAYTRAIN_BRATS_DATA"), store)
+    manifest, source = job.open_cases(settings, args.data or os.environ.get("RAYTRAIN_BRATS_DATA"), store, run_dir)
     same = manifests.identity(manifest.cases, job.preprocessing(settings)) == identity
     if not same and args.split != "all":
         raise UserError(
@@ -62,9 +62,11 @@ def work(args: Args) -> None:
             "give the run's own data, or --split all if none of these cases was trained on"
         )
     cases = _chosen(manifest, settings.data.fold, args.split)
+    name, weights = newest_weights(run_dir)
     cluster.connect()
+    network = ray.put((settings, weights))
     drawn = {case.id for case in cases[: args.overlays]}
-    found = cluster.parallel_map(partial(_one, run_dir, name, source, drawn), cases, gpus=cluster.has_gpus())
+    found = cluster.parallel_map(partial(_one, run_dir, network, source, drawn), cases, on_gpus=True)
     results = list(track(found, "evaluating", len(cases), disable=not sys.stdout.isatty()))
     scores = [r for r in results if isinstance(r, Score)]
     for message in (r for r in results if isinstance(r, str)):
@@ -87,12 +89,12 @@ def _chosen(manifest: Manifest, fold: int, split: str) -> tuple[Case, ...]:
     return cases
 
 
-def _one(run_dir: str, name: str, source: Source, drawn: set[str], case: Case) -> Score | str:
+def _one(run_dir: str, shared: ray.ObjectRef[Any], source: Source, drawn: set[str], case: Case) -> Score | str:
     try:
         prepared = source.load(case)
     except Refused as error:
         return f"case {case.id}: {error.reason}, {error.detail}"
-    network, settings, device = load_network(run_dir, name)
+    network, settings, device = shared_network(shared)
     predicted = segment(prepared, network, settings, device)
     result = score(case.id, predicted, prepared, source.convention)
     if case.id in drawn:

@@ -41,7 +41,7 @@ def work(args: Args) -> None:
     out = storage.normal(args.out)
     storage.check_writable(out)
     cluster.connect()
-    cluster.check_shared({"run folder": out})
+    cluster.check_shared({"output folder": out})
     show = partial(track, description="drawing", total=args.cases, disable=not sys.stdout.isatty())
     try:
         size = write_set(

@@ -9,9 +9,11 @@ import os
 import sys
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+import ray
 import tyro
 from rich.progress import track
 
@@ -23,7 +25,7 @@ from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError, run_entry
 from raytrain_brats.labels import from_regions
 from raytrain_brats.run import cluster, job
-from raytrain_brats.run.validate import load_network, newest, segment
+from raytrain_brats.run.validate import newest_weights, segment, shared_network
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,13 @@ def work(args: Args) -> None:
         raise UserError("no run folder given; name one with --run-dir")
     run_dir, out = storage.normal(args.run_dir), storage.normal(args.out)
     settings, convention, _ = job.open_run(run_dir)
-    name = newest(run_dir)
     found = [item for uri in args.images for item in manifests.scan_images(uri)]
     items = [(Source(root, convention, settings.preprocess.spacing_mm), case) for root, case in found]
     storage.check_writable(out)
+    _, weights = newest_weights(run_dir)
     cluster.connect()
-    written = cluster.parallel_map(partial(_one, run_dir, name, out), items, gpus=cluster.has_gpus())
+    network = ray.put((settings, weights))
+    written = cluster.parallel_map(partial(_one, network, out), items, on_gpus=True)
     refusals = [r for r in track(written, "predicting", len(items), disable=not sys.stdout.isatty()) if r]
     for message in refusals:
         print(f"refused: {message}", file=sys.stderr)
@@ -57,13 +60,13 @@ def work(args: Args) -> None:
         raise RunFailed(f"{len(refusals)} of {len(items)} cases could not be read")
 
 
-def _one(run_dir: str, name: str, out: str, item: tuple[Source, Case]) -> str:
+def _one(shared: ray.ObjectRef[Any], out: str, item: tuple[Source, Case]) -> str:
     source, case = item
     try:
         prepared = source.load(case)
     except Refused as error:
         return f"case {case.id}: {error.reason}, {error.detail}"
-    network, settings, device = load_network(run_dir, name)
+    network, settings, device = shared_network(shared)
     label = from_regions(segment(prepared, network, settings, device), source.convention)
     image = nib.Nifti1Image(label, np.array(prepared.geometry.affine))
     image.header.set_xyzt_units("mm")

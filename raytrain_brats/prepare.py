@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from raytrain_brats import config, storage
+from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import Refused
@@ -53,21 +54,20 @@ def work(args: Args) -> None:
     manifest, source = job.open_cases(settings, args.data, None)
     storage.check_writable(store)
     cluster.connect()
-    cluster.check_shared({"run folder": store, "data folder": source.root})
+    cluster.check_shared({"store": store}, {"data folder": source.root})
     good: list[Case] = []
     refused: list[dict[str, str]] = []
     results = _prepare_all(store, source, manifest.cases, options)
     for row in track(results, "preparing", len(manifest.cases), disable=not sys.stdout.isatty()):
+        case = manifests.case_from(json.loads(row.pop("prepared")))
         if not row["reason"]:
-            case = json.loads(row["case"])
-            good.append(Case(**case | {"images": tuple(case["images"])}))
+            good.append(case)
             continue
-        refused.append({key: row[key] for key in ("id", "uri", "reason", "detail")})
+        refused.append({"case": case.id, **row})
         if args.strict:
-            raise RunFailed(f"case {row['id']} ({row['uri']}): {row['reason']}, {row['detail']}")
-    listed = [{"case": r["id"], "uri": r["uri"], "reason": r["reason"], "detail": r["detail"]} for r in refused]
-    storage.write_bytes(storage.join(store, "quarantine.json"), json.dumps(listed, indent=1).encode())
-    _show(listed)
+            raise RunFailed(f"case {case.id} ({row['uri']}): {row['reason']}, {row['detail']}")
+    storage.write_bytes(storage.join(store, "quarantine.json"), json.dumps(refused, indent=1).encode())
+    _show(refused)
     if not good:
         raise RunFailed(
             f"none of {len(manifest.cases)} cases could be used; see {storage.join(store, 'quarantine.json')}"
@@ -82,23 +82,20 @@ def _prepare_all(
     store: str, source: Source, cases: tuple[Case, ...], options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     def one(row: dict[str, Any]) -> dict[str, Any]:
-        case = cases_by_id[row["id"]]
-        about = {
-            "id": case.id,
-            "uri": storage.join(source.root, case.images[0]),
-            "case": "",
-            "reason": "",
-            "detail": "",
-        }
+        case = manifests.case_from(json.loads(row["case"]))
+        about = {"uri": storage.join(source.root, case.images[0]), "reason": "", "detail": ""}
         try:
-            return about | {"case": json.dumps(dataclasses.asdict(stores.put(store, source, case, options)))}
+            case = stores.put(store, source, case, options)
         except Refused as error:
-            return about | {"reason": error.reason, "detail": error.detail}
+            about |= {"reason": error.reason, "detail": error.detail}
+        return about | {"prepared": json.dumps(dataclasses.asdict(case))}
 
-    cases_by_id = {case.id: case for case in cases}
-    cpus = 0.5 if ray.cluster_resources()["CPU"] <= 4 else 1.0
-    ids = ray.data.from_items([{"id": case.id} for case in cases], override_num_blocks=len(cases))
-    yield from ids.map(one, num_cpus=cpus).iter_rows()
+    cpus = ray.cluster_resources()["CPU"]
+    rows = ray.data.from_items(
+        [{"case": json.dumps(dataclasses.asdict(case))} for case in cases],
+        override_num_blocks=min(len(cases), 64 * int(cpus)),  # enough for an even load, not one task a case
+    )
+    yield from rows.map(one, num_cpus=0.5 if cpus <= 4 else 1.0).iter_rows()
 
 
 def _show(refused: list[dict[str, str]]) -> None:

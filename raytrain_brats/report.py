@@ -150,7 +150,8 @@ def _mean_dice(case: Mapping[str, Any]) -> float:
 
 def _headline(rows: Sequence[Row], events: Sequence[Row], split: TimeSplit, num_groups: int) -> list[tuple[str, ...]]:
     """(name, value, note) of every number at the top."""
-    last, tail = rows[-1], [row["loss"] for row in rows[-20:]]
+    last = rows[-1]
+    tail = [row["loss"] for row in rows[-20:] if row["loss"] is not None] or [math.nan]  # none where nothing counted
     total = next((e["total_samples"] for e in reversed(events) if e.get("total_samples")), None)
     done = f"of {total:,} ({min(last['samples_seen'] / total, 1):.0%})" if total else ""
     worlds = sorted({row["world_size"] for row in rows})

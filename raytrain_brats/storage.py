@@ -134,10 +134,10 @@ def write_bytes(uri: str, content: bytes) -> None:
 
 
 def append(uri: str, text: str) -> None:
-    """Add whole lines at the end; safe with several writers.
+    """Add whole lines at the end; several writers may.
 
-    A local append is one O_APPEND write, made durable. S3 has no append: read, then put on condition that
-    nobody put in between, and again if so.
+    A local append is one O_APPEND write, made durable (NFS does not order those of several machines). S3 has no append:
+    read, then put on condition that nobody put in between, and again if so.
     """
     if not is_s3(uri):
         Path(normal(uri)).parent.mkdir(parents=True, exist_ok=True)

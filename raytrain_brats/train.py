@@ -16,6 +16,7 @@ from raytrain_brats import config, storage
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.errors import UserError, run_entry
 from raytrain_brats.run import checkpoint, cluster, job, launch
+from raytrain_brats.run.validate import validated
 
 HOME = "~/raytrain_brats"
 PHANTOM_CASES = 20
@@ -64,14 +65,17 @@ def work(args: Args) -> None:
     todo = job.build(settings, run_dir, data, store)
     storage.check_writable(todo.run_dir)
     found, _ = checkpoint.newest_valid(todo.run_dir)
-    if found and found.samples_seen >= todo.plan.total:
+    scored = not todo.held_out_cases or validated(todo.run_dir, todo.plan.total)
+    if found and found.samples_seen >= todo.plan.total and scored:
         print(f"{todo.run_dir} is finished: {todo.plan.total:,} samples; evaluate it, or give another --run-dir")
         return
     cluster.connect()
     needed = launch.check(todo)
+    kind = "GPU" if needed.gpus else "CPU"
+    done = f"{found.samples_seen:,} of them done" if found else "a new run"
     print(
         f"{len(todo.train_cases)} cases to train on, {len(todo.held_out_cases)} held out; "
-        f"{todo.plan.total:,} samples in all, {f'{found.samples_seen:,} of them done' if found else 'a new run'}"
+        f"{needed.low} to {needed.high} {kind} workers; {todo.plan.total:,} samples, {done}"
     )
     launch.train(todo, needed)
     print(f"done: {todo.run_dir}")
@@ -81,7 +85,7 @@ def _make_phantoms(folder: str) -> None:
     if storage.exists(storage.join(folder, "dataset.json")):
         return
     cluster.connect()
-    cluster.check_shared({"run folder": folder})
+    cluster.check_shared({"data folder": folder})
     print(f"no data given: writing {PHANTOM_CASES} phantoms to {folder}")
     write_set(folder, PHANTOM_CASES, seed=0, grid=60, anatomy="procedural", parallel_map=cluster.parallel_map)
 

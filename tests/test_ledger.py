@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from raytrain_brats import storage
+from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint, ledger
 from raytrain_brats.run.ledger import MetricsLog
 
@@ -21,12 +22,18 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "run")
 
 
-def save(run_dir: str, seen: int, generation: int = 1) -> str:
-    return checkpoint.save(run_dir, seen, generation, {"a": torch.ones(3)}, {"samples_seen": seen}).name
+def save(run_dir: str, seen: int, generation: int | None = None) -> str:
+    """A checkpoint that the rows up to `seen` belong to."""
+    lines = [json.dumps(row) + "\n" for row in ledger.read_rows(run_dir) if row["samples_seen"] <= seen]
+    state = {"samples_seen": seen, "metrics_bytes": len("".join(lines)), "bad_in_epoch": 3}
+    if generation is None:
+        now = ledger.current(run_dir)
+        generation = now.number if now else 1
+    return checkpoint.save(run_dir, seen, generation, {"a": torch.ones(3)}, state).name
 
 
 def write_rows(run_dir: str, *seen: int) -> None:
-    log = MetricsLog(run_dir, ledger.current(run_dir))
+    log = MetricsLog(run_dir, ledger.current(run_dir) or ledger.begin_generation(run_dir))
     for number in seen:
         log.add({"samples_seen": number, "loss": 0.1})
     log.flush()
@@ -44,10 +51,10 @@ def test_generations_are_numbered_and_recorded(run_dir: str) -> None:
     """The first starts at 0 without a checkpoint; later ones at the newest valid one; all ranks read the decision."""
     assert ledger.current(run_dir) is None and ledger.read_rows(run_dir) == [] == ledger.read_events(run_dir)
     first = ledger.begin_generation(run_dir)
-    assert first == ledger.Generation(1, 0, None, 0) == ledger.current(run_dir)
+    assert first == ledger.Generation(1, fence=1) == ledger.current(run_dir)
     name = save(run_dir, 8)
     second = ledger.begin_generation(run_dir)
-    assert second == ledger.Generation(2, 8, name, 0) == ledger.current(run_dir)
+    assert second == ledger.Generation(2, 8, name, bad_in_epoch=3, fence=2) == ledger.current(run_dir)
     assert [e["generation"] for e in events(run_dir, "group")] == [1, 2]
     assert events(run_dir, "group")[1]["checkpoint"] == name
     assert {"time", "mono_s", "host", "pid"} <= events(run_dir, "group")[0].keys()
@@ -124,6 +131,55 @@ def test_recent_reads_the_end_of_long_books(run_dir: str) -> None:
     assert [event["event"] for event in events] == ["group"]
 
 
+def test_a_late_commit_of_a_replaced_group_does_not_count(run_dir: str) -> None:
+    """A save that passed its fence just before a new group began leaves no gap in the rows."""
+    ledger.begin_generation(run_dir)
+    write_rows(run_dir, 4, 8, 12, 16)
+    save(run_dir, 8)
+    ledger.begin_generation(run_dir)  # from 8; rows 12 and 16 go
+    write_rows(run_dir, 12)
+    late = save(run_dir, 16, generation=1)
+    third = ledger.begin_generation(run_dir)
+    assert third.samples_seen == 8 and seen_rows(run_dir) == [4, 8]
+    assert late not in {name for name, _, _ in checkpoint.committed(run_dir)}
+
+
+def test_a_start_cut_off_before_its_decision_loses_nothing(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that dies between raising the fence and deciding leaves the newest checkpoint in force."""
+    ledger.begin_generation(run_dir)
+    write_rows(run_dir, 4, 8)
+    name = save(run_dir, 8)
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint, "committed", lambda _: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(OSError, match="killed"):
+            ledger.begin_generation(run_dir)
+    after = ledger.begin_generation(run_dir)
+    assert (after.number, after.samples_seen, after.checkpoint) == (3, 8, name)
+    assert seen_rows(run_dir) == [4, 8]
+
+
+def test_a_run_without_a_valid_checkpoint_stops_and_keeps_everything(run_dir: str) -> None:
+    """Starting over would erase the books of a run that can still be restored."""
+    ledger.begin_generation(run_dir)
+    write_rows(run_dir, 4)
+    name = save(run_dir, 4)
+    storage.write_bytes(storage.join(run_dir, "checkpoints", name, "state.json"), b"{}")
+    with pytest.raises(RunFailed, match=r"state\.json differs.*restore"):
+        ledger.begin_generation(run_dir)
+    assert seen_rows(run_dir) == [4]
+    assert storage.exists(storage.join(run_dir, "checkpoints", name, "tensors.safetensors"))
+
+
+def test_books_shorter_than_the_checkpoint_says_are_refused(run_dir: str) -> None:
+    """Somebody has cut metrics.jsonl: the run does not go on with a gap in it."""
+    ledger.begin_generation(run_dir)
+    write_rows(run_dir, 4, 8)
+    save(run_dir, 8)
+    storage.write_bytes(storage.join(run_dir, "metrics.jsonl"), b"")
+    with pytest.raises(RunFailed, match=r"metrics\.jsonl is shorter"):
+        ledger.begin_generation(run_dir)
+
+
 def test_resizes_are_no_failures(run_dir: str) -> None:
     """A group that is replaced without a failure, as in a resize, does not bring the run nearer to giving up."""
     assert [ledger.begin_generation(run_dir).failures_in_place for _ in range(3)] == [0, 0, 0]
@@ -133,8 +189,18 @@ def test_a_replaced_group_cannot_commit(run_dir: str) -> None:
     """What is left of an older worker group cannot flush its rows, which comes before every commit."""
     log = MetricsLog(run_dir, ledger.begin_generation(run_dir))
     ledger.begin_generation(run_dir)
+    for write in (log.flush, log.check):
+        with pytest.raises(RuntimeError, match="worker group 1 was replaced"):
+            write()
+
+
+def test_on_a_disk_a_replaced_group_cannot_even_add_a_row(tmp_path: Path) -> None:
+    """Local rows show at once, so there the fence stands before each of them."""
+    log = MetricsLog(str(tmp_path), ledger.begin_generation(str(tmp_path)))
+    ledger.begin_generation(str(tmp_path))
     with pytest.raises(RuntimeError, match="worker group 1 was replaced"):
-        log.flush()
+        log.add({"samples_seen": 4})
+    assert seen_rows(str(tmp_path)) == []
 
 
 def test_a_damaged_checkpoint_is_discarded_with_an_event(run_dir: str) -> None:
@@ -166,7 +232,7 @@ def test_saving_and_pruning_work_anywhere(run_dir: str) -> None:
     """On S3 as on a disk: prune leaves the newest `keep` and nothing uncommitted."""
     made = [save(run_dir, seen) for seen in (4, 8, 12)]
     storage.write_bytes(storage.join(run_dir, "checkpoints", f"{16:012d}-g0001", "state.json"), b"{}")
-    checkpoint.prune(run_dir, 2)
+    checkpoint.prune(run_dir, 2, 1)
     left = {path.split("/")[0] for path in storage.list_files(storage.join(run_dir, "checkpoints"))}
     assert left == set(made[1:])
-    assert checkpoint.load(run_dir, made[2])[1] == {"samples_seen": 12}
+    assert checkpoint.load(run_dir, made[2])[1]["samples_seen"] == 12

@@ -65,15 +65,24 @@ def identity(cases: Iterable[Case], preprocessing: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def open_manifest(data: str, progress: Callable[[Iterator[Case], int], Iterable[Case]] | None = None) -> Manifest:
+def open_manifest(
+    data: str, progress: Callable[[Iterator[Case], int], Iterable[Case]] | None = None, known: str | None = None
+) -> Manifest:
     """The manifest of a data folder (scanned and checksummed now) or of a manifest file.
 
+    With `known`, a manifest of the same folder written before, nothing is read again while all names and sizes agree.
     Raises UserError when the folder is missing, empty, of unknown layout, or has a case without a label.
     """
     data = storage.normal(data)
     if data.endswith(".jsonl"):
         return read(data)
-    return checksummed(scan(data), progress)
+    found = scan(data)
+    if known and storage.exists(known):
+        before = read(known)
+        bare = tuple(dataclasses.replace(case, sha256="", fold=0) for case in before.cases)
+        if dataclasses.replace(before, cases=bare) == found:
+            return before
+    return checksummed(found, progress)
 
 
 def scan(root: str, need_labels: bool = True) -> Manifest:
@@ -199,6 +208,11 @@ def duplicates(manifest: Manifest) -> list[tuple[str, ...]]:
     return [tuple(ids) for ids in groups.values() if len(ids) > 1]
 
 
+def case_from(row: dict[str, Any]) -> Case:
+    """The case of a manifest's line (dataclasses.asdict, then JSON)."""
+    return Case(**row | {"images": tuple(row["images"])})
+
+
 def case_files(case: Case) -> tuple[str, ...]:
     """All files of a case, images first."""
     return (*case.images, *([case.label] if case.label else []))
@@ -216,7 +230,7 @@ def read(uri: str) -> Manifest:
     """Raises UserError when `uri` is missing or not a manifest."""
     try:
         header, *rows = [json.loads(line) for line in storage.read_bytes(uri).splitlines()]
-        cases = tuple(Case(**row | {"images": tuple(row["images"])}) for row in rows)
+        cases = tuple(case_from(row) for row in rows)
         return Manifest(header["root"], header["layout"], header["convention"], cases, header["synthetic"])
     except FileNotFoundError as error:
         raise UserError(f"manifest {uri} does not exist; write it with `raytrain-brats index`") from error

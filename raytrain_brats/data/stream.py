@@ -144,7 +144,7 @@ def dataset(
     )
     made.context.target_max_block_size = 1  # one row a block: the split deals blocks, not rows
     made.context.execution_options.preserve_order = True
-    made.context.execution_options.verbose_progress = False
+    made.context.execution_no_progress_timeout_s = 6 * 3600  # a long validation is no hang of the stream
     return made
 
 

@@ -15,11 +15,16 @@ from torch import nn
 from raytrain_brats.learn.augment import normalise
 
 
-def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[object]:
-    """Mixed precision where it pays: bf16 on GPUs that have it, fp16 on older ones, float32 on CPUs."""
+def amp_dtype(device: torch.device, enabled: bool) -> torch.dtype | None:
+    """Mixed precision where it pays: bf16 on GPUs that have it, fp16 on older ones, None (float32) on CPUs."""
     if device.type != "cuda" or not enabled:
-        return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16)
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """torch.autocast in `dtype`, or nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @torch.inference_mode()
@@ -38,7 +43,7 @@ def probabilities(
     raw = torch.from_numpy(np.array(image_czyx)).to(device)[None]
     statistics = (torch.tensor([values], dtype=torch.float32, device=device) for values in (mean, std))
     image = normalise(raw, *statistics)
-    with autocast(device, amp):
+    with autocast(device, amp_dtype(device, amp)):
         logits = sliding_window_inference(
             image, tuple(reversed(patch_xyz)), sw_batch_size=2, predictor=network, overlap=overlap, mode="gaussian"
         )

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-import time
+import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from raytrain_brats import storage
+from raytrain_brats.errors import RunFailed
 
 FORMAT = 1
 _NAME = re.compile(r"^(\d{12})-g(\d{4,})$")
@@ -39,16 +40,31 @@ class Checkpoint:
 
 
 def save(
-    run_dir: str, samples_seen: int, generation: int, tensors: dict[str, Tensor], state: dict[str, Any]
+    run_dir: str,
+    samples_seen: int,
+    generation: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    fence: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
-    """Write and commit one checkpoint; when this returns it survives a crash."""
+    """Write and commit one checkpoint; when this returns it survives a crash.
+
+    `fence` is called right before the commit and raises when this writer has been replaced.
+    """
     name = f"{samples_seen:012d}-g{generation:04d}"
     contents = dict(zip(_FILES, (tensors_to_bytes(tensors), json.dumps(state).encode()), strict=True))
     listed = {}
     for file, content in contents.items():
         storage.write_bytes(_uri(run_dir, name, file), content)
         listed[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest = {"format": FORMAT, "samples_seen": samples_seen, "generation": generation, "files": listed}
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "samples_seen": samples_seen,
+        "generation": generation,
+        "files": listed,
+    }
+    fence()
+    manifest["sha256"] = _digest(manifest)
     storage.write_bytes(_uri(run_dir, name, "MANIFEST.json"), json.dumps(manifest).encode())
     return Checkpoint(name, samples_seen, generation, sum(map(len, contents.values())))
 
@@ -62,13 +78,12 @@ def load(run_dir: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def newest_valid(run_dir: str) -> tuple[Checkpoint | None, list[tuple[str, str]]]:
     """The newest checkpoint whose every byte is as committed, and the damaged ones passed over, with the reason."""
     damaged = []
-    for name in reversed(_committed(run_dir)):
+    for name, seen, generation in reversed(committed(run_dir)):
         try:
             contents = _contents(run_dir, name)
         except ValueError as error:
             damaged.append((name, str(error)))
             continue
-        seen, generation = _parts(name)
         return Checkpoint(name, seen, generation, sum(map(len, contents))), damaged
     return None, damaged
 
@@ -76,22 +91,21 @@ def newest_valid(run_dir: str) -> tuple[Checkpoint | None, list[tuple[str, str]]
 def discard(run_dir: str, name: str) -> None:
     """Remove a checkpoint, manifest first: a half-removed one is an uncommitted one."""
     storage.delete(_uri(run_dir, name, "MANIFEST.json"))
+    if not storage.is_s3(run_dir):
+        shutil.rmtree(_uri(run_dir, name), ignore_errors=True)
     for path in storage.list_files(_uri(run_dir, name)):
         storage.delete(_uri(run_dir, name, path))
-    if not storage.is_s3(run_dir):
-        import shutil
-
-        shutil.rmtree(_uri(run_dir, name), ignore_errors=True)
 
 
-def prune(run_dir: str, keep: int) -> None:
+def prune(run_dir: str, keep: int, generation: int) -> None:
     """Remove all but the newest `keep` committed checkpoints, and what never was committed.
 
-    For the one writer of a run, between two saves.
+    For the writer of a worker group, between two saves; what a later `generation` is writing is left alone.
     """
-    committed = _committed(run_dir)
-    for name in sorted(_names(run_dir) - set(committed[-keep:])):
-        discard(run_dir, name)
+    kept = {name for name, _, _ in committed(run_dir)[-keep:]}
+    for name in sorted(_names(run_dir) - kept):
+        if _parts(name)[1] <= generation:
+            discard(run_dir, name)
 
 
 def _uri(run_dir: str, name: str, *file: str) -> str:
@@ -106,10 +120,11 @@ def _names(run_dir: str) -> set[str]:
     return {path.split("/")[0] for path in files if _NAME.match(path.split("/")[0])}
 
 
-def _committed(run_dir: str) -> list[str]:
+def committed(run_dir: str) -> list[tuple[str, int, int]]:
+    """(name, samples_seen, generation) of everything with a manifest, oldest first; not verified."""
     files = storage.list_files(storage.join(run_dir, "checkpoints"))
     names = (path.removesuffix("/MANIFEST.json") for path in files if path.endswith("/MANIFEST.json"))
-    return sorted((name for name in names if _NAME.match(name)), key=_parts)
+    return [(name, *_parts(name)) for name in sorted((n for n in names if _NAME.match(n)), key=_parts)]
 
 
 def _parts(name: str) -> tuple[int, int]:
@@ -119,14 +134,19 @@ def _parts(name: str) -> tuple[int, int]:
 
 
 def _contents(run_dir: str, name: str) -> list[bytes]:
-    """The bytes of _FILES, verified against the manifest. Raises ValueError."""
+    """The bytes of _FILES, verified against the manifest. Raises ValueError; RunFailed for another format."""
     try:
         manifest = json.loads(storage.read_bytes(_uri(run_dir, name, "MANIFEST.json")))
-        listed = [(file, manifest["files"][file]) for file in _FILES]
+        if manifest.pop("sha256") != _digest(manifest):
+            raise ValueError("the manifest differs from its checksum")
         if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']} is not {FORMAT}")
+            raise RunFailed(
+                f"checkpoint {name} is of format {manifest['format']}, this version reads {FORMAT}; "
+                "go on with the version that wrote it"
+            )
         if (manifest["samples_seen"], manifest["generation"]) != _parts(name):
             raise ValueError("the manifest is another checkpoint's")
+        listed = [(file, manifest["files"][file]) for file in _FILES]
         contents = []
         for file, about in listed:
             content = storage.read_bytes(_uri(run_dir, name, file))
@@ -134,46 +154,32 @@ def _contents(run_dir: str, name: str) -> list[bytes]:
                 raise ValueError(f"{file} differs from its checksum")
             contents.append(content)
         return contents
-    except (KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"the manifest cannot be read: {error}") from error
     except FileNotFoundError as error:
         raise ValueError(f"a file is gone: {error.filename or error}") from error
 
 
-class Writer:
-    """Saves beside the training: `start` takes a snapshot's tensors and returns; one save runs at a time."""
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
-    def __init__(self, run_dir: str, keep: int, done: Callable[[Checkpoint, float, float], None]) -> None:
-        self._run_dir, self._keep, self._done = run_dir, keep, done
+
+def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which training on does not change."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+class Writer:
+    """Runs one save at a time beside the training."""
+
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
 
-    def start(
-        self,
-        samples_seen: int,
-        generation: int,
-        tensors: dict[str, Tensor],
-        state: dict[str, Any],
-        flush: Callable[[], None],
-        called: float,
-    ) -> None:
-        """Begin a save; waits for the one before. `flush` makes the books durable before the commit.
-
-        `done` is called with the checkpoint, the seconds of the save, and the seconds the training stood still since
-        `called` (of time.perf_counter).
-        """
+    def start(self, write: Callable[[], None]) -> None:
+        """Begin `write` in the background, after the one before; raises what went wrong in that."""
         self.wait()
-        snapshot = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-
-        began = time.perf_counter()
-
-        def work() -> None:
-            flush()
-            made = save(self._run_dir, samples_seen, generation, snapshot, state)
-            prune(self._run_dir, self._keep)
-            self._done(made, time.perf_counter() - began, began - called)
-
-        self._running = self._thread.submit(work)
+        self._running = self._thread.submit(write)
 
     def wait(self) -> None:
         """Until the save under way is committed; raises what went wrong in it."""

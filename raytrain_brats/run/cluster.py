@@ -4,10 +4,10 @@ In: the environment (RAY_ADDRESS, a `ray start`ed cluster, or nothing), the conf
 Out: a connection; `Resources` that fit; ordered parallel maps.
 """
 
+import json
 import logging
 import math
 import os
-import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -64,7 +64,9 @@ def connect(local_cpus: int | None = None) -> None:
         if isinstance(handler, logging.StreamHandler):  # the console; its log file stays
             handler.setLevel(logging.ERROR)
     quiet: Any = {"log_to_driver": verbose, "logging_level": "WARNING" if verbose else "ERROR"}
-    if passed := {name: os.environ[name] for name in _PASSED_ON if name in os.environ}:
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}  # Ray refuses to be given a variable twice
+    if passed := {name: os.environ[name] for name in _PASSED_ON if name in os.environ and name not in given}:
         quiet["runtime_env"] = {"env_vars": passed}
     try:
         if address and address != "local":
@@ -79,6 +81,8 @@ def connect(local_cpus: int | None = None) -> None:
         cpus = local_cpus or max(2, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     except (ConnectionError, TimeoutError) as error:
+        if not address or address == "local":
+            raise
         raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address}; start it, or unset RAY_ADDRESS") from error
 
 
@@ -89,27 +93,28 @@ def measure(run: Run, global_batch: int) -> Resources:
     """
     totals = ray.cluster_resources()
     cpus, gpus = totals.get("CPU", 0.0), int(totals.get("GPU", 0))
-    low, high = (1, max(1, gpus)) if run.workers == "auto" else _range(run.workers)
-    if run.workers == "auto":
-        high = min(high, global_batch)
+    low, high = (1, min(global_batch, max(1, gpus))) if run.workers == "auto" else _range(run.workers)
+    wanted = run.gpus_per_worker if run.gpus_per_worker is not None else int(gpus > 0)
     if high > global_batch:
         raise UserError(
             f"run.workers {low}:{high}: more workers than train.global_batch = {global_batch}; "
             "every worker needs a sample of each step"
         )
-    if 0 < gpus < low:
+    if wanted and 0 < gpus < low * wanted:
         raise UserError(f"run.workers {low}:{high}: the cluster has {gpus} GPUs; lower --workers or add nodes")
-    per_worker = run.cpus_per_worker or (1.0 if gpus else 0.5)
+    per_worker = run.cpus_per_worker or (1.0 if wanted else 0.5)
     per_task = run.cpus_per_task or (0.5 if cpus <= 4 else 1.0)
-    fitting = min(high, gpus) if gpus else high
-    if fitting * per_worker + per_task > cpus:
+    fitting = min(high, gpus // wanted) if wanted and gpus else high
+    if fitting * per_worker + per_task > cpus and not (
+        wanted and not gpus
+    ):  # GPU nodes that are yet to come bring CPUs
         most = math.floor((cpus - per_task) / per_worker)
         remedy = f"use --workers {min(low, most)}:{most}, or " if most >= 1 else ""
         raise UserError(
             f"{fitting} workers of {per_worker:g} CPUs leave no CPU for data tasks of {per_task:g} on this cluster of "
             f"{cpus:g} CPUs; {remedy}lower run.cpus_per_worker or run.cpus_per_task, or add CPUs"
         )
-    return Resources(low, high, per_worker, 1 if gpus else 0, per_task)
+    return Resources(low, high, per_worker, wanted, per_task)
 
 
 def _range(workers: str) -> tuple[int, int]:
@@ -117,49 +122,49 @@ def _range(workers: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-def check_shared(uris: dict[str, str]) -> None:
-    """Raises UserError unless every node sees these local folders; `uris` maps what they are to where.
+def check_shared(written: dict[str, str], read: dict[str, str] | None = None) -> None:
+    """Raises UserError unless every node sees these local folders; each maps what it is to where it is.
 
-    Asked with a real file, so a mounted network folder passes and a folder of this machine's own does not.
+    Asked with a real file in those to be written, so a mounted network folder passes and a machine's own does not.
     """
     others = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] != ray.get_runtime_context().get_node_id()]
-    local = {what: uri for what, uri in uris.items() if not storage.is_s3(uri)}
-    if not others or not local:
+    probe = f"probe-{uuid.uuid4().hex}"
+    probes = {what: storage.join(uri, probe) for what, uri in written.items() if not storage.is_s3(uri)}
+    paths = probes | {what: uri for what, uri in (read or {}).items() if not storage.is_s3(uri)}
+    if not others or not paths:
         return
 
     @ray.remote(num_cpus=0)
     def missing(paths: dict[str, str]) -> list[str]:
         return [what for what, path in paths.items() if not os.path.exists(path)]
 
-    probe = storage.join(local["run folder"], f"probe-{uuid.uuid4().hex}") if "run folder" in local else None
-    if probe:
-        storage.write_bytes(probe, socket.gethostname().encode())
     try:
+        for path in probes.values():
+            storage.write_bytes(path, b"")
         for node in others:
             at = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            paths = local | ({"run folder": probe} if probe else {})
-            if gone := ray.get(missing.options(scheduling_strategy=at).remote(paths)):
-                what = gone[0]
+            for what in ray.get(missing.options(scheduling_strategy=at).remote(paths)):
+                folder, host = paths[what].removesuffix(f"/{probe}"), node["NodeManagerHostname"]
                 raise UserError(
-                    f"{what} {local[what]} is not seen by node {node['NodeManagerHostname']}; with several machines "
-                    "give an s3:// place or a folder that all of them mount (FSx, NFS)"
+                    f"{what} {folder} is not seen by node {host}; "
+                    "with several machines give an s3:// place or a folder that all of them mount (FSx, NFS)"
                 )
     finally:
-        if probe:
-            storage.delete(probe)
+        for path in probes.values():
+            storage.delete(path)
 
 
-def has_gpus() -> bool:
-    return bool(ray.cluster_resources().get("GPU", 0))
-
-
-def parallel_map(function: Callable[[T], R], items: Iterable[T], gpus: bool = False) -> Iterator[R]:
-    """`map` over the cluster's CPUs (or GPUs), results in order, a bounded number under way.
+def parallel_map(function: Callable[[T], R], items: Iterable[T], on_gpus: bool = False) -> Iterator[R]:
+    """`map` over the cluster's CPUs (or GPUs, when it has some), results in order, a bounded number under way.
 
     What `function` raises is raised here as it was, without Ray's wrapping.
     """
-    task: Any = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=2)(lambda item: function(item))
-    width = 2 * max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)))
+    totals = ray.cluster_resources()
+    gpus = int(totals.get("GPU", 0)) if on_gpus else 0
+    # max_calls 0: a process serves many tasks and keeps its network; with GPUs Ray's default is one task a process
+    options: Any = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 2, "max_calls": 0}
+    task: Any = ray.remote(**options)(lambda item: function(item))
+    width = 2 * max(1, gpus or int(totals.get("CPU", 1)))
     running: list[Any] = []
     try:
         for item in items:

@@ -32,7 +32,7 @@ class Job:
     held_out_cases: tuple[Case, ...]
     plan: Plan
     identity: str
-    synthetic: bool
+    manifest: Manifest
 
     @property
     def cutting(self) -> Cutting:
@@ -43,12 +43,18 @@ def preprocessing(config: Config) -> dict[str, Any]:
     return config.preprocess.model_dump(mode="json")
 
 
-def open_cases(config: Config, data: str | None, store: str | None) -> tuple[Manifest, Source]:
-    """The manifest and the source of a data folder (or manifest file) or of a store. Raises UserError."""
+def open_cases(
+    config: Config, data: str | None, store: str | None, run_dir: str | None = None
+) -> tuple[Manifest, Source]:
+    """The manifest and the source of a data folder (or manifest file) or of a store. Raises UserError.
+
+    A run keeps its manifest in `run_dir`, so that a folder is not checksummed at every start.
+    """
     if store:
         manifest = stores.open_index(store, preprocessing(config))
     elif data:
-        manifest = manifests.open_manifest(data)
+        known = storage.join(storage.normal(run_dir), "manifest.jsonl") if run_dir else None
+        manifest = manifests.open_manifest(data, known=known)
     else:
         raise UserError("no data given; name a folder with --data or a prepared store with --store")
     convention = manifest.convention if config.data.convention == "auto" else config.data.convention
@@ -61,7 +67,7 @@ def build(config: Config, run_dir: str, data: str | None, store: str | None) -> 
     if any(edge % divisor or edge < 2 * divisor for edge in config.data.patch_xyz):
         patch = "x".join(map(str, config.data.patch_xyz))
         raise UserError(f"data.patch_xyz {patch}: this network needs multiples of {divisor}, {2 * divisor} at least")
-    manifest, source = open_cases(config, data, store)
+    manifest, source = open_cases(config, data, store, run_dir)
     train, held_out = manifest.split(config.data.fold)
     if not train:
         raise UserError(
@@ -85,7 +91,7 @@ def build(config: Config, run_dir: str, data: str | None, store: str | None) -> 
         held_out,
         plan,
         identity,
-        manifest.synthetic,
+        manifest,
     )
     _check_same_run(job)
     return job
@@ -111,15 +117,16 @@ def _check_same_run(job: Job) -> None:
 
 def write_config(job: Job) -> None:
     """Record what the run is, for resumes, `evaluate` and the reader."""
-    about: dict[str, Any] = {
+    about = {
         "identity": job.identity,
         "convention": job.source.convention,
         "data": job.source.root,
         "route": job.route,
+        "synthetic": job.manifest.synthetic,
+        "config": yaml.safe_load(job.config.to_yaml()),
     }
-    about["synthetic"] = job.synthetic
-    content = yaml.safe_dump(about | {"config": yaml.safe_load(job.config.to_yaml())}, sort_keys=False)
-    storage.write_bytes(storage.join(job.run_dir, "config.yaml"), content.encode())
+    storage.write_bytes(storage.join(job.run_dir, "config.yaml"), yaml.safe_dump(about, sort_keys=False).encode())
+    manifests.write(job.manifest, storage.join(job.run_dir, "manifest.jsonl"))
 
 
 def read_config(run_dir: str) -> tuple[Config, str, str]:

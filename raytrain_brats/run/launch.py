@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from raytrain_brats import storage
@@ -41,10 +41,25 @@ class StreamFactory:
         )
 
 
+@dataclass(frozen=True)
+class FailureBook(UserCallback):
+    """Lives in Ray Train's controller: notes why workers failed, also those that were killed."""
+
+    run_dir: str
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        generation = ledger.current(self.run_dir)
+        rank, error = min(worker_exceptions.items())
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        cause = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[0])[:500]
+        number = generation.number if generation else 0
+        ledger.event(self.run_dir, "failure", generation=number, rank=rank, error=cause)
+
+
 def check(job: Job) -> cluster.Resources:
     """What the run will use of the connected cluster. Raises UserError when it cannot run there."""
     needed = cluster.measure(job.config.run, job.plan.global_batch)
-    cluster.check_shared({"run folder": job.run_dir, "data folder": job.source.root})
+    cluster.check_shared({"run folder": job.run_dir}, {"data folder": job.source.root})
     return needed
 
 
@@ -61,12 +76,12 @@ def train(job: Job, needed: cluster.Resources) -> None:
         "dataset_identity": job.identity,
     }
     ledger.event(job.run_dir, "launch", **facts)
-    began = time.perf_counter()
+    launched, began = time.time(), time.perf_counter()
     with Progress(job):
         problem = _fit(job, needed)
-    rows = ledger.read_rows(job.run_dir)
+    rows, events = ledger.recent(job.run_dir)
     if not rows or rows[-1]["samples_seen"] < job.plan.total:
-        stops = [e["reason"] for e in ledger.read_events(job.run_dir)[-20:] if e["event"] == "stop"]
+        stops = [e["reason"] for e in events if e["event"] == "stop" and e["time"] >= launched]
         reason = stops[-1] if stops else problem or "the workers stopped early"
         raise RunFailed(f"{reason}; see {storage.join(job.run_dir, 'events.jsonl')}")
     ledger.event(job.run_dir, "finish", samples_seen=job.plan.total, seconds=round(time.perf_counter() - began, 1))
@@ -85,14 +100,14 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
             use_gpu=bool(needed.gpus),
             resources_per_worker=resources,
         ),
-        # A name of its own for every launch: Ray's registry is told of our checkpoints, but never asked, since it
-        # loses them around a crash and does not start from a torn file.
+        # A name of its own for every launch: Ray's registry of checkpoints loses some around a crash and does not
+        # start from a torn file, so it is neither told nor asked.
         run_config=RunConfig(
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[FailureBook(job.run_dir)],  # type: ignore[list-item]
         ),
         datasets={"train": StreamFactory(job, needed.cpus_per_task)},
         dataset_config=stream.OrderedSplit(),

@@ -12,10 +12,11 @@ import os
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from raytrain_brats import storage
+from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint
 
 _TAIL_BYTES = 1 << 16
@@ -26,45 +27,71 @@ class Generation:
     """One start of a worker group: where it goes on. Written by the controller, read by every rank."""
 
     number: int
-    samples_seen: int
-    checkpoint: str | None
-    failures_in_place: int
+    samples_seen: int = 0
+    checkpoint: str | None = None
+    failures_in_place: int = 0
     """Failures in a row without a new checkpoint: then restarting is no use. A resize is none."""
+    metrics_bytes: int = 0
+    """Length of metrics.jsonl that belongs to the checkpoint."""
+    bad_in_epoch: int = 0
+    """Samples of the running epoch that could not be read."""
+    fence: int = 0
+    """Number of the newest group that was begun, decided or not: older ones may not write."""
 
 
 def begin_generation(run_dir: str) -> Generation:
-    """Choose the newest valid checkpoint, cut the books back to it, and record the decision."""
+    """Choose the newest valid checkpoint, cut the books back to it, and record the decision.
+
+    Raises RunFailed, and changes nothing, when no checkpoint is valid although there were some.
+    """
+    before = current(run_dir) or Generation(0)
+    fence = max(before.number, before.fence) + 1
+    _decide(run_dir, replace(before, fence=fence))  # first of all: from here on no older group passes its fence
     _end_torn_line(run_dir)
+    for name, seen, generation in checkpoint.committed(run_dir):
+        if generation < before.number and seen > before.samples_seen:
+            checkpoint.discard(run_dir, name)  # committed by a group that had been replaced: its rows are gone
     found, damaged = checkpoint.newest_valid(run_dir)
+    if found is None and (damaged or before.checkpoint):
+        why = "; ".join(f"{name}: {reason}" for name, reason in damaged) or "they are gone"
+        raise RunFailed(f"no checkpoint of {run_dir} is valid ({why}); restore them, or give another --run-dir")
     for name, why in damaged:
         event(run_dir, "damaged_checkpoint", name=name, why=why)
         checkpoint.discard(run_dir, name)
-    before = current(run_dir) or Generation(0, 0, None, 0)
-    seen = found.samples_seen if found else 0
-    failed = any(e["event"] == "failure" and e["generation"] == before.number for e in read_events(run_dir))
-    generation = Generation(
-        number=before.number + 1,
-        samples_seen=seen,
-        checkpoint=found.name if found else None,
-        failures_in_place=max(0, before.failures_in_place + failed) if before.samples_seen == seen else 0,
-    )
-    rows = read_rows(run_dir)
-    kept = [row for row in rows if row["samples_seen"] <= seen]
-    text = "".join(json.dumps(row) + "\n" for row in kept).encode()
-    if _bytes(_metrics(run_dir)) != text:  # also when only a torn last line goes: the next row must not join it
-        storage.write_bytes(_metrics(run_dir), text)
+    failed = any(e["event"] == "failure" and e["generation"] == before.number for e in recent(run_dir)[1])
+    decided = Generation(fence, fence=fence)
+    if found:
+        state = checkpoint.load(run_dir, found.name)[1]
+        books = {key: state[key] for key in ("metrics_bytes", "bad_in_epoch")}
+        decided = replace(decided, samples_seen=found.samples_seen, checkpoint=found.name, **books)
+    if decided.samples_seen == before.samples_seen:
+        decided = replace(decided, failures_in_place=max(0, before.failures_in_place + failed))
+    dropped = _cut_metrics(run_dir, decided.metrics_bytes)
+    _decide(run_dir, decided)
+    facts = {key: value for key, value in asdict(decided).items() if key not in ("number", "fence", "metrics_bytes")}
+    event(run_dir, "group", generation=decided.number, redone_steps=dropped, **facts)
+    return decided
+
+
+def _decide(run_dir: str, generation: Generation) -> None:
     storage.write_bytes(storage.join(run_dir, "generation.json"), json.dumps(asdict(generation)).encode())
-    facts = asdict(generation)
-    event(run_dir, "group", generation=facts.pop("number"), redone_steps=len(rows) - len(kept), **facts)
-    return generation
+
+
+def _cut_metrics(run_dir: str, length: int) -> int:
+    """Leave the first `length` bytes; the number of rows that went. Raises RunFailed when there are fewer."""
+    content = _bytes(_metrics(run_dir))
+    if len(content or b"") < length:
+        raise RunFailed(f"{_metrics(run_dir)} is shorter than at the last checkpoint; restore it")
+    if content is None or len(content) > length:
+        storage.write_bytes(_metrics(run_dir), (content or b"")[:length])
+    return len((content or b"")[length:].splitlines())
 
 
 def forgive(run_dir: str) -> None:
     """A person started the run again: earlier failures in place no longer count."""
     _end_torn_line(run_dir)
     if before := current(run_dir):
-        facts = asdict(before) | {"failures_in_place": -1}
-        storage.write_bytes(storage.join(run_dir, "generation.json"), json.dumps(facts).encode())
+        _decide(run_dir, replace(before, failures_in_place=-1))
 
 
 def current(run_dir: str) -> Generation | None:
@@ -143,22 +170,29 @@ class MetricsLog:
         self._run_dir, self._generation, self._uri = run_dir, generation, _metrics(run_dir)
         self._lock = threading.Lock()
         self._waiting: list[str] = []
+        self.bytes = generation.metrics_bytes
+        """Length of the file with every row added so far."""
 
     def add(self, row: dict[str, Any]) -> None:
+        line = json.dumps(row) + "\n"
+        self.bytes += len(line)
         with self._lock:
-            self._waiting.append(json.dumps(row) + "\n")
+            self._waiting.append(line)
         if not storage.is_s3(self._uri):
+            self.check()
             with self._lock, open(self._uri, "a") as file:
                 file.write("".join(self._waiting))
                 self._waiting.clear()
 
-    def flush(self) -> None:
-        """Every row added so far is durable afterwards; called before a checkpoint is committed.
-
-        Raises RuntimeError when a later worker group has begun: what is left of this one must not commit.
-        """
-        if current(self._run_dir) != self._generation:
+    def check(self) -> None:
+        """The fence. Raises RuntimeError when a later worker group has begun: this one must not write any more."""
+        now = current(self._run_dir)
+        if now is None or now.fence != self._generation.number:
             raise RuntimeError(f"worker group {self._generation.number} was replaced by a later one")
+
+    def flush(self) -> None:
+        """Every row added so far is durable afterwards; called before a checkpoint is committed."""
+        self.check()
         with self._lock:
-            storage.append(self._uri, "".join(self._waiting))
-            self._waiting.clear()
+            lines, self._waiting = "".join(self._waiting), []
+        storage.append(self._uri, lines)

@@ -20,7 +20,7 @@ from raytrain_brats.run import checkpoint, ledger
 from raytrain_brats.run.job import Job
 from raytrain_brats.run.scribe import Scribe
 from raytrain_brats.run.step import Learner
-from raytrain_brats.run.validate import validate
+from raytrain_brats.run.validate import validate, validated
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -30,10 +30,10 @@ def train_worker(arguments: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
     generation = ledger.current(job.run_dir)
     assert generation is not None, "the dataset factory writes it before workers start"
-    seen, plan, every = generation.samples_seen, job.plan, job.config.validate_.every_samples
+    seen, plan, world = generation.samples_seen, job.plan, (rank, world_size)
     with Scribe(job, generation, rank, world_size, device) as scribe:
         learner = Learner(job, world_size, device)
         if generation.checkpoint:
@@ -41,6 +41,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
             learner.restore(tensors, state["learner"])
         shard = ray.train.get_dataset_shard("train")
         scribe.ready()
+        if due(seen - plan.global_batch, seen, job.config.validate_.every_samples) or seen == plan.total:
+            score(job, learner, scribe, seen, *world)  # unless the last worker group came to it
         while seen < plan.total and not scribe.stopped:
             stream_start, stretch_end = plan.stretch(seen)
             stream = patches(shard, job.config.run.prefetch)
@@ -54,10 +56,18 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
                 if due(before, seen, job.config.checkpoint.every_samples) or seen == plan.total:
                     scribe.checkpoint(seen, learner)
-                if job.held_out_cases and (due(before, seen, every) or seen == plan.total):
-                    with scribe.validation(seen) as report:
-                        report(validate(job, learner.network, device, rank, world_size, seen))
+                if due(before, seen, job.config.validate_.every_samples) or seen == plan.total:
+                    score(job, learner, scribe, seen, *world)
             next(stream, None)  # lets Ray Data close this execution, so that the next one is planned
+
+
+def score(job: Job, learner: Learner, scribe: Scribe, seen: int, rank: int, world_size: int) -> None:
+    """Validate over all ranks, unless that was done before."""
+    if seen == 0 or not job.held_out_cases or validated(job.run_dir, seen):
+        return
+    began = time.perf_counter()
+    means = validate(job, learner.network, learner.device, rank, world_size, seen)
+    scribe.validated(seen, time.perf_counter() - began, means)
 
 
 def take(stream: Iterator[Patch], positions: list[int]) -> list[Patch]:

@@ -1,26 +1,23 @@
 """What a rank writes down while it trains.
 
 In: results of steps, checkpoints, validations.
-Out: rows and events in the run folder (rank 0), quarantined cases (every rank), word to Ray Train.
+Out: rows, events and checkpoints in the run folder (rank 0), quarantined cases (every rank).
 """
 
-import json
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import ray.train
+import ray.util
 import torch
 
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.run import ledger
-from raytrain_brats.run.checkpoint import Checkpoint, Writer
+from raytrain_brats.run import checkpoint, ledger
+from raytrain_brats.run.checkpoint import Writer
 from raytrain_brats.run.job import Job
 from raytrain_brats.run.ledger import Generation, MetricsLog
 from raytrain_brats.run.step import Learner, StepResult
+
+MAX_SKIPPED_STEPS = 50
 
 
 class Scribe:
@@ -30,21 +27,22 @@ class Scribe:
         self.job, self.generation, self.rank, self.world_size = job, generation, rank, world_size
         self.stopped = False
         self._log = MetricsLog(job.run_dir, generation)
-        self._writer = Writer(job.run_dir, job.config.checkpoint.keep, self._committed)
-        self._bad_in_epoch = 0
+        self._writer = Writer()
+        self._bad_in_epoch = generation.bad_in_epoch
+        self._skipped = 0
         self._quarantined: set[str] = set()
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def __enter__(self) -> "Scribe":
         return self
 
-    def __exit__(self, kind: Any, error: Any, *_: Any) -> None:
-        if kind is not None:
-            self.event("failure", rank=self.rank, error=f"{kind.__name__}: {error}"[:500])
-        elif self.rank == 0:
-            self._writer.wait()
-            self._log.flush()
-        self._writer.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None and self.rank == 0:
+                self._writer.wait()
+                self._log.flush()
+        finally:
+            self._writer.close()
 
     def event(self, kind: str, **facts: Any) -> None:
         ledger.event(self.job.run_dir, kind, generation=self.generation.number, **facts)
@@ -65,8 +63,14 @@ class Scribe:
         if before % plan.epoch_length == 0:
             self._bad_in_epoch = 0
         self._bad_in_epoch += result.bad
+        self._skipped = 0 if result.finite else self._skipped + 1
+        reason = ""
         if self._bad_in_epoch > self.job.config.data.max_bad_share * plan.epoch_samples:
-            self.stopped = True
+            share = f"{self.job.config.data.max_bad_share:.0%}"
+            reason = f"more than {share} of an epoch's samples cannot be read (data.max_bad_share)"
+        elif self._skipped >= MAX_SKIPPED_STEPS:
+            reason = f"{self._skipped} steps in a row had no finite loss or gradient; lower the learning rate"
+        self.stopped = bool(reason)
         if self.rank != 0:
             return
         self._log.add(
@@ -79,44 +83,39 @@ class Scribe:
                 "loss": result.loss,
                 "lr": result.learning_rate,
                 "bad": result.bad,
+                "finite": result.finite,
                 "wait_s": round(wait_s, 4),
                 "step_s": round(step_s, 4),
                 "time": time.time(),
             }
         )
-        if self.stopped:
-            share = f"{self.job.config.data.max_bad_share:.0%}"
-            self.event("stop", reason=f"more than {share} of an epoch's samples cannot be read (data.max_bad_share)")
+        if reason:
+            self.event("stop", reason=reason)
 
     def checkpoint(self, seen: int, learner: Learner) -> None:
-        """Save beside the training (rank 0), and let Ray Train know (all ranks: its report is a barrier)."""
-        began, metrics = time.perf_counter(), {"samples_seen": seen}
-        if self.rank == 0:
-            with tempfile.TemporaryDirectory() as folder:
-                pointer = {"run_dir": self.job.run_dir, "samples_seen": seen}
-                (Path(folder) / "pointer.json").write_text(json.dumps(pointer))
-                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-            tensors, values = learner.state()
-            state = {"samples_seen": seen, "identity": self.job.identity, "learner": values}
-            self._writer.start(seen, self.generation.number, tensors, state, self._log.flush, began)
-        else:
-            ray.train.report(metrics)
-
-    def _committed(self, made: Checkpoint, seconds: float, stall_s: float) -> None:
-        self.event(
-            "checkpoint",
-            samples_seen=made.samples_seen,
-            name=made.name,
-            bytes=made.bytes,
-            seconds=round(seconds, 3),
-            stall_s=round(stall_s, 3),
-        )
-
-    @contextmanager
-    def validation(self, seen: int) -> Iterator[Callable[[Any], None]]:
-        """Time a validation; call what is yielded with its means (rank 0) or None."""
+        """Save beside the training (rank 0). Ray's own registry is not told: it would be a barrier for nothing."""
+        if self.rank != 0:
+            return
         began = time.perf_counter()
-        found: list[Any] = []
-        yield found.append
-        if found and found[0]:
-            self.event("validation", samples_seen=seen, seconds=round(time.perf_counter() - began, 3), **found[0])
+        self._writer.wait()
+        tensors, values = learner.state()
+        tensors = checkpoint.snapshot(tensors)
+        state = {"samples_seen": seen, "identity": self.job.identity, "learner": values}
+        state |= {"metrics_bytes": self._log.bytes, "bad_in_epoch": self._bad_in_epoch}
+        stall_s = round(time.perf_counter() - began, 4)
+
+        def write() -> None:
+            began = time.perf_counter()
+            self._log.flush()
+            number = self.generation.number
+            made = checkpoint.save(self.job.run_dir, seen, number, tensors, state, fence=self._log.check)
+            checkpoint.prune(self.job.run_dir, self.job.config.checkpoint.keep, number)
+            facts = {"samples_seen": seen, "name": made.name, "bytes": made.bytes, "stall_s": stall_s}
+            self.event("checkpoint", seconds=round(time.perf_counter() - began, 3), **facts)
+
+        self._writer.start(write)
+
+    def validated(self, seen: int, seconds: float, means: Any) -> None:
+        """Record a validation; `means` is None on all ranks but 0."""
+        if means:
+            self.event("validation", samples_seen=seen, seconds=round(seconds, 3), **means)

@@ -7,6 +7,7 @@ The update is that of one worker with the whole batch: each sample's loss is wei
 and divided by the batch's weight, so ranks may hold unequal numbers of samples.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +20,19 @@ from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.plan import draw
 from raytrain_brats.labels import region_table
 from raytrain_brats.learn.augment import DRAWS, augment, normalise, to_regions
-from raytrain_brats.learn.inference import autocast
+from raytrain_brats.learn.inference import amp_dtype, autocast
 from raytrain_brats.learn.model import build_network, build_optimiser, learning_rate, sample_losses
 from raytrain_brats.run.job import Job
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of the whole global batch: mean loss (None when no sample counted), samples that could not be read."""
+    """Of the whole global batch: mean loss (None when no sample counted or it was not finite), samples that could not
+    be read, whether loss and gradient were finite (else the step changed nothing). The same on all ranks."""
 
     loss: float | None
     bad: int
+    finite: bool
     learning_rate: float
 
 
@@ -40,8 +43,12 @@ class Learner:
         self.config, self.total, self.world_size, self.device = job.config, job.plan.total, world_size, device
         self.network = build_network(job.config).to(device)
         self.optimiser = build_optimiser(self.network, job.config.train.optimiser)
-        fp16 = job.config.train.amp and device.type == "cuda" and not torch.cuda.is_bf16_supported(False)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.precision = amp_dtype(device, job.config.train.amp)
+        if self.precision and world_size > 1:  # ranks must agree: one without bf16 takes all to fp16
+            bf16 = torch.tensor(int(self.precision is torch.bfloat16), device=device)
+            distributed.all_reduce(bf16, distributed.ReduceOp.MIN)
+            self.precision = torch.bfloat16 if bf16.item() else torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.table = torch.from_numpy(region_table(job.source.convention)).to(device)
         self.parallel: nn.Module = DistributedDataParallel(self.network) if world_size > 1 else self.network
 
@@ -62,20 +69,24 @@ class Learner:
         if self.world_size > 1:
             distributed.all_reduce(sums)
         weight, loss, bad = sums.tolist()
-        if weight > 0 and torch.isfinite(sums[1]):
+        finite = math.isfinite(loss)
+        if weight > 0 and finite:
             self.scaler.unscale_(self.optimiser)
             # DDP has averaged over ranks what was to be summed
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, self.world_size / weight)
-            if torch.isfinite(nn.utils.clip_grad_norm_(self.network.parameters(), train.optimiser.clip_norm)):
+            norm = nn.utils.clip_grad_norm_(self.network.parameters(), train.optimiser.clip_norm)
+            finite = bool(torch.isfinite(norm))
+            if finite:
                 self.scaler.step(self.optimiser)
             self.scaler.update()
-        return StepResult(loss / weight if weight > 0 else None, round(bad), rate)
+        mean = loss / weight if weight > 0 and math.isfinite(loss) else None
+        return StepResult(mean, round(bad), finite, rate)
 
     def _backward(self, batch: list[Patch]) -> Tensor:
         """Add the batch's gradients; (weight, weighted loss, bad samples)."""
         image, regions, weights = self._to_device(batch)
-        with autocast(self.device, self.config.train.amp):
+        with autocast(self.device, self.precision):
             logits = self.parallel(image)
         losses = sample_losses(logits, regions)
         self.scaler.scale((losses * weights).sum()).backward()
@@ -111,7 +122,7 @@ class Learner:
                 _, index, name = key.split("/")
                 entries.setdefault(int(index), {})[name] = tensor
         self.optimiser.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and state["scaler"]:  # empty when it was written without loss scaling
             self.scaler.load_state_dict(state["scaler"])
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import ray
 import torch
 from torch import distributed, nn
 
@@ -29,7 +30,7 @@ from raytrain_brats.learn.inference import probabilities
 from raytrain_brats.learn.metrics import dice, hd95_mm
 from raytrain_brats.learn.model import build_network
 from raytrain_brats.run import checkpoint
-from raytrain_brats.run.job import Job, read_config
+from raytrain_brats.run.job import Job
 from raytrain_brats.run.step import network_weights
 
 Masks = npt.NDArray[np.bool_]
@@ -44,20 +45,23 @@ class Score:
     hd95_mm: dict[str, float]
 
 
-def newest(run_dir: str) -> str:
-    """Name of the newest valid checkpoint. Raises UserError when there is none."""
+def newest_weights(run_dir: str) -> tuple[str, dict[str, torch.Tensor]]:
+    """(name, weights) of the newest valid checkpoint, read once: a run that goes on may remove the files.
+
+    Raises UserError when there is none.
+    """
     found, _ = checkpoint.newest_valid(run_dir)
     if found is None:
         raise UserError(f"{run_dir} has no valid checkpoint yet; train first")
-    return found.name
+    return found.name, network_weights(checkpoint.load(run_dir, found.name)[0])
 
 
 @lru_cache(maxsize=1)
-def load_network(run_dir: str, name: str) -> tuple[nn.Module, Config, torch.device]:
-    """The network of a checkpoint, on the GPU if this process was given one; kept for the next case."""
-    settings, _, _ = read_config(run_dir)
+def shared_network(reference: ray.ObjectRef[Any]) -> tuple[nn.Module, Config, torch.device]:
+    """The network of a shared (config, weights), on the GPU if this process was given one; kept for the next case."""
+    settings, weights = ray.get(reference)
     network = build_network(settings)
-    network.load_state_dict(network_weights(checkpoint.load(run_dir, name)[0]))
+    network.load_state_dict(weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return network.to(device), settings, device
 
@@ -102,6 +106,11 @@ def table(scores: list[Score]) -> bytes:
         values = [*(s.dice[r] for r in REGIONS), *(s.hd95_mm[r] for r in REGIONS)]
         lines.writerow([s.case_id, *(f"{value:.4f}" for value in values)])
     return text.getvalue().encode()
+
+
+def validated(run_dir: str, seen: int) -> bool:
+    """Whether the validation at `seen` samples is on record: a kill may have come between it and the checkpoint."""
+    return storage.exists(storage.join(run_dir, "validation", f"{seen:012d}.csv"))
 
 
 def validate(job: Job, network: nn.Module, device: torch.device, rank: int, world_size: int, seen: int) -> Any:
