@@ -15,16 +15,15 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import ray
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from raytrain_brats import config, storage
+from raytrain_brats.cli import Changes, Uri, entry
 from raytrain_brats.data import manifest as manifests
-from raytrain_brats.errors import RunFailed, UserError, run_entry
+from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import REGIONS
 from raytrain_brats.run import cluster, ledger
 
@@ -35,7 +34,7 @@ class Args:
 
     out: str = "demo"
     """Folder for everything the demo makes."""
-    data: str | None = None
+    data: Uri = ""
     """A folder of real cases in MSD or BraTS layout, instead of phantoms."""
     cases: int = 30
     """Phantoms to draw."""
@@ -44,7 +43,8 @@ class Args:
     keep: bool = False
     """Go on with what an earlier demo left in --out, instead of beginning anew."""
     recipe: str = "demo"
-    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Name of a recipe, or a YAML file."""
+    set: Changes = ()
     """Change a setting of the recipe: key=value; may be given several times."""
 
 
@@ -147,8 +147,7 @@ def _summarise(out: Path, run_dir: str, seconds: dict[str, float]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Args, prog="raytrain-brats demo", args=argv)
-    return run_entry(lambda: work(args))
+    return entry(Args, work, "demo", argv)
 
 
 if __name__ == "__main__":

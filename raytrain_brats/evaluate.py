@@ -5,7 +5,6 @@ Out: `evaluation/cases.csv`, `evaluation/summary.json`, `evaluation/overlays/<ca
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -13,18 +12,18 @@ from typing import Any, Literal
 
 import numpy as np
 import ray
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from raytrain_brats import figures, storage
+from raytrain_brats.cli import Uri, cases_from, default, entry
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import Refused
 from raytrain_brats.data.preprocess import restore, to_ras
 from raytrain_brats.data.store import Source
-from raytrain_brats.errors import RunFailed, UserError, run_entry
+from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import REGIONS, to_regions
 from raytrain_brats.run import cluster, job
 from raytrain_brats.run.validate import Score, means, newest_weights, score, segment, shared_network, table
@@ -34,11 +33,11 @@ from raytrain_brats.run.validate import Score, means, newest_weights, score, seg
 class Args:
     """Dice and HD95 of whole cases on their native grid, by the newest checkpoint."""
 
-    run_dir: str | None = os.environ.get("RAYTRAIN_BRATS_RUN_DIR")
+    run_dir: Uri = ""
     """The run; by default RAYTRAIN_BRATS_RUN_DIR."""
-    data: str | None = None
+    data: Uri = ""
     """Folder or manifest of the cases; by default RAYTRAIN_BRATS_DATA."""
-    store: str | None = None
+    store: Uri = ""
     """Prepared store, instead of --data; by default RAYTRAIN_BRATS_STORE."""
     split: Literal["val", "train", "all"] = "val"
     """Which cases: held out by the run, trained on, or all."""
@@ -47,14 +46,11 @@ class Args:
 
 
 def work(args: Args) -> None:
-    if not args.run_dir:
+    if not (run_dir := default(args.run_dir, "RUN_DIR")):
         raise UserError("no run folder given; name one with --run-dir")
-    run_dir = storage.normal(args.run_dir)
+    run_dir = storage.normal(run_dir)
     settings, _, identity = job.open_run(run_dir)
-    if args.data and args.store:
-        raise UserError("--data and --store are two ways to give the cases; give one")
-    store = args.store or (None if args.data else os.environ.get("RAYTRAIN_BRATS_STORE"))
-    manifest, source = job.open_cases(settings, args.data or os.environ.get("RAYTRAIN_BRATS_DATA"), store, run_dir)
+    manifest, source = job.open_cases(settings, *cases_from(args.data, args.store), run_dir)
     same = manifests.identity(manifest.cases, job.preprocessing(settings)) == identity
     if not same and args.split != "all":
         raise UserError(
@@ -121,8 +117,7 @@ def _show(scores: list[Score], split: str, phantoms: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Args, prog="raytrain-brats evaluate", args=argv)
-    return run_entry(lambda: work(args))
+    return entry(Args, work, "evaluate", argv)
 
 
 if __name__ == "__main__":

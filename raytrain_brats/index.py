@@ -4,37 +4,37 @@ In: a folder in MSD or BraTS 2018-2021 layout, local or s3://.
 Out: a manifest (JSON lines); copies of equal content are named and kept on one side of every split.
 """
 
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
 
-import tyro
 from rich.progress import track
 
 from raytrain_brats import storage
+from raytrain_brats.cli import Uri, default, entry
 from raytrain_brats.data import manifest as manifests
-from raytrain_brats.errors import UserError, run_entry
+from raytrain_brats.errors import UserError
 
 
 @dataclass(frozen=True)
 class Args:
     """List the cases of a folder with sizes, checksums and folds, in a manifest that other commands take as --data."""
 
-    out: str
+    out: Uri
     """The manifest to write, ending in .jsonl (local or s3://)."""
-    data: str | None = os.environ.get("RAYTRAIN_BRATS_DATA")
+    data: Uri = ""
     """Folder in MSD or BraTS 2018-2021 layout (local or s3://); by default RAYTRAIN_BRATS_DATA."""
 
 
 def work(args: Args) -> None:
-    if not args.data:
+    data = default(args.data, "DATA")
+    if not data:
         raise UserError("no data given; name a folder with --data")
     if not args.out.endswith(".jsonl"):
         raise UserError(f"--out {args.out}: a manifest's name ends in .jsonl")
     storage.check_writable(storage.normal(args.out).rpartition("/")[0])
     found = manifests.open_manifest(
-        args.data, lambda rows, total: track(rows, "checksums", total, disable=not sys.stdout.isatty())
+        data, lambda rows, total: track(rows, "checksums", total, disable=not sys.stdout.isatty())
     )
     manifests.write(found, storage.normal(args.out))
     folds = Counter(case.fold for case in found.cases)
@@ -45,8 +45,7 @@ def work(args: Args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Args, prog="raytrain-brats index", args=argv)
-    return run_entry(lambda: work(args))
+    return entry(Args, work, "index", argv)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import tyro
 from rich.progress import track
 
 from raytrain_brats import storage
+from raytrain_brats.cli import Uri, entry
 from raytrain_brats.data.phantom import write_set
-from raytrain_brats.errors import UserError, run_entry
+from raytrain_brats.errors import UserError
 from raytrain_brats.run import cluster
 
 
@@ -22,13 +22,14 @@ from raytrain_brats.run import cluster
 class Args:
     """Draw synthetic gliomas in four contrasts, over all CPUs. They are for trying things out: no patient data."""
 
-    out: str
+    out: Uri
     """Folder to write, in MSD Task01 layout (local)."""
     cases: int = 20
     """Number of cases; a larger set begins with the same ones."""
     grid: int = 60
     """Voxels along x and y: 240 is the size of real cases (1 mm), 60 a quick one (4 mm)."""
     seed: int = 0
+    """Another seed draws other patients."""
     anatomy: Literal["auto", "procedural", "mni"] = "auto"
     """mni: tissue maps that ship with nilearn; procedural: no data needed; auto: mni where nilearn is installed."""
 
@@ -53,8 +54,7 @@ def work(args: Args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Args, prog="raytrain-brats phantom", args=argv)
-    return run_entry(lambda: work(args))
+    return entry(Args, work, "phantom", argv)
 
 
 if __name__ == "__main__":

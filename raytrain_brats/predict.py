@@ -5,7 +5,6 @@ Out: `<out>/<case>.nii.gz`, uint8 labels of the run's convention on each case's 
 """
 
 import gzip
-import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +13,15 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import ray
-import tyro
 from rich.progress import track
 
 from raytrain_brats import storage
+from raytrain_brats.cli import Uri, default, entry
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import Refused
 from raytrain_brats.data.store import Source
-from raytrain_brats.errors import RunFailed, UserError, run_entry
+from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import from_regions
 from raytrain_brats.run import cluster, job
 from raytrain_brats.run.validate import newest_weights, segment, shared_network
@@ -34,16 +33,16 @@ class Args:
 
     images: tuple[str, ...]
     """4D NIfTI files, or folders of cases (local or s3://)."""
-    out: str
+    out: Uri
     """Where the label volumes go (local or s3://)."""
-    run_dir: str | None = os.environ.get("RAYTRAIN_BRATS_RUN_DIR")
+    run_dir: Uri = ""
     """The run; by default RAYTRAIN_BRATS_RUN_DIR."""
 
 
 def work(args: Args) -> None:
-    if not args.run_dir:
+    if not (run_dir := default(args.run_dir, "RUN_DIR")):
         raise UserError("no run folder given; name one with --run-dir")
-    run_dir, out = storage.normal(args.run_dir), storage.normal(args.out)
+    run_dir, out = storage.normal(run_dir), storage.normal(args.out)
     settings, convention, _ = job.open_run(run_dir)
     found = [item for uri in args.images for item in manifests.scan_images(uri)]
     items = [(Source(root, convention, settings.preprocess.spacing_mm), case) for root, case in found]
@@ -75,8 +74,7 @@ def _one(shared: ray.ObjectRef[Any], out: str, item: tuple[Source, Case]) -> str
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Args, prog="raytrain-brats predict", args=argv)
-    return run_entry(lambda: work(args))
+    return entry(Args, work, "predict", argv)
 
 
 if __name__ == "__main__":

@@ -6,25 +6,24 @@ Out: a store for `train --store`; `quarantine.json` in it names what could not b
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import ray
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from raytrain_brats import config, storage
+from raytrain_brats.cli import Changes, Uri, default, entry
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import Refused
 from raytrain_brats.data.store import Source
-from raytrain_brats.errors import RunFailed, UserError, run_entry
+from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.run import cluster, job
 
 
@@ -32,26 +31,26 @@ from raytrain_brats.run import cluster, job
 class Args:
     """Decode, reorient, resample and crop every case once, over all CPUs; a second run does only what is missing."""
 
-    data: str | None = os.environ.get("RAYTRAIN_BRATS_DATA")
+    data: Uri = ""
     """Folder in MSD or BraTS layout, or a manifest; by default RAYTRAIN_BRATS_DATA."""
-    store: str | None = os.environ.get("RAYTRAIN_BRATS_STORE")
+    store: Uri = ""
     """Where the store goes (local or s3://); by default RAYTRAIN_BRATS_STORE."""
     recipe: str = "demo"
     """Recipe whose `preprocess` section counts."""
-    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    set: Changes = ()
     """Change a setting of the recipe: key=value, such as preprocess.spacing_mm=1.0."""
     strict: bool = False
     """Stop at the first case that cannot be used, instead of setting it aside."""
 
 
 def work(args: Args) -> None:
-    if not args.data or not args.store:
-        raise UserError(
-            f"no {'store' if args.data else 'data'} given; name it with --{'store' if args.data else 'data'}"
-        )
+    data, store = default(args.data, "DATA"), default(args.store, "STORE")
+    if not data or not store:
+        missing = "store" if data else "data"
+        raise UserError(f"no {missing} given; name it with --{missing}")
     settings = config.load(args.recipe, args.set)
-    store, options = storage.normal(args.store), job.preprocessing(settings)
-    manifest, source = job.open_cases(settings, args.data, None)
+    store, options = storage.normal(store), job.preprocessing(settings)
+    manifest, source = job.open_cases(settings, data)
     storage.check_writable(store)
     cluster.connect()
     cluster.check_shared({"store": store}, {"data folder": source.root})
@@ -107,8 +106,7 @@ def _show(refused: list[dict[str, str]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Args, prog="raytrain-brats prepare", args=argv)
-    return run_entry(lambda: work(args))
+    return entry(Args, work, "prepare", argv)
 
 
 if __name__ == "__main__":

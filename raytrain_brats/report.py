@@ -9,19 +9,19 @@ import csv
 import io
 import json
 import math
-import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import jinja2
-import tyro
 import yaml
 
 from raytrain_brats import figures, storage
-from raytrain_brats.errors import UserError, run_entry
+from raytrain_brats.cli import Uri, default, entry
+from raytrain_brats.errors import UserError
 
 Row = dict[str, Any]
 REGIONS = tuple(figures.REGION_COLOURS)
@@ -30,9 +30,11 @@ MOST_CASES, MOST_OVERLAYS, MOST_LINES = 50, 12, 200
 
 @dataclass(frozen=True)
 class Args:
-    run_dir: str = field(default_factory=lambda: os.environ.get("RAYTRAIN_BRATS_RUN_DIR", ""))
-    """The run folder that `raytrain-brats train` wrote, local or s3://."""
-    out: str = ""
+    """Write one page about a run: curves, overlays, worker timeline, time split."""
+
+    run_dir: Uri = ""
+    """The run folder that `train` wrote (local or s3://); by default RAYTRAIN_BRATS_RUN_DIR."""
+    out: Uri = ""
     """Where the page goes; by default report.html in the run folder."""
 
 
@@ -243,16 +245,15 @@ def write_report(run_dir: str, out: str = "") -> str:
     return target
 
 
+def work(args: Args) -> None:
+    if not (run_dir := default(args.run_dir, "RUN_DIR")):
+        raise UserError("no run folder given; name one with --run-dir")
+    print(write_report(run_dir, args.out))
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Args, prog="raytrain-brats report", args=argv, description="Write one page about a run.")
-
-    def work() -> None:
-        if not args.run_dir:
-            raise UserError("no run folder given; pass --run-dir or set RAYTRAIN_BRATS_RUN_DIR")
-        print(write_report(args.run_dir, args.out))
-
-    return run_entry(work)
+    return entry(Args, work, "report", argv)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -4,17 +4,14 @@ In: a folder of NIfTI cases or a prepared store; a recipe; a run folder.
 Out: the run folder: checkpoints, metrics.jsonl, events.jsonl, validation tables.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from raytrain_brats import config, storage
+from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry
 from raytrain_brats.data.phantom import write_set
-from raytrain_brats.errors import UserError, run_entry
+from raytrain_brats.errors import UserError
 from raytrain_brats.run import checkpoint, cluster, job, launch
 from raytrain_brats.run.validate import validated
 
@@ -31,30 +28,25 @@ class Args:
     it trains the demo recipe on phantoms it makes, under ~/raytrain_brats.
     """
 
-    data: str | None = None
+    data: Uri = ""
     """Folder in MSD or BraTS layout (local or s3://), or a manifest from `index`: preprocessed while training."""
-    store: str | None = None
+    store: Uri = ""
     """Store made by `prepare`: read instead of --data."""
-    run_dir: str | None = None
+    run_dir: Uri = ""
     """Where the run lives (local or s3://)."""
     recipe: str = "demo"
     """Name of a recipe, or a YAML file."""
-    workers: str | None = None
-    """MIN:MAX training workers; the run goes on with any number in between."""
-    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    workers: Workers = ""
+    """Training workers; the run goes on with any number in between."""
+    set: Changes = ()
     """Change a setting of the recipe: key=value, such as train.epochs=20; may be given several times."""
 
 
 def work(args: Args) -> None:
     overrides = args.set + ((f"run.workers={args.workers!r}",) if args.workers else ())
     settings = config.load(args.recipe, overrides)
-    data, store = args.data, args.store
-    if not data and not store:
-        store = os.environ.get("RAYTRAIN_BRATS_STORE")
-        data = None if store else os.environ.get("RAYTRAIN_BRATS_DATA")
-    if data and store:
-        raise UserError("--data and --store are two ways to give the cases; give one")
-    run_dir = args.run_dir or os.environ.get("RAYTRAIN_BRATS_RUN_DIR")
+    data, store = cases_from(args.data, args.store)
+    run_dir = default(args.run_dir, "RUN_DIR")
     if not run_dir:
         if data or store:
             raise UserError("no run folder given; name one with --run-dir (local or s3://)")
@@ -91,8 +83,7 @@ def _make_phantoms(folder: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Args, prog="raytrain-brats train", args=argv)
-    return run_entry(lambda: work(args))
+    return entry(Args, work, "train", argv)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import pytest
 import ray
 import torch
 
-from raytrain_brats import __main__, config, errors
+from raytrain_brats import __main__, cli, config
 from raytrain_brats.config import Run
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
-from raytrain_brats.errors import RunFailed, UserError, run_entry
+from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.run import checkpoint, cluster, job
 from raytrain_brats.run.step import Learner
 from tests.conftest import write_msd_folder
@@ -269,22 +269,31 @@ def test_clusters_that_can(
 def test_outcomes_become_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     """0 done, 2 mistake, 1 failure, 130 Ctrl-C; one line each, also for an error that came back through Ray."""
 
-    def raising(error: BaseException) -> Callable[[], None]:
-        def work() -> None:
-            raise error
+    @dataclasses.dataclass(frozen=True)
+    class Args:
+        number: int = 0
 
-        return work
+    def ends(error: BaseException | None, *arguments: str) -> tuple[int, str]:
+        def work(_: Args) -> None:
+            if error:
+                raise error
+
+        return cli.entry(Args, work, "name", list(arguments)), capsys.readouterr().err
 
     class FromTaskError(UserError):
         """Like ray.exceptions.RayTaskError's double: the cause's class, a traceback as text."""
 
         cause = UserError("s3://x: 403")
 
-    assert run_entry(lambda: None) == 0 and capsys.readouterr().err == ""
-    assert run_entry(raising(RunFailed("gave up"))) == 1 and capsys.readouterr().err == "failed: gave up\n"
-    assert run_entry(raising(KeyboardInterrupt())) == 130 and len(capsys.readouterr().err.splitlines()) == 1
-    assert _mistake(run_entry(raising(UserError("a\nb"))), capsys.readouterr().err) == "error: a b"
-    found = run_entry(raising(FromTaskError("Traceback (most recent call last):\n ...")))
-    assert _mistake(found, capsys.readouterr().err) == "error: s3://x: 403"
+    assert ends(None) == (0, "")
+    assert ends(RunFailed("gave up")) == (1, "failed: gave up\n")
+    assert ends(OSError("disk full")) == (1, "failed: disk full\n")
+    assert ends(UserError("a\nb")) == (2, "error: a b\n")
+    assert ends(FromTaskError("Traceback (most recent call last):\n ...")) == (2, "error: s3://x: 403\n")
+    code, said = ends(KeyboardInterrupt())
+    assert code == 130 and len(said.splitlines()) == 1
+    for wrong in (("--bogus",), ("--number", "x")):
+        code, said = ends(None, *wrong)
+        assert code == 2 and len(said.splitlines()) == 1 and wrong[0] in said and "--help" in said
     with pytest.raises(ZeroDivisionError):  # a defect of ours stays one
-        errors.run_entry(raising(ZeroDivisionError()))
+        ends(ZeroDivisionError())

@@ -161,13 +161,7 @@ def test_a_bad_case_is_named_and_the_run_goes_on_or_stops_by_its_share(tmp_path:
 def test_the_demo_survives_a_killed_worker_and_says_what_it_made(tmp_path: Path) -> None:
     """`demo --chaos` on few phantoms: one restart, every sample once, scores, predictions, report, summary."""
     out = tmp_path / "demo"
-    small = [
-        "--cases",
-        "8",
-        "--set=train.epochs=10",
-        "--set=checkpoint.every_samples=16",
-        "--set=validate.every_samples=100",
-    ]
+    small = ["train.epochs=10", "checkpoint.every_samples=16", "validate.every_samples=100"]
     command = [sys.executable, "-m", "raytrain_brats", "demo", "--chaos", "--out", str(out), "--cases", "8"]
     command += [f"--set={value}" for value in small]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

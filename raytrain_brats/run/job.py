@@ -43,9 +43,7 @@ def preprocessing(config: Config) -> dict[str, Any]:
     return config.preprocess.model_dump(mode="json")
 
 
-def open_cases(
-    config: Config, data: str | None, store: str | None, run_dir: str | None = None
-) -> tuple[Manifest, Source]:
+def open_cases(config: Config, data: str, store: str = "", run_dir: str = "") -> tuple[Manifest, Source]:
     """The manifest and the source of a data folder (or manifest file) or of a store. Raises UserError.
 
     A run keeps its manifest in `run_dir`, so that a folder is not checksummed at every start.
@@ -61,7 +59,7 @@ def open_cases(
     return manifest, Source(manifest.root, convention, config.preprocess.spacing_mm)
 
 
-def build(config: Config, run_dir: str, data: str | None, store: str | None) -> Job:
+def build(config: Config, run_dir: str, data: str, store: str) -> Job:
     """The job, checked as far as it can be before Ray starts. Raises UserError."""
     divisor = patch_divisor(config)
     if any(edge % divisor or edge < 2 * divisor for edge in config.data.patch_xyz):

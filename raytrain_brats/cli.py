@@ -1,0 +1,72 @@
+"""What all commands share on the command line.
+
+In: a command's options class and its work.
+Out: parsed options; the exit code: 0 done, 1 failed, 2 a mistake in the request, 130 Ctrl-C.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+import tyro
+
+from raytrain_brats.errors import RunFailed, UserError
+
+Options = TypeVar("Options")
+
+Uri = Annotated[str, tyro.conf.arg(metavar="URI", help_behavior_hint="")]
+"""A local path or s3://; "" when not given."""
+Workers = Annotated[str, tyro.conf.arg(metavar="MIN:MAX", help_behavior_hint="")]
+Changes = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")]
+"""Settings of a recipe to change; the option may be given several times."""
+
+
+def default(given: str, name: str) -> str:
+    """What was given, else the environment's RAYTRAIN_BRATS_<name>: how a cluster's YAML gives places to every job."""
+    return given or os.environ.get(f"RAYTRAIN_BRATS_{name}", "")
+
+
+def cases_from(data: str, store: str) -> tuple[str, str]:
+    """(data, store), one of them at most; options win over the environment. Raises UserError when both are given."""
+    if data and store:
+        raise UserError("--data and --store are two ways to give the cases; give one")
+    if data or store:
+        return data, store
+    store = default("", "STORE")
+    return ("" if store else default("", "DATA")), store
+
+
+def entry(options: type[Options], work: Callable[[Options], None], name: str, argv: list[str] | None) -> int:
+    """Parse and work; a user's mistake is one line on standard error, never a traceback."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.cli(options, prog=f"raytrain-brats {name}", args=argv)
+    except SystemExit as stop:
+        if stop.code:
+            # tyro draws a box; what stands before its inner rule is the message
+            inside = [line.strip("│| ") for line in said.getvalue().splitlines() if line.startswith(("│", "|"))]
+            first = " ".join(re.split("[─-]{5,}", " ".join(inside))[0].split())
+            print(f"error: {first}; see raytrain-brats {name} --help", file=sys.stderr)
+        return int(stop.code or 0)
+    try:
+        work(parsed)
+    except UserError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except (RunFailed, OSError) as error:
+        print(f"failed: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    # What Ray hands back from a task is of the error's own class, but prints a traceback; `cause` is the error.
+    return " ".join(str(getattr(error, "cause", error)).splitlines())
