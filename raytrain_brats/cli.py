@@ -48,10 +48,11 @@ def entry(options: type[Options], work: Callable[[Options], None], name: str, ar
             parsed = tyro.cli(options, prog=f"raytrain-brats {name}", args=argv)
     except SystemExit as stop:
         if stop.code:
-            # tyro draws a box; what stands before its inner rule is the message
-            inside = [line.strip("│| ") for line in said.getvalue().splitlines() if line.startswith(("│", "|"))]
-            first = " ".join(re.split("[─-]{5,}", " ".join(inside))[0].split())
-            print(f"error: {first}; see raytrain-brats {name} --help", file=sys.stderr)
+            # tyro draws a box: a title, the message, a hint at the full help
+            plain = re.sub("[│╭╮╰╯─|]|-{5,}", " ", said.getvalue()).splitlines()
+            _, *message = [line.strip() for line in plain if line.strip()]
+            told = " ".join(message).partition("For full helptext")[0].strip()
+            print(f"error: {told}; see raytrain-brats {name} --help", file=sys.stderr)
         return int(stop.code or 0)
     try:
         work(parsed)
