@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train; the same command again goes on",
     "evaluate": "Dice and HD95 of held-out cases",
     "predict": "segment NIfTI cases",
+    "verify": "prove that every sample was applied once, in order",
     "report": "one page: curves, overlays, time split",
     "demo": "all of these on phantoms, in minutes",
 }

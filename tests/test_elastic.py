@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from raytrain_brats import verify
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import checkpoint, ledger
 
@@ -97,6 +98,8 @@ def test_a_run_killed_twice_and_resized_equals_an_uninterrupted_one(tmp_path: Pa
         float((reference[name] - weights[name]).abs().max()) for name in reference if name.startswith("network/")
     )
     assert apart < 1e-5, f"weights differ by {apart}"
+    for run in (calm, rough):
+        assert verify.main(["--run-dir", str(run)]) == 0
     events = [json.loads(line) for line in (rough / "events.jsonl").read_text().splitlines()]
     assert [e["event"] for e in events].count("launch") == 2
     assert sum(e["redone_steps"] for e in events if e["event"] == "group") <= 2 * (40 / 4 + 1)

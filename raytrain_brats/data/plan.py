@@ -48,6 +48,12 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
+def fingerprint(position: int, case_id: str, seed: int) -> int:
+    """32 bits of what stands at a position. A step's sum over its samples is the same however ranks share them."""
+    text = f"{position}/{case_id}/{seed}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
+
+
 @lru_cache(maxsize=8)
 def _shuffled(seed: int, count: int) -> tuple[int, ...]:
     # RandomState is frozen by NumPy's policy (NEP 19); Generator may change between releases.

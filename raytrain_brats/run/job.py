@@ -71,14 +71,7 @@ def build(config: Config, run_dir: str, data: str, store: str) -> Job:
         raise UserError(
             f"{manifest.root}: none of its {len(manifest.cases)} cases is left to train on; more are needed"
         )
-    plan = Plan(
-        config.train.seed,
-        len(train),
-        config.train.global_batch,
-        config.data.patches_per_case,
-        config.data.window_cases,
-        config.train.epochs,
-    )
+    plan = plan_of(config, len(train))
     identity = manifests.identity(manifest.cases, preprocessing(config))
     job = Job(
         config,
@@ -93,6 +86,12 @@ def build(config: Config, run_dir: str, data: str, store: str) -> Job:
     )
     _check_same_run(job)
     return job
+
+
+def plan_of(config: Config, cases: int) -> Plan:
+    """The order of a run over so many training cases."""
+    train, data = config.train, config.data
+    return Plan(train.seed, cases, train.global_batch, data.patches_per_case, data.window_cases, train.epochs)
 
 
 def _check_same_run(job: Job) -> None:

@@ -78,6 +78,7 @@ class Scribe:
                 "step": before // plan.global_batch,
                 "samples_seen": seen,
                 "positions": [before, seen],
+                "samples": result.samples,
                 "world_size": self.world_size,
                 "generation": self.generation.number,
                 "loss": result.loss,

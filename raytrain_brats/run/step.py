@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.plan import draw
+from raytrain_brats.data.plan import draw, fingerprint
 from raytrain_brats.labels import region_table
 from raytrain_brats.learn.augment import DRAWS, augment, normalise, to_regions
 from raytrain_brats.learn.inference import amp_dtype, autocast
@@ -28,11 +28,13 @@ from raytrain_brats.run.job import Job
 @dataclass(frozen=True)
 class StepResult:
     """Of the whole global batch: mean loss (None when no sample counted or it was not finite), samples that could not
-    be read, whether loss and gradient were finite (else the step changed nothing). The same on all ranks."""
+    be read, whether loss and gradient were finite (else the step changed nothing), and the sum of the fingerprints of
+    the samples that arrived. The same on all ranks."""
 
     loss: float | None
     bad: int
     finite: bool
+    samples: int
     learning_rate: float
 
 
@@ -60,7 +62,8 @@ class Learner:
             group["lr"] = rate
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, device=self.device)  # weight, weighted loss, bad samples
+        # weight, weighted loss, bad samples, fingerprints: in float64, which holds the sum of 2^20 of them exactly
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for first in range(0, len(patches), train.micro_batch):
             batch = patches[first : first + train.micro_batch]
             last = first + train.micro_batch >= len(patches)
@@ -68,7 +71,7 @@ class Learner:
                 sums += self._backward(batch)
         if self.world_size > 1:
             distributed.all_reduce(sums)
-        weight, loss, bad = sums.tolist()
+        weight, loss, bad, samples = sums.tolist()
         finite = math.isfinite(loss)
         if weight > 0 and finite:
             self.scaler.unscale_(self.optimiser)
@@ -81,17 +84,18 @@ class Learner:
                 self.scaler.step(self.optimiser)
             self.scaler.update()
         mean = loss / weight if weight > 0 and math.isfinite(loss) else None
-        return StepResult(mean, round(bad), finite, rate)
+        return StepResult(mean, round(bad), finite, round(samples), rate)
 
     def _backward(self, batch: list[Patch]) -> Tensor:
-        """Add the batch's gradients; (weight, weighted loss, bad samples)."""
+        """Add the batch's gradients; (weight, weighted loss, bad samples, fingerprints)."""
         image, regions, weights = self._to_device(batch)
         with autocast(self.device, self.precision):
             logits = self.parallel(image)
         losses = sample_losses(logits, regions)
         self.scaler.scale((losses * weights).sum()).backward()
-        bad = sum(bool(p.reason) for p in batch)
-        return torch.stack([weights.sum(), (losses.detach() * weights).sum(), weights.new_tensor(bad)])
+        counted = [sum(bool(p.reason) for p in batch), sum(fingerprint(p.position, p.case_id, p.seed) for p in batch)]
+        losses = losses.detach().double()
+        return torch.cat([weights.sum()[None], (losses * weights).sum()[None], losses.new_tensor(counted)])
 
     def _to_device(self, batch: list[Patch]) -> tuple[Tensor, Tensor, Tensor]:
         def stacked(arrays: list[Any]) -> Tensor:

@@ -1,0 +1,73 @@
+"""Prove a run: `raytrain-brats verify --run-dir URI`.
+
+In: a run folder; nothing else, least of all what the run remembers of its order.
+Out: exit code 0 when every position was applied once, in order, with the very samples that the seed asks for; else 1
+and the first row that differs.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from raytrain_brats import storage
+from raytrain_brats.cli import Uri, default, entry
+from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data.manifest import Case
+from raytrain_brats.data.plan import Plan, fingerprint
+from raytrain_brats.errors import RunFailed, UserError
+from raytrain_brats.run import checkpoint, job, ledger
+
+
+@dataclass(frozen=True)
+class Args:
+    """Derive every position's case and crop again from the seed, and compare with what the workers wrote down."""
+
+    run_dir: Uri = ""
+    """The run; by default RAYTRAIN_BRATS_RUN_DIR."""
+
+
+def work(args: Args) -> None:
+    if not (run_dir := default(args.run_dir, "RUN_DIR")):
+        raise UserError("no run folder given; name one with --run-dir")
+    run_dir = storage.normal(run_dir)
+    settings, _, identity = job.open_run(run_dir)
+    manifest = manifests.read(storage.join(run_dir, "manifest.jsonl"))
+    if manifests.identity(manifest.cases, job.preprocessing(settings)) != identity:
+        raise RunFailed(f"{run_dir}/manifest.jsonl is not the data that config.yaml names ({identity})")
+    cases, _ = manifest.split(settings.data.fold)
+    plan, rows = job.plan_of(settings, len(cases)), ledger.read_rows(run_dir)
+    for number, row in enumerate(rows):
+        if wrong := difference(row, number, plan, cases):
+            raise RunFailed(f"{run_dir}/metrics.jsonl, row {number + 1}: {wrong}")
+    applied = rows[-1]["samples_seen"] if rows else 0
+    found, damaged = checkpoint.newest_valid(run_dir)
+    if damaged:
+        raise RunFailed(f"checkpoint {damaged[0][0]}: {damaged[0][1]}")
+    if found and found.samples_seen > applied:
+        raise RunFailed(f"checkpoint {found.name} holds more samples than the {applied:,} of metrics.jsonl")
+    groups, sizes = {row["generation"] for row in rows}, sorted({row["world_size"] for row in rows})
+    print(
+        f"{applied:,} of {plan.total:,} positions applied in {len(rows):,} steps: each once, in order, with the seed's "
+        f"own samples; {len(groups)} worker groups, of {', '.join(map(str, sizes))} workers"
+    )
+
+
+def difference(row: dict[str, Any], step: int, plan: Plan, cases: tuple[Case, ...]) -> str:
+    """What is wrong with the row of a step; an empty string when nothing is."""
+    low, high = step * plan.global_batch, (step + 1) * plan.global_batch
+    expected = {"step": step, "positions": [low, high], "samples_seen": high}
+    if high > plan.total:
+        return f"the run ends at {plan.total:,}"
+    samples = [plan.sample(position) for position in range(low, high)]
+    ids = ["" if s.case is None else cases[s.case].id for s in samples]
+    expected["samples"] = sum(fingerprint(s.position, i, s.seed) for s, i in zip(samples, ids, strict=True))
+    wrong = [f"{key} is {row.get(key)}, the seed says {v}" for key, v in expected.items() if row.get(key) != v]
+    return "; ".join(wrong)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return entry(Args, work, "verify", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
