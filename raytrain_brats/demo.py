@@ -30,7 +30,7 @@ from raytrain_brats.run import cluster, ledger
 
 @dataclass(frozen=True)
 class Args:
-    """Phantoms, index, prepare, train, evaluate, predict, report: every stage on a Ray of its own in this process."""
+    """Phantoms, index, prepare, train, verify, evaluate, predict, report, on a Ray of its own in this process."""
 
     out: str = "demo"
     """Folder for everything the demo makes."""
@@ -85,6 +85,7 @@ def work(args: Args) -> None:
     if args.chaos:
         threading.Thread(target=_kill_a_worker, args=(run_dir,), daemon=True).start()
     stages.run("train", "--store", store, "--run-dir", run_dir, *settings)
+    stages.run("verify", "--run-dir", run_dir)
     stages.run("evaluate", "--store", store, "--run-dir", run_dir)
     stages.run("predict", "--run-dir", run_dir, "--out", predictions, "--images", data)
     stages.run("report", "--run-dir", run_dir)

@@ -1,0 +1,149 @@
+"""Die between any two system calls of a commit or of a start: the old state or the new one, never a torn one.
+
+A forked child does the work and dies before its n-th call that touches the disk, for every n until it gets through.
+Power loss is worse than a kill: a file falls back to what it was at its last fsync, as a disk may do.
+"""
+
+import builtins
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain_brats import storage
+from raytrain_brats.run import checkpoint, ledger
+from raytrain_brats.run.ledger import MetricsLog
+
+CALLS = ("open", "write", "fsync", "replace", "unlink", "rmdir", "mkdir")
+
+
+class Disk:
+    """Counts what reaches the disk; dies before call number `last`. Knows what would be lost with the power."""
+
+    def __init__(self, last: int, power_loss: bool) -> None:
+        self.left, self.power_loss = last, power_loss
+        self.names: dict[int, str] = {}
+        self.unsynced: dict[str, int] = {}  # path -> bytes that a power loss leaves
+        for name in CALLS:
+            setattr(os, name, self.counted(name, getattr(os, name)))
+        self.plain_open = builtins.open
+        storage.open = ledger.open = self.open  # type: ignore[attr-defined]
+
+    def tick(self) -> None:
+        if self.left == 0:
+            for path, length in self.unsynced.items() if self.power_loss else ():
+                if os.path.exists(path):
+                    os.truncate(path, length)
+            os._exit(9)
+        self.left -= 1
+
+    def counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.tick()
+            if name == "write":
+                path = self.names[arguments[0]]
+                self.unsynced.setdefault(path, os.path.getsize(path))
+            result = real(*arguments, **options)
+            if name == "open":
+                self.names[result] = os.fspath(arguments[0])
+            elif name == "fsync":
+                file = arguments[0] if isinstance(arguments[0], int) else arguments[0].fileno()
+                self.unsynced.pop(self.names.get(file, ""), None)
+            elif name == "replace" and os.fspath(arguments[0]) in self.unsynced:
+                self.unsynced[os.fspath(arguments[1])] = self.unsynced.pop(os.fspath(arguments[0]))
+            return result
+
+        return call
+
+    def open(self, path: Any, mode: str = "r") -> Any:
+        if not set(mode) & set("wa"):
+            return self.plain_open(path, mode)
+        self.tick()
+        file = self.plain_open(path, mode)
+        self.names[file.fileno()] = os.fspath(path)
+        real = file.write
+
+        class Counted(io.IOBase):
+            def write(_, content: Any) -> int:  # noqa: N805
+                self.tick()
+                self.unsynced.setdefault(os.fspath(path), os.path.getsize(path))
+                count = real(content)
+                file.flush()
+                return int(count)
+
+            def flush(_) -> None:  # noqa: N805
+                file.flush()
+
+            def fileno(_) -> int:  # noqa: N805
+                return file.fileno()
+
+            def close(_) -> None:  # noqa: N805
+                file.close()
+
+        return Counted()
+
+
+def state_of(seen: int, length: int) -> dict[str, Any]:
+    return {"samples_seen": seen, "metrics_bytes": length, "bad_in_epoch": 0}
+
+
+def begun(folder: Path) -> None:
+    """A run with rows 4 and 8 and a checkpoint at 8, of worker group 1."""
+    log = MetricsLog(str(folder), ledger.begin_generation(str(folder)))
+    for seen in (4, 8):
+        log.add({"samples_seen": seen})
+    log.flush()
+    checkpoint.save(str(folder), 8, 1, {"a": torch.ones(4)}, state_of(8, log.bytes))
+
+
+def go_on(folder: Path) -> None:
+    """What a worker group does from 8 to 16, checkpoint and clean-up included."""
+    generation = ledger.current(str(folder))
+    assert generation is not None
+    log = MetricsLog(str(folder), generation)
+    log.bytes = (folder / "metrics.jsonl").stat().st_size
+    for seen in (12, 16):
+        log.add({"samples_seen": seen})
+    log.flush()
+    checkpoint.save(str(folder), 16, generation.number, {"a": torch.zeros(4)}, state_of(16, log.bytes), fence=log.check)
+    checkpoint.prune(str(folder), 1, generation.number)
+
+
+def start_again(folder: Path) -> None:
+    ledger.begin_generation(str(folder))
+
+
+@pytest.mark.parametrize("power_loss", [False, True], ids=["kill", "power loss"])
+@pytest.mark.parametrize("work", [go_on, start_again])
+def test_every_crash_point_leaves_a_state_to_go_on_from(tmp_path: Path, work: Any, power_loss: bool) -> None:
+    """After each: a valid checkpoint, old or new, whose rows are all there and no others, and a start that works."""
+    ends = set()
+    for last in range(200):
+        folder = tmp_path / f"{last}"
+        begun(folder)
+        child = os.fork()
+        if child == 0:
+            Disk(last, power_loss)
+            work(folder)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        assert code in (0, 9)
+
+        found, damaged = checkpoint.newest_valid(str(folder))
+        assert found is not None and not damaged
+        generation = ledger.begin_generation(str(folder))
+        ends.add(generation.samples_seen)
+        assert generation.samples_seen == found.samples_seen
+        assert [row["samples_seen"] for row in ledger.read_rows(str(folder))] == [*range(4, found.samples_seen + 1, 4)]
+        assert all(json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines() if line[-1:] == "}")
+        shutil.rmtree(folder)
+        if code == 0:
+            break
+    assert last > 8 and ends == ({8, 16} if work is go_on else {8})
