@@ -137,6 +137,8 @@ class Run(_Frozen):
     """Logical CPUs of a data task; by default 1, and 0.5 on machines of up to 4 CPUs."""
     prefetch: PositiveInt = 4
     """Patches a worker holds ready."""
+    resize_check_s: PositiveFloat = 30.0
+    """How often a running group is compared with what the cluster could give."""
     max_failures_in_place: PositiveInt = 8
     """Failures without a new checkpoint in between after which the run gives up."""
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -9,10 +10,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from raytrain_brats import verify
 from raytrain_brats.data.phantom import write_set
+from raytrain_brats.run import checkpoint, ledger
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -31,38 +35,92 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Cluster:
+    """Ray nodes started by the command line, each a process tree of its own, all below one folder."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.port, self.nodes = place, free_port(), 0
+        self.environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        self.add(f"--head --port={self.port} --temp-dir={place}/ray --include-dashboard=false")
+
+    def add(self, options: str = "", before: str = "") -> None:
+        """Start a node with 2 CPUs and wait until it is up; `before` is run in a mount namespace of its own."""
+        options = options or f"--address=127.0.0.1:{self.port}"
+        command = f"exec {RAY} start {options} --num-cpus=2 --node-ip-address=127.0.0.1 --block"
+        shell = ["unshare", "--mount", "bash", "-c", f"{before} && {command}"] if before else ["bash", "-c", command]
+        said = self.place / f"node{self.nodes}.log"
+        self.nodes += 1
+        with said.open("wb") as log:
+            node = subprocess.Popen(shell, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while "runtime started" not in said.read_text():
+            assert time.monotonic() < deadline and node.poll() is None, said.read_text()
+            time.sleep(0.2)
+
+    def train(self, *arguments: object) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "raytrain_brats", "train", *map(str, arguments)]
+        environment = self.environment | {"RAY_ADDRESS": f"127.0.0.1:{self.port}"}
+        with (self.place / "train.log").open("wb") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+@pytest.fixture
+def cluster(place: Path) -> Iterator[Cluster]:
+    try:
+        yield Cluster(place)
+    finally:
+        subprocess.run(["pkill", "-KILL", "-f", str(place)], check=False)  # every process of this Ray names its folder
+
+
+SMALL = ["--set=preprocess.spacing_mm=7.5", "--set=data.patch_xyz=[16, 16, 16]"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="a mount namespace needs root")
-def test_a_run_folder_that_another_node_does_not_see_is_refused(place: Path) -> None:
+def test_a_run_folder_that_another_node_does_not_see_is_refused(cluster: Cluster, place: Path) -> None:
     """`train` on two machines with a folder of the first one's own: exit 2, the folder and the remedy named."""
     hidden, data = place / "run", place / "data"
     hidden.mkdir()
     write_set(str(data), cases=6, seed=0, grid=32, anatomy="procedural")
-    port = free_port()
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    common = ["--num-cpus=2", "--node-ip-address=127.0.0.1", "--block"]
-    head = [RAY, "start", "--head", f"--port={port}", f"--temp-dir={place}/ray", "--include-dashboard=false", *common]
-    other = f"mount -t tmpfs none {hidden} && exec {RAY} start --address=127.0.0.1:{port} {' '.join(common)}"
-    nodes = []
-    try:
-        for command in (head, ["unshare", "--mount", "bash", "-c", other]):
-            with open(place / f"node{len(nodes)}.log", "wb") as log:
-                nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
-            deadline = time.monotonic() + 60
-            while "runtime started" not in (place / f"node{len(nodes) - 1}.log").read_text():
-                assert time.monotonic() < deadline and nodes[-1].poll() is None
-                time.sleep(0.2)
-        train = [sys.executable, "-m", "raytrain_brats", "train", "--data", str(data), "--run-dir", str(hidden)]
-        train += ["--set", "preprocess.spacing_mm=7.5", "--set", "data.patch_xyz=[16, 16, 16]"]
-        address = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
-        done = subprocess.run(
-            train, env=environment | address, capture_output=True, text=True, timeout=120, check=False
-        )
-    finally:
-        subprocess.run(["pkill", "-KILL", "-f", str(place)], check=False)  # every process of this Ray names its folder
-        for node in nodes:
-            node.kill()
-            node.wait(30)
+    cluster.add(before=f"mount -t tmpfs none {hidden}")
+    code = cluster.train("--data", data, "--run-dir", hidden, *SMALL).wait(120)
 
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert done.stderr.startswith(f"error: run folder {hidden} is not seen by node")
-    assert "s3://" in done.stderr
+    said = (place / "train.log").read_text()
+    assert code == 2, said[-2000:]
+    assert said.startswith(f"error: run folder {hidden} is not seen by node")
+    assert "s3://" in said
+
+
+def test_a_node_that_joins_is_used_and_no_step_is_lost(cluster: Cluster, place: Path) -> None:
+    """The run begins with the one worker that fits, saves before it grows, and goes on with two from that very step."""
+    run, data = place / "run", place / "data"
+    write_set(str(data), cases=6, seed=0, grid=32, anatomy="procedural")
+    options = ["train.epochs=400", "checkpoint.every_samples=100000", "validate.every_samples=100000"]
+    options += ["run.cpus_per_worker=1.5", "run.cpus_per_task=0.5", "run.resize_check_s=2"]
+    sets = [f"--set={option}" for option in options]
+    driver = cluster.train("--data", data, "--run-dir", run, "--workers", "1:2", *SMALL, *sets)
+
+    def rows_until(world_size: int) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            rows = ledger.read_rows(str(run))
+            if rows and rows[-1]["world_size"] == world_size and len(rows) > 20:
+                return rows
+            assert driver.poll() is None, (place / "train.log").read_text()[-2000:]
+            time.sleep(0.2)
+        pytest.fail(f"no rows of {world_size} workers; {ledger.read_events(str(run))[-5:]}")
+
+    rows_until(1)
+    cluster.add()
+    rows_until(2)
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(60) == 130
+
+    rows, events = ledger.read_rows(str(run)), ledger.read_events(str(run))
+    assert [row["world_size"] for row in rows] == sorted(row["world_size"] for row in rows)
+    resize = next(e for e in events if e["event"] == "resize")
+    assert resize["saved"]
+    assert [e["redone_steps"] for e in events if e["event"] == "group"] == [0, 0]
+    # Ctrl-C saved as well: what is on record is what the next start goes on from
+    assert checkpoint.newest_valid(str(run))[0].samples_seen == rows[-1]["samples_seen"]
+    assert "goes on from the newest checkpoint" in (place / "train.log").read_text()
+    assert verify.main(["--run-dir", str(run)]) == 0

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 
 from raytrain_brats import __main__, cli, config
@@ -240,7 +239,7 @@ def test_clusters_that_cannot_do_the_work(
     resources: dict[str, float], run: dict[str, Any], batch: int, fragments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where Ray would wait for ever, the number that does not fit is named, and one that would; which then fits."""
-    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(cluster, "node_resources", lambda: [resources])
     with pytest.raises(UserError) as caught:
         cluster.measure(Run(**run), batch)
     assert all(fragment in str(caught.value) for fragment in fragments), caught.value
@@ -262,7 +261,7 @@ def test_clusters_that_can(
     resources: dict[str, float], workers: str, expected: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """auto takes the GPUs up to the global batch; a range may reach beyond the GPUs of today."""
-    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(cluster, "node_resources", lambda: [resources])
     assert dataclasses.astuple(cluster.measure(Run(workers=workers), 4)) == expected
 
 

@@ -91,8 +91,8 @@ def measure(run: Run, global_batch: int) -> Resources:
 
     Raises UserError where Ray would wait for ever without a word: when `high` workers leave no CPU for data tasks.
     """
-    totals = ray.cluster_resources()
-    cpus, gpus = totals.get("CPU", 0.0), int(totals.get("GPU", 0))
+    nodes = node_resources()
+    cpus, gpus = sum(n.get("CPU", 0.0) for n in nodes), int(sum(n.get("GPU", 0) for n in nodes))
     low, high = (1, min(global_batch, max(1, gpus))) if run.workers == "auto" else _range(run.workers)
     wanted = run.gpus_per_worker if run.gpus_per_worker is not None else int(gpus > 0)
     if high > global_batch:
@@ -100,14 +100,13 @@ def measure(run: Run, global_batch: int) -> Resources:
             f"run.workers {low}:{high}: more workers than train.global_batch = {global_batch}; "
             "every worker needs a sample of each step"
         )
-    if wanted and 0 < gpus < low * wanted:
+    if wanted and 0 < gpus < low:
         raise UserError(f"run.workers {low}:{high}: the cluster has {gpus} GPUs; lower --workers or add nodes")
     per_worker = run.cpus_per_worker or (1.0 if wanted else 0.5)
     per_task = run.cpus_per_task or (0.5 if cpus <= 4 else 1.0)
-    fitting = min(high, gpus // wanted) if wanted and gpus else high
-    if fitting * per_worker + per_task > cpus and not (
-        wanted and not gpus
-    ):  # GPU nodes that are yet to come bring CPUs
+    fitting = max(low, min(high, sum(_workers_on(node, per_worker, wanted) for node in nodes)))
+    awaited = wanted and not gpus  # nodes that an autoscaler is to bring have CPUs of their own
+    if fitting * per_worker + per_task > cpus and not awaited:
         most = math.floor((cpus - per_task) / per_worker)
         remedy = f"use --workers {min(low, most)}:{most}, or " if most >= 1 else ""
         raise UserError(
@@ -115,6 +114,17 @@ def measure(run: Run, global_batch: int) -> Resources:
             f"{cpus:g} CPUs; {remedy}lower run.cpus_per_worker or run.cpus_per_task, or add CPUs"
         )
     return Resources(low, high, per_worker, wanted, per_task)
+
+
+def node_resources() -> list[dict[str, float]]:
+    """{resource: amount} of each node that is up."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _workers_on(node: dict[str, float], cpus: float, gpus: int) -> int:
+    """Training workers that fit on one node."""
+    by_cpu = math.floor(node.get("CPU", 0.0) / cpus)
+    return min(by_cpu, int(node.get("GPU", 0))) if gpus else by_cpu
 
 
 def _range(workers: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ In: a `Job`, a connected cluster.
 Out: the finished run folder; or RunFailed with the cause.
 """
 
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from ray.train.torch import TorchTrainer
 from raytrain_brats import storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import cluster, ledger
+from raytrain_brats.run import cluster, ledger, saving
 from raytrain_brats.run.job import Job, write_config
 from raytrain_brats.run.loop import train_worker
 from raytrain_brats.run.progress import Progress
+from raytrain_brats.run.saving import SaveFirst
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def train(job: Job, needed: cluster.Resources) -> None:
         "dataset_identity": job.identity,
     }
     ledger.event(job.run_dir, "launch", **facts)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and schedulers: as Ctrl-C
     launched, began = time.time(), time.perf_counter()
     with Progress(job):
         problem = _fit(job, needed)
@@ -97,6 +100,7 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
             num_workers=workers,
+            elastic_resize_monitor_interval_s=job.config.run.resize_check_s,  # type: ignore[call-arg]
             use_gpu=bool(needed.gpus),
             resources_per_worker=resources,
         ),
@@ -107,7 +111,7 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[FailureBook(job.run_dir)],  # type: ignore[list-item]
+            callbacks=[FailureBook(job.run_dir), SaveFirst(job.run_dir)],  # type: ignore[list-item]
         ),
         datasets={"train": StreamFactory(job, needed.cpus_per_task)},
         dataset_config=stream.OrderedSplit(),
@@ -119,6 +123,9 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
             while not fitting.done():
                 time.sleep(0.2)
         except KeyboardInterrupt:
+            print("saving a checkpoint ...", flush=True)
+            saved = saving.ask(job.run_dir, saving.HOLD)
+            print("saved" if saved else "nothing to save yet, or no answer", flush=True)
             ray.shutdown()  # ends the workers
             raise
     error = fitting.exception()

@@ -50,12 +50,12 @@ def train_worker(arguments: dict[str, Any]) -> None:
                 began = time.perf_counter()
                 mine = take(stream, plan.owned(seen, stream_start, rank, world_size))
                 wait_s = time.perf_counter() - began
-                result = learner.step(mine, seen)
+                result = learner.step(mine, seen, scribe.heard())
                 before, seen = seen, min(seen + plan.global_batch, plan.total)
                 scribe.step(before, seen, result, mine, wait_s, time.perf_counter() - began)
 
-                if due(before, seen, job.config.checkpoint.every_samples) or seen == plan.total:
-                    scribe.checkpoint(seen, learner)
+                if due(before, seen, job.config.checkpoint.every_samples) or seen == plan.total or result.asked:
+                    scribe.checkpoint(seen, learner, result.asked)
                 if due(before, seen, job.config.validate_.every_samples) or seen == plan.total:
                     score(job, learner, scribe, seen, *world)
             next(stream, None)  # lets Ray Data close this execution, so that the next one is planned

@@ -15,6 +15,7 @@ from raytrain_brats.run import checkpoint, ledger
 from raytrain_brats.run.checkpoint import Writer
 from raytrain_brats.run.job import Job
 from raytrain_brats.run.ledger import Generation, MetricsLog
+from raytrain_brats.run.saving import HOLD, HOLD_S, Ear
 from raytrain_brats.run.step import Learner, StepResult
 
 MAX_SKIPPED_STEPS = 50
@@ -30,6 +31,7 @@ class Scribe:
         self._writer = Writer()
         self._bad_in_epoch = generation.bad_in_epoch
         self._skipped = 0
+        self._ear = Ear(job.run_dir, generation.number)
         self._quarantined: set[str] = set()
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -46,6 +48,10 @@ class Scribe:
 
     def event(self, kind: str, **facts: Any) -> None:
         ledger.event(self.job.run_dir, kind, generation=self.generation.number, **facts)
+
+    def heard(self) -> int:
+        """What the controller or the driver asks for just now; all ranks learn it with the next step."""
+        return self._ear.heard() if self.rank == 0 else 0
 
     def ready(self) -> None:
         """This rank is about to take its first patch."""
@@ -93,10 +99,16 @@ class Scribe:
         if reason:
             self.event("stop", reason=reason)
 
-    def checkpoint(self, seen: int, learner: Learner) -> None:
+    def checkpoint(self, seen: int, learner: Learner, asked: int = 0) -> None:
         """Save beside the training (rank 0). Ray's own registry is not told: it would be a barrier for nothing."""
-        if self.rank != 0:
-            return
+        if self.rank == 0:
+            self._save(seen, learner, self._ear.answered if asked else None)
+        if asked == HOLD:
+            until = time.monotonic() + HOLD_S
+            while time.monotonic() < until:  # whoever asked ends this process; every step from here would be lost
+                time.sleep(0.1)
+
+    def _save(self, seen: int, learner: Learner, request: float | None) -> None:
         began = time.perf_counter()
         self._writer.wait()
         tensors, values = learner.state()
@@ -111,7 +123,9 @@ class Scribe:
             number = self.generation.number
             made = checkpoint.save(self.job.run_dir, seen, number, tensors, state, fence=self._log.check)
             checkpoint.prune(self.job.run_dir, self.job.config.checkpoint.keep, number)
-            facts = {"samples_seen": seen, "name": made.name, "bytes": made.bytes, "stall_s": stall_s}
+            facts: dict[str, Any] = {"samples_seen": seen, "name": made.name, "bytes": made.bytes, "stall_s": stall_s}
+            if request is not None:
+                facts["request"] = request
             self.event("checkpoint", seconds=round(time.perf_counter() - began, 3), **facts)
 
         self._writer.start(write)

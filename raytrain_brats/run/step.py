@@ -29,12 +29,13 @@ from raytrain_brats.run.job import Job
 class StepResult:
     """Of the whole global batch: mean loss (None when no sample counted or it was not finite), samples that could not
     be read, whether loss and gradient were finite (else the step changed nothing), and the sum of the fingerprints of
-    the samples that arrived. The same on all ranks."""
+    the samples that arrived; what rank 0 asked of all ranks. The same on all ranks."""
 
     loss: float | None
     bad: int
     finite: bool
     samples: int
+    asked: int
     learning_rate: float
 
 
@@ -54,24 +55,27 @@ class Learner:
         self.table = torch.from_numpy(region_table(job.source.convention)).to(device)
         self.parallel: nn.Module = DistributedDataParallel(self.network) if world_size > 1 else self.network
 
-    def step(self, patches: list[Patch], samples_seen: int) -> StepResult:
-        """Apply one global step. A step without weight or with a non-finite loss or gradient changes nothing."""
+    def step(self, patches: list[Patch], samples_seen: int, asked: int = 0) -> StepResult:
+        """Apply one global step. A step without weight or with a non-finite loss or gradient changes nothing.
+
+        `asked` (of rank 0, else 0) travels with the sums, so that all ranks know it after the same step.
+        """
         train = self.config.train
         rate = learning_rate(train.optimiser, samples_seen, self.total)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
-        # weight, weighted loss, bad samples, fingerprints: in float64, which holds the sum of 2^20 of them exactly
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        # weight, weighted loss, bad samples, fingerprints (float64 holds the sum of 2^20 of them exactly), asked
+        sums = torch.tensor([0.0, 0.0, 0.0, 0.0, asked], dtype=torch.float64, device=self.device)
         for first in range(0, len(patches), train.micro_batch):
             batch = patches[first : first + train.micro_batch]
             last = first + train.micro_batch >= len(patches)
             with nullcontext() if last or self.world_size == 1 else self.parallel.no_sync():  # type: ignore[operator]
-                sums += self._backward(batch)
+                sums[:4] += self._backward(batch)
         if self.world_size > 1:
             distributed.all_reduce(sums)
-        weight, loss, bad, samples = sums.tolist()
+        weight, loss, bad, samples, asked = sums.tolist()
         finite = math.isfinite(loss)
         if weight > 0 and finite:
             self.scaler.unscale_(self.optimiser)
@@ -84,7 +88,7 @@ class Learner:
                 self.scaler.step(self.optimiser)
             self.scaler.update()
         mean = loss / weight if weight > 0 and math.isfinite(loss) else None
-        return StepResult(mean, round(bad), finite, round(samples), rate)
+        return StepResult(mean, round(bad), finite, round(samples), round(asked), rate)
 
     def _backward(self, batch: list[Patch]) -> Tensor:
         """Add the batch's gradients; (weight, weighted loss, bad samples, fingerprints)."""

@@ -1,0 +1,82 @@
+"""Ask a running worker group for a checkpoint now: before a resize, on a preemption notice, on Ctrl-C.
+
+In: a request, put into the run folder by Ray Train's controller or by the driver.
+Out: all ranks save at the same step; whoever asked knows when it is committed.
+
+Ray ends the workers of a resize amid their step and asks nobody; without this all since the last checkpoint is redone.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import PreemptingState, ResizingState, RunningState
+
+from raytrain_brats import storage
+from raytrain_brats.run import ledger
+
+TIMEOUT_S = 30.0
+HOLD_S = 60.0
+SAVE, HOLD = 1, 2
+"""What ranks agree on: save and train on; save, then wait to be ended."""
+
+
+def ask(run_dir: str, what: int) -> bool:
+    """Ask for a checkpoint and wait until it is committed; False when no group trains, or none came in time."""
+    generation, (rows, _) = ledger.current(run_dir), ledger.recent(run_dir)
+    if generation is None or not rows or rows[-1]["generation"] != generation.number:
+        return False
+    asked = time.time()
+    request = {"generation": generation.number, "what": what, "time": asked}
+    storage.write_bytes(_request(run_dir), json.dumps(request).encode())
+    while time.time() < asked + TIMEOUT_S:
+        time.sleep(0.2)
+        for event in ledger.recent(run_dir)[1]:
+            if event["event"] == "checkpoint" and event.get("request") == asked:
+                return True
+    return False
+
+
+@dataclass(frozen=True)
+class SaveFirst(ControllerCallback):
+    """Lives in Ray Train's controller: has a group saved before it is resized or its node goes."""
+
+    run_dir: str
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        if isinstance(previous_state, RunningState) and isinstance(current_state, ResizingState | PreemptingState):
+            began, resize = time.perf_counter(), isinstance(current_state, ResizingState)
+            saved = ask(self.run_dir, HOLD if resize else SAVE)
+            seconds = round(time.perf_counter() - began, 3)
+            ledger.event(self.run_dir, "resize" if resize else "preemption", saved=saved, seconds=seconds)
+
+
+class Ear:
+    """Rank 0 listens for requests: a look at the disk twice a second, at S3 every five."""
+
+    def __init__(self, run_dir: str, generation: int) -> None:
+        self._run_dir, self._generation = run_dir, generation
+        self._every_s = 5.0 if storage.is_s3(run_dir) else 0.5
+        self._next = 0.0
+        self.answered = 0.0
+        """Time of the last request heard: its name."""
+
+    def heard(self) -> int:
+        """SAVE or HOLD when there is a new request to this worker group, else 0."""
+        if time.monotonic() < self._next:
+            return 0
+        self._next = time.monotonic() + self._every_s
+        try:
+            request = json.loads(storage.read_bytes(_request(self._run_dir)))
+        except FileNotFoundError:
+            return 0
+        if request["generation"] != self._generation or request["time"] == self.answered:
+            return 0
+        self.answered = request["time"]
+        return int(request["what"])
+
+
+def _request(run_dir: str) -> str:
+    return storage.join(run_dir, "save-request.json")
