@@ -52,10 +52,26 @@ class Cluster:
         self.nodes += 1
         with said.open("wb") as log:
             node = subprocess.Popen(shell, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        self.last = node
         deadline = time.monotonic() + 60
         while "runtime started" not in said.read_text():
             assert time.monotonic() < deadline and node.poll() is None, said.read_text()
             time.sleep(0.2)
+
+    def call(self, *command: str) -> str:
+        """What a command of this cluster's printed; it must end well."""
+        environment = self.environment | {"RAY_ADDRESS": f"127.0.0.1:{self.port}"}
+        return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    def kill_last_node(self) -> None:
+        """SIGKILL everything of the node added last, as when the machine goes."""
+
+        def family(pid: int) -> list[int]:
+            tree = subprocess.run(["ps", "--ppid", str(pid), "-o", "pid="], capture_output=True, text=True, check=False)
+            return [pid, *(p for child in tree.stdout.split() for p in family(int(child)))]
+
+        for pid in family(self.last.pid):
+            os.kill(pid, signal.SIGKILL)
 
     def train(self, *arguments: object) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "raytrain_brats", "train", *map(str, arguments)]
@@ -90,37 +106,74 @@ def test_a_run_folder_that_another_node_does_not_see_is_refused(cluster: Cluster
     assert "s3://" in said
 
 
-def test_a_node_that_joins_is_used_and_no_step_is_lost(cluster: Cluster, place: Path) -> None:
-    """The run begins with the one worker that fits, saves before it grows, and goes on with two from that very step."""
-    run, data = place / "run", place / "data"
-    write_set(str(data), cases=6, seed=0, grid=32, anatomy="procedural")
-    options = ["train.epochs=400", "checkpoint.every_samples=100000", "validate.every_samples=100000"]
-    options += ["run.cpus_per_worker=1.5", "run.cpus_per_task=0.5", "run.resize_check_s=2"]
-    sets = [f"--set={option}" for option in options]
-    driver = cluster.train("--data", data, "--run-dir", run, "--workers", "1:2", *SMALL, *sets)
+class ElasticRun:
+    """A run that has one worker on the first node and wants two."""
 
-    def rows_until(world_size: int) -> list[dict[str, Any]]:
-        deadline = time.monotonic() + 120
+    def __init__(self, cluster: Cluster) -> None:
+        self.folder, data = cluster.place / "run", cluster.place / "data"
+        write_set(str(data), cases=6, seed=0, grid=32, anatomy="procedural")
+        options = ["train.epochs=400", "checkpoint.every_samples=100000", "validate.every_samples=100000"]
+        options += ["run.cpus_per_worker=1.5", "run.cpus_per_task=0.5", "run.resize_check_s=2"]
+        sets = [f"--set={option}" for option in options]
+        self.driver = cluster.train("--data", data, "--run-dir", self.folder, "--workers", "1:2", *SMALL, *sets)
+        self.said = cluster.place / "train.log"
+
+    def rows_until(self, world_size: int, generation: int) -> None:
+        deadline = time.monotonic() + 150
         while time.monotonic() < deadline:
-            rows = ledger.read_rows(str(run))
-            if rows and rows[-1]["world_size"] == world_size and len(rows) > 20:
-                return rows
-            assert driver.poll() is None, (place / "train.log").read_text()[-2000:]
+            rows = ledger.read_rows(str(self.folder))
+            if rows and (rows[-1]["world_size"], rows[-1]["generation"]) == (world_size, generation) and len(rows) > 20:
+                return
+            assert self.driver.poll() is None, self.said.read_text()[-2000:]
             time.sleep(0.2)
-        pytest.fail(f"no rows of {world_size} workers; {ledger.read_events(str(run))[-5:]}")
+        pytest.fail(f"no rows of {world_size} workers; {self.events()[-5:]}")
 
-    rows_until(1)
+    def interrupt(self) -> None:
+        self.driver.send_signal(signal.SIGINT)
+        assert self.driver.wait(60) == 130
+        assert "goes on from the newest checkpoint" in self.said.read_text()
+
+    def events(self, kind: str = "") -> list[dict[str, Any]]:
+        return [e for e in ledger.read_events(str(self.folder)) if not kind or e["event"] == kind]
+
+
+def test_a_node_that_joins_is_used_and_no_step_is_lost(cluster: Cluster) -> None:
+    """The run begins with the one worker that fits, saves before it grows, and goes on with two from that very step."""
+    run = ElasticRun(cluster)
+    run.rows_until(1, generation=1)
     cluster.add()
-    rows_until(2)
-    driver.send_signal(signal.SIGINT)
-    assert driver.wait(60) == 130
+    run.rows_until(2, generation=2)
+    run.interrupt()
 
-    rows, events = ledger.read_rows(str(run)), ledger.read_events(str(run))
+    rows = ledger.read_rows(str(run.folder))
     assert [row["world_size"] for row in rows] == sorted(row["world_size"] for row in rows)
-    resize = next(e for e in events if e["event"] == "resize")
-    assert resize["saved"]
-    assert [e["redone_steps"] for e in events if e["event"] == "group"] == [0, 0]
+    assert run.events("resize")[0]["saved"]
+    assert [e["redone_steps"] for e in run.events("group")] == [0, 0]
     # Ctrl-C saved as well: what is on record is what the next start goes on from
-    assert checkpoint.newest_valid(str(run))[0].samples_seen == rows[-1]["samples_seen"]
-    assert "goes on from the newest checkpoint" in (place / "train.log").read_text()
-    assert verify.main(["--run-dir", str(run)]) == 0
+    assert checkpoint.newest_valid(str(run.folder))[0].samples_seen == rows[-1]["samples_seen"]
+    assert verify.main(["--run-dir", str(run.folder)]) == 0
+
+
+@pytest.mark.campaign
+def test_a_node_that_is_drained_leaves_a_checkpoint_behind(cluster: Cluster) -> None:
+    """On a preemption notice the group saves at once; the node dies, and the run goes on with one worker."""
+    run = ElasticRun(cluster)
+    run.rows_until(1, generation=1)
+    cluster.add()
+    run.rows_until(2, generation=2)
+    code = "import ray; ray.init(log_to_driver=False); print(*[n['NodeID'] for n in ray.nodes() if n['Alive'] and "
+    code += "'node:__internal_head__' not in n['Resources']])"
+    listed = cluster.call(sys.executable, "-c", code)
+    notice = ["--node-id", listed.split()[-1], "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    address = f"127.0.0.1:{cluster.port}"
+    cluster.call(RAY, "drain-node", "--address", address, *notice, "--deadline-remaining-seconds", "20")
+    deadline = time.monotonic() + 60
+    while not run.events("preemption"):
+        assert time.monotonic() < deadline, run.events()[-5:]
+        time.sleep(0.2)
+    assert run.events("preemption")[0]["saved"]
+    time.sleep(15)
+    cluster.kill_last_node()
+    run.rows_until(1, generation=3)
+    run.interrupt()
+    assert verify.main(["--run-dir", str(run.folder)]) == 0
