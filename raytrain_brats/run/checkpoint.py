@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from safetensors.torch import load as tensors_from_bytes
@@ -37,6 +37,8 @@ class Checkpoint:
     samples_seen: int
     generation: int
     bytes: int
+    state: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The JSON part, where it was read."""
 
 
 def save(
@@ -84,7 +86,7 @@ def newest_valid(run_dir: str) -> tuple[Checkpoint | None, list[tuple[str, str]]
         except ValueError as error:
             damaged.append((name, str(error)))
             continue
-        return Checkpoint(name, seen, generation, sum(map(len, contents))), damaged
+        return Checkpoint(name, seen, generation, sum(map(len, contents)), json.loads(contents[1])), damaged
     return None, damaged
 
 

@@ -5,6 +5,7 @@ Out: the finished run folder; or RunFailed with the cause.
 """
 
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ def train(job: Job, needed: cluster.Resources) -> None:
         "dataset_identity": job.identity,
     }
     ledger.event(job.run_dir, "launch", **facts)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and schedulers: as Ctrl-C
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and schedulers: as Ctrl-C
     launched, began = time.time(), time.perf_counter()
     with Progress(job):
         problem = _fit(job, needed)
@@ -124,9 +126,11 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
                 time.sleep(0.2)
         except KeyboardInterrupt:
             print("saving a checkpoint ...", flush=True)
-            saved = saving.ask(job.run_dir, saving.HOLD)
-            print("saved" if saved else "nothing to save yet, or no answer", flush=True)
-            ray.shutdown()  # ends the workers
+            try:
+                saved = saving.ask(job.run_dir, saving.HOLD)
+                print("saved" if saved else "nothing to save yet, or no answer", flush=True)
+            finally:
+                ray.shutdown()  # ends the workers, also on a second Ctrl-C
             raise
     error = fitting.exception()
     if isinstance(error, ray.train.TrainingFailedError):

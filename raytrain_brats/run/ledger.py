@@ -61,8 +61,7 @@ def begin_generation(run_dir: str) -> Generation:
     failed = any(e["event"] == "failure" and e["generation"] == before.number for e in recent(run_dir)[1])
     decided = Generation(fence, fence=fence)
     if found:
-        state = checkpoint.load(run_dir, found.name)[1]
-        books = {key: state[key] for key in ("metrics_bytes", "bad_in_epoch")}
+        books = {key: found.state[key] for key in ("metrics_bytes", "bad_in_epoch")}
         decided = replace(decided, samples_seen=found.samples_seen, checkpoint=found.name, **books)
     if decided.samples_seen == before.samples_seen:
         decided = replace(decided, failures_in_place=max(0, before.failures_in_place + failed))
