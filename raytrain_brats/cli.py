@@ -63,8 +63,14 @@ def entry(options: type[Options], work: Callable[[Options], None], name: str, ar
         print(f"failed: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if os.environ.get("RAYTRAIN_BRATS_VERBOSE"):
+            raise
+        told = f"{type(error).__name__}: {_one_line(error)}"[:600]
+        print(f"failed: {told}; RAYTRAIN_BRATS_VERBOSE=1 shows where", file=sys.stderr)
+        return 1
     return 0
 
 

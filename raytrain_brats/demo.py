@@ -27,6 +27,8 @@ from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import REGIONS
 from raytrain_brats.run import cluster, ledger
 
+MADE = {".made-by-demo", "data", "store", "run", "predictions", "manifest.jsonl", "summary.json"}
+
 
 @dataclass(frozen=True)
 class Args:
@@ -60,15 +62,21 @@ class Stages:
         began = time.perf_counter()
         code = importlib.import_module(f"raytrain_brats.{command}").main(list(arguments))
         self.seconds[command] = round(time.perf_counter() - began, 1)
+        if code == 130:
+            raise KeyboardInterrupt
         if code:
             raise RunFailed(f"stage {command} ended with exit code {code}")
 
 
 def work(args: Args) -> None:
     config.load(args.recipe, args.set)  # a slip is told before anything is cleared
+    out = Path(args.out).absolute()
     if args.data:
         manifests.scan(args.data)
-    out = Path(args.out).absolute()
+        if Path(storage.normal(args.data)).is_relative_to(out) or out.is_relative_to(storage.normal(args.data)):
+            raise UserError(f"--data {args.data} and --out {args.out} lie within each other; give another --out")
+    elif args.cases < 5:
+        raise UserError(f"--cases {args.cases}: one of five folds is held out, so at least 5 are needed")
     _clear(out, args.keep)
     data = storage.normal(args.data) if args.data else str(out / "data")
     store, run_dir, predictions = (str(out / name) for name in ("store", "run", "predictions"))
@@ -82,9 +90,11 @@ def work(args: Args) -> None:
         stages.run("phantom", "--out", data, "--cases", str(args.cases), "--anatomy", "procedural")
     stages.run("index", "--data", data, "--out", manifest)
     stages.run("prepare", "--data", manifest, "--store", store, *settings)
+    over = threading.Event()
     if args.chaos:
-        threading.Thread(target=_kill_a_worker, args=(run_dir,), daemon=True).start()
+        threading.Thread(target=_kill_a_worker, args=(run_dir, time.time(), over), daemon=True).start()
     stages.run("train", "--store", store, "--run-dir", run_dir, *settings)
+    over.set()
     stages.run("verify", "--run-dir", run_dir)
     stages.run("evaluate", "--store", store, "--run-dir", run_dir)
     stages.run("predict", "--run-dir", run_dir, "--out", predictions, "--images", data)
@@ -98,26 +108,28 @@ def _clear(out: Path, keep: bool) -> None:
     """Begin anew, but only in a folder that is empty or that a demo made."""
     import shutil
 
-    if out.exists() and any(out.iterdir()) and not keep:
-        if not (out / ".made-by-demo").exists():
-            raise UserError(f"--out {out} holds other files; give an empty or new folder")
-        shutil.rmtree(out)
+    if out.is_dir() and any(out.iterdir()):
+        others = sorted({path.name for path in out.iterdir()} - MADE)
+        if others or not (out / ".made-by-demo").exists():
+            raise UserError(f"--out {out} holds other files ({', '.join(others[:3])}); give an empty or new folder")
+        if not keep:
+            shutil.rmtree(out)
     storage.check_writable(str(out))
     (out / ".made-by-demo").touch()
 
 
-def _kill_a_worker(run_dir: str) -> None:
-    """SIGKILL the last rank once a third of the samples is applied."""
-    while True:
-        time.sleep(0.5)
-        rows, events = ledger.read_rows(run_dir), ledger.read_events(run_dir)
-        launches = [e for e in events if e["event"] == "launch"]
-        if rows and launches and rows[-1]["samples_seen"] > launches[-1]["total_samples"] / 3:
-            break
-    victim = [e for e in events if e["event"] == "worker"][-1]
-    print(f"chaos: killing the worker of rank {victim['rank']} (process {victim['pid']})", flush=True)
-    os.kill(victim["pid"], signal.SIGKILL)
-    ledger.event(run_dir, "chaos", killed_pid=victim["pid"], rank=victim["rank"])
+def _kill_a_worker(run_dir: str, since: float, over: threading.Event) -> None:
+    """SIGKILL the last rank of this launch once a third of the samples is applied; nothing when training is over."""
+    while not over.wait(0.5):
+        rows, events = ledger.recent(run_dir)
+        launches = [e for e in events if e["event"] == "launch" and e["time"] >= since]
+        workers = [e for e in events if e["event"] == "worker" and e["time"] >= since]
+        if rows and launches and workers and rows[-1]["samples_seen"] > launches[-1]["total_samples"] / 3:
+            victim = workers[-1]
+            print(f"chaos: killing the worker of rank {victim['rank']} (process {victim['pid']})", flush=True)
+            os.kill(victim["pid"], signal.SIGKILL)
+            ledger.event(run_dir, "chaos", killed_pid=victim["pid"], rank=victim["rank"])
+            return
 
 
 def _summarise(out: Path, run_dir: str, seconds: dict[str, float]) -> None:

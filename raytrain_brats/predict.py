@@ -45,6 +45,14 @@ def work(args: Args) -> None:
     run_dir, out = storage.normal(run_dir), storage.normal(args.out)
     settings, convention, _ = job.open_run(run_dir)
     found = [item for uri in args.images for item in manifests.scan_images(uri)]
+    if not found:
+        raise UserError("no images given; name files or folders with --images")
+    targets = [storage.join(out, f"{case.id}.nii.gz") for _, case in found]
+    for number, ((root, case), target) in enumerate(zip(found, targets, strict=True)):
+        if target in targets[:number]:
+            raise UserError(f"two images would be written to {target}; predict them into folders of their own")
+        if target in (storage.join(root, path) for path in case.images):
+            raise UserError(f"{target} is an image given; choose another --out, or it would be overwritten")
     items = [(Source(root, convention, settings.preprocess.spacing_mm), case) for root, case in found]
     storage.check_writable(out)
     _, weights = newest_weights(run_dir)

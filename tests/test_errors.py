@@ -265,7 +265,7 @@ def test_clusters_that_can(
     assert dataclasses.astuple(cluster.measure(Run(workers=workers), 4)) == expected
 
 
-def test_outcomes_become_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_outcomes_become_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """0 done, 2 mistake, 1 failure, 130 Ctrl-C; one line each, also for an error that came back through Ray."""
 
     @dataclasses.dataclass(frozen=True)
@@ -294,5 +294,42 @@ def test_outcomes_become_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in (("--bogus",), ("--number", "x")):
         code, said = ends(None, *wrong)
         assert code == 2 and len(said.splitlines()) == 1 and wrong[0] in said and "--help" in said
-    with pytest.raises(ZeroDivisionError):  # a defect of ours stays one
+    code, said = ends(ZeroDivisionError("by zero"))
+    assert code == 1 and said.startswith("failed: ZeroDivisionError: by zero; RAYTRAIN_BRATS_VERBOSE=1")
+    monkeypatch.setenv("RAYTRAIN_BRATS_VERBOSE", "1")
+    with pytest.raises(ZeroDivisionError):
         ends(ZeroDivisionError())
+
+
+def test_predict_never_overwrites_an_image_or_a_prediction(fails: Call, run_dir: Path, tmp_path: Path) -> None:
+    """Inputs as outputs, two inputs of one name, no input: refused before anything is written."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "BRATS_001.nii.gz").write_bytes(b"scan")
+    one, two = tmp_path / "one", tmp_path / "two"
+    ready = ("predict", "--run-dir", run_dir)
+    assert str(one / "BRATS_001.nii.gz") in fails(*ready, "--images", one, "--out", one)
+    assert "two images" in fails(*ready, "--images", one, two, "--out", tmp_path / "out")
+    assert "--images" in fails(*ready, "--out", tmp_path / "out", "--images")
+    assert (one / "BRATS_001.nii.gz").read_bytes() == b"scan"
+
+
+def test_the_demo_never_clears_what_it_did_not_make(fails: Call, data: Path, tmp_path: Path) -> None:
+    """Data within --out, or other files in it: refused, and still there afterwards."""
+    out = tmp_path / "out"
+    shutil.copytree(data, out / "data")
+    (out / ".made-by-demo").touch()
+    assert "within each other" in fails("demo", "--data", out / "data", "--out", out)
+    (out / "mine.txt").write_text("mine")
+    assert "mine.txt" in fails("demo", "--out", out)
+    assert "--cases 1" in fails("demo", "--out", tmp_path / "new", "--cases", "1")
+    assert (out / "mine.txt").exists() and (out / "data/dataset.json").exists()
+
+
+def test_a_store_is_not_read_in_another_convention(fails: Call, data: Path, tmp_path: Path) -> None:
+    """Its labels would silently mean something else; one of equal values (article) may be asked for."""
+    settings = config.load("demo", ("data.convention=brats2017_2021",))
+    manifest = manifests.open_manifest(str(data))
+    stores.write_index(str(tmp_path / "store"), manifest, job.preprocessing(settings))
+    train = ("train", "--store", tmp_path / "store", "--run-dir", tmp_path / "run")
+    assert "convention msd" in fails(*train, "--set", "data.convention=brats2017_2021")

@@ -176,3 +176,11 @@ def test_the_demo_survives_a_killed_worker_and_says_what_it_made(tmp_path: Path)
     assert len(list((out / "predictions").glob("*.nii.gz"))) == 8
     assert Path(summary["report"]).read_text().startswith("<!doctype html>")
     assert summary["seconds"]["train"] > 0
+    scores = (out / "run/evaluation/cases.csv").read_text().splitlines()[1:]
+    for name, *dice in (line.split(",")[:4] for line in scores):  # the scores are those of the files written
+        made, truth = (
+            np.asarray(nib.load(out / p / f"{name}.nii.gz").dataobj) for p in ("predictions", "data/labelsTr")
+        )
+        for values, found in zip(((1, 2, 3), (2, 3), (3,)), dice, strict=True):
+            p, t = np.isin(made, values), np.isin(truth, values)
+            assert 2 * (p & t).sum() / max(1, p.sum() + t.sum()) == pytest.approx(float(found), abs=1e-3)

@@ -4,6 +4,7 @@ In: a root URI (local or s3://) in MSD or BraTS 2018-2021 layout, or a manifest 
 Out: a `Manifest` of `Case` rows, and its identity.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -77,8 +78,11 @@ def open_manifest(
     if data.endswith(".jsonl"):
         return read(data)
     found = scan(data)
+    before = None
     if known and storage.exists(known):
-        before = read(known)
+        with contextlib.suppress(UserError):  # a damaged copy is no loss
+            before = read(known)
+    if before:
         bare = tuple(dataclasses.replace(case, sha256="", fold=0) for case in before.cases)
         if dataclasses.replace(before, cases=bare) == found:
             return before

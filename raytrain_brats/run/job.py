@@ -18,6 +18,7 @@ from raytrain_brats.data.plan import Plan
 from raytrain_brats.data.store import Source
 from raytrain_brats.data.stream import Cutting
 from raytrain_brats.errors import UserError
+from raytrain_brats.labels import allowed_values
 from raytrain_brats.learn.model import patch_divisor
 
 
@@ -56,6 +57,11 @@ def open_cases(config: Config, data: str, store: str = "", run_dir: str = "") ->
     else:
         raise UserError("no data given; name a folder with --data or a prepared store with --store")
     convention = manifest.convention if config.data.convention == "auto" else config.data.convention
+    if store and allowed_values(convention) != allowed_values(manifest.convention):
+        raise UserError(
+            f"store {store} holds labels of convention {manifest.convention}, data.convention says {convention}; "
+            "leave it at auto, or prepare the data anew"
+        )
     return manifest, Source(manifest.root, convention, config.preprocess.spacing_mm)
 
 

@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer
 from raytrain_brats import storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import cluster, ledger, saving
+from raytrain_brats.run import checkpoint, cluster, ledger, saving
 from raytrain_brats.run.job import Job, write_config
 from raytrain_brats.run.loop import train_worker
 from raytrain_brats.run.progress import Progress
@@ -84,8 +84,9 @@ def train(job: Job, needed: cluster.Resources) -> None:
     launched, began = time.time(), time.perf_counter()
     with Progress(job):
         problem = _fit(job, needed)
-    rows, events = ledger.recent(job.run_dir)
-    if not rows or rows[-1]["samples_seen"] < job.plan.total:
+    events = ledger.recent(job.run_dir)[1]
+    found, _ = checkpoint.newest_valid(job.run_dir)
+    if problem or found is None or found.samples_seen < job.plan.total:
         stops = [e["reason"] for e in events if e["event"] == "stop" and e["time"] >= launched]
         reason = stops[-1] if stops else problem or "the workers stopped early"
         raise RunFailed(f"{reason}; see {storage.join(job.run_dir, 'events.jsonl')}")
@@ -128,7 +129,7 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
             print("saving a checkpoint ...", flush=True)
             try:
                 saved = saving.ask(job.run_dir, saving.HOLD)
-                print("saved" if saved else "nothing to save yet, or no answer", flush=True)
+                print(f"{'saved' if saved else 'not saved now'}: the same command goes on from the newest checkpoint")
             finally:
                 ray.shutdown()  # ends the workers, also on a second Ctrl-C
             raise

@@ -94,10 +94,13 @@ def forgive(run_dir: str) -> None:
 
 
 def current(run_dir: str) -> Generation | None:
+    where = storage.join(run_dir, "generation.json")
     try:
-        return Generation(**json.loads(storage.read_bytes(storage.join(run_dir, "generation.json"))))
+        return Generation(**json.loads(storage.read_bytes(where)))
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError) as error:
+        raise RunFailed(f"{where} is damaged ({error}); remove it: the checkpoints say where to go on") from error
 
 
 def event(run_dir: str, kind: str, **facts: Any) -> None:

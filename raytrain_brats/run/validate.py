@@ -29,7 +29,7 @@ from raytrain_brats.labels import REGIONS, to_regions
 from raytrain_brats.learn.inference import probabilities
 from raytrain_brats.learn.metrics import dice, hd95_mm
 from raytrain_brats.learn.model import build_network
-from raytrain_brats.run import checkpoint
+from raytrain_brats.run import checkpoint, ledger
 from raytrain_brats.run.job import Job
 from raytrain_brats.run.step import network_weights
 
@@ -67,7 +67,7 @@ def shared_network(reference: ray.ObjectRef[Any]) -> tuple[nn.Module, Config, to
 
 
 def segment(prepared: Prepared, network: nn.Module, config: Config, device: torch.device) -> Masks:
-    """(3, x, y, z) region masks on the native grid."""
+    """(3, x, y, z) region masks on the native grid, nested as label values are: ET in TC in WT."""
     found = probabilities(
         network,
         prepared.image_czyx,
@@ -79,6 +79,8 @@ def segment(prepared: Prepared, network: nn.Module, config: Config, device: torc
         config.train.amp,
     )
     masks: Masks = restore(found, prepared.geometry) > 0.5
+    masks[1] |= masks[2]
+    masks[0] |= masks[1]
     return masks
 
 
@@ -120,7 +122,7 @@ def validate(job: Job, network: nn.Module, device: torch.device, rank: int, worl
     when nothing could be scored.
     """
     chosen = job.held_out_cases[: job.config.validate_.max_cases]
-    mine = [_scored(job.source, case, network, job.config, device) for case in chosen[rank::world_size]]
+    mine = [_scored(job.run_dir, job.source, case, network, job.config, device) for case in chosen[rank::world_size]]
     gathered: list[Any] = [mine]
     if world_size > 1:
         gathered = [None] * world_size
@@ -132,9 +134,12 @@ def validate(job: Job, network: nn.Module, device: torch.device, rank: int, worl
     return means(scores) | {"cases": len(scores)}
 
 
-def _scored(source: Source, case: Case, network: nn.Module, config: Config, device: torch.device) -> Score | None:
+def _scored(
+    run_dir: str, source: Source, case: Case, network: nn.Module, config: Config, device: torch.device
+) -> Score | None:
     try:
         prepared = source.load(case)
-    except Refused:
+    except Refused as error:
+        ledger.event(run_dir, "quarantine", case=case.id, reason=error.reason, detail=error.detail, position=None)
         return None
     return score(case.id, segment(prepared, network, config, device), prepared, source.convention)
