@@ -170,6 +170,18 @@ def test_a_run_without_a_valid_checkpoint_stops_and_keeps_everything(run_dir: st
     assert storage.exists(storage.join(run_dir, "checkpoints", name, "tensors.safetensors"))
 
 
+def test_lost_checkpoints_are_missed_also_in_the_first_group(run_dir: str) -> None:
+    """A run that never restarted and whose checkpoints were removed does not begin anew over its own books."""
+    first = ledger.begin_generation(run_dir)
+    write_rows(run_dir, 4, 8)
+    name = save(run_dir, 8)
+    ledger.event(run_dir, "checkpoint", generation=first.number, samples_seen=8)
+    checkpoint.discard(run_dir, name)
+    with pytest.raises(RunFailed, match="they are gone"):
+        ledger.begin_generation(run_dir)
+    assert seen_rows(run_dir) == [4, 8]
+
+
 def test_books_shorter_than_the_checkpoint_says_are_refused(run_dir: str) -> None:
     """Somebody has cut metrics.jsonl: the run does not go on with a gap in it."""
     ledger.begin_generation(run_dir)

@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -42,17 +43,21 @@ class Generation:
 def begin_generation(run_dir: str) -> Generation:
     """Choose the newest valid checkpoint, cut the books back to it, and record the decision.
 
-    Raises RunFailed, and changes nothing, when no checkpoint is valid although there were some.
+    Raises RunFailed, and leaves books and checkpoints as they are, when none is valid although there were some.
     """
     before = current(run_dir) or Generation(0)
     fence = max(before.number, before.fence) + 1
     _decide(run_dir, replace(before, fence=fence))  # first of all: from here on no older group passes its fence
     _end_torn_line(run_dir)
+
+    def late(generation: int, seen: int) -> bool:  # committed by a group that had been replaced: its rows are gone
+        return generation < before.number and seen > before.samples_seen
+
     for name, seen, generation in checkpoint.committed(run_dir):
-        if generation < before.number and seen > before.samples_seen:
-            checkpoint.discard(run_dir, name)  # committed by a group that had been replaced: its rows are gone
+        if late(generation, seen):
+            checkpoint.discard(run_dir, name)
     found, damaged = checkpoint.newest_valid(run_dir)
-    if found is None and (damaged or before.checkpoint):
+    if found is None and (damaged or any(_checkpoints_on_record(run_dir, late))):
         why = "; ".join(f"{name}: {reason}" for name, reason in damaged) or "they are gone"
         raise RunFailed(f"no checkpoint of {run_dir} is valid ({why}); restore them, or give another --run-dir")
     for name, why in damaged:
@@ -70,6 +75,13 @@ def begin_generation(run_dir: str) -> Generation:
     facts = {key: value for key, value in asdict(decided).items() if key not in ("number", "fence", "metrics_bytes")}
     event(run_dir, "group", generation=decided.number, redone_steps=dropped, **facts)
     return decided
+
+
+def _checkpoints_on_record(run_dir: str, late: Callable[[int, int], bool]) -> Iterator[dict[str, Any]]:
+    """The commits that events.jsonl tells of and that counted."""
+    for e in read_events(run_dir):
+        if e["event"] == "checkpoint" and not late(e["generation"], e["samples_seen"]):
+            yield e
 
 
 def _decide(run_dir: str, generation: Generation) -> None:
