@@ -104,7 +104,9 @@ class Train(_Frozen):
     global_batch: PositiveInt = 8
     """Samples per step over all workers, whatever their number."""
     micro_batch: PositiveInt = 1
-    """Samples of one forward pass on one worker."""
+    """Samples of one forward pass on one worker; `exact` takes them one by one."""
+    reduction: Literal["fast", "exact"] = "fast"
+    """`fast`: DDP, the same at any world size but for float rounding. `exact`: the same bits on one kind of CPU."""
     optimiser: Optimiser = Optimiser()
     augment: Augment = Augment()
     amp: bool = True
@@ -139,6 +141,10 @@ class Run(_Frozen):
     """Patches a worker holds ready."""
     resize_check_s: PositiveFloat = 30.0
     """How often a running group is compared with what the cluster could give."""
+    hang_timeout_s: PositiveFloat = 20.0
+    """A rank that shows no life, or is stuck in a step, for this long is ended and the group started again."""
+    compare_weights_steps: PositiveInt = 50
+    """Every so many steps, and at each checkpoint, the ranks' weights are compared by a 64-bit hash."""
     max_failures_in_place: PositiveInt = 8
     """Failures without a new checkpoint in between after which the run gives up."""
 

@@ -183,6 +183,9 @@ class Writer:
         self.wait()
         self._running = self._thread.submit(write)
 
+    def busy(self) -> bool:
+        return self._running is not None and not self._running.done()
+
     def wait(self) -> None:
         """Until the save under way is committed; raises what went wrong in it."""
         running, self._running = self._running, None

@@ -7,6 +7,7 @@ Out: the finished run folder; or RunFailed with the cause.
 import signal
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from raytrain_brats.run.job import Job, write_config
 from raytrain_brats.run.loop import train_worker
 from raytrain_brats.run.progress import Progress
 from raytrain_brats.run.saving import SaveFirst
+from raytrain_brats.run.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,9 @@ def train(job: Job, needed: cluster.Resources) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and schedulers: as Ctrl-C
     launched, began = time.time(), time.perf_counter()
-    with Progress(job):
-        problem = _fit(job, needed)
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    with Progress(job), Watch(job.run_dir, run_id, job.config.run.hang_timeout_s):
+        problem = _fit(job, needed, run_id)
     events = ledger.recent(job.run_dir)[1]
     found, _ = checkpoint.newest_valid(job.run_dir)
     if problem or found is None or found.samples_seen < job.plan.total:
@@ -93,14 +96,14 @@ def train(job: Job, needed: cluster.Resources) -> None:
     ledger.event(job.run_dir, "finish", samples_seen=job.plan.total, seconds=round(time.perf_counter() - began, 1))
 
 
-def _fit(job: Job, needed: cluster.Resources) -> str:
+def _fit(job: Job, needed: cluster.Resources, run_id: str) -> str:
     """Run Ray Train to its end; why it failed, or an empty string."""
     resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
     workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
     place, filesystem = storage.for_ray(storage.join(job.run_dir, "ray"))
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "run_id": run_id},
         scaling_config=ScalingConfig(
             num_workers=workers,
             elastic_resize_monitor_interval_s=job.config.run.resize_check_s,  # type: ignore[call-arg]
@@ -110,7 +113,7 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
         # A name of its own for every launch: Ray's registry of checkpoints loses some around a crash and does not
         # start from a torn file, so it is neither told nor asked.
         run_config=RunConfig(
-            name=time.strftime("%Y%m%d-%H%M%S"),
+            name=run_id,
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),

@@ -7,6 +7,7 @@ A row counts once the checkpoint that holds its step is committed. When a group 
 beyond c are dropped: their steps are lost and will be done again.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -38,6 +39,9 @@ class Generation:
     """Samples of the running epoch that could not be read."""
     fence: int = 0
     """Number of the newest group that was begun, decided or not: older ones may not write."""
+    rolled_back_from: int = -1
+    """Position at which steps ceased to be finite, and how often groups came back to it."""
+    roll_backs: int = 0
 
 
 def begin_generation(run_dir: str) -> Generation:
@@ -63,17 +67,24 @@ def begin_generation(run_dir: str) -> Generation:
     for name, why in damaged:
         event(run_dir, "damaged_checkpoint", name=name, why=why)
         checkpoint.discard(run_dir, name)
-    failed = any(e["event"] == "failure" and e["generation"] == before.number for e in recent(run_dir)[1])
-    decided = Generation(fence, fence=fence)
+    happened = [e for e in recent(run_dir)[1] if e.get("generation") == before.number]
+    failed = any(e["event"] == "failure" for e in happened)
+    decided = Generation(fence, fence=fence, rolled_back_from=before.rolled_back_from, roll_backs=before.roll_backs)
+    for e in happened:
+        if e["event"] == "roll_back":
+            again = before.roll_backs if e["first"] == before.rolled_back_from else 0
+            decided = replace(decided, rolled_back_from=e["first"], roll_backs=again + 1)
     if found:
         books = {key: found.state[key] for key in ("metrics_bytes", "bad_in_epoch")}
         decided = replace(decided, samples_seen=found.samples_seen, checkpoint=found.name, **books)
     if decided.samples_seen == before.samples_seen:
         decided = replace(decided, failures_in_place=max(0, before.failures_in_place + failed))
+    last_row = recent(run_dir)[0][-1:]
     dropped = _cut_metrics(run_dir, decided.metrics_bytes)
     _decide(run_dir, decided)
-    facts = {key: value for key, value in asdict(decided).items() if key not in ("number", "fence", "metrics_bytes")}
-    event(run_dir, "group", generation=decided.number, redone_steps=dropped, **facts)
+    facts: dict[str, Any] = {"samples_seen": decided.samples_seen, "checkpoint": decided.checkpoint}
+    facts |= {"failures_in_place": decided.failures_in_place, "redone_steps": dropped}
+    event(run_dir, "group", generation=decided.number, last_row=last_row[0].get("time") if last_row else None, **facts)
     return decided
 
 
@@ -115,11 +126,25 @@ def current(run_dir: str) -> Generation | None:
         raise RunFailed(f"{where} is damaged ({error}); remove it: the checkpoints say where to go on") from error
 
 
+_untold: dict[str, str] = {}
+_telling = threading.Lock()
+
+
 def event(run_dir: str, kind: str, **facts: Any) -> None:
-    """Add one line to events.jsonl, at once and for good."""
+    """Add one line to events.jsonl, at once and for good; when the storage fails, with the next that gets through.
+
+    Nothing hangs on an event being there, so a full disk or an outage must not end what it tells of.
+    """
     about = {"event": kind, "time": time.time(), "mono_s": time.monotonic()}
     row = about | {"host": socket.gethostname(), "pid": os.getpid()} | facts
-    storage.append(storage.join(run_dir, "events.jsonl"), json.dumps(row) + "\n")
+    uri = storage.join(run_dir, "events.jsonl")
+    with _telling:
+        lines = _untold.pop(uri, "") + json.dumps(row) + "\n"
+        try:
+            storage.append(uri, lines)
+        except OSError as error:
+            _untold[uri] = "\n" + lines.lstrip("\n")  # a part may have been written: readers pass over a torn line
+            print(f"{kind}: not written to events.jsonl yet ({error})", flush=True)
 
 
 def read_rows(run_dir: str) -> list[dict[str, Any]]:
@@ -194,9 +219,22 @@ class MetricsLog:
             self._waiting.append(line)
         if not storage.is_s3(self._uri):
             self.check()
-            with self._lock, open(self._uri, "a") as file:
-                file.write("".join(self._waiting))
-                self._waiting.clear()
+            with contextlib.suppress(OSError):  # disk full: with the next row, and before the next commit at the latest
+                self._put()
+
+    def _put(self, sync: bool = False) -> None:
+        """Write what waits. A part that a full disk cut off is taken back, so the file always ends with a row."""
+        with self._lock, open(self._uri, "ab") as file:
+            end = os.path.getsize(self._uri)
+            try:
+                file.write("".join(self._waiting).encode())
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self._uri, end)
+                raise
+            self._waiting.clear()
 
     def check(self) -> None:
         """The fence. Raises RuntimeError when a later worker group has begun: this one must not write any more."""
@@ -207,6 +245,11 @@ class MetricsLog:
     def flush(self) -> None:
         """Every row added so far is durable afterwards; called before a checkpoint is committed."""
         self.check()
+        if not storage.is_s3(self._uri):
+            self._put(sync=True)
+            return
         with self._lock:
-            lines, self._waiting = "".join(self._waiting), []
-        storage.append(self._uri, lines)
+            lines = list(self._waiting)
+        storage.append(self._uri, "".join(lines))
+        with self._lock:
+            del self._waiting[: len(lines)]

@@ -5,8 +5,7 @@ Out: checkpoints, rows, events. Safe to be killed at any moment and started agai
 """
 
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -18,56 +17,83 @@ from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.stream import patches
 from raytrain_brats.run import checkpoint, ledger
 from raytrain_brats.run.job import Job
+from raytrain_brats.run.ledger import Generation
+from raytrain_brats.run.pulse import Pulse
 from raytrain_brats.run.scribe import Scribe
 from raytrain_brats.run.step import Learner
 from raytrain_brats.run.validate import validate, validated
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """Train until the plan's last position, or until too many samples cannot be read."""
+    """What Ray Train calls on every worker: who it is, its device, its share of the stream."""
     job: Job = arguments["job"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    if device.type == "cpu":  # in exact mode one: sums within a kernel depend on the number of threads
+        share = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
+        torch.set_num_threads(1 if job.config.train.reduction == "exact" else share)
     generation = ledger.current(job.run_dir)
     assert generation is not None, "the dataset factory writes it before workers start"
-    seen, plan, world = generation.samples_seen, job.plan, (rank, world_size)
+    with Pulse(arguments["run_id"], generation.number, rank, world_size) as pulse:
+        shard = ray.train.get_dataset_shard("train")
+        train_rank(
+            job, generation, rank, world_size, device, pulse.mark, lambda: patches(shard, job.config.run.prefetch)
+        )
+
+
+def train_rank(
+    job: Job,
+    generation: Generation,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    mark: Callable[..., None],
+    next_stretch: Callable[[], Iterator[Patch]],
+) -> None:
+    """Train until the plan's last position, or until the run must stop.
+
+    `next_stretch` gives the stream of this rank's patches from the cursor to the end of the stretch it is in, then of
+    one whole stretch at each call. `mark` is told each phase as it begins.
+    """
+    seen, plan, every = generation.samples_seen, job.plan, job.config
     with Scribe(job, generation, rank, world_size, device) as scribe:
+        mark("load", seen - 1)
         learner = Learner(job, world_size, device)
         if generation.checkpoint:
             tensors, state = checkpoint.load(job.run_dir, generation.checkpoint)
             learner.restore(tensors, state["learner"])
-        shard = ray.train.get_dataset_shard("train")
         scribe.ready()
-        if due(seen - plan.global_batch, seen, job.config.validate_.every_samples) or seen == plan.total:
-            score(job, learner, scribe, seen, *world)  # unless the last worker group came to it
+        if due(seen - plan.global_batch, seen, every.validate_.every_samples) or seen == plan.total:
+            score(job, learner, scribe, seen, mark)  # unless the last worker group came to it
         while seen < plan.total and not scribe.stopped:
             stream_start, stretch_end = plan.stretch(seen)
-            stream = patches(shard, job.config.run.prefetch)
+            stream = next_stretch()
             while seen < stretch_end and not scribe.stopped:
-                began = time.perf_counter()
+                mark("data", seen)
                 mine = take(stream, plan.owned(seen, stream_start, rank, world_size))
-                wait_s = time.perf_counter() - began
-                result = learner.step(mine, seen, scribe.heard())
+                wait_s = scribe.clock.charge("data_wait_s")
+                result = learner.step(mine, seen, scribe.heard(), mark)
                 before, seen = seen, min(seen + plan.global_batch, plan.total)
-                scribe.step(before, seen, result, mine, wait_s, time.perf_counter() - began)
+                scribe.step(before, seen, result, mine, wait_s, wait_s + scribe.clock.charge("productive_s"))
 
-                if due(before, seen, job.config.checkpoint.every_samples) or seen == plan.total or result.asked:
+                mark("save")
+                scribe.compare(before, seen, learner)
+                if due(before, seen, every.checkpoint.every_samples) or seen == plan.total or result.asked:
                     scribe.checkpoint(seen, learner, result.asked)
-                if due(before, seen, job.config.validate_.every_samples) or seen == plan.total:
-                    score(job, learner, scribe, seen, *world)
+                scribe.clock.charge("checkpoint_s")
+                if due(before, seen, every.validate_.every_samples) or seen == plan.total:
+                    score(job, learner, scribe, seen, mark)
             next(stream, None)  # lets Ray Data close this execution, so that the next one is planned
 
 
-def score(job: Job, learner: Learner, scribe: Scribe, seen: int, rank: int, world_size: int) -> None:
+def score(job: Job, learner: Learner, scribe: Scribe, seen: int, mark: Callable[..., None]) -> None:
     """Validate over all ranks, unless that was done before."""
     if seen == 0 or not job.held_out_cases or validated(job.run_dir, seen):
         return
-    began = time.perf_counter()
-    means = validate(job, learner.network, learner.device, rank, world_size, seen)
-    scribe.validated(seen, time.perf_counter() - began, means)
+    mark("validate")
+    means = validate(job, learner.network, learner.device, scribe.rank, scribe.world_size, seen, mark)
+    scribe.validated(seen, scribe.clock.charge("validation_s"), means)
 
 
 def take(stream: Iterator[Patch], positions: list[int]) -> list[Patch]:

@@ -6,7 +6,9 @@ Out: all ranks save at the same step; whoever asked knows when it is committed.
 Ray ends the workers of a resize amid their step and asks nobody; without this all since the last checkpoint is redone.
 """
 
+import contextlib
 import json
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -54,28 +56,32 @@ class SaveFirst(ControllerCallback):
 
 
 class Ear:
-    """Rank 0 listens for requests: a look at the disk twice a second, at S3 every five."""
+    """Rank 0 listens for requests, in a thread: storage that is slow or away must not hold a step up."""
 
     def __init__(self, run_dir: str, generation: int) -> None:
         self._run_dir, self._generation = run_dir, generation
         self._every_s = 5.0 if storage.is_s3(run_dir) else 0.5
-        self._next = 0.0
+        self._request: dict[str, Any] = {}
+        self._closed = threading.Event()
         self.answered = 0.0
         """Time of the last request heard: its name."""
+        threading.Thread(target=self._listen, name="ear", daemon=True).start()
 
     def heard(self) -> int:
         """SAVE or HOLD when there is a new request to this worker group, else 0."""
-        if time.monotonic() < self._next:
-            return 0
-        self._next = time.monotonic() + self._every_s
-        try:
-            request = json.loads(storage.read_bytes(_request(self._run_dir)))
-        except FileNotFoundError:
-            return 0
-        if request["generation"] != self._generation or request["time"] == self.answered:
+        request = self._request
+        if request.get("generation") != self._generation or request["time"] == self.answered:
             return 0
         self.answered = request["time"]
         return int(request["what"])
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _listen(self) -> None:
+        while not self._closed.wait(self._every_s):
+            with contextlib.suppress(OSError, ValueError):
+                self._request = json.loads(storage.read_bytes(_request(self._run_dir)))
 
 
 def _request(run_dir: str) -> str:

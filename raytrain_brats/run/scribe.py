@@ -1,10 +1,12 @@
-"""What a rank writes down while it trains.
+"""What a rank writes down while it trains, and when it must stop.
 
 In: results of steps, checkpoints, validations.
 Out: rows, events and checkpoints in the run folder (rank 0), quarantined cases (every rank).
 """
 
+import statistics
 import time
+from collections import deque
 from typing import Any
 
 import ray.util
@@ -16,9 +18,74 @@ from raytrain_brats.run.checkpoint import Writer
 from raytrain_brats.run.job import Job
 from raytrain_brats.run.ledger import Generation, MetricsLog
 from raytrain_brats.run.saving import HOLD, HOLD_S, Ear
-from raytrain_brats.run.step import Learner, StepResult
+from raytrain_brats.run.step import Learner, StepResult, differing
 
-MAX_SKIPPED_STEPS = 50
+ROLL_BACK_AFTER = 10
+"""Steps in a row without a finite loss and gradient."""
+ROLL_BACKS = 2
+"""From one place; after that the data or the settings are at fault, not a device."""
+SAVE_PATIENCE_S = 300.0
+"""How long the last checkpoint of a run is tried again, while the disk is full or the storage away."""
+
+
+class Clock:
+    """Where rank 0's time goes: every moment since `began` is charged to one cause, so the parts are the whole."""
+
+    def __init__(self) -> None:
+        self.began = 0.0
+        self.spent: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def charge(self, cause: str) -> float:
+        """Charge what passed since the last charge; the seconds. Until the first batch is there, all is start-up."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        if self.began:
+            self.spent[cause] = self.spent.get(cause, 0.0) + seconds
+        elif cause == "data_wait_s":
+            self.began = time.time()
+        return seconds
+
+    def mark(self) -> dict[str, Any]:
+        """What was spent since the mark before; begins anew."""
+        self.charge("other_s")
+        spent, self.spent = self.spent, {}
+        return {"mark": time.time(), "spent": {cause: round(seconds, 4) for cause, seconds in spent.items()}}
+
+
+class Stragglers:
+    """Which rank needs far longer than the others for a sample, by medians, which single hiccups do not move."""
+
+    WINDOW = 18
+    SLOWER = 1.6
+    STEPS = 8
+    """So many steps in a row: with half a window for the median to turn, within 20 steps."""
+
+    def __init__(self, world_size: int) -> None:
+        self._recent: list[deque[float]] = [deque(maxlen=self.WINDOW) for _ in range(world_size)]
+        self._steps = [0] * world_size
+
+    def add(self, seconds: tuple[float, ...]) -> list[tuple[int, float]]:
+        """(rank, times slower than the others) of those found with this step."""
+        for recent, value in zip(self._recent, seconds, strict=True):
+            recent.append(value)
+        if len(self._recent) < 2 or len(self._recent[0]) < self.WINDOW:
+            return []
+        centres = [statistics.median(recent) for recent in self._recent]
+        # 1.4826 MAD is the standard deviation of a normal distribution (Hampel 1974)
+        spreads = [
+            1.4826 * statistics.median(abs(value - centre) for value in recent)
+            for recent, centre in zip(self._recent, centres, strict=True)
+        ]
+        found = []
+        for rank, centre in enumerate(centres):
+            others = statistics.median(centres[:rank] + centres[rank + 1 :])
+            noise = max(spreads[rank], statistics.median(spreads[:rank] + spreads[rank + 1 :]))
+            slow = centre > self.SLOWER * others and centre - others > noise
+            self._steps[rank] = self._steps[rank] + 1 if slow else 0
+            if self._steps[rank] == self.STEPS:
+                found.append((rank, round(centre / others, 2)))
+        return found
 
 
 class Scribe:
@@ -27,11 +94,13 @@ class Scribe:
     def __init__(self, job: Job, generation: Generation, rank: int, world_size: int, device: torch.device) -> None:
         self.job, self.generation, self.rank, self.world_size = job, generation, rank, world_size
         self.stopped = False
+        self.clock = Clock()
         self._log = MetricsLog(job.run_dir, generation)
         self._writer = Writer()
         self._bad_in_epoch = generation.bad_in_epoch
-        self._skipped = 0
-        self._ear = Ear(job.run_dir, generation.number)
+        self._skipped: list[int] = []
+        self._ear = Ear(job.run_dir, generation.number) if rank == 0 else None
+        self._stragglers = Stragglers(world_size)
         self._quarantined: set[str] = set()
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -39,10 +108,13 @@ class Scribe:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._ear:
+            self._ear.close()
         try:
             if kind is None and self.rank == 0:
                 self._writer.wait()
                 self._log.flush()
+                self.event("closed", **self.clock.mark())
         finally:
             self._writer.close()
 
@@ -51,7 +123,7 @@ class Scribe:
 
     def heard(self) -> int:
         """What the controller or the driver asks for just now; all ranks learn it with the next step."""
-        return self._ear.heard() if self.rank == 0 else 0
+        return self._ear.heard() if self._ear else 0
 
     def ready(self) -> None:
         """This rank is about to take its first patch."""
@@ -59,7 +131,7 @@ class Scribe:
         self.event("worker", rank=self.rank, world_size=self.world_size, node=node, device=self._device)
 
     def step(self, before: int, seen: int, result: StepResult, mine: list[Patch], wait_s: float, step_s: float) -> None:
-        """Write the row of an applied step; name unreadable cases; stop when there are too many of them."""
+        """Write the row of an applied step; name what is wrong; stop or roll back when it is too much."""
         for patch in mine:
             if patch.reason and patch.case_id not in self._quarantined:
                 self._quarantined.add(patch.case_id)
@@ -69,53 +141,76 @@ class Scribe:
         if before % plan.epoch_length == 0:
             self._bad_in_epoch = 0
         self._bad_in_epoch += result.bad
-        self._skipped = 0 if result.finite else self._skipped + 1
-        reason = ""
+        self._skipped = [] if result.finite or result.overflow else [*self._skipped, before]
+        slow = self._stragglers.add(result.forward_s)
+        if self.rank == 0:
+            about = {"step": before // plan.global_batch, "samples_seen": seen, "positions": [before, seen]}
+            about |= {"samples": result.samples, "world_size": self.world_size, "generation": self.generation.number}
+            about |= {"loss": result.loss, "lr": result.learning_rate, "bad": result.bad, "finite": result.finite}
+            self._log.add(about | {"wait_s": round(wait_s, 4), "step_s": round(step_s, 4), "time": time.time()})
+            for rank, times in slow:
+                self.event("straggler", rank=rank, times_slower=times, samples_seen=seen)
         if self._bad_in_epoch > self.job.config.data.max_bad_share * plan.epoch_samples:
             share = f"{self.job.config.data.max_bad_share:.0%}"
-            reason = f"more than {share} of an epoch's samples cannot be read (data.max_bad_share)"
-        elif self._skipped >= MAX_SKIPPED_STEPS:
-            reason = f"{self._skipped} steps in a row had no finite loss or gradient; lower the learning rate"
-        self.stopped = bool(reason)
-        if self.rank != 0:
-            return
-        self._log.add(
-            {
-                "step": before // plan.global_batch,
-                "samples_seen": seen,
-                "positions": [before, seen],
-                "samples": result.samples,
-                "world_size": self.world_size,
-                "generation": self.generation.number,
-                "loss": result.loss,
-                "lr": result.learning_rate,
-                "bad": result.bad,
-                "finite": result.finite,
-                "wait_s": round(wait_s, 4),
-                "step_s": round(step_s, 4),
-                "time": time.time(),
-            }
-        )
-        if reason:
+            self._stop(f"more than {share} of an epoch's samples cannot be read (data.max_bad_share)")
+        elif len(self._skipped) >= ROLL_BACK_AFTER:
+            self._roll_back(seen)
+
+    def _stop(self, reason: str) -> None:
+        self.stopped = True
+        if self.rank == 0:
             self.event("stop", reason=reason)
 
-    def checkpoint(self, seen: int, learner: Learner, asked: int = 0) -> None:
-        """Save beside the training (rank 0). Ray's own registry is not told: it would be a barrier for nothing."""
+    def _roll_back(self, seen: int) -> None:
+        """Once more from the newest checkpoint, which is older than the trouble; if that did not help, stop."""
+        first = self._skipped[0]
+        where = f"positions {first} to {seen - 1}: no finite loss or gradient in {len(self._skipped)} steps"
+        if self.generation.rolled_back_from == first and self.generation.roll_backs >= ROLL_BACKS:
+            self._stop(f"{where}, also after {ROLL_BACKS} roll-backs; lower the learning rate, look at these samples")
+            return
         if self.rank == 0:
-            self._save(seen, learner, self._ear.answered if asked else None)
+            self.event("roll_back", first=first, positions=[first, seen])
+        raise FloatingPointError(where)
+
+    def checkpoint(self, seen: int, learner: Learner, asked: int = 0) -> None:
+        """Save beside the training (rank 0), unless the last steps were not finite: a roll-back must lead before them.
+
+        Ray's own registry is not told: it would be a barrier for nothing.
+        """
+        needed = bool(asked) or seen == self.job.plan.total
+        if self._skipped and not needed:
+            return
+        self._compare(seen, learner)
+        if self.rank == 0:
+            self._save(seen, learner, needed, self._ear.answered if self._ear and asked else None)
         if asked == HOLD:
             until = time.monotonic() + HOLD_S
             while time.monotonic() < until:  # whoever asked ends this process; every step from here would be lost
                 time.sleep(0.1)
 
-    def _save(self, seen: int, learner: Learner, request: float | None) -> None:
+    def compare(self, before: int, seen: int, learner: Learner) -> None:
+        """Every so many steps, find a rank whose weights have become others: a flipped bit, a wrong sum."""
+        if before // self.job.plan.global_batch % self.job.config.run.compare_weights_steps == 0:
+            self._compare(seen, learner)
+
+    def _compare(self, seen: int, learner: Learner) -> None:
+        if self.world_size > 1 and (ranks := differing(self._device, learner.network)):
+            if self.rank == 0:
+                self.event("weights_differ", ranks=ranks, samples_seen=seen)
+            raise ArithmeticError(f"the weights of ranks {ranks} differ from the others' at sample {seen}")
+
+    def _save(self, seen: int, learner: Learner, needed: bool, request: float | None) -> None:
         began = time.perf_counter()
+        if not needed and self._writer.busy():  # the disk is slow or full, the storage away: training goes on
+            self.event("checkpoint_left_out", samples_seen=seen)
+            return
         self._writer.wait()
         tensors, values = learner.state()
         tensors = checkpoint.snapshot(tensors)
         state = {"samples_seen": seen, "identity": self.job.identity, "learner": values}
         state |= {"metrics_bytes": self._log.bytes, "bad_in_epoch": self._bad_in_epoch}
-        stall_s = round(time.perf_counter() - began, 4)
+        facts: dict[str, Any] = {"samples_seen": seen} | ({} if request is None else {"request": request})
+        facts |= {"stall_s": round(time.perf_counter() - began, 4)} | self.clock.mark()
 
         def write() -> None:
             began = time.perf_counter()
@@ -123,12 +218,26 @@ class Scribe:
             number = self.generation.number
             made = checkpoint.save(self.job.run_dir, seen, number, tensors, state, fence=self._log.check)
             checkpoint.prune(self.job.run_dir, self.job.config.checkpoint.keep, number)
-            facts: dict[str, Any] = {"samples_seen": seen, "name": made.name, "bytes": made.bytes, "stall_s": stall_s}
-            if request is not None:
-                facts["request"] = request
-            self.event("checkpoint", seconds=round(time.perf_counter() - began, 3), **facts)
+            seconds = round(time.perf_counter() - began, 3)
+            self.event("checkpoint", name=made.name, bytes=made.bytes, seconds=seconds, **facts)
 
-        self._writer.start(write)
+        def persist() -> None:
+            """Where the storage fails the one before stays the newest, and the next one is due soon."""
+            last = seen == self.job.plan.total
+            until = time.monotonic() + (SAVE_PATIENCE_S if last else 0)
+            while True:
+                try:
+                    write()
+                    break
+                except OSError as error:
+                    self.event("checkpoint_failed", samples_seen=seen, error=str(error))
+                    if time.monotonic() > until:
+                        if last:
+                            self._stop(f"the last checkpoint cannot be written ({error}); make room, then start again")
+                        break
+                    time.sleep(5)
+
+        self._writer.start(persist)
 
     def validated(self, seen: int, seconds: float, means: Any) -> None:
         """Record a validation; `means` is None on all ranks but 0."""

@@ -4,12 +4,17 @@ In: the patches this rank owns in the step.
 Out: updated weights; the step's loss over the whole global batch.
 
 The update is that of one worker with the whole batch: each sample's loss is weighted, gradients are summed over ranks
-and divided by the batch's weight, so ranks may hold unequal numbers of samples.
+and divided by the batch's weight, so ranks may hold unequal numbers of samples. Two ways to sum (`train.reduction`):
+`fast` is DDP, whose order of summing depends on the ranks; `exact` takes one gradient per sample and sums them along a
+fixed tree, so the weights are the same bits at any world size.
 """
 
 import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,21 +27,25 @@ from raytrain_brats.labels import region_table
 from raytrain_brats.learn.augment import DRAWS, augment, normalise, to_regions
 from raytrain_brats.learn.inference import amp_dtype, autocast
 from raytrain_brats.learn.model import build_network, build_optimiser, learning_rate, sample_losses
+from raytrain_brats.run import exact
 from raytrain_brats.run.job import Job
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Of the whole global batch: mean loss (None when no sample counted or it was not finite), samples that could not
-    be read, whether loss and gradient were finite (else the step changed nothing), and the sum of the fingerprints of
-    the samples that arrived; what rank 0 asked of all ranks. The same on all ranks."""
+    be read, whether loss and gradient were finite (else the step changed nothing), whether that was no more than fp16's
+    loss scale finding its place, the sum of the fingerprints of the samples that arrived, what rank 0 asked of all
+    ranks, each rank's own seconds per sample in the step before. The same on all ranks."""
 
     loss: float | None
     bad: int
     finite: bool
+    overflow: bool
     samples: int
     asked: int
     learning_rate: float
+    forward_s: tuple[float, ...] = field(compare=False)
 
 
 class Learner:
@@ -53,53 +62,119 @@ class Learner:
             self.precision = torch.bfloat16 if bf16.item() else torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.table = torch.from_numpy(region_table(job.source.convention)).to(device)
-        self.parallel: nn.Module = DistributedDataParallel(self.network) if world_size > 1 else self.network
+        self.exact = job.config.train.reduction == "exact"
+        if self.exact and device.type == "cuda":
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+            torch.use_deterministic_algorithms(True, warn_only=True)  # trilinear upsampling has no such kernel
+        self.parallel: nn.Module = self.network
+        if world_size > 1 and not self.exact:
+            self.parallel = DistributedDataParallel(self.network)
+        self._forward_s, self._forward = 0.0, list[tuple[Any, Any]]()
 
-    def step(self, patches: list[Patch], samples_seen: int, asked: int = 0) -> StepResult:
+    def step(
+        self, patches: list[Patch], samples_seen: int, asked: int = 0, mark: Callable[[str], None] = lambda phase: None
+    ) -> StepResult:
         """Apply one global step. A step without weight or with a non-finite loss or gradient changes nothing.
 
-        `asked` (of rank 0, else 0) travels with the sums, so that all ranks know it after the same step.
+        `asked` (of rank 0, else 0) travels with the sums, so that all ranks know it after the same step. `mark` is
+        told each phase as it begins.
         """
-        train = self.config.train
-        rate = learning_rate(train.optimiser, samples_seen, self.total)
+        rate = learning_rate(self.config.train.optimiser, samples_seen, self.total)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
-        # weight, weighted loss, bad samples, fingerprints (float64 holds the sum of 2^20 of them exactly), asked
-        sums = torch.tensor([0.0, 0.0, 0.0, 0.0, asked], dtype=torch.float64, device=self.device)
-        for first in range(0, len(patches), train.micro_batch):
-            batch = patches[first : first + train.micro_batch]
-            last = first + train.micro_batch >= len(patches)
-            with nullcontext() if last or self.world_size == 1 else self.parallel.no_sync():  # type: ignore[operator]
-                sums[:4] += self._backward(batch)
+        # bad samples, fingerprints (float64 holds the sum of 2^20 of them exactly), asked, seconds by rank
+        rank = distributed.get_rank() if self.world_size > 1 else 0
+        sums = torch.zeros(3 + self.world_size, dtype=torch.float64)
+        sums[0] = sum(bool(p.reason) for p in patches)
+        sums[1] = sum(fingerprint(p.position, p.case_id, p.seed) for p in patches)
+        sums[2], sums[3 + rank] = asked, self._forward_s
+        weighed = (self._exact if self.exact else self._fast)(patches, samples_seen, mark)
+        totals = torch.cat([weighed, sums.to(self.device)])
+        mark("reduce")
         if self.world_size > 1:
-            distributed.all_reduce(sums)
-        weight, loss, bad, samples, asked = sums.tolist()
+            distributed.all_reduce(totals[2:] if self.exact else totals)
+        weight, loss, bad, samples, asked, *seconds = totals.tolist()
+        mark("update")
+        spans = [a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in self._forward]
+        self._forward_s, self._forward = sum(spans) / max(1, len(patches)), []
         finite = math.isfinite(loss)
+        overflow = False
         if weight > 0 and finite:
             self.scaler.unscale_(self.optimiser)
-            # DDP has averaged over ranks what was to be summed
-            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, self.world_size / weight)
-            norm = nn.utils.clip_grad_norm_(self.network.parameters(), train.optimiser.clip_norm)
+            torch._foreach_div_([p.grad for p in self.network.parameters() if p.grad is not None], weight)
+            norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.optimiser.clip_norm)
             finite = bool(torch.isfinite(norm))
+            overflow = not finite and self.scaler.is_enabled() and self.scaler.get_scale() > 1
             if finite:
                 self.scaler.step(self.optimiser)
             self.scaler.update()
         mean = loss / weight if weight > 0 and math.isfinite(loss) else None
-        return StepResult(mean, round(bad), finite, round(samples), round(asked), rate)
+        return StepResult(mean, round(bad), finite, overflow, round(samples), round(asked), rate, tuple(seconds))
 
-    def _backward(self, batch: list[Patch]) -> Tensor:
-        """Add the batch's gradients; (weight, weighted loss, bad samples, fingerprints)."""
+    def _fast(self, patches: list[Patch], _: int, mark: Callable[[str], None]) -> Tensor:
+        """DDP: gradients summed while the last backward goes on. (this rank's weight, its weighted loss)."""
+        weighed = torch.zeros(2, dtype=torch.float64, device=self.device)
+        size = self.config.train.micro_batch
+        for first in range(0, len(patches), size):
+            last = first + size >= len(patches)
+            with nullcontext() if last or self.world_size == 1 else self.parallel.no_sync():  # type: ignore[operator]
+                total, weighed_here = self._losses(patches[first : first + size], mark)
+                mark("backward")
+                # DDP averages over ranks what is to be summed
+                self.scaler.scale(total * self.world_size).backward()
+            weighed += weighed_here
+        return weighed
+
+    def _exact(self, patches: list[Patch], samples_seen: int, mark: Callable[[str], None]) -> Tensor:
+        """A gradient per sample, summed along the tree. (weight, weighted loss) of the whole global step."""
+        parameters, total = list(self.network.parameters()), self.config.train.global_batch
+        by_place = {patch.position - samples_seen: patch for patch in patches}
+
+        def vectors() -> Iterator[tuple[exact.Node, Tensor]]:
+            for place in exact.order(by_place, total):
+                loss, weighed = self._losses([by_place[place]], mark)
+                mark("backward")
+                gradients = torch.autograd.grad(
+                    self.scaler.scale(loss), parameters, allow_unused=True, materialize_grads=True
+                )
+                yield (
+                    exact.leaf(place, total),
+                    torch.cat([*(g.flatten() for g in gradients), weighed.float()]),
+                )
+
+        mine = exact.fold(vectors(), total)
+        mark("reduce")
+        places = [list(by_place)]
+        if self.world_size > 1:  # ranks take turns along the stream: one own place tells all
+            turn = min(by_place) - distributed.get_rank()
+            places = [list(range((turn + r) % self.world_size, total, self.world_size)) for r in range(self.world_size)]
+        summed = exact.sum_over_ranks(mine, places, total)
+        parts = summed[:-2].split([p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        return summed[-2:].double()
+
+    def _losses(self, batch: list[Patch], mark: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+        """(sum of the weighted losses, to be differentiated; (weight, the same sum))."""
+        mark("forward")
+        began = self._now()
         image, regions, weights = self._to_device(batch)
         with autocast(self.device, self.precision):
             logits = self.parallel(image)
-        losses = sample_losses(logits, regions)
-        self.scaler.scale((losses * weights).sum()).backward()
-        counted = [sum(bool(p.reason) for p in batch), sum(fingerprint(p.position, p.case_id, p.seed) for p in batch)]
-        losses = losses.detach().double()
-        return torch.cat([weights.sum()[None], (losses * weights).sum()[None], losses.new_tensor(counted)])
+        total = (sample_losses(logits, regions) * weights).sum()
+        weighed = torch.stack([weights.sum(), total.detach()]).double()
+        self._forward.append((began, self._now()))
+        return total, weighed
+
+    def _now(self) -> Any:
+        """A point in the device's own time; `_forward_s` reads it once the step's sums have been waited for."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _to_device(self, batch: list[Patch]) -> tuple[Tensor, Tensor, Tensor]:
         def stacked(arrays: list[Any]) -> Tensor:
@@ -137,3 +212,31 @@ class Learner:
 def network_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The network's own entries of a checkpoint's tensors."""
     return {name.removeprefix("network/"): t for name, t in tensors.items() if name.startswith("network/")}
+
+
+def weight_hash(network: nn.Module) -> int:
+    """64 bits of all weights: a flipped bit always changes it, as its factor is odd and the sum is modulo 2^64."""
+    total = 0
+    for number, parameter in enumerate(network.parameters()):
+        words = parameter.detach().contiguous().view(torch.int32).flatten()
+        factors = torch.arange(words.numel(), device=words.device).mul_(2).add_(2 * number + 1)
+        total += int((factors * words).sum())
+    return total % 2**64
+
+
+def differing(device: str, network: nn.Module) -> list[int]:
+    """The ranks whose weights are not those of the most, among ranks of the same kind of device; [] when all agree.
+
+    For all ranks at once. With two that differ nobody can tell which is right: both are named.
+    """
+    mine, gathered = (device, weight_hash(network)), [("", 0)] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, mine)
+    wrong = []
+    for kind in {device for device, _ in gathered}:
+        counts = Counter(code for device, code in gathered if device == kind)
+        most = max(counts.values())
+        right = [code for code, count in counts.items() if count == most]
+        good = right[0] if len(right) == 1 else None
+        if len(counts) > 1:
+            wrong += [rank for rank, (device, code) in enumerate(gathered) if device == kind and code != good]
+    return sorted(wrong)

@@ -8,6 +8,7 @@ Ranks read their dealt cases themselves: a second Ray Dataset beside the trainin
 
 import csv
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -115,14 +116,25 @@ def validated(run_dir: str, seen: int) -> bool:
     return storage.exists(storage.join(run_dir, "validation", f"{seen:012d}.csv"))
 
 
-def validate(job: Job, network: nn.Module, device: torch.device, rank: int, world_size: int, seen: int) -> Any:
+def validate(
+    job: Job,
+    network: nn.Module,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    seen: int,
+    mark: Callable[..., None] = lambda phase: None,
+) -> Any:
     """Score the held-out cases over all ranks; rank 0 writes `validation/<seen>.csv` and gets the means.
 
     The number of cases is bounded by `validate.max_cases`; unreadable ones are left out. None on other ranks, and
     when nothing could be scored.
     """
     chosen = job.held_out_cases[: job.config.validate_.max_cases]
-    mine = [_scored(job.run_dir, job.source, case, network, job.config, device) for case in chosen[rank::world_size]]
+    mine = []
+    for case in chosen[rank::world_size]:
+        mine.append(_scored(job.run_dir, job.source, case, network, job.config, device))
+        mark("validate")
     gathered: list[Any] = [mine]
     if world_size > 1:
         gathered = [None] * world_size
