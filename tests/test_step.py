@@ -38,10 +38,16 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def job(network: str = "segresnet", micro_batch: int = 4, optimiser: str = "sgd", clip_norm: float = 1e6) -> Job:
+def job(
+    network: str = "segresnet",
+    micro_batch: int = 4,
+    optimiser: str = "sgd",
+    clip_norm: float = 1e6,
+    reduction: str = "fast",
+) -> Job:
     """A job whose data are never opened. SGD by default: Adam's first step hides the gradient's size."""
     options = {"name": optimiser, "learning_rate": 0.01, "warmup_share": 0.0, "clip_norm": clip_norm}
-    train = {"global_batch": 4, "micro_batch": micro_batch, "optimiser": options}
+    train = {"global_batch": 4, "micro_batch": micro_batch, "optimiser": options, "reduction": reduction}
     data = {"patch_xyz": [EDGE] * 3}
     config = parse({"network": NETWORKS[network], "data": data, "train": train}, "test")
     plan = Plan(0, 10, 4, 4, 4, 10)
@@ -208,7 +214,7 @@ def test_two_ranks_make_the_step_of_one(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    multiprocessing.start_processes(_rank, (port, str(tmp_path)), 2, start_method="fork")
     for name, (network, _, shares) in CASES.items():
         alone = Learner(job(network, 8), 1, CPU)
         batch = [_row(n) for share in shares for n in share]

@@ -4,6 +4,7 @@ In: results of steps, checkpoints, validations.
 Out: rows, events and checkpoints in the run folder (rank 0), quarantined cases (every rank).
 """
 
+import math
 import statistics
 import time
 from collections import deque
@@ -54,37 +55,33 @@ class Clock:
 
 
 class Stragglers:
-    """Which rank needs far longer than the others for a sample, by medians, which single hiccups do not move."""
+    """Which rank needs far longer than the others for a sample, by medians, which single hiccups do not move.
 
-    WINDOW = 18
-    SLOWER = 1.6
-    STEPS = 8
-    """So many steps in a row: with half a window for the median to turn, within 20 steps."""
+    What is judged is a rank's ratio to the median of the others in the same step, over a window of steps: its median
+    must be far above 1, also against its own spread (1.4826 MAD is a normal distribution's standard deviation, Hampel
+    1974; that of a median of n is 1.25 / sqrt(n) times it).
+    """
+
+    WINDOW, SLOWER, WELL = 17, 1.5, 1.2
 
     def __init__(self, world_size: int) -> None:
         self._recent: list[deque[float]] = [deque(maxlen=self.WINDOW) for _ in range(world_size)]
-        self._steps = [0] * world_size
+        self._flagged: set[int] = set()
 
     def add(self, seconds: tuple[float, ...]) -> list[tuple[int, float]]:
-        """(rank, times slower than the others) of those found with this step."""
-        for recent, value in zip(self._recent, seconds, strict=True):
-            recent.append(value)
-        if len(self._recent) < 2 or len(self._recent[0]) < self.WINDOW:
-            return []
-        centres = [statistics.median(recent) for recent in self._recent]
-        # 1.4826 MAD is the standard deviation of a normal distribution (Hampel 1974)
-        spreads = [
-            1.4826 * statistics.median(abs(value - centre) for value in recent)
-            for recent, centre in zip(self._recent, centres, strict=True)
-        ]
+        """(rank, times slower than the others) of those found with this step; again only once they were well."""
         found = []
-        for rank, centre in enumerate(centres):
-            others = statistics.median(centres[:rank] + centres[rank + 1 :])
-            noise = max(spreads[rank], statistics.median(spreads[:rank] + spreads[rank + 1 :]))
-            slow = centre > self.SLOWER * others and centre - others > noise
-            self._steps[rank] = self._steps[rank] + 1 if slow else 0
-            if self._steps[rank] == self.STEPS:
-                found.append((rank, round(centre / others, 2)))
+        for rank, recent in enumerate(self._recent if len(seconds) > 1 else ()):
+            recent.append(seconds[rank] / max(statistics.median(seconds[:rank] + seconds[rank + 1 :]), 1e-9))
+            centre = statistics.median(recent)
+            deviation = 1.4826 * statistics.median(abs(ratio - centre) for ratio in recent)
+            error = 1.25 * deviation / math.sqrt(len(recent))
+            if len(recent) == self.WINDOW and centre > self.SLOWER and centre - 1 > 3 * error:
+                if rank not in self._flagged:
+                    found.append((rank, round(centre, 2)))
+                self._flagged.add(rank)
+            elif centre < self.WELL:
+                self._flagged.discard(rank)
         return found
 
 

@@ -218,7 +218,8 @@ def weight_hash(network: nn.Module) -> int:
     """64 bits of all weights: a flipped bit always changes it, as its factor is odd and the sum is modulo 2^64."""
     total = 0
     for number, parameter in enumerate(network.parameters()):
-        words = parameter.detach().contiguous().view(torch.int32).flatten()
+        kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+        words = parameter.detach().flatten().view(kind)
         factors = torch.arange(words.numel(), device=words.device).mul_(2).add_(2 * number + 1)
         total += int((factors * words).sum())
     return total % 2**64
