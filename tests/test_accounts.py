@@ -59,7 +59,7 @@ def test_clocks_that_disagree_lose_no_second(history: History, skew_s: int) -> N
 
 
 NAMES = ("launch", "group", "recovered", "checkpoint", "failure", "validation", "interrupt", "invented")
-ODD = st.one_of(st.none(), st.floats(), st.integers(-5, 50), st.text(max_size=2))
+ODD = st.one_of(st.none(), st.floats(), st.integers(-5, 50), st.text(max_size=2), st.just({"productive_s": 1.0}))
 FIELDS = ("time", "generation", "samples_seen", "mark", "began", "spent", "last_row", "seconds", "redone_steps")
 LINES = st.dictionaries(st.sampled_from(FIELDS), ODD).flatmap(
     lambda facts: st.sampled_from(NAMES).map(lambda name: {"time": 1.0} | facts | {"event": name})
@@ -105,11 +105,14 @@ def test_recoveries_know_their_cause_and_parts() -> None:
     run.group([], "stillborn")
     run.group([step], "resize saved", world_size=1)
     run.group([step], "interrupt")
+    run.group([step], "alive")
+    run.event("preemption", saved=False, seconds=30.0)
+    run.event("failure", generation=5, rank=0, error="the node went")
     run.group([step], "finish")
     found = recoveries(run.events)
-    assert [r.cause for r in found] == ["launch", "failure", "resize", "launch"]
-    assert [r.redone_steps for r in found] == [0, 2, 0, 1]
-    assert [r.generation for r in found] == [1, 3, 4, 5]
-    assert [r.world_size for r in found] == [2, 1, 2, 2]
+    assert [r.cause for r in found] == ["launch", "failure", "resize", "launch", "preemption"]
+    assert [r.redone_steps for r in found] == [0, 2, 0, 1, 1]
+    assert [r.generation for r in found] == [1, 3, 4, 5, 6]
+    assert [r.world_size for r in found] == [2, 1, 2, 2, 2]
     assert found[0].total_s == pytest.approx(sum(found[0].steps_s.values()))
     assert found[0].steps_s["first_batch_s"] == 0.5

@@ -214,8 +214,10 @@ class _Line:
     def _go(self, until: float, cause: str, measured: Mapping[str, float] | None = None) -> None:
         """Move the cursor, never back nor past the end. What nobody measured is `cause`, but for validations."""
         gap = max(min(until, self.end) - self.at, 0.0) if until > self.at else 0.0
-        scored = [min(b, self.at + gap) - max(a, self.at) for a, b in self._validations]
-        measured = {"validation_s": sum(s for s in scored if s > 0)} | dict(measured or {})
+        measured = dict(measured or {})
+        if "validation_s" not in measured:
+            scored = (min(b, self.at + gap) - max(a, self.at) for a, b in self._validations)
+            measured["validation_s"] = sum(seconds for seconds in scored if seconds > 0)
         total = sum(measured.values())
         scale = min(1.0, gap / total) if total > 0 else 0.0
         for name, seconds in measured.items():
