@@ -200,10 +200,10 @@ def write_report(run_dir: str, out: str = "") -> str:
     if not rows:
         raise UserError(f"{run_dir}: metrics.jsonl is missing or empty; report after the run's first step")
     config = storage.read_bytes(storage.join(run_dir, "config.yaml")).decode() if "config.yaml" in files else ""
+    split, recoveries = accounts.account(events, rows), accounts.recoveries(events)  # the file's order is the true one
     events = sorted((e for e in events if "event" in e and "time" in e), key=lambda event: float(event["time"]))
     validations = [event for event in events if event["event"] == "validation"]
-    split, evaluation = accounts.account(events, rows), _evaluation(run_dir, files)
-    origin, end = figures.wall_span(rows, events)
+    evaluation, (origin, end) = _evaluation(run_dir, files), figures.wall_span(rows, events)
     groups, (dice, dice_source) = _groups(rows, events, origin), _scores(evaluation, validations)
     drawn = {
         "loss": _pair(figures.loss_curve, rows),
@@ -221,7 +221,7 @@ def write_report(run_dir: str, out: str = "") -> str:
         headline=_headline(rows, events, split, len(groups)), dice=dice, dice_source=dice_source,
         phantom=_on_phantoms(evaluation["summary"], yaml.safe_load(config)), figures=drawn, split=split,
         validations=validations, evaluation=evaluation, quarantined=_quarantined(events), groups=groups,
-        recoveries=_recoveries(accounts.recoveries(events)), steps=accounts.STEPS,
+        recoveries=_recoveries(recoveries), steps=accounts.STEPS,
         config=config, torn=torn_rows + torn_events, origin=origin, regions=figures.REGION_COLOURS,
         time_colours=figures.TIME_COLOURS, most_cases=MOST_CASES, most_lines=MOST_LINES,
     )  # fmt: skip

@@ -76,6 +76,15 @@ def test_nonsense_is_no_crash(events: list[dict[str, Any]], rows: list[dict[str,
     recoveries(events)
 
 
+@pytest.mark.parametrize("mark", [None, math.nan, 0.0, 1e12])
+def test_a_mark_that_cannot_be_moves_nothing_out_of_the_run(mark: Any) -> None:
+    """No time, the past, the far future: the sum stays the wall time."""
+    run = Run()
+    run.group([("step", 2.0, 0.5), ("checkpoint", 0.1, 0.5), ("commit", 0, 0), ("step", 2.0, 0.5)], "alive")
+    next(e for e in run.events if e["event"] == "checkpoint")["mark"] = mark
+    assert account(run.events, run.rows).wall_s == pytest.approx(run.now - 1e6)
+
+
 def test_books_from_before_these_books() -> None:
     """Without marks and measured parts, rows tell what they can, and the rest is called unrecorded."""
     run = Run()

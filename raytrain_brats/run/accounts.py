@@ -1,11 +1,12 @@
 """Where a run's wall time went, by cause, with nothing left out.
 
-In: events of events.jsonl and rows of metrics.jsonl, each in its order; no clock and no disk.
+In: events of events.jsonl in the file's order, rows of metrics.jsonl; no clock and no disk.
 Out: an `Account`, whose parts sum to the wall time; the recoveries, each with its breakdown.
 
 A cursor goes over the time line from mark to mark (launch, begin of a group's work, snapshot of a committed
 checkpoint, last row of a group that died) and never back, so that clocks of two hosts may disagree: each second it
-passes gets one cause. A checkpoint's event carries what was measured since the mark before.
+passes gets one cause. A checkpoint's event carries what was measured since the mark before. On S3 the rows of a group
+that died are not there, so that what it threw away counts as recovery: the goodput is the same.
 """
 
 import math
@@ -123,7 +124,7 @@ class _Line:
     def __init__(self, events: list[Row], rows: list[Row]) -> None:
         self.events, self.seconds = events, dict.fromkeys((f.name for f in fields(Account)), 0.0)
         self._rows = sorted(rows, key=_time)
-        scored = [e for e in events if e.get("event") == "validation"]
+        scored = sorted((e for e in events if e.get("event") == "validation"), key=_time)
         self._validations = [(_time(e) - _number(e, "seconds", 0.0), _time(e)) for e in scored]
         self._thrown_away: set[int] = set()
         kept = math.inf
@@ -216,7 +217,9 @@ class _Line:
         gap = max(min(until, self.end) - self.at, 0.0) if until > self.at else 0.0
         measured = dict(measured or {})
         if "validation_s" not in measured:
-            scored = (min(b, self.at + gap) - max(a, self.at) for a, b in self._validations)
+            low = bisect_right(self._validations, self.at, key=lambda span: span[1])
+            high = bisect_left(self._validations, self.at + gap, low, key=lambda span: span[0])
+            scored = (min(b, self.at + gap) - max(a, self.at) for a, b in self._validations[low:high])
             measured["validation_s"] = sum(seconds for seconds in scored if seconds > 0)
         total = sum(measured.values())
         scale = min(1.0, gap / total) if total > 0 else 0.0
