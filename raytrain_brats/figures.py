@@ -19,22 +19,27 @@ from matplotlib.ticker import MaxNLocator
 Row = Mapping[str, Any]
 Array = np.ndarray
 
-# Told apart with every common colour blindness: they differ in lightness, not in hue alone.
+# Told apart with every common colour blindness: they differ in lightness, not in hue alone. (The ten causes by 18 units
+# of CIELAB at least, as protan, deutan and tritan eyes see them.)
 REGION_COLOURS = {"WT": "#3fa7e6", "TC": "#f2ae00", "ET": "#e0478a"}
-_LOST = "start-up, recovery, redone"
-TIME_COLOURS = {
-    "training": "#159183",
-    "waiting for data": "#f2ae00",
-    "checkpoint stall": "#3064c8",
+TIME_COLOURS = {  # by the causes of `run.accounts`
+    "productive": "#159183",
+    "data wait": "#f2ae00",
+    "checkpoint": "#3064c8",
     "validation": "#b292ea",
-    _LOST: "#e0603a",
-    "stopped": "#a9b0b9",
+    "recovery": "#e0603a",
+    "redone": "#9f2485",
+    "unsaved": "#88dca7",
+    "other": "#80564d",
+    "unrecorded": "#decd73",
+    "stopped": "#c4cad0",
 }
+_GREY = "#a9b0b9"
 _LANES = {  # event kind: (name, marker, colour)
-    "group": ("group start", "^", TIME_COLOURS["training"]),
-    "checkpoint": ("checkpoint", "o", TIME_COLOURS["checkpoint stall"]),
+    "group": ("group start", "^", TIME_COLOURS["productive"]),
+    "checkpoint": ("checkpoint", "o", TIME_COLOURS["checkpoint"]),
     "validation": ("validation", "D", TIME_COLOURS["validation"]),
-    "chaos": ("chaos kill", "X", TIME_COLOURS[_LOST]),
+    "chaos": ("chaos kill", "X", TIME_COLOURS["recovery"]),
 }
 
 
@@ -75,13 +80,13 @@ def loss_curve(rows: Sequence[Row], dark: bool = False) -> bytes:
     restarts = [after for before, after in pairwise(rows) if before["generation"] != after["generation"]]
     with matplotlib.rc_context(_theme(dark)):
         figure, axes = _samples_axes("Training loss")
-        axes.plot(seen, loss, color=TIME_COLOURS["stopped"], lw=0.8, alpha=0.7, label="each step")
+        axes.plot(seen, loss, color=_GREY, lw=0.8, alpha=0.7, label="each step")
         mean, label = _running_mean(loss, window), f"mean of {window} steps" if window > 1 else None
-        axes.plot(seen, mean, ".-" if len(rows) < 30 else "-", color=TIME_COLOURS["training"], lw=2.2, label=label)
+        axes.plot(seen, mean, ".-" if len(rows) < 30 else "-", color=TIME_COLOURS["productive"], lw=2.2, label=label)
         for row in restarts:
             start, name = row["positions"][0], f"group {row['generation']}" if len(restarts) <= 12 else ""
-            axes.axvline(start, color=TIME_COLOURS[_LOST], lw=min(0.9, 12 / len(restarts)), ls="--", zorder=1)
-            look: dict[str, Any] = {"color": TIME_COLOURS[_LOST], "size": 7.5, "rotation": 90, "va": "top"}
+            axes.axvline(start, color=TIME_COLOURS["recovery"], lw=min(0.9, 12 / len(restarts)), ls="--", zorder=1)
+            look: dict[str, Any] = {"color": TIME_COLOURS["recovery"], "size": 7.5, "rotation": 90, "va": "top"}
             axes.annotate(name, (start, 1), (3, 0), axes.get_xaxis_transform(), "offset points", **look)
         axes.legend(loc="best" if len(rows) < 2000 else "upper right")
         return _png(figure)
@@ -138,7 +143,7 @@ def _areas(rows: Sequence[Row], events: Sequence[Row], top: int) -> dict[str, li
     busy = _joined(((a, b, 0) for a, b, _ in [*training, *validation, *stopped, (end, end, 0)]), tolerance_s)
     gaps = zip([origin, *(span[1] for span in busy)], [span[0] for span in busy], strict=False)
     lost = [(a, b, top) for a, b in gaps if b - a > tolerance_s]
-    named = {"training": training, _LOST: lost, "validation": validation, "stopped": stopped}
+    named = {"productive": training, "recovery": lost, "validation": validation, "stopped": stopped}
     return {name: spans for name, spans in named.items() if spans}
 
 
@@ -148,13 +153,25 @@ def worker_timeline(rows: Sequence[Row], events: Sequence[Row], dark: bool = Fal
     unit, unit_s = next(((n, s) for n, s in (("h", 3600), ("min", 60)) if end - origin > 3 * s), ("s", 1))
     lanes = {kind: lane for kind, lane in _LANES.items() if any(e["event"] == kind for e in events)}
     top = max(row["world_size"] for row in rows)
+    labels = {"productive": "training", "recovery": "start-up, recovery, redone"}  # rows do not tell them apart
     with matplotlib.rc_context(_theme(dark)):
         figure = Figure(figsize=(10.6, 2.6 + 0.22 * len(lanes)), layout="constrained")
         axes, marks = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, 0.12 + 0.22 * len(lanes)])
         for name, spans in _areas(rows, events, top).items():
             start, stop, height = np.array(spans, dtype=float).T
-            look: dict[str, Any] = {"color": TIME_COLOURS[name], "alpha": 0.9 if name == "training" else 0.32, "lw": 0}
-            axes.bar((start - origin) / unit_s, height, (stop - start) / unit_s, align="edge", label=name, **look)
+            look: dict[str, Any] = {
+                "color": TIME_COLOURS[name],
+                "alpha": 0.9 if name == "productive" else 0.32,
+                "lw": 0,
+            }
+            axes.bar(
+                (start - origin) / unit_s,
+                height,
+                (stop - start) / unit_s,
+                align="edge",
+                label=labels.get(name, name),
+                **look,
+            )
         axes.set(title="World size", ylim=(0, top * 1.04))
         axes.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -167,7 +184,7 @@ def worker_timeline(rows: Sequence[Row], events: Sequence[Row], dark: bool = Fal
 
 
 def time_split(seconds: Mapping[str, float], dark: bool = False) -> bytes:
-    """One stacked bar of the wall time; `seconds` has the keys of TIME_COLOURS."""
+    """One stacked bar of the wall time; `seconds` by cause."""
     total, left = sum(seconds.values()) or 1.0, 0.0
     with matplotlib.rc_context(_theme(dark)):
         figure = Figure(figsize=(10.6, 0.5))
@@ -176,7 +193,7 @@ def time_split(seconds: Mapping[str, float], dark: bool = False) -> bytes:
             share = part / total
             axes.barh(0, share, left=left, height=1, color=TIME_COLOURS[name])
             label = f"{name} {share:.0%}" if share > 0.04 + 0.0095 * len(name) else f"{share:.0%}" * (share > 0.04)
-            ink = "white" if name in ("training", "checkpoint stall", _LOST) else "#1c2127"
+            ink = "white" if name in ("productive", "checkpoint", "recovery", "redone", "other") else "#1c2127"
             axes.text(left + share / 2, 0, label, ha="center", va="center_baseline", color=ink, weight="bold")
             left += share
         return _png(figure)

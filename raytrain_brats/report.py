@@ -22,59 +22,22 @@ import yaml
 from raytrain_brats import figures, storage
 from raytrain_brats.cli import Uri, default, entry
 from raytrain_brats.errors import UserError
+from raytrain_brats.run import accounts
+from raytrain_brats.run.accounts import Account, Recovery
 
 Row = dict[str, Any]
 REGIONS = tuple(figures.REGION_COLOURS)
-MOST_CASES, MOST_OVERLAYS, MOST_LINES = 50, 12, 200
+MOST_CASES, MOST_OVERLAYS, MOST_LINES, MOST_RECOVERIES = 50, 12, 200, 20
 
 
 @dataclass(frozen=True)
 class Args:
-    """Write one page about a run: curves, overlays, worker timeline, time split."""
+    """Write one page about a run: curves, overlays, worker timeline, goodput and where the time went."""
 
     run_dir: Uri = ""
     """The run folder that `train` wrote (local or s3://); by default RAYTRAIN_BRATS_RUN_DIR."""
     out: Uri = ""
     """Where the page goes; by default report.html in the run folder."""
-
-
-@dataclass(frozen=True)
-class TimeSplit:
-    """Seconds of a run's wall time by what they were spent on; no part is negative and nothing is left out."""
-
-    compute_s: float
-    wait_s: float
-    checkpoint_s: float
-    validation_s: float
-    recovery_s: float
-    stopped_s: float
-
-    @property
-    def wall_s(self) -> float:
-        return sum(self.parts().values())
-
-    def parts(self) -> dict[str, float]:
-        seconds = (self.compute_s, self.wait_s, self.checkpoint_s, self.validation_s, self.recovery_s, self.stopped_s)
-        return dict(zip(figures.TIME_COLOURS, seconds, strict=True))
-
-
-def time_split(rows: Sequence[Row], events: Sequence[Row]) -> TimeSplit:
-    """Wall time from the first launch to the last thing known of the run.
-
-    Checkpoint stalls and validations lie between steps. What nobody measured is start-up and recovery; steps
-    that were lost and redone count there too, since metrics.jsonl holds each step once.
-    """
-    start, end = figures.wall_span(rows, events)
-    stopped = sum(b - a for a, b in figures.stopped_spans(rows, events))
-    wait = [min(max(row["wait_s"], 0.0), row["step_s"]) for row in rows]
-    stall = sum(event["stall_s"] for event in events if event["event"] == "checkpoint")
-    validation = sum(event["seconds"] for event in events if event["event"] == "validation")
-    measured = [sum(row["step_s"] for row in rows) - sum(wait), sum(wait), stall, validation]
-    running = max(end - start - stopped, 0.0)
-    scale = min(1.0, running / sum(measured)) if sum(measured) > 0 else 0.0  # clocks of two hosts may disagree
-    compute, waiting, stalled, validated = (max(part, 0.0) * scale for part in measured)
-    rest = max(running - compute - waiting - stalled - validated, 0.0)
-    return TimeSplit(compute, waiting, stalled, validated, rest, stopped)
 
 
 def _json_lines(content: bytes) -> tuple[list[Row], int]:
@@ -100,6 +63,8 @@ def _number(value: Any, digits: int = 3) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "–"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -113,12 +78,28 @@ def _groups(rows: Sequence[Row], events: Sequence[Row], origin: float) -> list[R
     for start, until in zip(starts, [*(e["time"] for e in starts[1:]), math.inf], strict=False):
         workers = [e for e in events if e["event"] == "worker" and start["time"] <= e["time"] < until]
         steps = [row for row in rows if start["time"] <= row["time"] < until]
-        first_s = steps[0]["time"] - steps[0]["step_s"] - start["time"] if steps else math.nan
         places = Counter(f"{w.get('node', '?')} {w.get('device', '')}".strip() for w in workers)
         where = ", ".join(f"{count} × {place}" if count > 1 else place for place, count in places.items())
         world = steps[0]["world_size"] if steps else len(workers)
-        table.append({**start, "at": start["time"] - origin, "first_s": first_s, "world": world, "where": where})
+        table.append({**start, "at": start["time"] - origin, "world": world, "where": where})
     return table
+
+
+def _recoveries(found: Sequence[Recovery]) -> Row:
+    """The slowest, and quantiles over all: of recoveries, not of launches."""
+    slowest = sorted(found, key=lambda r: (math.isnan(r.total_s), -r.total_s))[:MOST_RECOVERIES]
+    after = [r for r in found if r.cause != "launch"]
+    table = {"total_s": [r.total_s for r in after]} | {
+        name: [r.steps_s[name] for r in after] for name in accounts.STEPS
+    }
+    quantiles = {f"p{share}": {n: _quantile(column, share) for n, column in table.items()} for share in (50, 95)}
+    return {"shown": slowest, "total": len(found), "quantiles": quantiles if after else {}}
+
+
+def _quantile(values: Sequence[float], percent: int) -> float:
+    """By nearest rank, so that it is one of the values."""
+    known = sorted(value for value in values if not math.isnan(value))
+    return known[math.ceil(percent / 100 * len(known)) - 1] if known else math.nan
 
 
 def _quarantined(events: Sequence[Row]) -> list[Row]:
@@ -150,7 +131,7 @@ def _mean_dice(case: Mapping[str, Any]) -> float:
     return sum(known) / len(known) if known else math.inf
 
 
-def _headline(rows: Sequence[Row], events: Sequence[Row], split: TimeSplit, num_groups: int) -> list[tuple[str, ...]]:
+def _headline(rows: Sequence[Row], events: Sequence[Row], split: Account, num_groups: int) -> list[tuple[str, ...]]:
     """(name, value, note) of every number at the top."""
     last = rows[-1]
     tail = [row["loss"] for row in rows[-20:] if row["loss"] is not None] or [math.nan]  # none where nothing counted
@@ -158,18 +139,21 @@ def _headline(rows: Sequence[Row], events: Sequence[Row], split: TimeSplit, num_
     done = f"of {total:,} ({min(last['samples_seen'] / total, 1):.0%})" if total else ""
     worlds = sorted({row["world_size"] for row in rows})
     samples = sum(row["positions"][1] - row["positions"][0] for row in rows)
-    active_s, in_steps_s = split.wall_s - split.stopped_s, split.compute_s + split.wait_s
-    bad = sum(row["bad"] for row in rows)
+    active_s, in_steps_s = split.wall_s - split.stopped_s, sum(row["step_s"] for row in rows)
+    bad, restarts = sum(row["bad"] for row in rows), max(num_groups, len({r["generation"] for r in rows})) - 1
+    wait_s = sum(min(max(row["wait_s"], 0.0), row["step_s"]) for row in rows)
+    goodput = "–" if math.isnan(split.goodput) else f"{split.goodput:.1%}"
     return [
         ("final loss", _number(sum(tail) / len(tail), 4), f"mean of the last {len(tail)} steps"),
         ("samples seen", f"{last['samples_seen']:,}", done),
         ("steps", f"{len(rows):,}", f"{bad:,} samples could not be read" if bad else "every sample was read"),
-        ("workers", "–".join(str(w) for w in dict.fromkeys((worlds[0], worlds[-1]))), "in the worker group"),
-        ("restarts", str(max(num_groups, len({r["generation"] for r in rows})) - 1), "of the worker group"),
+        ("workers", "–".join(str(w) for w in dict.fromkeys((worlds[0], worlds[-1]))),
+         f"{restarts} restart{'s' * (restarts != 1)} of the group"),
+        ("goodput", goodput, "time in steps that were kept / time the run was up"),
         ("samples / s", _number(samples / active_s if active_s else math.nan, 2),
          f"{_number(samples / in_steps_s if in_steps_s else math.nan, 2)} within steps"),
-        ("data wait", f"{split.wait_s / in_steps_s:.1%}" if in_steps_s else "–", "of the time within steps"),
-        ("wall time", _duration(split.wall_s), f"{split.compute_s / (split.wall_s or 1):.0%} of it training"),
+        ("data wait", f"{wait_s / in_steps_s:.1%}" if in_steps_s else "–", "of the time within steps"),
+        ("wall time", _duration(split.wall_s), f"{_duration(split.stopped_s)} of it stopped"),
     ]  # fmt: skip
 
 
@@ -216,10 +200,10 @@ def write_report(run_dir: str, out: str = "") -> str:
     if not rows:
         raise UserError(f"{run_dir}: metrics.jsonl is missing or empty; report after the run's first step")
     config = storage.read_bytes(storage.join(run_dir, "config.yaml")).decode() if "config.yaml" in files else ""
+    split, recoveries = accounts.account(events, rows), accounts.recoveries(events)  # the file's order is the true one
     events = sorted((e for e in events if "event" in e and "time" in e), key=lambda event: float(event["time"]))
     validations = [event for event in events if event["event"] == "validation"]
-    split, evaluation = time_split(rows, events), _evaluation(run_dir, files)
-    origin, end = figures.wall_span(rows, events)
+    evaluation, (origin, end) = _evaluation(run_dir, files), figures.wall_span(rows, events)
     groups, (dice, dice_source) = _groups(rows, events, origin), _scores(evaluation, validations)
     drawn = {
         "loss": _pair(figures.loss_curve, rows),
@@ -237,6 +221,7 @@ def write_report(run_dir: str, out: str = "") -> str:
         headline=_headline(rows, events, split, len(groups)), dice=dice, dice_source=dice_source,
         phantom=_on_phantoms(evaluation["summary"], yaml.safe_load(config)), figures=drawn, split=split,
         validations=validations, evaluation=evaluation, quarantined=_quarantined(events), groups=groups,
+        recoveries=_recoveries(recoveries), steps=accounts.STEPS,
         config=config, torn=torn_rows + torn_events, origin=origin, regions=figures.REGION_COLOURS,
         time_colours=figures.TIME_COLOURS, most_cases=MOST_CASES, most_lines=MOST_LINES,
     )  # fmt: skip

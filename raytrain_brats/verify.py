@@ -2,9 +2,10 @@
 
 In: a run folder; nothing else, least of all what the run remembers of its order.
 Out: exit code 0 when every position was applied once, in order, with the very samples that the seed asks for; else 1
-and the first row that differs.
+and the first row that differs. Beside it, where the time went: the events' word, which proves nothing.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.plan import Plan, fingerprint
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.run import checkpoint, job, ledger
+from raytrain_brats.run import accounts, checkpoint, job, ledger
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ def work(args: Args) -> None:
         f"{applied:,} of {plan.total:,} positions applied in {len(rows):,} steps: each once, in order, with the seed's "
         f"own samples; {len(groups)} worker groups, of {', '.join(map(str, sizes))} workers"
     )
+    if events := ledger.read_events(run_dir):
+        print(time_line(accounts.account(events, rows)))
+
+
+def time_line(spent: accounts.Account) -> str:
+    """Every cause that took time, in per cent of the wall time."""
+    shares = [f"{cause} {seconds / spent.wall_s:.1%}" for cause, seconds in spent.parts().items() if seconds > 0]
+    goodput = "not recorded" if math.isnan(spent.goodput) else f"{spent.goodput:.1%}"
+    return f"goodput {goodput} (steps that were kept / time up); wall time {spent.wall_s:,.0f} s: {', '.join(shares)}"
 
 
 def difference(row: dict[str, Any], step: int, plan: Plan, cases: tuple[Case, ...]) -> str:

@@ -1,12 +1,17 @@
 """The line a person reads while a run goes on."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.util.metrics import Gauge
 
 from raytrain_brats.errors import UserError
 from raytrain_brats.run import ledger, progress
 from raytrain_brats.run.progress import describe
+from tests.simulation import Run
 
 
 def row(seen: int, time: float, **changes: Any) -> dict[str, Any]:
@@ -67,3 +72,22 @@ def test_books_that_cannot_be_read_do_not_end_the_picture(error: Exception, monk
     monkeypatch.setattr(ledger, "recent", fail)
     _, line = progress.Progress(Job())._look()  # type: ignore[arg-type]
     assert "cannot be read just now" in line and str(error) in line
+
+
+def test_goodput_is_measured_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From all events, not from the tail that the line needs; at most every ten seconds; nothing when nobody knows."""
+    run, step, told = Run(), ("step", 2.0, 0.5), []
+    run.group([*[step, ("checkpoint", 0.1, 0.5), ("commit", 0, 0)] * 300, step], "alive")
+    job: Any = SimpleNamespace(run_dir=str(tmp_path), plan=SimpleNamespace(total=4000))
+    monkeypatch.setattr(Gauge, "set", lambda _, value, tags: told.append((value, tags)))
+    picture = progress.Progress(job)
+    picture._look()
+    assert not told
+    for name, lines in (("events", run.events), ("metrics", run.rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    picture._look()
+    assert not told
+    picture._next_measure = 0.0
+    picture._look()
+    picture._look()
+    assert told == [(pytest.approx(600 / (run.now - 1e6)), {"run": str(tmp_path)})]

@@ -11,6 +11,8 @@ import pytest
 
 from raytrain_brats import figures, report
 from raytrain_brats.errors import UserError
+from raytrain_brats.run.accounts import account
+from tests.simulation import Run
 
 Row = dict[str, Any]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -61,27 +63,31 @@ def pixels(png: bytes) -> np.ndarray:
     return matplotlib.image.imread(io.BytesIO(png))
 
 
-def test_split_accounts_for_every_second() -> None:
-    """Two launches with a pause: each part is what the rows say, the pause apart, the rest is recovery."""
-    split = report.time_split(ROWS, EVENTS)
-    assert split == report.TimeSplit(15.0, 5.0, 1.0, 6.0, 38.0, 75.0)
-    assert split.wall_s == 1140.0 - 1000.0
-    assert report.time_split(ROWS[:5], EVENTS[:4]) == report.TimeSplit(7.5, 2.5, 1.0, 3.0, 10.0, 0.0)
+def simulated() -> Run:
+    """Kills, a resize, a driver that died and one that was interrupted; 27 worker groups."""
+    run, step = Run(now=1.8e9), ("step", 2.0, 0.1)
+    life = [step, step, ("checkpoint", 0.3, 0.1), step, ("commit", 0, 0), ("validate", 3, 0)]
+    ends = ("kill", "resize saved", "driver killed", "interrupt saved", *["kill", "event lost", "kill"] * 7, "damaged")
+    for number, end in enumerate(ends):
+        run.group([*life * (4 + number % 3), step, step], end, 2.0 + number / 4, 1 + number % 2)
+    run.group([*life * 4, step, ("idle", 0.5, 0)], "finish")
+    return run
 
 
-def test_split_is_never_negative() -> None:
-    """Random, contradictory clocks and waits: no negative part, and the parts still sum to the wall time."""
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        rows = [step(n, float(rng.uniform(0, 100))) for n in range(6)]
-        rows = [{**row, "step_s": rng.uniform(0, 30), "wait_s": rng.uniform(-5, 40)} for row in rows]
-        events = [event("launch", float(rng.uniform(0, 100))) for _ in range(3)]
-        events += [event("validation", float(rng.uniform(0, 100)), samples_seen=1, **scores(0.1))]
-        events.sort(key=lambda e: float(e["time"]))
-        split = report.time_split(rows, events)
-        start, end = figures.wall_span(rows, events)
-        assert min(split.parts().values()) >= 0
-        assert split.wall_s == pytest.approx(end - start)
+def test_the_books_and_the_recoveries_are_shown(tmp_path: Path) -> None:
+    """Goodput, a share for every cause that counts, the slowest twenty recoveries and their quantiles."""
+    run = simulated()
+    page = Path(report.write_report(str(write_run(tmp_path / "run", run.rows, run.events)))).read_text()
+    split = account(run.events, run.rows)
+    assert set(split.parts()) == set(figures.TIME_COLOURS)
+    assert f"<b>{split.goodput:.1%}</b><span>time in steps that were kept / time the run was up" in page
+    for cause in ("productive", "data wait", "checkpoint", "validation", "recovery", "redone", "stopped"):
+        assert f"{100 * split.parts()[cause] / split.wall_s:.1f} %" in page.split("</i>" + cause, 1)[1][:200]
+    assert "</i>unsaved" not in page
+    table = page.split("<h2>Recoveries", 1)[1].split("</table>", 1)[0]
+    assert table.count("<tr>") == 1 + report.MOST_RECOVERIES + 2
+    assert "20 of 27, slowest first" in table
+    assert ">p50<" in table and ">no launch<" in table
 
 
 def test_report_from_metrics_alone(tmp_path: Path) -> None:
@@ -147,7 +153,7 @@ def test_report_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_charts_draw_in_both_modes() -> None:
     """Each chart is a PNG with a transparent ground, and its dark variant differs."""
-    split = report.time_split(ROWS, EVENTS).parts()
+    split = account(EVENTS, ROWS).parts()
     validations = [e for e in EVENTS if e["event"] == "validation"]
     for light, dark in (
         (figures.loss_curve(ROWS), figures.loss_curve(ROWS, dark=True)),

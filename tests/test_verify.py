@@ -1,6 +1,7 @@
 """`verify` accepts a true run and names the first false row of a forged one."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from raytrain_brats import config, verify
 from raytrain_brats.data.plan import fingerprint
 from raytrain_brats.run import job
 from tests.conftest import write_msd_folder
+from tests.simulation import Run
 
 
 @pytest.fixture
@@ -46,6 +48,24 @@ def test_a_true_run_is_proved(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     forge(run, lambda rows: rows.__delitem__(slice(3, None)))
     assert verify.main(["--run-dir", str(run)]) == 0
     assert capsys.readouterr().out.startswith(f"12 of {total} positions")
+
+
+def test_the_time_is_told_beside_the_proof(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there are events, one more line: goodput, and shares that sum to 100 %. It proves and refutes nothing."""
+    simulated, step = Run(), ("step", 2.0, 1.0)
+    simulated.group([step, ("checkpoint", 0, 0.5), ("commit", 0, 0), step], "kill")
+    simulated.group([step], "finish")
+    events = run / "events.jsonl"
+    events.write_text("".join(json.dumps(event) + "\n" for event in simulated.events))
+    assert verify.main(["--run-dir", str(run)]) == 0
+    told = capsys.readouterr().out.splitlines()[1]
+    assert told.startswith("goodput 19.4%") and "redone 1" in told and "stopped" not in told
+    assert sum(float(share) for share in re.findall(r" ([\d.]+)%", told.split(" s: ")[1])) == pytest.approx(
+        100, abs=0.3
+    )
+    events.write_text('7\n{"event": "checkpoint"}\n{"event": "group", "time": 5}\n{"time": 6')
+    assert verify.main(["--run-dir", str(run)]) == 0
+    assert "goodput not recorded" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

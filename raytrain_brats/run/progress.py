@@ -1,12 +1,15 @@
 """What a person sees while a run goes on.
 
 In: the run folder, as it fills.
-Out: a live line on a terminal; a plain line every few seconds elsewhere.
+Out: a live line on a terminal; a plain line every few seconds elsewhere; goodput as a metric of Ray.
 """
 
+import math
 import threading
+import time
 from typing import Any
 
+from ray.util.metrics import Gauge
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
@@ -15,9 +18,10 @@ from raytrain_brats import storage
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS
 from raytrain_brats.run import ledger
+from raytrain_brats.run.accounts import account
 from raytrain_brats.run.job import Job
 
-_RECENT = 20
+_RECENT, _MEASURE_S = 20, 10.0
 
 
 class Progress:
@@ -28,6 +32,9 @@ class Progress:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._console = Console(stderr=False)
+        # The one metric that needs the whole run's books; the others come with the monitoring.
+        self._goodput = Gauge("raytrain_brats_goodput", "time in steps that were kept / time the run was up", ("run",))
+        self._next_measure = 0.0
 
     def __enter__(self) -> "Progress":
         self._thread.start()
@@ -58,9 +65,20 @@ class Progress:
     def _look(self) -> tuple[list[dict[str, Any]], str]:
         try:
             rows, events = ledger.recent(self._job.run_dir)
+            self._measure(rows)
         except (OSError, ValueError, UserError) as error:  # the picture is not the run: storage may come back
             return [], f"run folder cannot be read just now: {error}"
         return rows, describe(rows, events, self._job.plan.total)
+
+    def _measure(self, rows: list[dict[str, Any]]) -> None:
+        """Goodput so far, from all events: every ten seconds, or less often where that takes more than 1 % of them."""
+        if (began := time.monotonic()) < self._next_measure:
+            return
+        self._next_measure = began + _MEASURE_S  # also when the next line fails
+        goodput = account(ledger.read_events(self._job.run_dir), rows).goodput
+        if not math.isnan(goodput):
+            self._goodput.set(goodput, {"run": self._job.run_dir})
+        self._next_measure = began + max(_MEASURE_S, 100 * (time.monotonic() - began))
 
 
 def describe(rows: list[dict[str, Any]], events: list[dict[str, Any]], total: int) -> str:
