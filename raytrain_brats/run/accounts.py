@@ -167,7 +167,7 @@ class _Line:
         elif kind == "recovered" and ours:
             self._go(_number(event, "began", _time(event)), "recovery_s")
             self._begun = True
-        elif kind == "checkpoint" and ours:
+        elif kind in ("checkpoint", "closed") and ours:  # closed: a group's end after its last checkpoint
             self._begin(_time(event))
             spent = event.get("spent")
             if not isinstance(spent, Mapping) or "mark" not in event:

@@ -35,7 +35,7 @@ class Pulse:
             "node": ray.get_runtime_context().get_node_id(),
             "stacks": str(Path(tempfile.gettempdir()) / f"raytrain-brats-stacks-{os.getpid()}"),
         }
-        self._samples_seen, self._phase, self._marks = 0, "start", 0
+        self._samples_seen, self._phase, self._marks, self._updates = 0, "start", 0, 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
@@ -56,13 +56,14 @@ class Pulse:
     def mark(self, phase: str, samples_seen: int | None = None) -> None:
         """Enter a phase; costs nothing."""
         self._samples_seen = self._samples_seen if samples_seen is None else samples_seen
-        self._phase, self._marks = phase, self._marks + 1
+        self._phase, self._marks, self._updates = phase, self._marks + 1, self._updates + (phase == "update")
 
     def _beat(self) -> None:
         beats = 0
         while True:
             over = self._over.is_set()
             now = {"beats": beats, "marks": self._marks, "phase": self._phase, "samples_seen": self._samples_seen}
+            now["updates"] = self._updates
             internal_kv._internal_kv_put(self._key, json.dumps(self._about | now).encode(), namespace=NAMESPACE)
             if over:
                 return

@@ -57,7 +57,7 @@ def news(life: Life | None, about: dict[str, Any], now_s: float) -> Life:
     return replace(life, about=about, beaten_s=beaten_s, moved_s=moved_s)
 
 
-def hung(lives: Sequence[Life], now_s: float, timeout_s: float, longest_s: float, first_step: bool) -> list[Life]:
+def hung(lives: Sequence[Life], now_s: float, timeout_s: float, longest_s: float) -> list[Life]:
     """The ranks that keep the group from going on; empty while it is healthy.
 
     A rank is silent when not even its beating thread runs (stopped, swapped out, stuck with the interpreter's lock).
@@ -73,6 +73,7 @@ def hung(lives: Sequence[Life], now_s: float, timeout_s: float, longest_s: float
     phase = PHASES[behind[1]]
     if phase == "end":
         return []
+    first_step = any(life.about["updates"] == 0 for life in lives)
     limit_s = PATIENCE_S.get(phase, FIRST_STEP_S if first_step else max(timeout_s, SLOWER * longest_s))
     return last if all(now_s - life.moved_s > limit_s for life in last) else []
 
@@ -83,8 +84,7 @@ class Watch:
     def __init__(self, run_dir: str, run_id: str, timeout_s: float) -> None:
         self._run_dir, self._run_id, self._timeout_s = run_dir, run_id, timeout_s
         self._lives: dict[int, Life] = {}
-        self._generation, self._first_seen, self._longest_s = 0, -1, 0.0
-        self._judged = 0
+        self._generation, self._judged, self._longest_s = 0, 0, 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="watch", daemon=True)
 
@@ -113,7 +113,7 @@ class Watch:
         if newest <= self._judged:  # a group that was found hanging is on its way out
             return
         if newest > self._generation:
-            self._generation, self._first_seen, self._longest_s, self._lives = newest, -1, 0.0, {}
+            self._generation, self._longest_s, self._lives = newest, 0.0, {}
         for about in told:
             if about["generation"] != newest:
                 continue
@@ -121,11 +121,7 @@ class Watch:
             life = self._lives[about["rank"]] = news(before, about, now_s)
             if before and before.about["phase"] not in PATIENCE_S and life.moved_s > before.moved_s:
                 self._longest_s = max(self._longest_s, life.moved_s - before.moved_s)
-            if about["phase"] == "data" and self._first_seen < 0:
-                self._first_seen = about["samples_seen"]
-        first_step = any(life.about["samples_seen"] <= self._first_seen for life in self._lives.values())
-        lives = list(self._lives.values())
-        if culprits := hung(lives, now_s, self._timeout_s, self._longest_s, first_step or self._first_seen < 0):
+        if culprits := hung(list(self._lives.values()), now_s, self._timeout_s, self._longest_s):
             self._judged = newest
             self._end(culprits, now_s)
 
