@@ -8,6 +8,7 @@ beyond c are dropped: their steps are lost and will be done again.
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -224,17 +225,19 @@ class MetricsLog:
 
     def _put(self, sync: bool = False) -> None:
         """Write what waits. A part that a full disk cut off is taken back, so the file always ends with a row."""
-        with self._lock, open(self._uri, "ab") as file:
-            end = os.path.getsize(self._uri)
+        with self._lock:
+            lines = "".join(self._waiting).encode()
+            file = os.open(self._uri, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                file.write("".join(self._waiting).encode())
-                file.flush()
+                end = os.fstat(file).st_size
+                if os.write(file, lines) != len(lines):
+                    os.ftruncate(file, end)
+                    raise OSError(errno.ENOSPC, "only a part could be written; the disk is full", self._uri)
+                self._waiting.clear()
                 if sync:
-                    os.fsync(file.fileno())
-            except OSError:
-                os.truncate(self._uri, end)
-                raise
-            self._waiting.clear()
+                    os.fsync(file)
+            finally:
+                os.close(file)
 
     def check(self) -> None:
         """The fence. Raises RuntimeError when a later worker group has begun: this one must not write any more."""
