@@ -21,6 +21,7 @@ from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint
 
 _TAIL_BYTES = 1 << 16
+_TAKEN = "another driver has taken {} over; this one ends, and the run goes on there"
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,23 @@ class Generation:
     """Samples of the running epoch that could not be read."""
     fence: int = 0
     """Number of the newest group that was begun, decided or not: older ones may not write."""
+    driver: str = ""
+    """Token of the driver's lease: no other driver may begin a group."""
 
 
-def begin_generation(run_dir: str) -> Generation:
+def begin_generation(run_dir: str, driver: str = "") -> Generation:
     """Choose the newest valid checkpoint, cut the books back to it, and record the decision.
 
-    Raises RunFailed, and leaves books and checkpoints as they are, when none is valid although there were some.
+    Raises RunFailed, and leaves books and checkpoints as they are, when none is valid although there were some, or when
+    the run is not this `driver`'s any more ("" does not ask).
     """
-    before = current(run_dir) or Generation(0)
+    content, known = _read(run_dir)
+    before = known or Generation(0, driver=driver)
+    if driver and before.driver != driver:
+        raise RunFailed(_TAKEN.format(run_dir))
     fence = max(before.number, before.fence) + 1
-    _decide(run_dir, replace(before, fence=fence))  # first of all: from here on no older group passes its fence
+    # First of all: from here on no older group passes its fence.
+    content = _decide(run_dir, content, replace(before, fence=fence))
     _end_torn_line(run_dir)
 
     def late(generation: int, seen: int) -> bool:  # committed by a group that had been replaced: its rows are gone
@@ -64,15 +72,18 @@ def begin_generation(run_dir: str) -> Generation:
         event(run_dir, "damaged_checkpoint", name=name, why=why)
         checkpoint.discard(run_dir, name)
     failed = any(e["event"] == "failure" and e["generation"] == before.number for e in recent(run_dir)[1])
-    decided = Generation(fence, fence=fence)
+    decided = Generation(fence, fence=fence, driver=before.driver)
     if found:
         books = {key: found.state[key] for key in ("metrics_bytes", "bad_in_epoch")}
         decided = replace(decided, samples_seen=found.samples_seen, checkpoint=found.name, **books)
     if decided.samples_seen == before.samples_seen:
         decided = replace(decided, failures_in_place=max(0, before.failures_in_place + failed))
+    if _read(run_dir)[0] != content:  # a look before the one change that a later group would not survive
+        raise RunFailed(_TAKEN.format(run_dir))
     dropped = _cut_metrics(run_dir, decided.metrics_bytes)
-    _decide(run_dir, decided)
-    facts = {key: value for key, value in asdict(decided).items() if key not in ("number", "fence", "metrics_bytes")}
+    _decide(run_dir, content, decided)
+    own = ("number", "fence", "metrics_bytes", "driver")
+    facts = {key: value for key, value in asdict(decided).items() if key not in own}
     event(run_dir, "group", generation=decided.number, redone_steps=dropped, **facts)
     return decided
 
@@ -84,8 +95,12 @@ def _checkpoints_on_record(run_dir: str, late: Callable[[int, int], bool]) -> It
             yield e
 
 
-def _decide(run_dir: str, generation: Generation) -> None:
-    storage.write_bytes(storage.join(run_dir, "generation.json"), json.dumps(asdict(generation)).encode())
+def _decide(run_dir: str, before: bytes | None, generation: Generation) -> bytes:
+    """Put generation.json in place of what was read. Raises RunFailed when another driver was there in between."""
+    content = json.dumps(asdict(generation)).encode()
+    if not storage.swap(storage.join(run_dir, "generation.json"), before, content):
+        raise RunFailed(_TAKEN.format(run_dir))
+    return content
 
 
 def _cut_metrics(run_dir: str, length: int) -> int:
@@ -98,19 +113,30 @@ def _cut_metrics(run_dir: str, length: int) -> int:
     return len((content or b"")[length:].splitlines())
 
 
-def forgive(run_dir: str) -> None:
-    """A person started the run again: earlier failures in place no longer count."""
+def forgive(run_dir: str, driver: str = "") -> None:
+    """A person started the run again: earlier failures in place no longer count; from now on it is this driver's."""
     _end_torn_line(run_dir)
-    if before := current(run_dir):
-        _decide(run_dir, replace(before, failures_in_place=-1))
+    for last in (False, False, True):  # the driver before us may still be beginning a group: at most twice
+        content, before = _read(run_dir)
+        try:
+            if before or driver:
+                _decide(run_dir, content, replace(before or Generation(0), failures_in_place=-1, driver=driver))
+            return
+        except RunFailed:
+            if last:
+                raise
 
 
 def current(run_dir: str) -> Generation | None:
+    return _read(run_dir)[1]
+
+
+def _read(run_dir: str) -> tuple[bytes | None, Generation | None]:
+    """generation.json as it is and as it reads; None when there is none."""
     where = storage.join(run_dir, "generation.json")
+    content = _bytes(where)
     try:
-        return Generation(**json.loads(storage.read_bytes(where)))
-    except FileNotFoundError:
-        return None
+        return content, None if content is None else Generation(**json.loads(content))
     except (ValueError, TypeError) as error:
         raise RunFailed(f"{where} is damaged ({error}); remove it: the checkpoints say where to go on") from error
 
