@@ -195,8 +195,8 @@ def write_bytes(uri: str, content: bytes) -> None:
         os.close(folder)
 
 
-def append(uri: str, text: str) -> None:
-    """Add whole lines at the end; several writers may.
+def append(uri: str, text: str, start: int | None = None) -> None:
+    """Add whole lines at the end; several writers may. On S3 `start` is the length that the object must have before.
 
     A local append is one O_APPEND write, made durable (NFS does not order those of several machines). S3 has no append:
     read, then put on condition that nobody put in between, and again if so.
@@ -216,6 +216,8 @@ def append(uri: str, text: str) -> None:
         found, condition = _get_for_change(uri)
         if put is not None and found is not None and found.startswith(put):
             return  # the last put had arrived, only its answer was lost
+        if start is not None and len(found or b"") != start:
+            raise FileExistsError(f"{uri}: {len(found or b'')} bytes, not {start}: another writer was first")
         put = (found or b"") + text.encode()
         with contextlib.suppress(FileExistsError):
             _put(uri, put, **condition)

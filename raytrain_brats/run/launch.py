@@ -52,12 +52,15 @@ class FailureBook(UserCallback):
     """Lives in Ray Train's controller: notes why workers failed, also those that were killed."""
 
     run_dir: str
+    driver: str
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         generation = ledger.current(self.run_dir)
         rank, error = min(worker_exceptions.items())
         lines = str(error).strip().splitlines() or [type(error).__name__]
         cause = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[0])[:500]
+        if generation and generation.driver != self.driver:
+            return  # fenced off by the driver that took the run over: none of its groups failed
         number = generation.number if generation else 0
         ledger.event(self.run_dir, "failure", generation=number, rank=rank, error=cause)
 
@@ -117,7 +120,7 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease) -> str:
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[FailureBook(job.run_dir), SaveFirst(job.run_dir)],  # type: ignore[list-item]
+            callbacks=[FailureBook(job.run_dir, lease.token), SaveFirst(job.run_dir)],  # type: ignore[list-item]
         ),
         datasets={"train": StreamFactory(job, needed.cpus_per_task, lease.token)},
         dataset_config=stream.OrderedSplit(),

@@ -29,12 +29,14 @@ class Lease:
     """What a driver holds. Its `token` is written into generation.json, which is what keeps others out for good."""
 
     def __init__(self, run_dir: str) -> None:
-        self.run_dir, self.token = run_dir, uuid.uuid4().hex
+        self.run_dir, self.token, self.since, self._renewals = run_dir, uuid.uuid4().hex, time.time(), 0
         self.lost = ""
         """Who has it instead, once another driver took it. An outage of the storage alone loses nothing."""
 
-    def _about(self, renewals: int, since: float) -> bytes:
-        return json.dumps({"token": self.token, "renewals": renewals, "since": since, **_myself()}).encode()
+    def _about(self) -> bytes:
+        mine = {"token": self.token, "renewals": self._renewals, "since": self.since}
+        process = {"pid": os.getpid(), "started": _started(os.getpid())}
+        return json.dumps(mine | process | {"host": socket.gethostname(), "machine": _machine()}).encode()
 
     def take(self, ttl_s: float) -> None:
         """Raises UserError when another driver lives, as far as one can see."""
@@ -57,7 +59,8 @@ class Lease:
                 if time.monotonic() - watched_since < ttl_s:
                     time.sleep(ttl_s / 30)
                     continue
-            if storage.swap(where, content, self._about(0, time.time())):
+            self.since = time.time()
+            if storage.swap(where, content, self._about()):
                 return
 
     def keep(self, ttl_s: float, done: threading.Event) -> None:
@@ -66,13 +69,13 @@ class Lease:
         while not done.wait(ttl_s / 3):
             try:
                 content = _read(where)
-                now = _parsed(content)
-                if now.get("token") != self.token:
-                    self.lost = _name(now) if now else "nobody: lease.json was removed"
+                if content is not None and _parsed(content).get("token") != self.token:
+                    self.lost = _name(_parsed(content))
                     return
-                storage.swap(where, content, self._about(now["renewals"] + 1, now["since"]))  # if not: seen next time
+                self._renewals += 1
+                storage.swap(where, content, self._about())  # if another was faster, the next look tells
             except (OSError, UserError):
-                pass  # the storage is out, also for others; if not for them, the next look tells
+                pass  # the storage is out for others too; if not for them, a later look tells
 
     def release(self) -> None:
         """Leave it to whoever comes, unless it is another's already."""
@@ -119,12 +122,10 @@ def _parsed(content: bytes | None) -> dict[str, Any]:
 
 
 def _name(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another driver"
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder["since"]))
     return f"process {holder['pid']} on {holder['host']} since {since}"
-
-
-def _myself() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "machine": _machine()}
 
 
 def _machine() -> str:
@@ -145,7 +146,14 @@ def _started(pid: int) -> str:
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:
-    """Whether a driver is known to have ended; of another machine nobody knows."""
+    """Whether a driver is known to have ended; of another machine, or of another user, nobody knows."""
     here = _machine()
-    same = here and (holder.get("machine"), holder["host"]) == (here, socket.gethostname())
-    return bool(same) and _started(holder["pid"]) != holder.get("started")
+    if not here or (holder.get("machine"), holder["host"]) != (here, socket.gethostname()):
+        return False
+    try:
+        os.kill(holder["pid"], 0)  # sends nothing
+    except PermissionError:
+        return False
+    except ProcessLookupError:
+        return True
+    return _started(holder["pid"]) != holder.get("started")

@@ -78,9 +78,7 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
         decided = replace(decided, samples_seen=found.samples_seen, checkpoint=found.name, **books)
     if decided.samples_seen == before.samples_seen:
         decided = replace(decided, failures_in_place=max(0, before.failures_in_place + failed))
-    if _read(run_dir)[0] != content:  # a look before the one change that a later group would not survive
-        raise RunFailed(_TAKEN.format(run_dir))
-    dropped = _cut_metrics(run_dir, decided.metrics_bytes)
+    dropped = _cut_metrics(run_dir, decided.metrics_bytes, content)
     _decide(run_dir, content, decided)
     own = ("number", "fence", "metrics_bytes", "driver")
     facts = {key: value for key, value in asdict(decided).items() if key not in own}
@@ -103,14 +101,21 @@ def _decide(run_dir: str, before: bytes | None, generation: Generation) -> bytes
     return content
 
 
-def _cut_metrics(run_dir: str, length: int) -> int:
-    """Leave the first `length` bytes; the number of rows that went. Raises RunFailed when there are fewer."""
-    content = _bytes(_metrics(run_dir))
-    if len(content or b"") < length:
-        raise RunFailed(f"{_metrics(run_dir)} is shorter than at the last checkpoint; restore it")
-    if content is None or len(content) > length:
-        storage.write_bytes(_metrics(run_dir), (content or b"")[:length])
-    return len((content or b"")[length:].splitlines())
+def _cut_metrics(run_dir: str, length: int, decision: bytes) -> int:
+    """Leave the first `length` bytes; the number of rows that went.
+
+    Raises RunFailed when there are fewer, and when `decision` is not in force any more: a later group's rows are safe,
+    as nothing is cut but what was read before that was asked.
+    """
+    while True:
+        content = _bytes(_metrics(run_dir))
+        if _read(run_dir)[0] != decision:
+            raise RunFailed(_TAKEN.format(run_dir))
+        kept = (content or b"")[:length]
+        if len(kept) < length:
+            raise RunFailed(f"{_metrics(run_dir)} is shorter than at the last checkpoint; restore it")
+        if content == kept or storage.swap(_metrics(run_dir), content, kept):
+            return len((content or b"")[length:].splitlines())
 
 
 def forgive(run_dir: str, driver: str = "") -> None:
@@ -235,4 +240,6 @@ class MetricsLog:
         self.check()
         with self._lock:
             lines, self._waiting = "".join(self._waiting), []
-        storage.append(self._uri, lines)
+            start = self.bytes - len(lines)
+        # An outage may hold this up for minutes, in which a later group begins: then the length is another.
+        storage.append(self._uri, lines, start if storage.is_s3(self._uri) else None)
