@@ -78,6 +78,7 @@ class _OutageError(OSError):
 @contextlib.contextmanager
 def _s3_errors(uri: str) -> Iterator[None]:
     from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
 
     try:
         yield
@@ -102,6 +103,7 @@ def _s3_errors(uri: str) -> Iterator[None]:
         boto.IncompleteReadError,
         boto.ChecksumError,
         boto.FlexibleChecksumError,
+        ResponseParserError,
     ) as error:
         raise _OutageError(f"{uri}: {error}") from error
     except boto.BotoCoreError as error:
@@ -119,10 +121,10 @@ def _patient(operation: Callable[P, R]) -> Callable[P, R]:
             try:
                 return operation(*arguments, **options)
             except _OutageError:
-                wait_s = random.uniform(longest / 2, longest)  # apart, or all ranks would come back at once
-                if time.monotonic() + wait_s > deadline:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
                     raise
-            time.sleep(wait_s)
+            time.sleep(min(left_s, random.uniform(longest / 2, longest)))  # apart, or all ranks come back at once
             longest = min(2 * longest, 8.0)
 
     return patient
@@ -299,6 +301,8 @@ def list_files(uri: str) -> dict[str, int]:
         prefix = f"{key.rstrip('/')}/" if key else ""
         with _s3_errors(uri):
             for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                if "IsTruncated" not in page:  # boto3 takes an answer that broke off after its head for an empty one
+                    raise _OutageError(f"{uri}: the listing broke off")
                 rows = [row for row in page.get("Contents", []) if not row["Key"].endswith("/")]  # consoles' folders
                 found |= {row["Key"][len(prefix) :]: row["Size"] for row in rows}
     else:

@@ -134,7 +134,8 @@ def test_an_outage_is_waited_out(proxy: Proxy, s3_server: str, monkeypatch: pyte
         for thread in threads:
             thread.join(30)
         assert found.keys() >= set(names) and time.monotonic() - began < 20
-        assert all(found[name] == expected.get(name) for name in names)
+        wrong = [name for name in names if found[name] != expected.get(name)]
+        assert not wrong, [str(found[name])[:100] for name in wrong]
     assert storage.read_bytes(f"{s3_server}/lines") == b"line\n"
     assert storage.list_files(s3_server) == {"lines": 5, "new": len(CONTENT)}
 
@@ -157,7 +158,7 @@ def test_patience_has_an_end(proxy: Proxy, s3_server: str, monkeypatch: pytest.M
     began = time.monotonic()
     with pytest.raises(OSError, match=s3_server):
         storage.read_bytes(f"{s3_server}/x")
-    assert 1 < time.monotonic() - began < 4
+    assert 2 <= time.monotonic() - began < 4
 
 
 def test_a_put_whose_answer_was_lost_is_known_again(
