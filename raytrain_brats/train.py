@@ -12,7 +12,7 @@ from raytrain_brats import config, storage
 from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import checkpoint, cluster, job, launch
+from raytrain_brats.run import checkpoint, cluster, job, launch, lease
 from raytrain_brats.run.validate import validated
 
 HOME = "~/raytrain_brats"
@@ -61,15 +61,16 @@ def work(args: Args) -> None:
     if found and found.samples_seen >= todo.plan.total and scored:
         print(f"{todo.run_dir} is finished: {todo.plan.total:,} samples; evaluate it, or give another --run-dir")
         return
-    cluster.connect()
-    needed = launch.check(todo)
-    kind = "GPU" if needed.gpus else "CPU"
-    done = f"{found.samples_seen:,} of them done" if found else "a new run"
-    print(
-        f"{len(todo.train_cases)} cases to train on, {len(todo.held_out_cases)} held out; "
-        f"{needed.low} to {needed.high} {kind} workers; {todo.plan.total:,} samples, {done}"
-    )
-    launch.train(todo, needed)
+    with lease.hold(todo.run_dir) as held:
+        cluster.connect()
+        needed = launch.check(todo)
+        kind = "GPU" if needed.gpus else "CPU"
+        done = f"{found.samples_seen:,} of them done" if found else "a new run"
+        print(
+            f"{len(todo.train_cases)} cases to train on, {len(todo.held_out_cases)} held out; "
+            f"{needed.low} to {needed.high} {kind} workers; {todo.plan.total:,} samples, {done}"
+        )
+        launch.train(todo, needed, held)
     print(f"done: {todo.run_dir}")
 
 

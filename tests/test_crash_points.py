@@ -2,6 +2,7 @@
 
 A forked child does the work and dies before its n-th call that touches the disk, for every n until it gets through.
 Power loss is worse than a kill: a file falls back to what it was at its last fsync, as a disk may do.
+On S3 the child dies before its n-th put or delete; after the n-th is before the next, or the end.
 """
 
 import builtins
@@ -9,12 +10,15 @@ import io
 import json
 import os
 import shutil
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from botocore.client import BaseClient
 
 from raytrain_brats import storage
 from raytrain_brats.run import checkpoint, ledger
@@ -93,57 +97,94 @@ def state_of(seen: int, length: int) -> dict[str, Any]:
     return {"samples_seen": seen, "metrics_bytes": length, "bad_in_epoch": 0}
 
 
-def begun(folder: Path) -> None:
+def die_before_request(last: int) -> None:
+    """Die before put or delete number `last` reaches S3."""
+    left, real = [last], BaseClient._make_api_call
+
+    def call(self: Any, operation: str, arguments: Any) -> Any:
+        if not operation.startswith(("Get", "Head", "List")):
+            if left[0] == 0:
+                os._exit(9)
+            left[0] -= 1
+        return real(self, operation, arguments)
+
+    BaseClient._make_api_call = call
+
+
+def begun(folder: str) -> None:
     """A run with rows 4 and 8 and a checkpoint at 8, of worker group 1."""
-    log = MetricsLog(str(folder), ledger.begin_generation(str(folder)))
+    log = MetricsLog(folder, ledger.begin_generation(folder))
     for seen in (4, 8):
         log.add({"samples_seen": seen})
     log.flush()
-    checkpoint.save(str(folder), 8, 1, {"a": torch.ones(4)}, state_of(8, log.bytes))
+    checkpoint.save(folder, 8, 1, {"a": torch.ones(4)}, state_of(8, log.bytes))
 
 
-def go_on(folder: Path) -> None:
+def go_on(folder: str) -> None:
     """What a worker group does from 8 to 16, checkpoint and clean-up included."""
-    generation = ledger.current(str(folder))
+    generation = ledger.current(folder)
     assert generation is not None
-    log = MetricsLog(str(folder), generation)
-    log.bytes = (folder / "metrics.jsonl").stat().st_size
+    log = MetricsLog(folder, generation)
+    log.bytes = len(storage.read_bytes(storage.join(folder, "metrics.jsonl")))
     for seen in (12, 16):
         log.add({"samples_seen": seen})
     log.flush()
-    checkpoint.save(str(folder), 16, generation.number, {"a": torch.zeros(4)}, state_of(16, log.bytes), fence=log.check)
-    checkpoint.prune(str(folder), 1, generation.number)
+    checkpoint.save(folder, 16, generation.number, {"a": torch.zeros(4)}, state_of(16, log.bytes), fence=log.check)
+    checkpoint.prune(folder, 1, generation.number)
 
 
-def start_again(folder: Path) -> None:
-    ledger.begin_generation(str(folder))
+def start_again(folder: str) -> None:
+    ledger.begin_generation(folder)
+
+
+def in_child(*todo: Callable[[], Any]) -> int:
+    """Exit code of a process of its own that does all this."""
+    child = os.fork()
+    if child == 0:
+        try:
+            for do in todo:
+                do()
+        except BaseException:  # noqa: BLE001 (or the child would go on with the tests)
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def check_every_point(place: Callable[[int], str], work: Any, arm: Callable[[int], Any]) -> int:
+    """After each death: a valid checkpoint, old or new, whose rows are all there and no others; a start that works."""
+    ends = set()
+    for last in range(200):
+        folder = place(last)
+        begun(folder)
+        code = in_child(partial(arm, last), partial(work, folder))
+        assert code in (0, 9)
+
+        found, damaged = checkpoint.newest_valid(folder)
+        assert found is not None and not damaged
+        generation = ledger.begin_generation(folder)
+        ends.add(generation.samples_seen)
+        assert generation.samples_seen == found.samples_seen
+        assert [row["samples_seen"] for row in ledger.read_rows(folder)] == [*range(4, found.samples_seen + 1, 4)]
+        events = storage.read_bytes(storage.join(folder, "events.jsonl")).decode()
+        assert all(json.loads(line) for line in events.splitlines() if line[-1:] == "}")
+        if not storage.is_s3(folder):
+            shutil.rmtree(folder)
+        if code == 0:
+            break
+    assert ends == ({8, 16} if work is go_on else {8})
+    return last
 
 
 @pytest.mark.parametrize("power_loss", [False, True], ids=["kill", "power loss"])
 @pytest.mark.parametrize("work", [go_on, start_again])
 def test_every_crash_point_leaves_a_state_to_go_on_from(tmp_path: Path, work: Any, power_loss: bool) -> None:
-    """After each: a valid checkpoint, old or new, whose rows are all there and no others, and a start that works."""
-    ends = set()
-    for last in range(200):
-        folder = tmp_path / f"{last}"
-        begun(folder)
-        child = os.fork()
-        if child == 0:
-            Disk(last, power_loss)
-            work(folder)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        assert code in (0, 9)
+    """On a local disk, before every call that touches it."""
+    assert 8 < check_every_point(lambda n: str(tmp_path / f"{n}"), work, lambda n: Disk(n, power_loss)) < 199
 
-        found, damaged = checkpoint.newest_valid(str(folder))
-        assert found is not None and not damaged
-        generation = ledger.begin_generation(str(folder))
-        ends.add(generation.samples_seen)
-        assert generation.samples_seen == found.samples_seen
-        assert [row["samples_seen"] for row in ledger.read_rows(str(folder))] == [*range(4, found.samples_seen + 1, 4)]
-        assert all(json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines() if line[-1:] == "}")
-        shutil.rmtree(folder)
-        if code == 0:
-            break
-    assert last > 8 and ends == ({8, 16} if work is go_on else {8})
+
+@pytest.mark.parametrize("work", [go_on, start_again])
+def test_every_crash_point_on_s3_leaves_a_state_to_go_on_from(s3_server: str, work: Any) -> None:
+    """On S3, before every request that changes something."""
+    deaths = check_every_point(lambda n: f"{s3_server}/{n}", work, die_before_request)
+    assert deaths == (7 if work is go_on else 3)

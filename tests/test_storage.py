@@ -106,6 +106,49 @@ def test_concurrent_puts_are_never_torn(root: str) -> None:
         assert [path.name for path in Path(root).iterdir()] == ["object"]
 
 
+def test_swap_replaces_only_what_was_expected(root: str) -> None:
+    """None stands for no object; whoever is too late is told so and changes nothing."""
+    uri = storage.join(root, "books", "x")
+    assert not storage.swap(uri, b"", b"1") and not storage.exists(uri)
+    assert storage.swap(uri, None, b"1")
+    assert not storage.swap(uri, None, b"2") and not storage.swap(uri, b"", b"2")
+    assert storage.swap(uri, b"1", b"2") and not storage.swap(uri, b"1", b"2")
+    assert storage.read_bytes(uri) == b"2" and storage.list_files(root) == {"books/x": 1}
+
+
+def test_concurrent_swaps_lose_nothing(root: str) -> None:
+    """Six counters on one object: every success counts."""
+    uri = storage.join(root, "count")
+
+    def work(number: int) -> None:
+        for turn in range(4):
+            while True:
+                before = storage.read_bytes(uri) if storage.exists(uri) else None
+                if storage.swap(uri, before, (before or b"") + f"{number}.{turn} ".encode()):
+                    break
+
+    in_threads(6, work)
+    assert sorted(storage.read_bytes(uri).split()) == sorted(f"{n}.{t}".encode() for n in range(6) for t in range(4))
+
+
+def test_a_lock_that_never_comes_free_and_one_that_does_not_work_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder may have been stopped; some network file systems lock nothing unless mounted so."""
+    uri = str(tmp_path / "x")
+    monkeypatch.setattr(storage, "_LOCK_S", 0.2)
+    with storage._locked(Path(uri)), pytest.raises(OSError, match="another process has held its lock"):
+        storage.swap(uri, None, b"1")
+    assert storage.swap(uri, None, b"1")
+
+    def unknown(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(storage.fcntl, "flock", unknown)
+    with pytest.raises(UserError, match=r"does not lock files .*-o flock"):
+        storage.swap(uri, b"1", b"2")
+
+
 def test_a_failed_local_write_leaves_the_old_bytes_and_no_temporary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +235,7 @@ def test_one_spelling_per_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert storage.normal(spelling) == place
     assert storage.normal("s3://bucket/key/") == "s3://bucket/key"
     assert storage.join("s3://bucket/", "/a/", "b") == "s3://bucket/a/b"
-    for wrong in ("gs://bucket/x", "https://host/x", "hdfs://x"):
+    for wrong in ("gs://bucket/x", "https://host/x", "hdfs://x", "s3:/bucket/x", "s3:bucket"):
         with pytest.raises(UserError, match="only local paths and s3://"):
             storage.normal(wrong)
 

@@ -34,7 +34,8 @@ _ENVIRONMENT = {
 
 # Where S3 is; workers on other nodes inherit their node's environment, not ours. Never credentials: they would show
 # in the dashboard.
-_PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+_PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", storage.PATIENCE)
+_PATIENCE_S = "180"  # a run outlives an outage of S3 of this length; the command at the door does not wait for it
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def connect(local_cpus: int | None = None) -> None:
     quiet: Any = {"log_to_driver": verbose, "logging_level": "WARNING" if verbose else "ERROR"}
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     given = (job.get("runtime_env") or {}).get("env_vars") or {}  # Ray refuses to be given a variable twice
-    if passed := {name: os.environ[name] for name in _PASSED_ON if name in os.environ and name not in given}:
+    wanted = {storage.PATIENCE: _PATIENCE_S} | {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    if passed := {name: value for name, value in wanted.items() if name not in given}:
         quiet["runtime_env"] = {"env_vars": passed}
     try:
         if address and address != "local":

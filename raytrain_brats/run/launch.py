@@ -21,6 +21,7 @@ from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint, cluster, ledger, saving
 from raytrain_brats.run.job import Job, write_config
+from raytrain_brats.run.lease import Lease
 from raytrain_brats.run.loop import train_worker
 from raytrain_brats.run.progress import Progress
 from raytrain_brats.run.saving import SaveFirst
@@ -33,9 +34,11 @@ class StreamFactory:
 
     job: Job
     cpus_per_task: float
+    driver: str
+    """Token of the driver's lease."""
 
     def __call__(self) -> Any:
-        generation = ledger.begin_generation(self.job.run_dir)
+        generation = ledger.begin_generation(self.job.run_dir, self.driver)
         job, again = self.job, generation.failures_in_place
         if again > job.config.run.max_failures_in_place:
             causes = [e["error"] for e in ledger.read_events(job.run_dir) if e["event"] == "failure"]
@@ -51,12 +54,15 @@ class FailureBook(UserCallback):
     """Lives in Ray Train's controller: notes why workers failed, also those that were killed."""
 
     run_dir: str
+    driver: str
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         generation = ledger.current(self.run_dir)
         rank, error = min(worker_exceptions.items())
         lines = str(error).strip().splitlines() or [type(error).__name__]
         cause = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[0])[:500]
+        if generation and generation.driver != self.driver:
+            return  # fenced off by the driver that took the run over: none of its groups failed
         number = generation.number if generation else 0
         ledger.event(self.run_dir, "failure", generation=number, rank=rank, error=cause)
 
@@ -68,10 +74,10 @@ def check(job: Job) -> cluster.Resources:
     return needed
 
 
-def train(job: Job, needed: cluster.Resources) -> None:
+def train(job: Job, needed: cluster.Resources, lease: Lease) -> None:
     """Train until the plan's end. Raises RunFailed when it had to give up; what was committed stays."""
+    ledger.forgive(job.run_dir, lease.token)
     write_config(job)
-    ledger.forgive(job.run_dir)
     facts = {
         "workers": f"{needed.low}:{needed.high}",
         "route": job.route,
@@ -86,7 +92,7 @@ def train(job: Job, needed: cluster.Resources) -> None:
     launched, began = time.time(), time.perf_counter()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     with Progress(job), Watch(job.run_dir, run_id, job.config.run.hang_timeout_s):
-        problem = _fit(job, needed, run_id)
+        problem = _fit(job, needed, lease, run_id)
     events = ledger.recent(job.run_dir)[1]
     found, _ = checkpoint.newest_valid(job.run_dir)
     if problem or found is None or found.samples_seen < job.plan.total:
@@ -96,7 +102,7 @@ def train(job: Job, needed: cluster.Resources) -> None:
     ledger.event(job.run_dir, "finish", samples_seen=job.plan.total, seconds=round(time.perf_counter() - began, 1))
 
 
-def _fit(job: Job, needed: cluster.Resources, run_id: str) -> str:
+def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
     """Run Ray Train to its end; why it failed, or an empty string."""
     resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
     workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
@@ -117,9 +123,9 @@ def _fit(job: Job, needed: cluster.Resources, run_id: str) -> str:
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[FailureBook(job.run_dir), SaveFirst(job.run_dir)],  # type: ignore[list-item]
+            callbacks=[FailureBook(job.run_dir, lease.token), SaveFirst(job.run_dir)],  # type: ignore[list-item]
         ),
-        datasets={"train": StreamFactory(job, needed.cpus_per_task)},
+        datasets={"train": StreamFactory(job, needed.cpus_per_task, lease.token)},
         dataset_config=stream.OrderedSplit(),
     )
     # In a thread, so that Ctrl-C reaches us: on the main thread Ray's own handler ends the process without a word.
@@ -128,6 +134,9 @@ def _fit(job: Job, needed: cluster.Resources, run_id: str) -> str:
         try:
             while not fitting.done():
                 time.sleep(0.2)
+                if lease.lost:
+                    ray.shutdown()
+                    raise RunFailed(f"the run was taken over by {lease.lost}; this driver ends")
         except KeyboardInterrupt:
             print("saving a checkpoint ...", flush=True)
             try:

@@ -23,6 +23,7 @@ from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint
 
 _TAIL_BYTES = 1 << 16
+_TAKEN = "another driver has taken {} over; this one ends, and the run goes on there"
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,23 @@ class Generation:
     rolled_back_from: int = -1
     """Position at which steps ceased to be finite, and how often groups came back to it."""
     roll_backs: int = 0
+    driver: str = ""
+    """Token of the driver's lease: no other driver may begin a group."""
 
 
-def begin_generation(run_dir: str) -> Generation:
+def begin_generation(run_dir: str, driver: str = "") -> Generation:
     """Choose the newest valid checkpoint, cut the books back to it, and record the decision.
 
-    Raises RunFailed, and leaves books and checkpoints as they are, when none is valid although there were some.
+    Raises RunFailed, and leaves books and checkpoints as they are, when none is valid although there were some, or when
+    the run is not this `driver`'s any more ("" does not ask).
     """
-    before = current(run_dir) or Generation(0)
+    content, known = _read(run_dir)
+    before = known or Generation(0, driver=driver)
+    if driver and before.driver != driver:
+        raise RunFailed(_TAKEN.format(run_dir))
     fence = max(before.number, before.fence) + 1
-    _decide(run_dir, replace(before, fence=fence))  # first of all: from here on no older group passes its fence
+    # First of all: from here on no older group passes its fence.
+    content = _decide(run_dir, content, replace(before, fence=fence))
     _end_torn_line(run_dir)
 
     def late(generation: int, seen: int) -> bool:  # committed by a group that had been replaced: its rows are gone
@@ -70,7 +78,8 @@ def begin_generation(run_dir: str) -> Generation:
         checkpoint.discard(run_dir, name)
     happened = [e for e in recent(run_dir)[1] if e.get("generation") == before.number]
     failed = any(e["event"] == "failure" for e in happened)
-    decided = Generation(fence, fence=fence, rolled_back_from=before.rolled_back_from, roll_backs=before.roll_backs)
+    decided = replace(before, number=fence, samples_seen=0, checkpoint=None, failures_in_place=0, fence=fence)
+    decided = replace(decided, metrics_bytes=0, bad_in_epoch=0)
     for e in happened:
         if e["event"] == "roll_back":
             again = before.roll_backs if e["first"] == before.rolled_back_from else 0
@@ -81,8 +90,8 @@ def begin_generation(run_dir: str) -> Generation:
     if decided.samples_seen == before.samples_seen:
         decided = replace(decided, failures_in_place=max(0, before.failures_in_place + failed))
     last_row = recent(run_dir)[0][-1:]
-    dropped = _cut_metrics(run_dir, decided.metrics_bytes)
-    _decide(run_dir, decided)
+    dropped = _cut_metrics(run_dir, decided.metrics_bytes, content)
+    _decide(run_dir, content, decided)
     facts: dict[str, Any] = {"samples_seen": decided.samples_seen, "checkpoint": decided.checkpoint}
     facts |= {"failures_in_place": decided.failures_in_place, "redone_steps": dropped}
     event(run_dir, "group", generation=decided.number, last_row=last_row[0].get("time") if last_row else None, **facts)
@@ -96,33 +105,55 @@ def _checkpoints_on_record(run_dir: str, late: Callable[[int, int], bool]) -> It
             yield e
 
 
-def _decide(run_dir: str, generation: Generation) -> None:
-    storage.write_bytes(storage.join(run_dir, "generation.json"), json.dumps(asdict(generation)).encode())
+def _decide(run_dir: str, before: bytes | None, generation: Generation) -> bytes:
+    """Put generation.json in place of what was read. Raises RunFailed when another driver was there in between."""
+    content = json.dumps(asdict(generation)).encode()
+    if not storage.swap(storage.join(run_dir, "generation.json"), before, content):
+        raise RunFailed(_TAKEN.format(run_dir))
+    return content
 
 
-def _cut_metrics(run_dir: str, length: int) -> int:
-    """Leave the first `length` bytes; the number of rows that went. Raises RunFailed when there are fewer."""
-    content = _bytes(_metrics(run_dir))
-    if len(content or b"") < length:
-        raise RunFailed(f"{_metrics(run_dir)} is shorter than at the last checkpoint; restore it")
-    if content is None or len(content) > length:
-        storage.write_bytes(_metrics(run_dir), (content or b"")[:length])
-    return len((content or b"")[length:].splitlines())
+def _cut_metrics(run_dir: str, length: int, decision: bytes) -> int:
+    """Leave the first `length` bytes; the number of rows that went.
+
+    Raises RunFailed when there are fewer, and when `decision` is not in force any more: a later group's rows are safe,
+    as nothing is cut but what was read before that was asked.
+    """
+    while True:
+        content = _bytes(_metrics(run_dir))
+        if _read(run_dir)[0] != decision:
+            raise RunFailed(_TAKEN.format(run_dir))
+        kept = (content or b"")[:length]
+        if len(kept) < length:
+            raise RunFailed(f"{_metrics(run_dir)} is shorter than at the last checkpoint; restore it")
+        if content == kept or storage.swap(_metrics(run_dir), content, kept):
+            return len((content or b"")[length:].splitlines())
 
 
-def forgive(run_dir: str) -> None:
-    """A person started the run again: earlier failures in place no longer count."""
+def forgive(run_dir: str, driver: str = "") -> None:
+    """A person started the run again: earlier failures in place no longer count; from now on it is this driver's."""
     _end_torn_line(run_dir)
-    if before := current(run_dir):
-        _decide(run_dir, replace(before, failures_in_place=-1))
+    for last in (False, False, True):  # the driver before us may still be beginning a group: at most twice
+        content, before = _read(run_dir)
+        try:
+            if before or driver:
+                _decide(run_dir, content, replace(before or Generation(0), failures_in_place=-1, driver=driver))
+            return
+        except RunFailed:
+            if last:
+                raise
 
 
 def current(run_dir: str) -> Generation | None:
+    return _read(run_dir)[1]
+
+
+def _read(run_dir: str) -> tuple[bytes | None, Generation | None]:
+    """generation.json as it is and as it reads; None when there is none."""
     where = storage.join(run_dir, "generation.json")
+    content = _bytes(where)
     try:
-        return Generation(**json.loads(storage.read_bytes(where)))
-    except FileNotFoundError:
-        return None
+        return content, None if content is None else Generation(**json.loads(content))
     except (ValueError, TypeError) as error:
         raise RunFailed(f"{where} is damaged ({error}); remove it: the checkpoints say where to go on") from error
 
@@ -253,6 +284,11 @@ class MetricsLog:
             return
         with self._lock:
             lines = list(self._waiting)
-        storage.append(self._uri, "".join(lines))
+            start = self.bytes - sum(map(len, lines))
+        # An outage may hold this up for minutes, in which a later group begins: then the length is another.
+        try:
+            storage.append(self._uri, "".join(lines), start)
+        except FileExistsError as error:
+            raise RuntimeError(f"another worker group has written: {error}") from error
         with self._lock:
             del self._waiting[: len(lines)]
