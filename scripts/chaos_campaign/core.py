@@ -14,6 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint, ledger
@@ -53,7 +55,7 @@ def draw(rng: random.Random, world_size: int) -> Fault:
     late = rng.random() < 0.5 or not target
     return Fault(
         target,
-        visit=1 if target == "load" else rng.randint(1, 2 if target in WRITING else 10),
+        visit=1 if target == "load" else rng.randint(1, 2 if target in WRITING else 6),
         delay_s=rng.uniform(0, 0.003 if target else 0.6) if late else 0.0,
         rank=0 if target in WRITING or rest == "pause" else rng.randrange(world_size),
         everyone=rng.random() < 0.3,
@@ -99,15 +101,16 @@ class Campaign:
         faults: Callable[[random.Random, int], Fault] = draw,
         controller_share: float = 0.08,
         stop_early: bool = False,
+        minutes: float = 1e9,
     ) -> None:
         self.setting, self.seed, self.progress, self.twist, self.faults = setting, seed, progress, twist, faults
         self.controller_share, self.stop_early = controller_share, stop_early
-        self.rng, self.figures = random.Random(seed), Figures()
+        self.rng, self.figures, self._until = random.Random(seed), Figures(), time.monotonic() + 60 * minutes
         self._zombies: list[tuple[Process, float]] = []
 
     def run(self, kills: int) -> Figures:
         self._wanted, figures = kills, self.figures
-        while figures.kills + (figures.pauses if self.stop_early else 0) < kills and not self._stop():
+        while figures.kills + (figures.pauses if self.stop_early else 0) < self._wanted and not self._stop():
             number = figures.runs
             seed = self.seed * 1000 + number
             todo = self.setting.job(f"run-{seed}-{number}", seed)
@@ -189,6 +192,8 @@ class Campaign:
 
     def _disturb(self, todo: Job, group: Group) -> bool:
         """Strike the group; True when it came to the end of the run before that."""
+        if time.monotonic() > self._until:
+            self._wanted = self.figures.kills  # out of time: this run to its end, then no more
         fault = self.faults(self.rng, group.world_size)
         if self.figures.kills < self._wanted:
             self._wait_for(group, fault)
@@ -262,3 +267,36 @@ class Campaign:
         done = any(e["event"] == "checkpoint" for e in ledger.read_events(todo.run_dir))
         if done and found is None:
             self._violation(todo, "no valid checkpoint is left")
+
+
+def section(folder: Path, seed: int, kills: int, minutes: float, progress: Progress) -> dict[str, Any]:
+    """The report's entry for `kills` kills."""
+    setting = Setting(folder)
+    setting.warm()
+    began = time.monotonic()
+    found = Campaign(setting, seed, progress, minutes=minutes).run(kills)
+    spent = time.monotonic() - began
+    redone = found.redone
+    figures = {
+        "kills": found.kills,
+        "violations": len(found.violations),
+        "processes killed by them": found.processes,
+        "kills of the controller amid its decision": found.controller_kills,
+        "worker groups": found.groups,
+        "runs finished and compared with one worker undisturbed": found.runs,
+        "zombies: groups whose ranks lived on beside the next one": found.lingered,
+        "zombies: rank 0 stopped, woken beside the next group (no kill)": found.pauses,
+        "steps done again per kill, mean": round(sum(redone) / max(1, found.kills), 2),
+        "steps done again per kill, most": max(redone, default=0),
+        "world sizes (groups)": ", ".join(f"{w} ({n})" for w, n in sorted(found.worlds.items())),
+        "temporary files left beside the books": found.leftovers,
+        "kills a minute, checks included": round(found.kills / spent * 60, 1),
+    }
+    phases = [
+        {"phase": COVERED.get(phase, phase), "thread": thread, "kills": number, "share": f"{number / found.kills:.1%}"}
+        for thread, counts in (("training", found.main), ("writer", found.writer))
+        for phase, number in counts.most_common()
+    ]
+    short = [] if found.kills >= kills else [f"{found.kills} of {kills} kills in {minutes:g} minutes"]
+    tables = {"Where the kills landed (a kill amid a save counts in both threads):": phases}
+    return {"figures": figures, "tables": tables, "failures": found.violations + found.shortfalls() + short}

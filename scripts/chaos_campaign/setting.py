@@ -5,6 +5,7 @@ Out: a `Job`; a rank's stream; the end of the undisturbed run; what is wrong wit
 """
 
 import dataclasses
+import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 
 from raytrain_brats import verify
-from raytrain_brats.config import parse
+from raytrain_brats.config import Config, parse
 from raytrain_brats.data import plan as plans
+from raytrain_brats.data import store as stores
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.data.stream import window_patches
@@ -33,7 +35,7 @@ class Setting:
         torch.set_num_threads(1)  # ranks are forked from here: no pool of threads may be alive
         plans.STRETCH_WINDOWS = 8  # several stretches a run, as in a long one
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        self.folder, self._data = folder, folder / "data"
+        self.folder, self._data, self._store = folder, folder / "data", folder / "store"
         self._steps, self._global_batch, self._reduction = steps, global_batch, reduction
         self._ends: dict[int, End] = {}
         if not self._data.exists():
@@ -55,15 +57,31 @@ class Setting:
             "checkpoint": {"every_samples": 2 * self._global_batch},
             "run": {"compare_weights_steps": 8},
         }
-        made = job.build(parse(config, "chaos"), str(self.folder / name), str(self._data), "")
+        parsed, run_dir = parse(config, "chaos"), str(self.folder / name)
+        self._prepare(parsed)
+        if seed % 4:
+            made = job.build(parsed, run_dir, "", str(self._store))
+        else:  # now and then straight from .nii.gz, which costs more
+            made = job.build(parsed, run_dir, str(self._data), "")
         assert len(made.train_cases) == 5, "the fold of the seven cases"
         return dataclasses.replace(made, held_out_cases=())  # nothing to validate
+
+    def _prepare(self, config: Config) -> None:
+        if (self._store / "index.jsonl").exists():
+            return
+        options = job.preprocessing(config)
+        manifest, source = job.open_cases(config, str(self._data))
+        cases = tuple(stores.put(str(self._store), source, case, options) for case in manifest.cases)
+        stores.write_index(str(self._store), dataclasses.replace(manifest, cases=cases), options)
 
     def warm(self) -> None:
         """Train a few steps here: everything that is imported late is there before ranks are forked."""
         steps, self._steps = self._steps, 4
-        train_alone(self.job("warm", 0))
+        for seed in (0, 1):  # both routes
+            train_alone(self.job(f"warm-{seed}", seed))
         self._steps = steps
+        gc.collect()
+        gc.freeze()  # a forked child that collects would copy every page
 
     def end(self, seed: int) -> "End":
         """How the run of this seed ends with one worker, undisturbed."""
