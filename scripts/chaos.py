@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=1000, help="of core")
     parser.add_argument("--flips", type=int, default=10_000, help="of bits")
     parser.add_argument("--changes", type=int, default=48, help="of storm")
+    parser.add_argument("--sizes", type=int, nargs="+", default=range(1, 9), help="of storm: numbers of workers")
     parser.add_argument("--control", action="append", help="only this one; may be repeated")
     parser.add_argument("--minutes", type=float, default=120.0, help="core stops (and fails) when it takes longer")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
@@ -72,7 +73,7 @@ def run_section(
         return lambda: bits.section(folder, options.seed, options.flips, told)
     from scripts.chaos_campaign import storm
 
-    return lambda: storm.section(folder, options.seed, options.changes, told)
+    return lambda: storm.section(folder, options.seed, options.changes, told, tuple(options.sizes))
 
 
 def progress(name: str) -> Callable[[int, int, str], None]:

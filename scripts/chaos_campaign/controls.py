@@ -57,8 +57,8 @@ def without_marker() -> None:
         about = {f: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for f, c in contents.items()}
         manifest = {"format": 1, "samples_seen": samples_seen, "generation": generation, "files": about}
         fence()
-        contents = {"MANIFEST.json": json.dumps(manifest | {"sha256": checkpoint._digest(manifest)}).encode()} | contents
-        for file, content in contents.items():
+        first = json.dumps(manifest | {"sha256": checkpoint._digest(manifest)}).encode()
+        for file, content in ({"MANIFEST.json": first} | contents).items():
             storage.write_bytes(storage.join(run_dir, "checkpoints", name, file), content)
             time.sleep(PAUSE_S)
         return checkpoint.Checkpoint(name, samples_seen, generation, sum(map(len, contents.values())))

@@ -53,9 +53,8 @@ class Process:
     """A child, ended and waited for by its own id."""
 
     def __init__(self, pid: int) -> None:
-        self.pid, self.code = pid, None
-
-    code: int | None
+        self.pid = pid
+        self.code: int | None = None
 
     def over(self) -> bool:
         if self.code is None:
@@ -96,9 +95,7 @@ class Group:
             def mark(phase: str, samples_seen: int | None = None) -> None:
                 self.board.put(rank, MAIN, phase)
 
-            loop.train_rank(
-                todo, generation, rank, world_size, CPU, mark, stream(todo, generation, rank, world_size)
-            )
+            loop.train_rank(todo, generation, rank, world_size, CPU, mark, stream(todo, generation, rank, world_size))
 
         self.processes = [
             Process(forked(log, lambda rank=rank: rank_work(rank))) for rank in range(world_size)
@@ -106,12 +103,12 @@ class Group:
 
     def over(self) -> bool:
         """Whether any rank is gone: then the others cannot go on."""
-        return any([process.over() for process in self.processes])
+        return any(process.over() for process in self.processes)
 
     def finish(self, patience_s: float = 180.0) -> bool:
         """Wait for the end; whether all ranks came to it by themselves. Whoever hangs is killed."""
         until = time.monotonic() + patience_s
-        while not all([p.over() for p in self.processes]) and time.monotonic() < until:
+        while not all(p.over() for p in self.processes) and time.monotonic() < until:
             if any(p.code not in (None, 0) for p in self.processes):
                 until = min(until, time.monotonic() + 5)
             time.sleep(0.002)

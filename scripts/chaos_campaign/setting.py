@@ -123,7 +123,9 @@ class End:
     @cached_property
     def _loaded(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         found, damaged = checkpoint.newest_valid(self.job.run_dir)
-        assert found is not None and not damaged and found.samples_seen == self.job.plan.total
+        assert found is not None
+        assert not damaged
+        assert found.samples_seen == self.job.plan.total
         return checkpoint.load(self.job.run_dir, found.name)
 
     def differs_from(self, other: "End") -> str:
@@ -165,9 +167,6 @@ def faults_at_end(todo: Job, calm: End) -> list[str]:
     files = sorted(p for p in Path(todo.run_dir, "checkpoints").rglob("*") if p.is_file())
     if len(kept) > todo.config.checkpoint.keep or len(files) != 3 * len(kept):
         wrong.append(f"left in checkpoints/: {[p.name for p in files]}")
+    if left := [p.name for p in Path(todo.run_dir).iterdir() if p.name.startswith(".")]:
+        wrong.append(f"temporary files left beside the books: {left}")
     return wrong
-
-
-def leftovers(todo: Job) -> list[Path]:
-    """Temporary files beside the books."""
-    return [p for p in Path(todo.run_dir).iterdir() if p.name.startswith(".")]
