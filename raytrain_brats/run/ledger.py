@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from raytrain_brats import storage
@@ -52,6 +53,7 @@ def begin_generation(run_dir: str) -> Generation:
     before = current(run_dir) or Generation(0)
     fence = max(before.number, before.fence) + 1
     _decide(run_dir, replace(before, fence=fence))  # first of all: from here on no older group passes its fence
+    _sweep(run_dir)
     _end_torn_line(run_dir)
 
     def late(generation: int, seen: int) -> bool:  # committed by a group that had been replaced: its rows are gone
@@ -80,8 +82,8 @@ def begin_generation(run_dir: str) -> Generation:
     if decided.samples_seen == before.samples_seen:
         decided = replace(decided, failures_in_place=max(0, before.failures_in_place + failed))
     last_row = recent(run_dir)[0][-1:]
+    _decide(run_dir, decided)  # before the cut: from here on a commit that was amid its fence is late, its rows may go
     dropped = _cut_metrics(run_dir, decided.metrics_bytes)
-    _decide(run_dir, decided)
     facts: dict[str, Any] = {"samples_seen": decided.samples_seen, "checkpoint": decided.checkpoint}
     facts |= {"failures_in_place": decided.failures_in_place, "redone_steps": dropped}
     event(run_dir, "group", generation=decided.number, last_row=last_row[0].get("time") if last_row else None, **facts)
@@ -97,6 +99,14 @@ def _checkpoints_on_record(run_dir: str, late: Callable[[int, int], bool]) -> It
 
 def _decide(run_dir: str, generation: Generation) -> None:
     storage.write_bytes(storage.join(run_dir, "generation.json"), json.dumps(asdict(generation)).encode())
+
+
+def _sweep(run_dir: str) -> None:
+    """Remove what controllers left beside the books that were killed amid a write; nobody else writes these whole."""
+    if not storage.is_s3(run_dir):
+        for name in ("generation.json", "metrics.jsonl"):
+            for path in Path(run_dir).glob(f".{name}.*.tmp"):
+                path.unlink(missing_ok=True)
 
 
 def _cut_metrics(run_dir: str, length: int) -> int:
@@ -214,8 +224,8 @@ class MetricsLog:
 
     def add(self, row: dict[str, Any]) -> None:
         line = json.dumps(row) + "\n"
-        self.bytes += len(line)
         with self._lock:
+            self.bytes += len(line)
             self._waiting.append(line)
         if not storage.is_s3(self._uri):
             self.check()
@@ -225,9 +235,15 @@ class MetricsLog:
     def _put(self, sync: bool = False) -> None:
         """Write what waits. A part that a full disk cut off is taken back, so the file always ends with a row."""
         with self._lock, open(self._uri, "ab") as file:
-            end = os.path.getsize(self._uri)
+            lines = "".join(self._waiting).encode()
+            end = self.bytes - len(lines)
+            if (length := os.path.getsize(self._uri)) != end:
+                self.check()
+                if length < end:
+                    raise RuntimeError(f"{self._uri} was cut by somebody else")
+                os.truncate(self._uri, end)  # a replaced group had passed its fence just before, and wrote after all
             try:
-                file.write("".join(self._waiting).encode())
+                file.write(lines)
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
