@@ -72,8 +72,14 @@ def without_cut() -> None:
 
 
 def without_fence() -> None:
-    """A replaced group writes on."""
-    MetricsLog.check = lambda log: None
+    """A replaced group writes on, and nobody minds that the rows' file has another length than its own rows."""
+
+    def put(log: MetricsLog, sync: bool = False) -> None:
+        with log._lock, open(log._uri, "a") as file:
+            file.write("".join(log._waiting))
+            log._waiting.clear()
+
+    MetricsLog.check, MetricsLog._put = lambda log: None, put
 
 
 def without_tree() -> None:
