@@ -2,7 +2,8 @@
 
 In: nothing but the options. Out: a table and docs/benchmarks/reduction.json.
 
-Run as `.venv/bin/python scripts/bench_reduction.py [--steps N] [--out FILE]` after `scripts/venv dev`, on an idle machine.
+Run as `.venv/bin/python scripts/bench_reduction.py [--steps N] [--out FILE]` after `scripts/venv dev`, on an idle
+machine.
 Patches are random numbers made before; augmentation is on; one torch thread a rank; gloo on one machine.
 """
 

@@ -248,3 +248,78 @@ def test_saving_and_pruning_work_anywhere(run_dir: str) -> None:
     left = {path.split("/")[0] for path in storage.list_files(storage.join(run_dir, "checkpoints"))}
     assert left == set(made[1:])
     assert checkpoint.load(run_dir, made[2])[1]["samples_seen"] == 12
+
+
+def _begun(run_dir: str) -> MetricsLog:
+    """Group 1 with rows 4 and 8 and a checkpoint at 8."""
+    log = MetricsLog(run_dir, ledger.begin_generation(run_dir))
+    for seen in (4, 8):
+        log.add({"samples_seen": seen, "generation": 1})
+    log.flush()
+    save(run_dir, 8, 1)
+    return log
+
+
+def test_a_row_that_was_amid_its_fence_when_the_next_group_began_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank stopped between looking at the fence and writing its row: it lands beside the next group's rows."""
+    run_dir = str(tmp_path)
+    zombie, begun = _begun(run_dir), list[ledger.Generation]()
+    check = zombie.check
+
+    def check_then_sleep() -> None:
+        check()
+        monkeypatch.setattr(zombie, "check", check)
+        begun.append(ledger.begin_generation(run_dir))
+
+    monkeypatch.setattr(zombie, "check", check_then_sleep)
+    zombie.add({"samples_seen": 12, "generation": 1})
+    assert len(seen_rows(run_dir)) == 3  # nothing can keep it from being written
+    log = MetricsLog(run_dir, begun[0])
+    for seen in (12, 16):
+        log.add({"samples_seen": seen, "generation": 2})
+    log.flush()
+    state = {"samples_seen": 16, "metrics_bytes": log.bytes, "bad_in_epoch": 0}
+    checkpoint.save(run_dir, 16, 2, {"a": torch.ones(3)}, state)
+    with pytest.raises(RuntimeError, match="replaced"):
+        zombie._put()
+    assert ledger.begin_generation(run_dir).samples_seen == 16
+    assert [(r["samples_seen"], r["generation"]) for r in ledger.read_rows(run_dir)] == [
+        (4, 1),
+        (8, 1),
+        (12, 2),
+        (16, 2),
+    ]
+
+
+def test_a_commit_amid_its_fence_and_a_controller_killed_after_the_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of that checkpoint are gone, so it must not count: the run goes on from the one before."""
+    run_dir = str(tmp_path)
+    zombie = _begun(run_dir)
+    zombie.add({"samples_seen": 12, "generation": 1})
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def fence() -> None:
+        zombie.check()
+        cut = ledger._cut_metrics
+        monkeypatch.setattr(ledger, "_cut_metrics", lambda *arguments: (cut(*arguments), killed()))
+        with pytest.raises(KeyboardInterrupt):
+            ledger.begin_generation(run_dir)
+        monkeypatch.setattr(ledger, "_cut_metrics", cut)
+
+    state = {"samples_seen": 12, "metrics_bytes": zombie.bytes, "bad_in_epoch": 0}
+    checkpoint.save(run_dir, 12, 1, {"a": torch.ones(3)}, state, fence=fence)
+    assert ledger.begin_generation(run_dir).samples_seen == 8
+    assert seen_rows(run_dir) == [4, 8]
+
+
+def test_what_a_killed_controller_left_beside_the_books_is_removed(tmp_path: Path) -> None:
+    for name in (".generation.json.0123abcd.tmp", ".metrics.jsonl.0123abcd.tmp", ".save-request.json.01.tmp"):
+        (tmp_path / name).write_text("torn")
+    ledger.begin_generation(str(tmp_path))
+    assert [path.name for path in tmp_path.glob(".*.tmp")] == [".save-request.json.01.tmp"]  # that writer may be alive

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from raytrain_brats import storage
@@ -61,6 +62,7 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
     fence = max(before.number, before.fence) + 1
     # First of all: from here on no older group passes its fence.
     content = _decide(run_dir, content, replace(before, fence=fence))
+    _sweep(run_dir)
     _end_torn_line(run_dir)
 
     def late(generation: int, seen: int) -> bool:  # committed by a group that had been replaced: its rows are gone
@@ -90,8 +92,9 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
     if decided.samples_seen == before.samples_seen:
         decided = replace(decided, failures_in_place=max(0, before.failures_in_place + failed))
     last_row = recent(run_dir)[0][-1:]
+    # Before the cut: from here on a commit that was amid its fence is late, its rows may go.
+    content = _decide(run_dir, content, decided)
     dropped = _cut_metrics(run_dir, decided.metrics_bytes, content)
-    _decide(run_dir, content, decided)
     facts: dict[str, Any] = {"samples_seen": decided.samples_seen, "checkpoint": decided.checkpoint}
     facts |= {"failures_in_place": decided.failures_in_place, "redone_steps": dropped}
     event(run_dir, "group", generation=decided.number, last_row=last_row[0].get("time") if last_row else None, **facts)
@@ -111,6 +114,14 @@ def _decide(run_dir: str, before: bytes | None, generation: Generation) -> bytes
     if not storage.swap(storage.join(run_dir, "generation.json"), before, content):
         raise RunFailed(_TAKEN.format(run_dir))
     return content
+
+
+def _sweep(run_dir: str) -> None:
+    """Remove what controllers left beside the books that were killed amid a write; nobody else writes these whole."""
+    if not storage.is_s3(run_dir):
+        for name in ("generation.json", "metrics.jsonl"):
+            for path in Path(run_dir).glob(f".{name}.*.tmp"):
+                path.unlink(missing_ok=True)
 
 
 def _cut_metrics(run_dir: str, length: int, decision: bytes) -> int:
@@ -246,8 +257,8 @@ class MetricsLog:
 
     def add(self, row: dict[str, Any]) -> None:
         line = json.dumps(row) + "\n"
-        self.bytes += len(line)
         with self._lock:
+            self.bytes += len(line)
             self._waiting.append(line)
         if not storage.is_s3(self._uri):
             self.check()
@@ -260,7 +271,12 @@ class MetricsLog:
             lines = "".join(self._waiting).encode()
             file = os.open(self._uri, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                end = os.fstat(file).st_size
+                end, length = self.bytes - len(lines), os.fstat(file).st_size
+                if length != end:
+                    self.check()
+                    if length < end:
+                        raise RuntimeError(f"{self._uri} was cut by somebody else")
+                    os.ftruncate(file, end)  # a replaced group had passed its fence just before, and wrote after all
                 if os.write(file, lines) != len(lines):
                     os.ftruncate(file, end)
                     raise OSError(errno.ENOSPC, "only a part could be written; the disk is full", self._uri)

@@ -1,0 +1,172 @@
+"""What is trained while things are broken: a tiny run, its stream without Ray, and how it ends when nothing happens.
+
+In: a folder, a seed.
+Out: a `Job`; a rank's stream; the end of the undisturbed run; what is wrong with the end of another run.
+"""
+
+import dataclasses
+import gc
+import os
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raytrain_brats import verify
+from raytrain_brats.config import Config, parse
+from raytrain_brats.data import plan as plans
+from raytrain_brats.data import store as stores
+from raytrain_brats.data.patch import Patch
+from raytrain_brats.data.phantom import write_set
+from raytrain_brats.data.stream import window_patches
+from raytrain_brats.run import checkpoint, job, ledger, loop
+from raytrain_brats.run.job import Job
+from raytrain_brats.run.ledger import Generation
+
+CPU = torch.device("cpu")
+
+
+class Setting:
+    """The cases of a campaign, drawn once, and the jobs on them."""
+
+    def __init__(self, folder: Path, steps: int = 80, global_batch: int = 4, reduction: str = "exact") -> None:
+        torch.set_num_threads(1)  # ranks are forked from here: no pool of threads may be alive
+        plans.STRETCH_WINDOWS = 8  # several stretches a run, as in a long one
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        self.folder, self._data, self._store = folder, folder / "data", folder / "store"
+        self._steps, self._global_batch, self._reduction = steps, global_batch, reduction
+        self._ends: dict[int, End] = {}
+        if not self._data.exists():
+            write_set(str(self._data), cases=7, seed=3, grid=32, anatomy="procedural")
+
+    def job(self, name: str, seed: int) -> Job:
+        """Five cases of three patches: 15 samples an epoch, so there is padding, and windows that are not full."""
+        epoch = -(-15 // self._global_batch)
+        config = {
+            "network": {"name": "segresnet", "init_filters": 8, "blocks_down": [1], "blocks_up": []},
+            "preprocess": {"spacing_mm": 10.0},
+            "data": {"patch_xyz": [4, 4, 4], "patches_per_case": 3, "window_cases": 2},
+            "train": {
+                "seed": seed,
+                "epochs": -(-self._steps // epoch),
+                "global_batch": self._global_batch,
+                "reduction": self._reduction,
+            },
+            "checkpoint": {"every_samples": 2 * self._global_batch},
+            "run": {"compare_weights_steps": 8},
+        }
+        parsed, run_dir = parse(config, "chaos"), str(self.folder / name)
+        self._prepare(parsed)
+        if seed % 4:
+            made = job.build(parsed, run_dir, "", str(self._store))
+        else:  # now and then straight from .nii.gz, which costs more
+            made = job.build(parsed, run_dir, str(self._data), "")
+        assert len(made.train_cases) == 5, "the fold of the seven cases"
+        return dataclasses.replace(made, held_out_cases=())  # nothing to validate
+
+    def _prepare(self, config: Config) -> None:
+        if (self._store / "index.jsonl").exists():
+            return
+        options = job.preprocessing(config)
+        manifest, source = job.open_cases(config, str(self._data))
+        cases = tuple(stores.put(str(self._store), source, case, options) for case in manifest.cases)
+        stores.write_index(str(self._store), dataclasses.replace(manifest, cases=cases), options)
+
+    def warm(self) -> None:
+        """Train a few steps here: everything that is imported late is there before ranks are forked."""
+        steps, self._steps = self._steps, 4
+        for seed in (0, 1):  # both routes
+            train_alone(self.job(f"warm-{seed}", seed))
+        self._steps = steps
+        gc.collect()
+        gc.freeze()  # a forked child that collects would copy every page
+
+    def end(self, seed: int) -> "End":
+        """How the run of this seed ends with one worker, undisturbed."""
+        if seed not in self._ends:
+            calm = self.job(f"calm-{seed}", seed)
+            train_alone(calm)
+            self._ends[seed] = End(calm)
+        return self._ends[seed]
+
+
+def train_alone(todo: Job) -> None:
+    """The whole run in this process."""
+    generation = ledger.begin_generation(todo.run_dir)
+    loop.train_rank(todo, generation, 0, 1, CPU, lambda *_: None, stream(todo, generation, 0, 1))
+
+
+def stream(todo: Job, generation: Generation, rank: int, world_size: int) -> Callable[[], Iterator[Patch]]:
+    """`next_stretch` as Ray Data gives it: this rank's rows of each stretch in order, decoded window by window."""
+    cursor = generation.samples_seen
+
+    def next_stretch() -> Iterator[Patch]:
+        nonlocal cursor
+        low, high = todo.plan.stretch(cursor)
+        cursor = high
+        for window in todo.plan.windows(low, high):
+            samples = [todo.plan.sample(p) for p in window if (p - low) % world_size == rank]
+            items = [(s, None if s.case is None else todo.train_cases[s.case]) for s in samples]
+            yield from window_patches(todo.source, items, todo.cutting)
+
+    return next_stretch
+
+
+class End:
+    """The newest checkpoint of a run that is finished."""
+
+    def __init__(self, todo: Job) -> None:
+        self.job = todo
+
+    @cached_property
+    def _loaded(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        found, damaged = checkpoint.newest_valid(self.job.run_dir)
+        assert found is not None
+        assert not damaged
+        assert found.samples_seen == self.job.plan.total
+        return checkpoint.load(self.job.run_dir, found.name)
+
+    def differs_from(self, other: "End") -> str:
+        """What is not bit-equal in weights and optimiser; an empty string when nothing is."""
+        (mine, my_state), (theirs, their_state) = self._loaded, other._loaded
+        if mine.keys() != theirs.keys():
+            return f"other tensors: {sorted(mine.keys() ^ theirs.keys())}"
+        names = [name for name in mine if not _same_bits(mine[name], theirs[name])]
+        if names:
+            return f"{len(names)} of {len(mine)} tensors differ, the first is {names[0]}"
+        return "" if my_state["learner"] == their_state["learner"] else "the optimiser's settings differ"
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+
+
+def faults_at_end(todo: Job, calm: End) -> list[str]:
+    """What is wrong with a finished run: its rows, weights, optimiser, events, leftovers."""
+    wrong = []
+    rows = ledger.read_rows(todo.run_dir)
+    if len(rows) != todo.plan.total // todo.plan.global_batch:
+        wrong.append(f"{len(rows)} rows instead of {todo.plan.total // todo.plan.global_batch}")
+    for number, row in enumerate(rows):
+        if why := verify.difference(row, number, todo.plan, todo.train_cases):
+            wrong.append(f"row {number + 1}: {why}")
+            break
+    try:
+        if why := End(todo).differs_from(calm):
+            wrong.append(f"not the undisturbed run's end: {why}")
+    except (AssertionError, ValueError) as error:
+        wrong.append(f"no valid last checkpoint: {error}")
+    damaged = [e for e in ledger.read_events(todo.run_dir) if e["event"] == "damaged_checkpoint"]
+    wrong += [f"checkpoint {e['name']} was damaged: {e['why']}" for e in damaged]
+    generation = ledger.current(todo.run_dir)
+    assert generation is not None
+    checkpoint.prune(todo.run_dir, todo.config.checkpoint.keep, generation.number)
+    kept = checkpoint.committed(todo.run_dir)
+    files = sorted(p for p in Path(todo.run_dir, "checkpoints").rglob("*") if p.is_file())
+    if len(kept) > todo.config.checkpoint.keep or len(files) != 3 * len(kept):
+        wrong.append(f"left in checkpoints/: {[p.name for p in files]}")
+    if left := [p.name for p in Path(todo.run_dir).iterdir() if p.name.startswith(".")]:
+        wrong.append(f"temporary files left beside the books: {left}")
+    return wrong
