@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer
 from raytrain_brats import storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import checkpoint, cluster, ledger, saving
+from raytrain_brats.run import checkpoint, cluster, ledger, saving, spares
 from raytrain_brats.run.job import Job, write_config
 from raytrain_brats.run.loop import train_worker
 from raytrain_brats.run.progress import Progress
@@ -114,7 +114,8 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[FailureBook(job.run_dir), SaveFirst(job.run_dir)],  # type: ignore[list-item]
+            worker_runtime_env={"env_vars": spares.WORKER},
+            callbacks=[FailureBook(job.run_dir), SaveFirst(job.run_dir), spares.Spares(job.run_dir)],  # type: ignore[list-item]
         ),
         datasets={"train": StreamFactory(job, needed.cpus_per_task)},
         dataset_config=stream.OrderedSplit(),

@@ -31,6 +31,7 @@ class Scribe:
         self._writer = Writer()
         self._bad_in_epoch = generation.bad_in_epoch
         self._skipped = 0
+        self._first = True
         self._ear = Ear(job.run_dir, generation.number)
         self._quarantined: set[str] = set()
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -96,6 +97,9 @@ class Scribe:
                 "time": time.time(),
             }
         )
+        if self._first:
+            self._first = False
+            self.event("recovered", world_size=self.world_size)
         if reason:
             self.event("stop", reason=reason)
 
