@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer
 from raytrain_brats import storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import checkpoint, cluster, ledger, saving, spares
+from raytrain_brats.run import checkpoint, cluster, ledger, recovery, saving, spares
 from raytrain_brats.run.job import Job, write_config
 from raytrain_brats.run.loop import train_worker
 from raytrain_brats.run.progress import Progress
@@ -56,7 +56,8 @@ class FailureBook(UserCallback):
         lines = str(error).strip().splitlines() or [type(error).__name__]
         cause = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[0])[:500]
         number = generation.number if generation else 0
-        ledger.event(self.run_dir, "failure", generation=number, rank=rank, error=cause)
+        last = {"last_row": at} if (at := recovery.last_row_time(self.run_dir)) else {}
+        ledger.event(self.run_dir, "failure", generation=number, rank=rank, error=cause, **last)
 
 
 def check(job: Job) -> cluster.Resources:
@@ -115,7 +116,12 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),
             worker_runtime_env={"env_vars": spares.WORKER},
-            callbacks=[FailureBook(job.run_dir), SaveFirst(job.run_dir), spares.Spares(job.run_dir)],  # type: ignore[list-item]
+            callbacks=[
+                FailureBook(job.run_dir),
+                recovery.FreshNodes(),
+                SaveFirst(job.run_dir, leave=needed.low < needed.high),
+                spares.Spares(job.run_dir),
+            ],  # type: ignore[list-item]
         ),
         datasets={"train": StreamFactory(job, needed.cpus_per_task)},
         dataset_config=stream.OrderedSplit(),

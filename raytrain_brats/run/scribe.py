@@ -15,6 +15,7 @@ from raytrain_brats.run import checkpoint, ledger
 from raytrain_brats.run.checkpoint import Writer
 from raytrain_brats.run.job import Job
 from raytrain_brats.run.ledger import Generation, MetricsLog
+from raytrain_brats.run.recovery import Stopwatch
 from raytrain_brats.run.saving import HOLD, HOLD_S, Ear
 from raytrain_brats.run.step import Learner, StepResult
 
@@ -31,9 +32,9 @@ class Scribe:
         self._writer = Writer()
         self._bad_in_epoch = generation.bad_in_epoch
         self._skipped = 0
-        self._first = True
         self._ear = Ear(job.run_dir, generation.number)
         self._quarantined: set[str] = set()
+        self._stopwatch = Stopwatch(job.run_dir)
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def __enter__(self) -> "Scribe":
@@ -56,6 +57,7 @@ class Scribe:
 
     def ready(self) -> None:
         """This rank is about to take its first patch."""
+        self._stopwatch.ready()
         node = ray.util.get_node_ip_address()
         self.event("worker", rank=self.rank, world_size=self.world_size, node=node, device=self._device)
 
@@ -97,9 +99,7 @@ class Scribe:
                 "time": time.time(),
             }
         )
-        if self._first:
-            self._first = False
-            self.event("recovered", world_size=self.world_size)
+        self._stopwatch.stepped(self.generation.number, self.world_size, wait_s, step_s)
         if reason:
             self.event("stop", reason=reason)
 

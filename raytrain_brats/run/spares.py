@@ -11,6 +11,7 @@ A spare is only ever a gain: when none fits, Ray starts a process as always.
 import importlib
 import logging
 import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -31,8 +32,15 @@ HELPER = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{__name__}.warm_helper"}
 _logger = logging.getLogger("ray.train")
 
 
+imported = (0.0, 0.0)
+"""When this process began and ended its imports, if it was started for a worker."""
+
+
 def warm_worker() -> None:
+    global imported  # noqa: PLW0603 - a fact about the process
+    began = time.time()
     _warm("raytrain_brats.run.loop", "ray.train.v2._internal.execution.worker_group.worker", "ray.train.torch.config")
+    imported = (began, time.time())
 
 
 def warm_helper() -> None:
@@ -66,7 +74,7 @@ class Spares(WorkerGroupCallback):
             env = ray.get(workers[0].actor.execute.remote(_environment))
             generation = ledger.current(self._run_dir)
             while group == self._group and not _trains(self._run_dir, generation):
-                threading.Event().wait(1)
+                time.sleep(1)
             if group != self._group:
                 return
             here = ray.get_runtime_context().get_node_id()
