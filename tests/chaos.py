@@ -122,7 +122,7 @@ class ElasticRun:
         now = ledger.current(str(self.folder))
         return now.number if now else 0
 
-    def rows_until(self, world_size: int, after: int, rows: int = 20, timeout_s: float = 150) -> dict[str, Any]:
+    def rows_until(self, world_size: int, after: int, rows: int = 20, timeout_s: float = 300) -> dict[str, Any]:
         """Wait for so many rows of a worker group later than `after`; the first of them."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

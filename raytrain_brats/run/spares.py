@@ -26,8 +26,7 @@ KEEP_S = 24 * 3600
 HELPERS = 4
 """Actors of a group beside its workers: barrier, dataset manager, split coordinator, preemption watcher."""
 WORKER = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{__name__}.warm_worker"}
-HELPER = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{__name__}.warm_helper"}
-"""Environment of a process of the job: what it imports before it takes work (Ray's worker_process_setup_hook)."""
+"""Environment of a worker's process: what it imports before it takes work (Ray's worker_process_setup_hook)."""
 
 _logger = logging.getLogger("ray.train")
 
@@ -41,11 +40,6 @@ def warm_worker() -> None:
     began = time.time()
     _warm("raytrain_brats.run.loop", "ray.train.v2._internal.execution.worker_group.worker", "ray.train.torch.config")
     imported = (began, time.time())
-
-
-def warm_helper() -> None:
-    _warm("ray.train", "raytrain_brats.data.stream", "ray.train.v2._internal.execution.preemption")
-    _warm("ray.train.v2._internal.data_integration.dataset_manager", "ray.data._internal.iterator.stream_split_iterator")
 
 
 def _warm(*modules: str) -> None:
