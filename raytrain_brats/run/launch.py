@@ -99,6 +99,12 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
     resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
     workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
     place, filesystem = storage.for_ray(storage.join(job.run_dir, "ray"))
+    callbacks: list[Any] = [
+        FailureBook(job.run_dir),
+        recovery.FreshNodes(),
+        SaveFirst(job.run_dir, leave=needed.low < needed.high),
+        spares.Spares(job.run_dir),
+    ]
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
@@ -115,13 +121,8 @@ def _fit(job: Job, needed: cluster.Resources) -> str:
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),
-            worker_runtime_env={"env_vars": spares.WORKER},
-            callbacks=[
-                FailureBook(job.run_dir),
-                recovery.FreshNodes(),
-                SaveFirst(job.run_dir, leave=needed.low < needed.high),
-                spares.Spares(job.run_dir),
-            ],  # type: ignore[list-item]
+            worker_runtime_env={"env_vars": spares.WORKER},  # type: ignore[call-arg]
+            callbacks=callbacks,
         ),
         datasets={"train": StreamFactory(job, needed.cpus_per_task)},
         dataset_config=stream.OrderedSplit(),

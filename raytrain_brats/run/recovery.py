@@ -28,13 +28,13 @@ _reserved = ElasticScalingPolicy._get_reserved_resources
 class FreshNodes(ControllerCallback):
     """Lives in Ray Train's controller: workers are counted only on nodes that are up and stay.
 
-    Ray's book of reservations learns of a dead node up to 20 s late, and of a drained one not at all; the group would be
-    asked for at a size that cannot start, and that for RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S.
+    Ray's book of reservations learns of a dead node up to 20 s late, and of a drained one not at all; Ray would ask for
+    a group that cannot start, and wait for it as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S.
     """
 
     def after_controller_start(self, train_run_context: Any) -> None:
         self._requester = f"train-{train_run_context.run_id}"
-        ElasticScalingPolicy._get_reserved_resources = _reserved_where_nodes_stay
+        ElasticScalingPolicy._get_reserved_resources = _reserved_where_nodes_stay  # type: ignore
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         deadline = time.monotonic() + DEATH_S

