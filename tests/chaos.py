@@ -19,12 +19,11 @@ from raytrain_brats.run import ledger
 
 RAY = str(Path(sys.executable).with_name("ray"))
 SMALL = ["--set=preprocess.spacing_mm=7.5", "--set=data.patch_xyz=[16, 16, 16]"]
-# A killed node is noticed in some 5 s; spare processes are kept. For `ray start` on spot machines.
+# A killed node is noticed in some 5 s: for `ray start --head` on spot machines.
 NOTICES = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "5",
-    "RAY_idle_worker_killing_time_threshold_ms": "600000",
 }
 
 

@@ -96,7 +96,7 @@ def test_only_spares_that_are_missing_are_ordered(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(spares, "_prestart", lambda node, number, env: ordered.append(number))
     callback = spares.Spares("run")
     for workers in (2, 2, 1, 2):
-        callback._fill({}, "node", workers, "{}")
+        callback._fill({"NodeID": "node"}, workers, "{}")
     assert ordered == [2, 2, 0, 2]
     assert callback._ready == Counter(node=2)
 

@@ -39,8 +39,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
         if generation.checkpoint:
             tensors, state = checkpoint.load(job.run_dir, generation.checkpoint)
             learner.restore(tensors, state["learner"])
-        shard = ray.train.get_dataset_shard("train")
         scribe.ready()
+        shard = ray.train.get_dataset_shard("train")  # after ready(): waiting for Ray Data counts as first batch
         if due(seen - plan.global_batch, seen, job.config.validate_.every_samples) or seen == plan.total:
             score(job, learner, scribe, seen, *world)  # unless the last worker group came to it
         while seen < plan.total and not scribe.stopped:

@@ -1,8 +1,8 @@
 """Processes that stand ready for the next worker group: started and with all imports done while this one trains.
 
 In: Ray Train's controller, the nodes its workers run on.
-Out: as many idle processes on each node as it has workers, and some beside the controller; Ray gives them to the actors
-of the next group by itself, for they have the same job and runtime environment.
+Out: as many idle processes on each node as it has workers; Ray gives them to the next group by itself, for
+they have the same job and runtime environment.
 
 Starting a group of two costs some 40 CPU seconds, nearly all of it imports: on two cores that is what one waits for.
 A spare is only ever a gain: when none fits, Ray starts a process as always.
@@ -23,8 +23,6 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from raytrain_brats.run import ledger
 
 KEEP_S = 24 * 3600
-HELPERS = 4
-"""Actors of a group beside its workers: barrier, dataset manager, split coordinator, preemption watcher."""
 WORKER = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{__name__}.warm_worker"}
 """Environment of a worker's process: what it imports before it takes work (Ray's worker_process_setup_hook)."""
 
@@ -71,20 +69,17 @@ class Spares(WorkerGroupCallback):
                 time.sleep(1)
             if group != self._group:
                 return
-            here = ray.get_runtime_context().get_node_id()
             needs = Counter(w.metadata.node_id for w in workers)
             for node in ray.nodes():
                 if node["Alive"] and needs[node["NodeID"]]:
-                    self._fill(node, node["NodeID"], needs[node["NodeID"]], env)
-                if node["NodeID"] == here:
-                    self._fill(node, "helpers", HELPERS, _environment())
+                    self._fill(node, needs[node["NodeID"]], env)
         except Exception as error:  # noqa: BLE001 - a lost convenience
             _logger.warning("no spare processes: %r", error)
 
-    def _fill(self, node: dict[str, Any], what: str, number: int, env: str) -> None:
-        left = max(0, self._ready[what] - number)  # the group that has just started took that many
+    def _fill(self, node: dict[str, Any], number: int, env: str) -> None:
+        left = max(0, self._ready[node["NodeID"]] - number)  # the group that has just started took that many
         _prestart(node, number - left, env)
-        self._ready[what] = number
+        self._ready[node["NodeID"]] = max(left, number)
 
 
 def _environment() -> str:
