@@ -17,7 +17,7 @@ from typing import Any
 from tests.chaos import KILLS, Cluster, ElasticRun
 
 PARTS = ("detect_s", "reschedule_s", "import_s", "first_batch_s", "first_step_s", "total_s")
-SETTLE_S = 15.0
+SETTLE_S = 30.0
 """Training between two kills: spare processes need it to get ready, as they would between real failures."""
 
 

@@ -37,6 +37,7 @@ def warm_worker() -> None:
     global imported
     began = time.time()
     _warm("raytrain_brats.run.loop", "ray.train.v2._internal.execution.worker_group.worker", "ray.train.torch.config")
+    _warm("torch._dynamo")  # 2 CPU seconds that torch would spend with the first optimiser
     imported = (began, time.time())
 
 
