@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from raytrain_brats import storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import checkpoint, cluster, ledger, saving
+from raytrain_brats.run import checkpoint, cluster, ledger, recovery, saving, spares
 from raytrain_brats.run.job import Job, write_config
 from raytrain_brats.run.lease import Lease
 from raytrain_brats.run.loop import train_worker
@@ -64,7 +64,8 @@ class FailureBook(UserCallback):
         if generation and generation.driver != self.driver:
             return  # fenced off by the driver that took the run over: none of its groups failed
         number = generation.number if generation else 0
-        ledger.event(self.run_dir, "failure", generation=number, rank=rank, error=cause)
+        last = {"last_row": at} if (at := recovery.last_row_time(self.run_dir)) else {}
+        ledger.event(self.run_dir, "failure", generation=number, rank=rank, error=cause, **last)
 
 
 def check(job: Job) -> cluster.Resources:
@@ -107,6 +108,12 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
     resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
     workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
     place, filesystem = storage.for_ray(storage.join(job.run_dir, "ray"))
+    callbacks: list[Any] = [
+        FailureBook(job.run_dir, lease.token),
+        recovery.FreshNodes(),
+        SaveFirst(job.run_dir, leave=needed.low < needed.high),
+        spares.Spares(job.run_dir),
+    ]
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "run_id": run_id},
@@ -123,7 +130,8 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[FailureBook(job.run_dir, lease.token), SaveFirst(job.run_dir)],  # type: ignore[list-item]
+            worker_runtime_env={"env_vars": spares.WORKER},  # type: ignore[call-arg]
+            callbacks=callbacks,
         ),
         datasets={"train": StreamFactory(job, needed.cpus_per_task, lease.token)},
         dataset_config=stream.OrderedSplit(),

@@ -5,8 +5,10 @@ Out: checkpoints, rows, events. Safe to be killed at any moment and started agai
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator
-from itertools import islice
+from concurrent.futures import Future
+from itertools import chain, islice
 from typing import Any
 
 import ray.train
@@ -36,10 +38,30 @@ def train_worker(arguments: dict[str, Any]) -> None:
     generation = ledger.current(job.run_dir)
     assert generation is not None, "the dataset factory writes it before workers start"
     with Pulse(arguments["run_id"], generation.number, rank, world_size) as pulse:
-        shard = ray.train.get_dataset_shard("train")
-        train_rank(
-            job, generation, rank, world_size, device, pulse.mark, lambda: patches(shard, job.config.run.prefetch)
-        )
+        train_rank(job, generation, rank, world_size, device, pulse.mark, open_ahead(job, generation.samples_seen))
+
+
+def open_ahead(job: Job, seen: int) -> Callable[[], Iterator[Patch]]:
+    """The rank's stream, one stretch a call; the first is begun in a thread, while the model is being set up."""
+    opened: Future[tuple[Any, Iterator[Patch]]] = Future()
+    begun: list[Any] = []
+
+    def begin() -> None:
+        try:
+            shard = ray.train.get_dataset_shard("train")
+            stream = patches(shard, job.config.run.prefetch)
+            first = list(islice(stream, 1)) if seen < job.plan.total else []
+            opened.set_result((shard, chain(first, stream)))
+        except BaseException as error:  # noqa: BLE001 - raised where the stream is asked for
+            opened.set_exception(error)
+
+    def next_stretch() -> Iterator[Patch]:
+        shard, stream = opened.result()
+        begun.append(shard)
+        return stream if len(begun) == 1 else patches(shard, job.config.run.prefetch)
+
+    threading.Thread(target=begin, name="stream", daemon=True).start()
+    return next_stretch
 
 
 def train_rank(

@@ -10,7 +10,7 @@ import contextlib
 import json
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.train.v2._internal.execution.callback import ControllerCallback
@@ -46,13 +46,19 @@ class SaveFirst(ControllerCallback):
     """Lives in Ray Train's controller: has a group saved before it is resized or its node goes."""
 
     run_dir: str
+    leave: bool
+    """Whether a group goes on with fewer workers at once when a node is to go, rather than use it to its end."""
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         if isinstance(previous_state, RunningState) and isinstance(current_state, ResizingState | PreemptingState):
             began, resize = time.perf_counter(), isinstance(current_state, ResizingState)
-            saved = ask(self.run_dir, HOLD if resize else SAVE)
+            saved = ask(self.run_dir, HOLD if resize or self.leave else SAVE)
             seconds = round(time.perf_counter() - began, 3)
             ledger.event(self.run_dir, "resize" if resize else "preemption", saved=saved, seconds=seconds)
+            if saved and self.leave and isinstance(current_state, PreemptingState):
+                # Ray would wait for the node's deadline; what is trained until then would be lost with it
+                info = current_state.preemption_info
+                current_state.preemption_info = replace(info, deadline_ms=int(time.time() * 1000))
 
 
 class Ear:

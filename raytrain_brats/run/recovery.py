@@ -1,0 +1,121 @@
+"""How fast a run comes back: no waiting for nodes that are gone, and a breakdown of where the time went.
+
+In: Ray Train's controller at a failure or resize; what the books know, and what a worker measured.
+Out: worker groups that fit the nodes that are left; one event `recovered` a worker group.
+"""
+
+import logging
+import socket
+import time
+from typing import Any
+
+import ray
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.preemption import _get_draining_nodes
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+
+from raytrain_brats import storage
+from raytrain_brats.run import ledger, spares
+
+DEATH_S = 20.0
+"""Longest wait for Ray to declare a node dead that does not answer; its own default takes some 20 s."""
+
+_logger = logging.getLogger("ray.train")
+_reserved = ElasticScalingPolicy._get_reserved_resources
+
+
+class FreshNodes(ControllerCallback):
+    """Lives in Ray Train's controller: workers are counted only on nodes that are up and stay.
+
+    Ray's book of reservations learns of a dead node up to 20 s late, and of a drained one not at all; Ray would ask for
+    a group that cannot start, and wait for it as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        self._requester = f"train-{train_run_context.run_id}"
+        ElasticScalingPolicy._get_reserved_resources = _reserved_where_nodes_stay  # type: ignore
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        deadline = time.monotonic() + DEATH_S
+        while silent := [node for node in ray.nodes() if node["Alive"] and not _answers(node)]:
+            if time.monotonic() > deadline:
+                _logger.warning("nodes do not answer, Ray holds them for alive: %s", [n["NodeID"] for n in silent])
+                break
+            time.sleep(0.3)
+        book = get_or_create_autoscaling_coordinator()
+        try:
+            ray.get(book.get_reserved_resources.remote(self._requester, recompute=True), timeout=10)
+        except Exception as error:  # noqa: BLE001 - then Ray's own, slower way
+            _logger.warning("reservations are not fresh: %r", error)
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether a node's raylet takes connections: a plain worker kill waits for nobody."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _reserved_where_nodes_stay(policy: ElasticScalingPolicy) -> Any:
+    reserved = _reserved(policy)
+    if reserved is None:
+        return None
+    leaving = set(_get_draining_nodes() or {})
+    staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving
+    return {node: resources for node, resources in reserved.items() if node in staying}
+
+
+class Stopwatch:
+    """One rank's times from process start to its first step; rank 0 writes them down."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir
+        self._entered, self._ready, self._done = time.time(), 0.0, False
+
+    def ready(self) -> None:
+        self._ready = time.time()
+
+    def stepped(self, generation: int, world_size: int, began: float, wait_s: float, step_s: float) -> None:
+        """The group's first step, whose clock `began` with its batch, was applied just now; later calls do nothing."""
+        if self._done:
+            return
+        self._done = True
+        now = time.time()
+        marks = [self._entered, self._ready, now - step_s + wait_s, now]
+        parts = breakdown(ledger.recent(self._run_dir)[1], spares.imported, marks)
+        ledger.event(self._run_dir, "recovered", generation=generation, world_size=world_size, began=began, **parts)
+
+
+def breakdown(
+    events: list[dict[str, Any]], imported: tuple[float, float], marks: list[float]
+) -> dict[str, str | float]:
+    """Where the time from a failure, resize or launch to the first applied step went; the parts add up to `total_s`.
+
+    `imported` is when the worker's process began and ended its imports (long before, when it was a spare); `marks` are
+    when it entered the training function, was ready, had its first batch, had applied its first step.
+    """
+    last = max((n for n, e in enumerate(events) if e["event"] == "recovered"), default=-1)
+    causes = [e for e in events[last + 1 :] if e["event"] in ("launch", "failure", "resize", "preemption")]
+    launches = [e for e in causes if e["event"] == "launch"]  # the driver's end leaves no trace but the next start
+    cause = (launches[-1:] or causes[:1] or [{"event": "unknown", "time": marks[0]}])[0]
+    noticed, entered = cause["time"], max(marks[0], cause["time"])
+    detect_s = max(0.0, cause.get("seconds", noticed - cause.get("last_row", noticed)))
+    on_the_way = max(0.0, min(imported[1], entered) - max(imported[0], noticed))
+    parts = {
+        "detect_s": detect_s,
+        "reschedule_s": entered - noticed - on_the_way,
+        "import_s": on_the_way + marks[1] - entered,
+        "first_batch_s": marks[2] - marks[1],
+        "first_step_s": marks[3] - marks[2],
+    }
+    rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
+    return {"cause": cause["event"], **rounded, "total_s": round(sum(rounded.values()), 3)}
+
+
+def last_row_time(run_dir: str) -> float | None:
+    """When the last step on record was applied; None on S3, where rows come late."""
+    rows = ledger.recent(run_dir)[0]
+    return float(rows[-1]["time"]) if rows and not storage.is_s3(run_dir) else None

@@ -1,0 +1,108 @@
+"""Processes that stand ready for the next worker group: started and with all imports done while this one trains.
+
+In: Ray Train's controller, the nodes its workers run on.
+Out: as many idle processes on each node as it has workers; Ray gives them to the next group by itself, for
+they have the same job and runtime environment.
+
+Starting a group of two costs some 40 CPU seconds, nearly all of it imports: on two cores that is what one waits for.
+A spare is only ever a gain: when none fits, Ray starts a process as always.
+"""
+
+import importlib
+import logging
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc, runtime_environment_pb2
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+from raytrain_brats.run import ledger
+
+KEEP_S = 24 * 3600
+WORKER = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{__name__}.warm_worker"}
+"""Environment of a worker's process: what it imports before it takes work (Ray's worker_process_setup_hook)."""
+
+_logger = logging.getLogger("ray.train")
+
+
+imported = (0.0, 0.0)
+"""When this process began and ended its imports, if it was started for a worker."""
+
+
+def warm_worker() -> None:
+    global imported
+    began = time.time()
+    _warm("raytrain_brats.run.loop", "ray.train.v2._internal.execution.worker_group.worker", "ray.train.torch.config")
+    _warm("torch._dynamo")  # 2 CPU seconds that torch would spend with the first optimiser
+    imported = (began, time.time())
+
+
+def _warm(*modules: str) -> None:
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # noqa: BLE001 - whoever needs the module will say so; here it would end the process
+            print(f"cannot import {module} ahead: {error!r}")
+
+
+class Spares(WorkerGroupCallback):
+    """Lives in Ray Train's controller: orders spares once a group has applied its first step."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir
+        self._ready: Counter[str] = Counter()
+        """Spares on each node, as far as known."""
+        self._group = 0
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._group += 1
+        threading.Thread(target=self._order, args=(worker_group.get_workers(), self._group), daemon=True).start()
+
+    def _order(self, workers: list[Any], group: int) -> None:
+        try:
+            env = ray.get(workers[0].actor.execute.remote(_environment))
+            generation = ledger.current(self._run_dir)
+            while group == self._group and not _trains(self._run_dir, generation):
+                time.sleep(1)
+            if group != self._group:
+                return
+            needs = Counter(w.metadata.node_id for w in workers)
+            for node in ray.nodes():
+                if node["Alive"] and needs[node["NodeID"]]:
+                    self._fill(node, needs[node["NodeID"]], env)
+        except Exception as error:  # noqa: BLE001 - a lost convenience
+            _logger.warning("no spare processes: %r", error)
+
+    def _fill(self, node: dict[str, Any], number: int, env: str) -> None:
+        left = max(0, self._ready[node["NodeID"]] - number)  # the group that has just started took that many
+        _prestart(node, number - left, env)
+        self._ready[node["NodeID"]] = max(left, number)
+
+
+def _environment() -> str:
+    return str(ray.get_runtime_context().get_runtime_env_string())
+
+
+def _trains(run_dir: str, generation: Any) -> bool:
+    return any(e["event"] == "recovered" and e["generation"] == generation.number for e in ledger.recent(run_dir)[1])
+
+
+def _prestart(node: dict[str, Any], number: int, env: str) -> None:
+    """Ask a raylet for idle processes. Ray's own C++ does the same for `num_prestart_python_workers`."""
+    calls, common, environments = (vars(m) for m in (node_manager_pb2, common_pb2, runtime_environment_pb2))
+    request = calls["PrestartWorkersRequest"](
+        language=common["PYTHON"],
+        job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
+        runtime_env_info=environments["RuntimeEnvInfo"](serialized_runtime_env=env),
+        keep_alive_duration_secs=KEEP_S,
+        num_workers=max(0, number),
+    )
+    channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+    try:
+        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=10)
+    finally:
+        channel.close()

@@ -1,0 +1,107 @@
+"""Where the time of a recovery went, and which nodes a new worker group may count on."""
+
+import socket
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raytrain_brats.run import ledger, recovery, spares
+from raytrain_brats.run.recovery import FreshNodes, Stopwatch, breakdown
+
+PARTS = ("detect_s", "reschedule_s", "import_s", "first_batch_s", "first_step_s")
+
+
+def event(kind: str, at: float, **facts: Any) -> dict[str, Any]:
+    return {"event": kind, "time": at, **facts}
+
+
+def test_the_parts_of_a_worker_kill_add_up_to_its_total() -> None:
+    """Last row at 98, noticed at 100, imports 103 to 105, training function at 106, then ready, batch, step."""
+    events = [event("launch", 10.0), event("recovered", 20.0), event("failure", 100.0, last_row=98.0)]
+    found = breakdown(events, (103.0, 105.0), [106.0, 107.0, 110.0, 110.5])
+    assert [found[part] for part in PARTS] == [2.0, 4.0, 3.0, 3.0, 0.5]
+    assert (found["cause"], found["total_s"]) == ("failure", 12.5)
+
+
+def test_imports_of_a_spare_cost_nothing() -> None:
+    """They were done before the failure."""
+    found = breakdown([event("failure", 100.0)], (50.0, 60.0), [101.0, 101.5, 102.0, 102.25])
+    assert [found[part] for part in PARTS] == [0.0, 1.0, 0.5, 0.5, 0.25]
+
+
+def test_a_resize_begins_when_it_was_decided_and_a_launch_with_the_launch() -> None:
+    """A resize's event comes after the save; of a driver that was killed only the next launch tells."""
+    resize = [event("recovered", 20.0), event("resize", 100.0, seconds=1.5)]
+    assert breakdown(resize, (0.0, 0.0), [103.0, 104.0, 105.0, 106.0])["total_s"] == 7.5
+    again = [event("recovered", 20.0), event("failure", 30.0, last_row=29.0), event("launch", 100.0)]
+    assert breakdown(again, (0.0, 0.0), [103.0, 104.0, 105.0, 106.0])["total_s"] == 6.0
+
+
+def test_several_failures_in_a_row_count_from_the_first() -> None:
+    """A group that never trained has not recovered."""
+    events = [event("recovered", 20.0), event("failure", 100.0, last_row=99.0), event("failure", 105.0)]
+    assert breakdown(events, (0.0, 0.0), [110.0, 111.0, 112.0, 113.0])["total_s"] == 14.0
+
+
+def test_one_event_is_written_for_the_first_step(tmp_path: Path) -> None:
+    """Later steps write none."""
+    watch = Stopwatch(str(tmp_path))
+    watch.ready()
+    for _ in range(2):
+        watch.stepped(generation=3, world_size=2, wait_s=0.1, step_s=0.2)
+    (found,) = ledger.read_events(str(tmp_path))
+    assert (found["event"], found["generation"], found["world_size"]) == ("recovered", 3, 2)
+    assert found["total_s"] == pytest.approx(sum(found[part] for part in PARTS), abs=1e-3)
+
+
+def test_workers_are_counted_on_nodes_that_are_up_and_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the dead, not on the drained; no answer of Ray's stays no answer."""
+    nodes = [{"NodeID": name, "Alive": name != "dead"} for name in ("here", "dead", "drained")]
+    monkeypatch.setattr(recovery.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(recovery, "_get_draining_nodes", lambda: {"drained": 0})
+    reserved: Any = {name: {"CPU": 2.0} for name in ("here", "dead", "drained")}
+    monkeypatch.setattr(recovery, "_reserved", lambda policy: reserved)
+    policy: Any = None
+    assert recovery._reserved_where_nodes_stay(policy) == {"here": {"CPU": 2.0}}
+    reserved = None
+    assert recovery._reserved_where_nodes_stay(policy) is None
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_only_a_node_that_does_not_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch, listening: bool) -> None:
+    """A plain worker kill must not pay for nodes that might be gone."""
+    with socket.socket() as raylet:
+        raylet.bind(("127.0.0.1", 0))
+        if listening:
+            raylet.listen()
+        node = {"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": raylet.getsockname()[1], "NodeID": "n"}
+        answers = iter([[node | {"Alive": True}], [node | {"Alive": False}]])
+        asked: list[int] = []
+        monkeypatch.setattr(recovery.ray, "nodes", lambda: asked.append(1) or next(answers))
+        book = SimpleNamespace(get_reserved_resources=SimpleNamespace(remote=lambda *_, **__: None))
+        monkeypatch.setattr(recovery, "get_or_create_autoscaling_coordinator", lambda: book)
+        monkeypatch.setattr(recovery.ray, "get", lambda *_, **__: {})
+        callback = FreshNodes()
+        callback._requester = "train-x"
+        callback.before_controller_execute_failure_decision(None)
+    assert len(asked) == (1 if listening else 2)
+
+
+def test_only_spares_that_are_missing_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stood ready; a group of one took one of them: none is missing then."""
+    ordered = []
+    monkeypatch.setattr(spares, "_prestart", lambda node, number, env: ordered.append(number))
+    callback = spares.Spares("run")
+    for workers in (2, 2, 1, 2):
+        callback._fill({"NodeID": "node"}, workers, "{}")
+    assert ordered == [2, 2, 0, 2]
+    assert callback._ready == Counter(node=2)
+
+
+def test_an_import_that_fails_ahead_ends_no_process(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray would end a process whose hook raises."""
+    spares._warm("raytrain_brats.no_such_module")
+    assert "no_such_module" in capsys.readouterr().out
