@@ -221,9 +221,10 @@ def test_only_outages_are_waited_out(
 )
 def test_rays_processes_are_patient(monkeypatch: pytest.MonkeyPatch, own: Any, job: Any, passed: Any) -> None:
     """By default three minutes; a user's own value wins, and Ray is never given the variable twice."""
-    monkeypatch.delenv(storage.PATIENCE, raising=False)
-    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    monkeypatch.setenv("RAY_ADDRESS", "local")
+    for name in (storage.PATIENCE, "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.setenv(name, "")  # so that it is put back as it was
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     if own:
         monkeypatch.setenv(storage.PATIENCE, own)
     if job:
@@ -234,4 +235,4 @@ def test_rays_processes_are_patient(monkeypatch: pytest.MonkeyPatch, own: Any, j
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     cluster.connect()
     assert given.get("runtime_env", {}).get("env_vars", {}).get(storage.PATIENCE) == passed
-    assert storage.PATIENCE not in os.environ or os.environ[storage.PATIENCE] == own
+    assert os.environ[storage.PATIENCE] == (own or "180")  # a cluster that is started here inherits it

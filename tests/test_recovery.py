@@ -1,6 +1,7 @@
 """Where the time of a recovery went, and which nodes a new worker group may count on."""
 
 import socket
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,7 +52,7 @@ def test_one_event_is_written_for_the_first_step(tmp_path: Path) -> None:
     watch = Stopwatch(str(tmp_path))
     watch.ready()
     for _ in range(2):
-        watch.stepped(generation=3, world_size=2, wait_s=0.1, step_s=0.2)
+        watch.stepped(generation=3, world_size=2, began=time.time(), wait_s=0.1, step_s=0.2)
     (found,) = ledger.read_events(str(tmp_path))
     assert (found["event"], found["generation"], found["world_size"]) == ("recovered", 3, 2)
     assert found["total_s"] == pytest.approx(sum(found[part] for part in PARTS), abs=1e-3)

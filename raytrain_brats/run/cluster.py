@@ -68,16 +68,16 @@ def connect(local_cpus: int | None = None) -> None:
     quiet: Any = {"log_to_driver": verbose, "logging_level": "WARNING" if verbose else "ERROR"}
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     given = (job.get("runtime_env") or {}).get("env_vars") or {}  # Ray refuses to be given a variable twice
-    wanted = {storage.PATIENCE: _PATIENCE_S} | {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    if passed := {name: value for name, value in wanted.items() if name not in given}:
-        quiet["runtime_env"] = {"env_vars": passed}
+    os.environ.setdefault(storage.PATIENCE, _PATIENCE_S)
+    passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ and name not in given}
+    joining = quiet | {"runtime_env": {"env_vars": passed}}  # a cluster of our own inherits them, and starts faster
     try:
         if address and address != "local":
-            ray.init(**quiet)
+            ray.init(**joining)
             return
         if not address and os.path.exists("/tmp/ray/ray_current_cluster"):  # noqa: S108 - Ray's own fixed place
             try:
-                ray.init(address="auto", **quiet)
+                ray.init(address="auto", **joining)
                 return
             except ConnectionError:
                 pass  # left behind by a cluster that is gone

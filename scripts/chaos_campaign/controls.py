@@ -68,7 +68,7 @@ def without_marker() -> None:
 
 def without_cut() -> None:
     """Rows beyond the checkpoint stay when a group begins."""
-    ledger._cut_metrics = lambda run_dir, length: 0
+    ledger._cut_metrics = lambda run_dir, length, decision: 0
 
 
 def without_fence() -> None:
