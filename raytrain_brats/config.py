@@ -137,8 +137,11 @@ class Run(_Frozen):
     """By default 1 when the cluster has GPUs at the start, else 0; say 1 when an autoscaler is to bring them."""
     cpus_per_task: PositiveFloat | None = None
     """Logical CPUs of a data task; by default 1, and 0.5 on machines of up to 4 CPUs."""
+    data_tasks: PositiveInt | None = None
+    """Data tasks at a time; by default, on machines of up to 4 CPUs, one a CPU that no worker has, else as many as
+    CPUs and object store allow."""
     prefetch: PositiveInt = 4
-    """Patches a worker holds ready."""
+    """Parcels of the stream a worker fetches ahead, of up to `data.patches_per_case` patches each."""
     resize_check_s: PositiveFloat = 30.0
     """How often a running group is compared with what the cluster could give."""
     hang_timeout_s: PositiveFloat = 20.0

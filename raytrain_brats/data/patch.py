@@ -1,4 +1,4 @@
-"""Cut the patch of one sample out of a prepared case.
+"""The patch of one sample: where it lies in a prepared case, and its voxels.
 
 In: a `Prepared` case, a `Sample`, the patch's size.
 Out: a `Patch`: integers and statistics; the training device normalises, flips and makes regions of it.
@@ -14,9 +14,15 @@ from raytrain_brats.data.plan import Sample, draw
 from raytrain_brats.data.preprocess import Prepared
 
 
+Triple = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class Patch:
-    """One training sample. `weight` 0: padding, or a case that could not be read (then `reason` says why)."""
+    """One training sample. `weight` 0: padding, or a case that could not be read (then `reason` says why).
+
+    The arrays may be views into memory that others hold too: read-only, and not contiguous.
+    """
 
     position: int
     seed: int
@@ -29,51 +35,36 @@ class Patch:
     std: npt.NDArray[np.float32]
 
 
-def cut(
-    prepared: Prepared, sample: Sample, case_id: str, patch_xyz: tuple[int, int, int], foreground_share: float
-) -> Patch:
-    """The patch of `sample`; the box is padded with zeros where it is smaller than the patch.
+def place(prepared: Prepared, sample: Sample, size_zyx: Triple, foreground_share: float) -> Triple:
+    """Where in the box (z, y, x) the patch of `sample` begins.
 
     With probability `foreground_share` the centre is a tumour voxel, of a label value drawn evenly among those
     present (nnU-Net's oversampling); else the place is uniform.
     """
-    size = tuple(reversed(patch_xyz))
     box = prepared.image_czyx.shape[1:]
     chance, value, voxel, *place = draw(sample.seed, "crop", 6)
-    room = [max(0, b - s) for b, s in zip(box, size, strict=True)]
+    room = [max(0, b - s) for b, s in zip(box, size_zyx, strict=True)]
     start = [int(p * (r + 1)) for p, r in zip(place, room, strict=True)]
     if chance < foreground_share and prepared.foreground_counts:
         counts = [count for _, count in prepared.foreground_counts]
         chosen = int(value * len(counts))
         index = prepared.foreground[sum(counts[:chosen]) + int(voxel * counts[chosen])]
         centre = np.unravel_index(index, box)
-        start = [min(max(0, int(c) - s // 2), r) for c, s, r in zip(centre, size, room, strict=True)]
-    inside = tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))
-    image, label = prepared.image_czyx[(slice(None), *inside)], prepared.label_zyx
-    assert label is not None, "training cases are labelled; the manifest saw to it"
-    label = label[inside]
-    missing = [(0, s - n) for s, n in zip(size, label.shape, strict=True)]
-    if any(after for _, after in missing):
-        image, label = np.pad(image, [(0, 0), *missing]), np.pad(label, missing)
-    return Patch(
-        sample.position, sample.seed, case_id, 1.0, "",
-        np.ascontiguousarray(image), np.ascontiguousarray(label),
-        np.array(prepared.mean, np.float32), np.array(prepared.std, np.float32),
-    )  # fmt: skip
+        start = [min(max(0, int(c) - s // 2), r) for c, s, r in zip(centre, size_zyx, room, strict=True)]
+    return start[0], start[1], start[2]
 
 
-def placeholder(sample: Sample, case_id: str, reason: str, patch_xyz: tuple[int, int, int]) -> Patch:
-    """A row of weight zero: a position never goes missing, whatever becomes of its case."""
-    size = tuple(reversed(patch_xyz))
-    image, label = np.zeros((4, *size), np.int16), np.zeros(size, np.uint8)
-    return Patch(
-        sample.position,
-        sample.seed,
-        case_id,
-        0.0,
-        reason,
-        image,
-        label,
-        np.zeros(4, np.float32),
-        np.ones(4, np.float32),
-    )
+def window(array: npt.NDArray[Any], start: Triple, size_zyx: Triple) -> npt.NDArray[Any]:
+    """The voxels (..., z, y, x) from `start` on: a view, or a copy padded with zeros behind the end of the array."""
+    view = array[(..., *(slice(a, a + s) for a, s in zip(start, size_zyx, strict=True)))]
+    missing = [s - n for s, n in zip(size_zyx, view.shape[-3:], strict=True)]
+    if not any(missing):
+        return view
+    return np.pad(view, [(0, 0)] * (array.ndim - 3) + [(0, after) for after in missing])
+
+
+def placeholder(position: int, seed: int, case_id: str, reason: str, size_zyx: Triple) -> Patch:
+    """A patch of weight zero: a position never goes missing, whatever becomes of its case."""
+    nothing = np.zeros(1, np.int16), np.zeros(1, np.uint8)
+    image, label = np.broadcast_to(nothing[0], (4, *size_zyx)), np.broadcast_to(nothing[1], size_zyx)
+    return Patch(position, seed, case_id, 0.0, reason, image, label, np.zeros(4, np.float32), np.ones(4, np.float32))

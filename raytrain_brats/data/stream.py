@@ -9,11 +9,9 @@ a case that is refused becomes a row of weight zero, since a missing row would s
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Datasource
@@ -22,78 +20,13 @@ from ray.data.datasource import ReadTask
 from ray.train import DataConfig
 
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.nifti import Refused
-from raytrain_brats.data.patch import Patch, cut, placeholder
-from raytrain_brats.data.plan import Plan, Sample
-from raytrain_brats.data.store import Source, binary_column, binary_value
+from raytrain_brats.data.parcel import Buffer, Cutting, Item, parcels, unpack
+from raytrain_brats.data.patch import Patch
+from raytrain_brats.data.plan import Plan
+from raytrain_brats.data.store import Source
 
-
-@dataclass(frozen=True)
-class Cutting:
-    """How patches are cut; travels with every read task, so it is small."""
-
-    patch_xyz: tuple[int, int, int]
-    foreground_share: float
-
-
-def window_patches(source: Source, items: list[tuple[Sample, Case | None]], cutting: Cutting) -> Iterator[Patch]:
-    """The patches of one window in the order of `items`; each case is loaded once.
-
-    Total over bad cases: Refused becomes a placeholder. OSError (storage down) is raised: that is no property of
-    the case, and the run must stop rather than train without it.
-    """
-    loaded: dict[str, Any] = {}
-    for sample, case in items:
-        if case is None:
-            yield placeholder(sample, "", "", cutting.patch_xyz)
-            continue
-        if case.id not in loaded:
-            try:
-                loaded[case.id] = source.load(case)
-            except Refused as error:
-                loaded[case.id] = error
-        prepared = loaded[case.id]
-        if isinstance(prepared, Refused):
-            reason = f"{prepared.reason}: {prepared.detail}"
-            yield placeholder(sample, case.id, reason, cutting.patch_xyz)
-        else:
-            yield cut(prepared, sample, case.id, cutting.patch_xyz, cutting.foreground_share)
-
-
-def to_block(patch: Patch) -> pa.Table:
-    """One row. Voxels travel as bytes: their dtype may differ from case to case."""
-    return pa.table(
-        {
-            "position": [patch.position],
-            "seed": [patch.seed],
-            "case_id": [patch.case_id],
-            "weight": [patch.weight],
-            "reason": [patch.reason],
-            "dtype": [patch.image_czyx.dtype.name],
-            "shape": [list(patch.image_czyx.shape)],
-            "image": binary_column(patch.image_czyx),
-            "label": binary_column(patch.label_zyx),
-            "mean": [patch.mean.tolist()],
-            "std": [patch.std.tolist()],
-        }
-    )
-
-
-def from_block(table: pa.Table) -> Patch:
-    """The patch of a one-row block; its arrays are read-only views into the block."""
-    row = table.drop_columns(["image", "label"]).to_pylist()[0]
-    shape = tuple(row["shape"])
-    return Patch(
-        row["position"],
-        row["seed"],
-        row["case_id"],
-        row["weight"],
-        row["reason"],
-        binary_value(table, "image", np.dtype(row["dtype"])).reshape(shape),
-        binary_value(table, "label", np.uint8).reshape(shape[1:]),
-        np.array(row["mean"], np.float32),
-        np.array(row["std"], np.float32),
-    )
+WORLD_SIZE = "raytrain_brats.world_size"
+"""The number of ranks that read tasks pack for, in the dataset's context: known only once the workers are."""
 
 
 class PositionSource(Datasource):
@@ -118,31 +51,42 @@ class PositionSource(Datasource):
         low, high = self.plan.stretch(self.cursor)
         for _ in range(execution):
             low, high = self.plan.stretch(high)
-        return [self._task(positions) for positions in self.plan.windows(low, high)]
+        world_size = data_context.get_config(WORLD_SIZE, 1) if data_context is not None else 1
+        return [self._task(positions, world_size) for positions in self.plan.windows(low, high)]
 
-    def _task(self, positions: range) -> ReadTask:
+    def _task(self, positions: range, world_size: int) -> ReadTask:
         samples = [self.plan.sample(p) for p in positions]
         items = [(s, None if s.case is None else self.cases[s.case]) for s in samples]
         x, y, z = self.cutting.patch_xyz
-        about = BlockMetadata(len(items), len(items) * x * y * z * 9, None, None)
-        return ReadTask(partial(_read, self.source, items, self.cutting), about)
+        about = BlockMetadata(None, len(items) * x * y * z * 9, None, None)
+        return ReadTask(partial(_read, self.source, items, self.cutting, world_size), about)
 
 
-def _read(source: Source, items: list[tuple[Sample, Case | None]], cutting: Cutting) -> Iterator[pa.Table]:
-    for patch in window_patches(source, items, cutting):
-        yield to_block(patch)
+_buffer = Buffer()
+
+
+def _read(source: Source, items: list[Item], cutting: Cutting, world_size: int) -> Iterator[pa.Table]:
+    # A process does one task at a time, and Ray has copied a table to the object store when it asks for the next.
+    return parcels(source, items, cutting, world_size, _buffer)
 
 
 def dataset(
-    plan: Plan, cases: tuple[Case, ...], source: Source, cutting: Cutting, cursor: int, cpus_per_task: float
+    plan: Plan,
+    cases: tuple[Case, ...],
+    source: Source,
+    cutting: Cutting,
+    cursor: int,
+    cpus_per_task: float,
+    tasks: int | None = None,
 ) -> Any:
-    """The ordered Ray Dataset of all positions from `cursor` on."""
+    """The ordered Ray Dataset of all positions from `cursor` on, read by so many tasks at a time (by default as many
+    as Ray Data finds CPUs and object store for)."""
     positions = PositionSource(plan, cases, source, cutting, cursor)
-    tasks = len(plan.windows(*plan.stretch(cursor)))
+    windows = len(plan.windows(*plan.stretch(cursor)))
     made = ray.data.read_datasource(
-        positions, override_num_blocks=max(1, tasks), ray_remote_args={"num_cpus": cpus_per_task}
+        positions, override_num_blocks=max(1, windows), num_cpus=cpus_per_task, concurrency=tasks
     )
-    made.context.target_max_block_size = 1  # one row a block: the split deals blocks, not rows
+    made.context.target_max_block_size = 1  # one row a block: the split deals blocks
     made.context.execution_options.preserve_order = True
     made.context.execution_no_progress_timeout_s = 6 * 3600  # a long validation is no hang of the stream
     return made
@@ -154,6 +98,7 @@ class OrderedSplit(DataConfig):
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
         shares: list[dict[str, Any]] = [{} for _ in range(world_size)]
         for name, ds in datasets.items():
+            ds.context.set_config(WORLD_SIZE, world_size)
             for rank, share in enumerate(ds.streaming_split(world_size, equal=False)):
                 shares[rank][name] = share
         return shares
@@ -161,5 +106,11 @@ class OrderedSplit(DataConfig):
 
 def patches(shard: Any, prefetch: int) -> Iterator[Patch]:
     """The patches of a rank's share for one execution (one stretch)."""
+    held: list[Patch] = []
     for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch):
-        yield from_block(table)
+        left, found = unpack(table)
+        held += found
+        if not left:
+            held.sort(key=lambda patch: -patch.position)
+            while held:  # let go of each as it is given away: the last one of a table frees it
+                yield held.pop()

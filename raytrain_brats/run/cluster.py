@@ -33,6 +33,10 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning
 }
 
+STORE_BYTES_PER_CPU = 320_000_000
+"""Object store of a cluster of our own. Ray would take 30 % of the memory, use all of it in turn, and each page costs
+every process some 2 microseconds when it meets it for the first time: 15 ms a case more until all are met."""
+
 # Where S3 is; workers on other nodes inherit their node's environment, not ours. Never credentials: they would show
 # in the dashboard.
 _PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", storage.PATIENCE)
@@ -41,13 +45,15 @@ _PATIENCE_S = "180"  # a run outlives an outage of S3 of this length; the comman
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run uses: workers from `low` to `high`, each `cpus` and `gpus`; data tasks `cpus_per_task` each."""
+    """What a run uses: workers from `low` to `high`, each `cpus` and `gpus`; data tasks of `cpus_per_task` each, `tasks`
+    of them at a time (None: as many as find room, also on nodes that join later)."""
 
     low: int
     high: int
     cpus: float
     gpus: int
     cpus_per_task: float
+    tasks: int | None
 
 
 def connect(local_cpus: int | None = None) -> None:
@@ -82,7 +88,8 @@ def connect(local_cpus: int | None = None) -> None:
             except ConnectionError:
                 pass  # left behind by a cluster that is gone
         cpus = local_cpus or max(2, os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        memory = min(int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), cpus * STORE_BYTES_PER_CPU)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **quiet)
     except (ConnectionError, TimeoutError) as error:
         if not address or address == "local":
             raise
@@ -116,7 +123,10 @@ def measure(run: Run, global_batch: int) -> Resources:
             f"{fitting} workers of {per_worker:g} CPUs leave no CPU for data tasks of {per_task:g} on this cluster of "
             f"{cpus:g} CPUs; {remedy}lower run.cpus_per_worker or run.cpus_per_task, or add CPUs"
         )
-    return Resources(low, high, per_worker, wanted, per_task)
+    # On a small machine each process counts: 0.25 GB, and pages of the object store that are new to it. One data task
+    # a CPU that is not a worker's is enough.
+    tasks = run.data_tasks or (max(1, int(cpus - fitting * per_worker)) if cpus <= 4 else None)
+    return Resources(low, high, per_worker, wanted, per_task, tasks)
 
 
 def node_resources() -> list[dict[str, float]]:

@@ -33,7 +33,7 @@ class StreamFactory:
     """Called by Ray Train's controller before each worker group starts: decides where it goes on."""
 
     job: Job
-    cpus_per_task: float
+    needed: cluster.Resources
     driver: str
     """Token of the driver's lease."""
 
@@ -45,8 +45,9 @@ class StreamFactory:
             last = f"; the last failure: {causes[-1]}" if causes else ""
             raise RunFailed(f"{again} failures in a row at sample {generation.samples_seen}{last}")
         return stream.dataset(
-            job.plan, job.train_cases, job.source, job.cutting, generation.samples_seen, self.cpus_per_task
-        )
+            job.plan, job.train_cases, job.source, job.cutting, generation.samples_seen,
+            self.needed.cpus_per_task, self.needed.tasks,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
             worker_runtime_env={"env_vars": spares.WORKER},  # type: ignore[call-arg]
             callbacks=callbacks,
         ),
-        datasets={"train": StreamFactory(job, needed.cpus_per_task, lease.token)},
+        datasets={"train": StreamFactory(job, needed, lease.token)},
         dataset_config=stream.OrderedSplit(),
     )
     # In a thread, so that Ctrl-C reaches us: on the main thread Ray's own handler ends the process without a word.
