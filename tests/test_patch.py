@@ -9,14 +9,16 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.data import DataContext
 
 from raytrain_brats.data.manifest import Case, open_manifest
 from raytrain_brats.data.nifti import Refused, Volume
-from raytrain_brats.data.patch import Patch, cut, placeholder
+from raytrain_brats.data.parcel import Buffer, Cutting, cover, pack, parcels, unpack
+from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.plan import Plan, Sample, draw
-from raytrain_brats.data.preprocess import preprocess
+from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.store import Source, put
-from raytrain_brats.data.stream import Cutting, PositionSource, from_block, to_block, window_patches
+from raytrain_brats.data.stream import PositionSource
 from tests.conftest import make_volume, write_msd_folder
 
 VOLUME = make_volume(seed=4)
@@ -29,6 +31,14 @@ BOX = PREPARED.image_czyx.shape[1:]
 def equal(a: Patch, b: Patch) -> bool:
     fields = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Patch)]
     return all(x.dtype == y.dtype and np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y for x, y in fields)
+
+
+def cut(prepared: Prepared, sample: Sample, case_id: str, patch_xyz: Any, share: float) -> Patch:
+    """The patch of one sample, through a parcel of its own."""
+    cutting = Cutting(patch_xyz, share)
+    left, (patch,) = unpack(pack(cover(prepared, case_id, [sample], cutting), cutting.size_zyx, 0))
+    assert left == 0
+    return patch
 
 
 def place(patch: Patch) -> tuple[int, ...]:
@@ -54,7 +64,7 @@ def test_a_patch_has_its_size_and_lies_inside_the_box_or_is_padded(seed: int, pa
 
     assert patch.image_czyx.shape == (4, *size)
     assert patch.label_zyx.shape == size
-    assert patch.image_czyx.flags.c_contiguous
+    assert not patch.image_czyx.flags.writeable or not np.shares_memory(patch.image_czyx, PREPARED.image_czyx)
     start = place(patch)
     inside = tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))
     label = PREPARED.label_zyx[inside]
@@ -95,20 +105,6 @@ def test_a_case_without_tumour_is_cut_uniformly() -> None:
         assert equal(cut(bare, sample, "", (8, 8, 8), 1.0), cut(PREPARED, sample, "", (8, 8, 8), 0.0))
 
 
-@pytest.mark.parametrize("kind", [np.int16, np.float16])
-def test_blocks_carry_patches_unchanged(kind: Any) -> None:
-    """from_block(to_block(x)) is x, also for a row sliced out of a larger block."""
-    prepared = dataclasses.replace(PREPARED, image_czyx=PREPARED.image_czyx.astype(kind))
-    one = cut(prepared, Sample(7, 0, 0, 2**63 - 1), "é", (8, 9, 10), 0.5)
-    two = dataclasses.replace(placeholder(Sample(8, 1, None, 5), "", "gzip_damaged: x", (8, 9, 10)))
-    table = pa.concat_tables([to_block(one), to_block(two)]).combine_chunks()
-
-    assert equal(from_block(to_block(one)), one)
-    assert equal(from_block(to_block(two)), two)
-    assert equal(from_block(table.slice(0, 1)), one)
-    assert equal(from_block(table.slice(1, 1)), two)
-
-
 @pytest.fixture
 def cases(tmp_path: Path) -> tuple[Source, tuple[Case, ...]]:
     manifest = open_manifest(str(write_msd_folder(tmp_path / "msd", 4, varied=True)))
@@ -124,13 +120,70 @@ def items(found: tuple[Case, ...]) -> list[tuple[Sample, Case | None]]:
     return [(s, None if s.case is None else found[s.case]) for s in samples]
 
 
+def dealt(source: Source, wanted: Any, world_size: int = 1, cutting: Cutting = CUTTING) -> list[list[Patch]]:
+    """Each rank's patches of one window, in the order in which it trains on them."""
+    ranks: list[list[Patch]] = [[] for _ in range(world_size)]
+    held: list[list[Patch]] = [[] for _ in range(world_size)]
+    for number, table in enumerate(parcels(source, wanted, cutting, world_size)):
+        left, found = unpack(table)
+        held[number % world_size] += found
+        if not left:
+            ranks[number % world_size] += sorted(held[number % world_size], key=lambda p: p.position)
+            held[number % world_size] = []
+    assert not any(held)
+    return ranks
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_any_number_of_ranks_gets_every_wth_patch_and_the_same_voxels(
+    cases: tuple[Source, tuple[Case, ...]], world_size: int
+) -> None:
+    """Rank r's patches are positions r, r + W, r + 2W ... of the stream, over windows that W does not divide too; bit
+    for bit those of a stream for one rank."""
+    source, found = cases
+    wanted = items(found)
+    alone = dealt(source, wanted)[0]
+    ranks: list[list[Patch]] = [[] for _ in range(world_size)]
+    turn = 0
+    for window in PLAN.windows(0, PLAN.total):
+        for rank, patches in enumerate(dealt(source, wanted[window.start : window.stop], world_size)):
+            ranks[(turn + rank) % world_size] += patches
+        turn = (turn + len(window)) % world_size  # Ray goes on with the rank whose turn it is
+    for rank, patches in enumerate(ranks):
+        assert [p.position for p in patches] == list(range(rank, PLAN.total, world_size))
+        assert all(equal(patch, alone[patch.position]) for patch in patches)
+
+
+def test_a_parcel_holds_a_case_once_and_never_more_than_its_patches() -> None:
+    """Patches that overlap travel as the box around them; those far apart as themselves; a reused buffer as a new one.
+
+    Also float16 voxels, a position near 2^63, a table sliced out of a larger one.
+    """
+    prepared = dataclasses.replace(PREPARED, image_czyx=PREPARED.image_czyx.astype(np.float16))
+    buffer = Buffer()
+    for size in ((20, 18, 16), (3, 2, 2)):
+        cutting = Cutting(size, 0.5)
+        samples = [Sample(2**62 + n, 0, 0, 2**63 - 1 - n) for n in range(9)]
+        apart = sum(pack(cover(prepared, "é", [s], cutting), cutting.size_zyx, 0).nbytes for s in samples)
+        together = pack(cover(prepared, "é", samples, cutting), cutting.size_zyx, 2, buffer)
+        assert together.nbytes < (apart / 2 if size[0] > 10 else apart)
+        whole = pa.concat_tables([pack([], size, 0), together]).combine_chunks()
+        for table in (together, whole.slice(1, 1)):
+            left, patches = unpack(table)
+            assert left == 2
+            assert all(
+                equal(patch, cut(prepared, sample, "é", size, 0.5))
+                for patch, sample in zip(patches, samples, strict=True)
+            )
+
+
 def test_raw_and_store_routes_give_the_same_patches(cases: tuple[Source, tuple[Case, ...]], tmp_path: Path) -> None:
     """Bit for bit the same rows for the same positions, padding included, resampled and oblique cases too."""
     source, found = cases
     home = str(tmp_path / "store")
     stored = tuple(put(home, source, case, {"spacing_mm": 1.0}) for case in found)
-    raw = list(window_patches(source, items(found), CUTTING))
-    prepared = list(window_patches(Source(home, source.convention, 1.0), items(stored), CUTTING))
+    raw = dealt(source, items(found))[0]
+    prepared = dealt(Source(home, source.convention, 1.0), items(stored))[0]
 
     assert [p.position for p in raw] == list(range(18))
     assert [p.weight for p in raw] == ([1.0] * 8 + [0.0]) * 2
@@ -141,12 +194,12 @@ def test_raw_and_store_routes_give_the_same_patches(cases: tuple[Source, tuple[C
 def test_a_refused_case_keeps_its_positions(cases: tuple[Source, tuple[Case, ...]]) -> None:
     """Each position of a damaged case is one row of weight 0 with the reason; all other rows are as before."""
     source, found = cases
-    before = list(window_patches(source, items(found), CUTTING))
+    before = dealt(source, items(found))[0]
     damaged = Path(source.root) / "imagesTr" / "BRATS_002.nii.gz"
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
-    after = list(window_patches(source, items(found), CUTTING))
+    after = dealt(source, items(found))[0]
 
     assert len(after) == len(before) == PLAN.total
     for old, new in zip(before, after, strict=True):
@@ -175,7 +228,7 @@ def test_storage_that_fails_stops_the_window_and_each_case_is_read_once() -> Non
 
     def rows(*ids: str) -> list[Patch]:
         wanted = [(Sample(i, 0, 0, i), Case(name, name, (), None, 0)) for i, name in enumerate(ids)]
-        return list(window_patches(Double("", "msd", 1.0), list(wanted), CUTTING))
+        return dealt(Double("", "msd", 1.0), wanted)[0]
 
     assert [p.weight for p in rows("bad", "ok", "bad", "ok")] == [0, 1, 0, 1]
     assert asked == ["bad", "ok"]
@@ -191,10 +244,10 @@ def test_executions_of_the_datasource_chain_to_the_end(monkeypatch: pytest.Monke
         datasource = PositionSource(PLAN, found, Source("", "msd", 1.0), CUTTING, cursor)
         seen: list[int] = []
         for execution in range(PLAN.total):
-            context: Any = type("Context", (), {"_execution_idx": execution})
+            context = DataContext()
+            context._execution_idx = execution
             for task in datasource.get_read_tasks(1, data_context=context):
                 read: Any = task.read_fn
                 rows = [sample.position for sample, _ in read.args[1]]
-                assert task.metadata.num_rows == len(rows)
                 seen += rows
         assert seen == list(range(cursor, PLAN.total))
