@@ -62,6 +62,8 @@ class Piece:
     samples: list[tuple[Sample, Triple]]
     reason: str = ""
     """Why there are no voxels: the patches are of weight zero."""
+    shape_zyx: Triple = (0, 0, 0)
+    """Of the part; the arrays are smaller where it reaches behind the end of the case: there is nothing, so zeros."""
     image_czyx: npt.NDArray[Any] | None = None
     label_zyx: npt.NDArray[np.uint8] | None = None
     mean: tuple[float, ...] = ()
@@ -122,30 +124,31 @@ def cover(prepared: Prepared | str, case_id: str, samples: list[Sample], cutting
     low, high = np.min(starts, axis=0), np.max(starts, axis=0) + size
     if len(samples) > 1 and prod(np.minimum(high, prepared.image_czyx.shape[1:]) - low) > apart:
         return [piece for sample in samples for piece in cover(prepared, case_id, [sample], cutting)]
-    inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))  # up to the end of the box
     assert prepared.label_zyx is not None, "training cases are labelled; the manifest saw to it"
     within = [(sample, _triple(start - low)) for sample, start in zip(samples, starts, strict=True)]
     image, label = prepared.image_czyx[(slice(None), *inside)], prepared.label_zyx[inside]
-    return [Piece(case_id, within, "", image, label, prepared.mean, prepared.std)]
+    return [Piece(case_id, within, "", _triple(high - low), image, label, prepared.mean, prepared.std)]
 
 
 def pack(pieces: list[Piece], size_zyx: Triple, left: int, buffer: Buffer | None = None) -> pa.Table:
     """One row: what is in it as JSON, and all voxels in one run of bytes, as dtypes differ from case to case."""
     parts: list[dict[str, Any]] = []
-    arrays: list[tuple[int, npt.NDArray[Any]]] = []
+    arrays: list[tuple[int, Triple, npt.NDArray[Any]]] = []
     total = 0
     for piece in pieces:
         about = {"case_id": piece.case_id, "reason": piece.reason, "mean": piece.mean, "std": piece.std}
         about["patches"] = [[sample.position, sample.seed, start] for sample, start in piece.samples]
         if piece.image_czyx is not None and piece.label_zyx is not None:
-            about |= {"dtype": piece.image_czyx.dtype.name, "shape": piece.image_czyx.shape, "at": total}
-            for array in (piece.image_czyx, piece.label_zyx):
-                arrays.append((total, array))
-                total += -(-array.nbytes // 64) * 64
+            about |= {"dtype": piece.image_czyx.dtype.name, "shape": (4, *piece.shape_zyx), "at": total}
+            for array in (*piece.image_czyx, piece.label_zyx):
+                arrays.append((total, piece.shape_zyx, array))
+                total += prod(piece.shape_zyx) * array.itemsize
+            total = -(-total // 64) * 64
         parts.append(about)
     voxels = (buffer or Buffer()).take(total)
-    for at, array in arrays:
-        np.copyto(voxels[at : at + array.nbytes].view(array.dtype).reshape(array.shape), array)
+    for at, shape, array in arrays:
+        _fill(_array(voxels, at, array.dtype, shape), array)
     about_all = json.dumps({"left": left, "size_zyx": size_zyx, "parts": parts})
     return pa.table({"about": [about_all], "voxels": binary_column(voxels)})
 
@@ -161,8 +164,8 @@ def unpack(table: pa.Table) -> tuple[int, list[Patch]]:
         if "at" not in part:
             patches += [placeholder(position, seed, name, reason, size) for position, seed, _ in part["patches"]]
             continue
-        image, at = _array(voxels, part["at"], np.dtype(part["dtype"]), part["shape"])
-        label, _ = _array(voxels, at, np.dtype(np.uint8), part["shape"][1:])
+        image = _array(voxels, part["at"], np.dtype(part["dtype"]), part["shape"])
+        label = _array(voxels, part["at"] + image.nbytes, np.dtype(np.uint8), part["shape"][1:])
         mean, std = np.array(part["mean"], np.float32), np.array(part["std"], np.float32)
         for position, seed, start in part["patches"]:
             voxels_here = window(image, start, size), window(label, start, size)
@@ -170,10 +173,18 @@ def unpack(table: pa.Table) -> tuple[int, list[Patch]]:
     return about["left"], patches
 
 
-def _array(voxels: Any, at: int, dtype: Any, shape: list[int]) -> tuple[npt.NDArray[Any], int]:
-    """(The array at a place in the bytes, where the next one begins)."""
-    count = prod(shape) * dtype.itemsize
-    return voxels[at : at + count].view(dtype).reshape(shape), at + -(-count // 64) * 64
+def _array(voxels: Any, at: int, dtype: Any, shape: Any) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = voxels[at : at + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+    return array
+
+
+def _fill(place: npt.NDArray[Any], array: npt.NDArray[Any]) -> None:
+    """Copy an array to the beginning of a larger one; zeros behind it."""
+    for axis, count in enumerate(array.shape):
+        rest: list[slice] = [slice(None)] * array.ndim
+        rest[axis] = slice(count, None)
+        place[tuple(rest)] = 0
+    np.copyto(place[tuple(slice(count) for count in array.shape)], array)
 
 
 def _triple(values: Any) -> Triple:

@@ -55,12 +55,9 @@ def place(prepared: Prepared, sample: Sample, size_zyx: Triple, foreground_share
 
 
 def window(array: npt.NDArray[Any], start: Triple, size_zyx: Triple) -> npt.NDArray[Any]:
-    """The voxels (..., z, y, x) from `start` on: a view, or a copy padded with zeros behind the end of the array."""
-    view = array[(..., *(slice(a, a + s) for a, s in zip(start, size_zyx, strict=True)))]
-    missing = [s - n for s, n in zip(size_zyx, view.shape[-3:], strict=True)]
-    if not any(missing):
-        return view
-    return np.pad(view, [(0, 0)] * (array.ndim - 3) + [(0, after) for after in missing])
+    """The voxels (..., z, y, x) from `start` on: a view."""
+    view: npt.NDArray[Any] = array[(..., *(slice(a, a + s) for a, s in zip(start, size_zyx, strict=True)))]
+    return view
 
 
 def placeholder(position: int, seed: int, case_id: str, reason: str, size_zyx: Triple) -> Patch:

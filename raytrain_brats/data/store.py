@@ -114,7 +114,8 @@ def decode(content: bytes, verified: bool = False) -> Prepared:
     Raises Refused("changed") for anything else.
     """
     try:
-        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=not verified)
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=not verified)
+        table = file.read(use_threads=False)
         about = json.loads(table.column("about")[0].as_py())
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']}")

@@ -88,6 +88,7 @@ def dataset(
     )
     made.context.target_max_block_size = 1  # one row a block: the split deals blocks
     made.context.execution_options.preserve_order = True
+    made.context.memory_usage_poll_interval_s = None  # reading a process's memory map costs as much as a patch
     made.context.execution_no_progress_timeout_s = 6 * 3600  # a long validation is no hang of the stream
     return made
 
