@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": "segment NIfTI cases",
     "verify": "prove that every sample was applied once, in order",
     "report": "one page: curves, overlays, time split",
+    "bench": "measure against other libraries, all processes counted",
     "demo": "all of these on phantoms, in minutes",
 }
 

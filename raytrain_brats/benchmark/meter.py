@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Meter:
     def __enter__(self) -> "Meter":
         command = [sys.executable, "-S", str(Path(__file__)), str(os.getpid())]
         self._file = tempfile.TemporaryFile("w+")  # no pipe: it fills up, and the meter would stand
-        self._process = subprocess.Popen(command, stdout=self._file, stdin=subprocess.PIPE)
+        self._process = subprocess.Popen(command, stdout=self._file, stdin=subprocess.PIPE)  # noqa: S603
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -47,21 +47,20 @@ class Meter:
     def spent(self, begin: float, end: float, what: str = "cpu_s") -> dict[str, float]:
         """CPU seconds (or `faults`) by kind of process between two points in time, interpolated."""
         low, high = self._at(begin, what), self._at(end, what)
-        spent = {kind: high[kind] - low[kind] for kind in high}
+        spent = {kind: high[kind] - low.get(kind, 0.0) for kind in high}
         return {kind: round(value, 3) for kind, value in sorted(spent.items(), key=lambda s: -s[1]) if value > 0}
 
     def peak_mb(self) -> dict[str, float]:
         """Memory of the tree by kind of process when it was largest in all."""
         return max((s["pss_mb"] for s in self._samples if "pss_mb" in s), key=lambda m: sum(m.values()), default={})
 
-    def _at(self, moment: float, what: str) -> Counter[str]:
+    def _at(self, moment: float, what: str) -> dict[str, float]:
         times = [sample["time"] for sample in self._samples]
         right = min(max(1, bisect_left(times, moment)), len(times) - 1)
         before, after = self._samples[right - 1], self._samples[right]
         share = min(1.0, max(0.0, (moment - before["time"]) / (after["time"] - before["time"])))
-        kinds = before[what].keys() | after[what].keys()
-        old, new = (Counter(sample[what]) for sample in (before, after))
-        return Counter({kind: old[kind] + share * (new[kind] - old[kind]) for kind in kinds})  # type: ignore[misc]
+        old, new = before[what], after[what]  # a kind seen once is there for ever
+        return {kind: old.get(kind, 0.0) + share * (new[kind] - old.get(kind, 0.0)) for kind in new}
 
 
 def _tree(root: int) -> dict[int, list[str]]:
@@ -92,7 +91,14 @@ def _kind(pid: int, root: int) -> str:
         return ""
     if ray := re.match(r"ray::(\w+)", words):
         return ray[1]
-    for known in ("gcs_server", "raylet/raylet", "dashboard/agent", "runtime_env/agent", "default_worker", "log_monitor"):
+    for known in (
+        "gcs_server",
+        "raylet/raylet",
+        "dashboard/agent",
+        "runtime_env/agent",
+        "default_worker",
+        "log_monitor",
+    ):
         if known in words:
             return known.rpartition("/")[2]
     return "worker" if "python" in words else Path(words.split(" ")[0] or "other").name
@@ -109,21 +115,21 @@ def _pss_mb(pid: int) -> float:
 def _watch(root: int) -> None:
     """Print samples until the input closes or the root is gone."""
     last: dict[tuple[int, str], tuple[float, float]] = {}
-    cpu_s, faults = Counter[str](), Counter[str]()
+    cpu_s, faults = defaultdict[str, float](float), defaultdict[str, float](float)
     number = 0
     os.set_blocking(0, False)
     while os.path.exists(f"/proc/{root}"):
         sample: dict[str, Any] = {"time": time.monotonic()}
-        memory: Counter[str] = Counter()
+        memory = defaultdict[str, float](float)
         for pid, fields in _tree(root).items():
             kind = _kind(pid, root)
             now = ((int(fields[11]) + int(fields[12])) / _TICKS, float(fields[7]))
             before = last.get((pid, fields[19]), now if number == 0 else (0.0, 0.0))
-            cpu_s[kind] += now[0] - before[0]  # type: ignore[assignment]
-            faults[kind] += now[1] - before[1]  # type: ignore[assignment]
+            cpu_s[kind] += now[0] - before[0]
+            faults[kind] += now[1] - before[1]
             last[pid, fields[19]] = now
             if number % MEMORY_EVERY == 0:
-                memory[kind] += _pss_mb(pid)  # type: ignore[assignment]
+                memory[kind] += _pss_mb(pid)
         sample |= {"cpu_s": cpu_s, "faults": faults} | ({"pss_mb": memory} if memory else {})
         print(json.dumps(sample), flush=True)
         number += 1

@@ -137,7 +137,7 @@ def pack(pieces: list[Piece], size_zyx: Triple, left: int, buffer: Buffer | None
     arrays: list[tuple[int, Triple, npt.NDArray[Any]]] = []
     total = 0
     for piece in pieces:
-        about = {"case_id": piece.case_id, "reason": piece.reason, "mean": piece.mean, "std": piece.std}
+        about: dict[str, Any] = {"case_id": piece.case_id, "reason": piece.reason, "mean": piece.mean, "std": piece.std}
         about["patches"] = [[sample.position, sample.seed, start] for sample, start in piece.samples]
         if piece.image_czyx is not None and piece.label_zyx is not None:
             about |= {"dtype": piece.image_czyx.dtype.name, "shape": (4, *piece.shape_zyx), "at": total}

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from raytrain_brats.data.plan import Sample, draw
 from raytrain_brats.data.preprocess import Prepared
 
-
 Triple = tuple[int, int, int]
 
 
@@ -56,7 +55,8 @@ def place(prepared: Prepared, sample: Sample, size_zyx: Triple, foreground_share
 
 def window(array: npt.NDArray[Any], start: Triple, size_zyx: Triple) -> npt.NDArray[Any]:
     """The voxels (..., z, y, x) from `start` on: a view."""
-    view: npt.NDArray[Any] = array[(..., *(slice(a, a + s) for a, s in zip(start, size_zyx, strict=True)))]
+    inside: tuple[Any, ...] = (..., *(slice(a, a + s) for a, s in zip(start, size_zyx, strict=True)))
+    view: npt.NDArray[Any] = array[inside]
     return view
 
 

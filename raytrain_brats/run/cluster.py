@@ -45,8 +45,8 @@ _PATIENCE_S = "180"  # a run outlives an outage of S3 of this length; the comman
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run uses: workers from `low` to `high`, each `cpus` and `gpus`; data tasks of `cpus_per_task` each, `tasks`
-    of them at a time (None: as many as find room, also on nodes that join later)."""
+    """What a run uses: workers from `low` to `high`, each `cpus` and `gpus`; data tasks of `cpus_per_task` each,
+    `tasks` of them at a time (None: as many as find room, also on nodes that join later)."""
 
     low: int
     high: int

@@ -1,0 +1,199 @@
+"""Measure this package against its peers, all processes counted: `raytrain-brats bench data`.
+
+In: how many generated cases, patches and rounds; which peers.
+Out: a table on the terminal; with --json a file of every run's figures.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from raytrain_brats import storage
+from raytrain_brats.benchmark.pipelines import ABOUT, OURS, PEERS, Order, Run, missing
+from raytrain_brats.cli import entry
+from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data import phantom
+from raytrain_brats.data import store as stores
+from raytrain_brats.data.store import Source
+from raytrain_brats.errors import RunFailed, UserError
+
+_PREPROCESSING = {"spacing_mm": 1.0}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Patches per CPU second of our two routes, through Ray to a training worker, and of other libraries' loaders on
+    the same cases, each in a process tree of its own, in turn."""
+
+    cases: int = 8
+    """Cases generated; each is different, all are read again and again."""
+    grid: int = 240
+    """Voxels of a generated case across 240 mm."""
+    patch: int = 128
+    """Voxels along each edge of a patch."""
+    patches: int = 256
+    """Patches counted in each run, after a warm-up."""
+    warm: int = 64
+    """Patches of our routes before counting begins; peers take 8."""
+    seconds: float = 60.0
+    """A run that has not got so far ends after this time."""
+    rounds: int = 2
+    """Runs of each pipeline, in turn: A B C A B C."""
+    peers: str = ",".join(PEERS)
+    """Comma-separated; "" for none. What is not installed is left out with a word."""
+    work: str = ""
+    """Folder for cases and caches, kept for the next time; by default one that is removed."""
+    json: str = ""
+    """File for the figures."""
+
+
+def data(args: Data) -> None:
+    asked = [name.strip() for name in args.peers.split(",") if name.strip()]
+    if unknown := [name for name in asked if name not in PEERS]:
+        raise UserError(f"--peers {unknown[0]}: not known; there are {', '.join(PEERS)}")
+    if sys.platform != "linux":
+        raise UserError("bench data reads Linux's /proc; run it on Linux")
+    skipped = {name: f"{package} is not installed" for name in asked if (package := missing(name))}
+    pipelines = [*OURS, *(name for name in asked if name not in skipped)]
+    with tempfile.TemporaryDirectory(prefix="bench") as folder:
+        work = Path(args.work or folder).absolute()
+        source = _generate(args, work)
+        before = os.getloadavg()
+        runs: dict[str, list[Run]] = {name: [] for name in pipelines}
+        turns = [name for _ in range(args.rounds) for name in pipelines]
+        for name in track(turns, "measuring", console=Console(stderr=True), transient=True):
+            runs[name].append(_run(args, name, work, source))
+        found = _report(args, work, runs, skipped, before)
+    _show(found)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _generate(args: Data, work: Path) -> Path:
+    """The cases, and the store made of them, unless they are there from an earlier time."""
+    source, store = work / "source", work / "store"
+    if not (source / "dataset.json").exists():
+        phantom.write_set(str(source), args.cases, seed=1, grid=args.grid, anatomy="procedural")
+    found = len(list((source / "imagesTr").glob("*.nii.gz")))
+    if found != args.cases:
+        raise UserError(f"--work {work} holds {found} cases, --cases says {args.cases}; give another folder")
+    if not (store / "index.jsonl").exists():
+        manifest = manifests.open_manifest(str(source))
+        raw = Source(manifest.root, manifest.convention, _PREPROCESSING["spacing_mm"])
+        cases = tuple(stores.put(str(store), raw, case, _PREPROCESSING) for case in manifest.cases)
+        stores.write_index(str(store), replace(manifest, cases=cases), _PREPROCESSING)
+    return source
+
+
+def _run(args: Data, name: str, work: Path, source: Path) -> Run:
+    """One measurement, in a process of its own."""
+    ours = name in OURS
+    where, warm = (work / "store" if name == "store" else source), (args.warm if ours else min(8, args.warm))
+    order = Order(name, str(where), args.patch, args.patches, warm, args.seconds, str(work))
+    module = f"raytrain_brats.benchmark.{'routes' if ours else 'peers'}"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "run.json")
+        command = [sys.executable, "-m", module, json.dumps(asdict(order)), str(out)]
+        environment = os.environ | {"RAY_ADDRESS": "local"}  # a cluster of its own: others' work must not count
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+        if not out.exists():
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise RunFailed(f"{name} ended with {done.returncode}: {lines[-1]}")
+        return Run(**json.loads(out.read_text()))
+
+
+def _report(
+    args: Data, work: Path, runs: dict[str, list[Run]], skipped: dict[str, str], before: tuple[float, float, float]
+) -> dict[str, Any]:
+    packages = ("raytrain_brats", "ray", "torch", "monai", "pyarrow", "numpy", "nnunetv2", "mosaicml-streaming")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {
+            "cpu": _cpu(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+            "system": platform.platform(),
+            "load_before": before,
+            "load_after": os.getloadavg(),
+        },
+        "versions": {name: version for name in packages if (version := _version(name))},
+        "settings": {name: value for name, value in asdict(args).items() if name not in ("work", "json")}
+        | {
+            "patches_per_case": 4,
+            "data": f"{args.cases} generated cases, each distinct, read again and again",
+            "malloc": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "THP_"))} or "default",
+        },
+        "pipelines": {
+            name: ABOUT[name]
+            | {
+                "patches_per_cpu_s": round(median(run.patches_per_cpu_s for run in all_runs), 2),
+                "patches_per_s": round(median(run.patches / run.wall_s for run in all_runs), 2),
+                "peak_mb": round(max(sum(run.peak_mb.values()) for run in all_runs)),
+                "disk_bytes": sum(storage.list_files(str(work / ABOUT[name]["disk"])).values()),
+                "runs": [asdict(run) | {"patches_per_cpu_s": round(run.patches_per_cpu_s, 2)} for run in all_runs],
+            }
+            for name, all_runs in runs.items()
+        },
+        "skipped": skipped,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu() -> str:
+    """The processor's name; some virtual machines do not tell it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    facts = dict(line.partition(":")[::2] for line in lines if ":" in line)
+    told = {key.strip(): value.strip() for key, value in facts.items()}
+    return f"{told.get('vendor_id', '')} {told.get('model name', platform.machine())}".strip()
+
+
+def _show(found: dict[str, Any]) -> None:
+    machine = found["machine"]
+    title = f"{machine['cpus']} CPUs, {machine['cpu']}, load {machine['load_before'][0]:.1f}, {found['date']}"
+    table = Table("pipeline", "patches per CPU s", "patches/s", "memory MB", "disk MB", "hands over", title=title)
+    for name, row in found["pipelines"].items():
+        rates = ", ".join(f"{run['patches_per_cpu_s']:.1f}" for run in row["runs"])
+        numbers = f"{row['patches_per_s']:.1f}", f"{row['peak_mb']}", f"{row['disk_bytes'] / 1e6:.0f}"
+        rate = f"{row['patches_per_cpu_s']:.1f} ({rates})"
+        table.add_row(name, rate, *numbers, f"{row['output']}; augmentation: {row['augmentation']}")
+    Console().print(table)
+    for name, why in found["skipped"].items():
+        print(f"left out: {name}, {why}")
+
+
+BENCHES = {"data": (Data, data)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: raytrain-brats bench {data} [--help] ...\n\n  data  loading patches, against other libraries")
+        return 0
+    if name not in BENCHES:
+        print(f"error: bench {name!r} is not known; there is {', '.join(BENCHES)}", file=sys.stderr)
+        return 2
+    options, work = BENCHES[name]
+    return entry(options, work, f"bench {name}", rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
