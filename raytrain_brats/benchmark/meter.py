@@ -11,6 +11,7 @@ in; what a process spends in the last tenth before it ends is missed. Memory is 
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ class Meter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # closes its input, which ends it
+        self._process.communicate(b"end")  # a word: processes forked meanwhile keep a pipe from closing
         self._file.seek(0)
         self._samples = [json.loads(line) for line in self._file]
         self._file.close()
@@ -113,11 +114,10 @@ def _pss_mb(pid: int) -> float:
 
 
 def _watch(root: int) -> None:
-    """Print samples until the input closes or the root is gone."""
+    """Print samples until something is said or the root is gone."""
     last: dict[tuple[int, str], tuple[float, float]] = {}
     cpu_s, faults = defaultdict[str, float](float), defaultdict[str, float](float)
     number = 0
-    os.set_blocking(0, False)
     while os.path.exists(f"/proc/{root}"):
         sample: dict[str, Any] = {"time": time.monotonic()}
         memory = defaultdict[str, float](float)
@@ -133,12 +133,8 @@ def _watch(root: int) -> None:
         sample |= {"cpu_s": cpu_s, "faults": faults} | ({"pss_mb": memory} if memory else {})
         print(json.dumps(sample), flush=True)
         number += 1
-        time.sleep(EVERY_S)
-        try:
-            if not os.read(0, 1):
-                return
-        except BlockingIOError:
-            pass
+        if select.select([0], [], [], EVERY_S)[0]:
+            return
 
 
 if __name__ == "__main__":
