@@ -30,8 +30,6 @@ from raytrain_brats.data import store as stores
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 
-_PREPROCESSING = {"spacing_mm": 1.0}
-
 
 @dataclass(frozen=True)
 class Data:
@@ -52,6 +50,8 @@ class Data:
     """A run that has not got so far ends after this time."""
     rounds: int = 2
     """Runs of each pipeline, in turn: A B C A B C."""
+    routes: str = ",".join(OURS)
+    """Of ours, comma-separated."""
     peers: str = ",".join(PEERS)
     """Comma-separated; "" for none. What is not installed is left out with a word."""
     work: str = ""
@@ -61,13 +61,11 @@ class Data:
 
 
 def data(args: Data) -> None:
-    asked = [name.strip() for name in args.peers.split(",") if name.strip()]
-    if unknown := [name for name in asked if name not in PEERS]:
-        raise UserError(f"--peers {unknown[0]}: not known; there are {', '.join(PEERS)}")
+    asked = _names(args.peers, PEERS, "--peers")
     if sys.platform != "linux":
         raise UserError("bench data reads Linux's /proc; run it on Linux")
     skipped = {name: f"{package} is not installed" for name in asked if (package := missing(name))}
-    pipelines = [*OURS, *(name for name in asked if name not in skipped)]
+    pipelines = [*_names(args.routes, OURS, "--routes"), *(name for name in asked if name not in skipped)]
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
         work = Path(args.work or folder).absolute()
         source = _generate(args, work)
@@ -82,6 +80,13 @@ def data(args: Data) -> None:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 
 
+def _names(given: str, known: tuple[str, ...], option: str) -> list[str]:
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{option} {unknown[0]}: not known; there are {', '.join(known)}")
+    return names
+
+
 def _generate(args: Data, work: Path) -> Path:
     """The cases, and the store made of them, unless they are there from an earlier time."""
     source, store = work / "source", work / "store"
@@ -92,9 +97,10 @@ def _generate(args: Data, work: Path) -> Path:
         raise UserError(f"--work {work} holds {found} cases, --cases says {args.cases}; give another folder")
     if not (store / "index.jsonl").exists():
         manifest = manifests.open_manifest(str(source))
-        raw = Source(manifest.root, manifest.convention, _PREPROCESSING["spacing_mm"])
-        cases = tuple(stores.put(str(store), raw, case, _PREPROCESSING) for case in manifest.cases)
-        stores.write_index(str(store), replace(manifest, cases=cases), _PREPROCESSING)
+        preprocessing = {"spacing_mm": 240 / args.grid}
+        raw = Source(manifest.root, manifest.convention, preprocessing["spacing_mm"])
+        cases = tuple(stores.put(str(store), raw, case, preprocessing) for case in manifest.cases)
+        stores.write_index(str(store), replace(manifest, cases=cases), preprocessing)
     return source
 
 
@@ -102,7 +108,7 @@ def _run(args: Data, name: str, work: Path, source: Path) -> Run:
     """One measurement, in a process of its own."""
     ours = name in OURS
     where, warm = (work / "store" if name == "store" else source), (args.warm if ours else min(8, args.warm))
-    order = Order(name, str(where), args.patch, args.patches, warm, args.seconds, str(work))
+    order = Order(name, str(where), args.patch, args.patches, warm, args.seconds, 240 / args.grid, str(work))
     module = f"raytrain_brats.benchmark.{'routes' if ours else 'peers'}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run.json")
@@ -169,13 +175,15 @@ def _cpu() -> str:
 def _show(found: dict[str, Any]) -> None:
     machine = found["machine"]
     title = f"{machine['cpus']} CPUs, {machine['cpu']}, load {machine['load_before'][0]:.1f}, {found['date']}"
-    table = Table("pipeline", "patches per CPU s", "patches/s", "memory MB", "disk MB", "hands over", title=title)
+    table = Table("pipeline", "patches per CPU s", "patches/s", "memory MB", "disk MB", title=title)
     for name, row in found["pipelines"].items():
         rates = ", ".join(f"{run['patches_per_cpu_s']:.1f}" for run in row["runs"])
         numbers = f"{row['patches_per_s']:.1f}", f"{row['peak_mb']}", f"{row['disk_bytes'] / 1e6:.0f}"
         rate = f"{row['patches_per_cpu_s']:.1f} ({rates})"
-        table.add_row(name, rate, *numbers, f"{row['output']}; augmentation: {row['augmentation']}")
+        table.add_row(name, rate, *numbers)
     Console().print(table)
+    for name, row in found["pipelines"].items():
+        print(f"{name}: {row['output']}; augmentation: {row['augmentation']}; cache: {row['cache']}")
     for name, why in found["skipped"].items():
         print(f"left out: {name}, {why}")
 

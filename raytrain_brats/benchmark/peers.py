@@ -28,7 +28,7 @@ t: Any = monai.transforms
 monai_data: Any = monai.data
 
 
-def tutorial(patch: int) -> Any:
+def tutorial(patch: int, spacing_mm: float) -> Any:
     """The training transforms of MONAI's tutorial brats_segmentation_3d, for a cubic patch."""
     both = ["image", "label"]
     flips = [t.RandFlipd(keys=both, prob=0.5, spatial_axis=axis) for axis in range(3)]
@@ -39,7 +39,7 @@ def tutorial(patch: int) -> Any:
             t.EnsureTyped(keys=both),
             t.ConvertToMultiChannelBasedOnBratsClassesd(keys="label"),
             t.Orientationd(keys=both, axcodes="RAS"),
-            t.Spacingd(keys=both, pixdim=(1.0, 1.0, 1.0), mode=("bilinear", "nearest")),
+            t.Spacingd(keys=both, pixdim=(spacing_mm,) * 3, mode=("bilinear", "nearest")),
             t.RandSpatialCropd(keys=both, roi_size=[patch] * 3, random_size=False),
             *flips,
             t.NormalizeIntensityd(keys="image", nonzero=True, channel_wise=True),
@@ -55,7 +55,7 @@ def monai_loader(order: Order) -> Iterator[int]:
         {"image": str(image), "label": str(Path(order.source, "labelsTr", image.name))}
         for image in sorted(Path(order.source, "imagesTr").glob("*.nii.gz"))
     ]
-    chain, kind = tutorial(order.patch), order.pipeline.removeprefix("monai_")
+    chain, kind = tutorial(order.patch, order.spacing_mm), order.pipeline.removeprefix("monai_")
     update: Callable[[], None] | None = None
     if kind == "dataset":
         dataset: Any = monai_data.Dataset(cases, chain)

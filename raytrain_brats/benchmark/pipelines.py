@@ -55,7 +55,8 @@ class Order:
     patches: int
     warm: int
     seconds: float
-    work: str = ""
+    spacing_mm: float
+    work: str
 
 
 @dataclass(frozen=True)

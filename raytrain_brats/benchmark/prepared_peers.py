@@ -22,9 +22,9 @@ _WORKERS = 2
 
 
 def _prepared(order: Order) -> Iterator[Prepared]:
-    manifest = stores.open_index(str(Path(order.work, "store")), {"spacing_mm": 1.0})
+    manifest = stores.open_index(str(Path(order.work, "store")), {"spacing_mm": order.spacing_mm})
     for case in manifest.cases:
-        yield Source(manifest.root, manifest.convention, 1.0).load(case)
+        yield Source(manifest.root, manifest.convention, order.spacing_mm).load(case)
 
 
 def nnunet(order: Order) -> Iterator[int]:

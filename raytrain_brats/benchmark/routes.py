@@ -52,7 +52,13 @@ def consume(arguments: dict[str, Any]) -> None:
 
 def measure(order: Order) -> Run:
     """Start Ray, stream, count. In a process of its own, whose whole tree is the pipeline."""
-    config = Config.model_validate({"network": {"name": "dynunet"}, "data": {"patch_xyz": [order.patch] * 3}})
+    config = Config.model_validate(
+        {
+            "network": {"name": "dynunet"},
+            "data": {"patch_xyz": [order.patch] * 3},
+            "preprocess": {"spacing_mm": order.spacing_mm},
+        }
+    )
     known = str(Path(order.work) / "known") if order.pipeline == "raw" else ""
     data, store = (order.source, "") if order.pipeline == "raw" else ("", order.source)
     manifest, source = open_cases(config, data, store, known)

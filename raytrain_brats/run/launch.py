@@ -25,6 +25,7 @@ from raytrain_brats.run.lease import Lease
 from raytrain_brats.run.loop import train_worker
 from raytrain_brats.run.progress import Progress
 from raytrain_brats.run.saving import SaveFirst
+from raytrain_brats.run.spilling import Spilling
 from raytrain_brats.run.watch import Watch
 
 
@@ -93,7 +94,7 @@ def train(job: Job, needed: cluster.Resources, lease: Lease) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and schedulers: as Ctrl-C
     launched, began = time.time(), time.perf_counter()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    with Progress(job), Watch(job.run_dir, run_id, job.config.run.hang_timeout_s):
+    with Progress(job), Watch(job.run_dir, run_id, job.config.run.hang_timeout_s), Spilling(job.run_dir):
         problem = _fit(job, needed, lease, run_id)
     events = ledger.recent(job.run_dir)[1]
     found, _ = checkpoint.newest_valid(job.run_dir)

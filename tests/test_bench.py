@@ -1,0 +1,75 @@
+"""`bench data` on tiny cases: what its file holds, and that all processes are counted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raytrain_brats import bench
+from raytrain_brats.benchmark.meter import Meter
+
+BURN = "import time\nwhile time.process_time() < {}: pass\ntime.sleep({})"
+
+
+def test_the_meter_counts_children_that_live_and_that_are_gone() -> None:
+    """CPU time of a child that ended and of one that still runs is in, that of a process outside the tree is not."""
+    orphan = f"{sys.executable} -c '{BURN.format(30, 0)}' >/dev/null 2>&1 & echo $!"
+    outside = int(subprocess.run(["/bin/sh", "-c", orphan], capture_output=True, check=True).stdout)
+    command = [sys.executable, "-c", BURN.format(1.2, 60)]
+    with Meter() as meter, subprocess.Popen(command) as alive:
+        begun = time.monotonic()
+        subprocess.run([sys.executable, "-c", BURN.format(1.2, 0.3)], check=True)
+        while sum(map(int, Path(f"/proc/{alive.pid}/stat").read_text().split()[13:15])) < 100:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        ended = time.monotonic()
+        alive.kill()
+    os.kill(outside, signal.SIGKILL)
+    assert meter.spent(begun, ended)["worker"] == pytest.approx(2.4, abs=0.4)
+    assert meter.spent(begun, begun + 0.01).get("worker", 0) < 0.2
+    assert meter.peak_mb()["driver"] > 10
+
+
+def test_the_file_of_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every pipeline has its rates, memory, disk and conditions; Ray's own processes are in the sum; what is not
+    installed is named."""
+    out = tmp_path / "bench.json"
+    options = ["--cases", "3", "--grid", "32", "--patch", "16", "--patches", "16", "--warm", "4", "--rounds", "1"]
+    options += ["--work", str(tmp_path / "work"), "--json", str(out), "--routes", "store"]
+    assert bench.main(["data", *options, "--peers", "monai_dataset,mosaic"]) == 0
+    found = json.loads(out.read_text())
+
+    assert found["settings"]["malloc"] == "default" or isinstance(found["settings"]["malloc"], dict)
+    assert found["machine"]["cpus"] >= 1
+    names = {"store", "monai_dataset"} | ({"mosaic"} - found["skipped"].keys())
+    assert set(found["pipelines"]) == names
+    for row in found["pipelines"].values():
+        (run,) = row["runs"]
+        assert run["patches"] >= 16
+        assert run["wall_s"] > 0
+        assert row["patches_per_cpu_s"] == pytest.approx(run["patches"] / sum(run["cpu_s"].values()), rel=0.01)
+        assert row["peak_mb"] > 100
+        assert row["disk_bytes"] > 1000
+        assert {"augmentation", "cache", "output"} <= row.keys()
+    ours = found["pipelines"]["store"]["runs"][0]
+    assert {"raylet", "gcs_server", "SplitCoordinator", "RayTrainWorker", "driver"} <= ours["peak_mb"].keys()
+    assert {"ReadPositions", "RayTrainWorker", "SplitCoordinator"} <= ours["cpu_s"].keys()
+    assert "patches per CPU s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["data", "--peers", "monia"], "--peers monia: not known; there are monai_dataset"),
+        (["speed"], "bench 'speed' is not known; there is data"),
+    ],
+)
+def test_mistakes_are_told(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit 2 and one line."""
+    assert bench.main(arguments) == 2
+    assert told in capsys.readouterr().err
