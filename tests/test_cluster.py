@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from raytrain_brats import verify
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import checkpoint, ledger
-from tests.chaos import RAY, SMALL, Cluster, ElasticRun, kill, ours
+from scripts.chaos_campaign.ray_cluster import SMALL, Cluster, ElasticRun
 
 
 @pytest.fixture
@@ -25,10 +24,9 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture
 def cluster(place: Path) -> Iterator[Cluster]:
-    try:
-        yield Cluster(place)
-    finally:
-        kill([pid for pid, _ in ours(place)])
+    started = Cluster(place)
+    yield started
+    started.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="a mount namespace needs root")
@@ -38,7 +36,7 @@ def test_a_run_folder_that_another_node_does_not_see_is_refused(cluster: Cluster
     hidden.mkdir()
     write_set(str(data), cases=6, seed=0, grid=32, anatomy="procedural")
     cluster.add(before=f"mount -t tmpfs none {hidden}")
-    code = cluster.train("--data", data, "--run-dir", hidden, *SMALL).wait(120)
+    code = cluster.train("--data", data, "--run-dir", hidden, *(f"--set={value}" for value in SMALL)).wait(120)
 
     said = (place / "train.log").read_text()
     assert code == 2, said[-2000:]
@@ -68,18 +66,13 @@ def test_a_node_that_is_drained_leaves_a_checkpoint_behind(cluster: Cluster) -> 
     """On a preemption notice the group saves and goes on with one worker at once, not at the deadline."""
     run = ElasticRun(cluster)
     run.rows_until(1, after=0)
-    cluster.add()
+    node = cluster.add()
     run.rows_until(2, after=1)
-    code = "import ray; ray.init(log_to_driver=False); print(*[n['NodeID'] for n in ray.nodes() if n['Alive'] and "
-    code += "'node:__internal_head__' not in n['Resources']])"
-    listed = cluster.call(sys.executable, "-c", code)
-    notice = ["--node-id", listed.split()[-1], "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-    address = f"127.0.0.1:{cluster.port}"
-    cluster.call(RAY, "drain-node", "--address", address, *notice, "--deadline-remaining-seconds", "600")
+    cluster.drain(node, within_s=600)
     run.rows_until(1, after=2)  # long before the deadline: the group leaves the node as soon as it has saved
     assert any(e["saved"] for e in (*run.events("preemption"), *run.events("resize")[1:]))
     assert run.events("group")[-1]["redone_steps"] == 0
-    cluster.kill_last_node()
+    cluster.kill_node(node)
     run.interrupt()
     assert verify.main(["--run-dir", str(run.folder)]) == 0
 
@@ -89,9 +82,9 @@ def test_a_node_that_is_lost_is_not_waited_for(cluster: Cluster) -> None:
     """SIGKILL all of a node: the run goes on with one worker, and says what that cost."""
     run = ElasticRun(cluster)
     run.rows_until(1, after=0)
-    cluster.add()
+    node = cluster.add()
     run.rows_until(2, after=1)
-    cluster.kill_last_node()
+    cluster.kill_node(node)
     run.rows_until(1, after=2)
     told = run.events("recovered")[-1]
     run.interrupt()

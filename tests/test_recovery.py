@@ -85,7 +85,7 @@ def test_only_a_node_that_does_not_answer_is_waited_for(monkeypatch: pytest.Monk
         book = SimpleNamespace(get_reserved_resources=SimpleNamespace(remote=lambda *_, **__: None))
         monkeypatch.setattr(recovery, "get_or_create_autoscaling_coordinator", lambda: book)
         monkeypatch.setattr(recovery.ray, "get", lambda *_, **__: {})
-        callback = FreshNodes()
+        callback = FreshNodes("run")
         callback._requester = "train-x"
         callback.before_controller_execute_failure_decision(None)
     assert len(asked) == (1 if listening else 2)

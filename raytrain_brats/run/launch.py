@@ -44,9 +44,11 @@ class StreamFactory:
             causes = [e["error"] for e in ledger.read_events(job.run_dir) if e["event"] == "failure"]
             last = f"; the last failure: {causes[-1]}" if causes else ""
             raise RunFailed(f"{again} failures in a row at sample {generation.samples_seen}{last}")
-        return stream.dataset(
+        made = stream.dataset(
             job.plan, job.train_cases, job.source, job.cutting, generation.samples_seen, self.cpus_per_task
         )
+        made.set_name(recovery.tag(job.run_dir))
+        return made
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,11 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
     place, filesystem = storage.for_ray(storage.join(job.run_dir, "ray"))
     callbacks: list[Any] = [
         FailureBook(job.run_dir, lease.token),
-        recovery.FreshNodes(),
+        recovery.FreshNodes(job.run_dir),
         SaveFirst(job.run_dir, leave=needed.low < needed.high),
         spares.Spares(job.run_dir),
     ]
+    recovery.free_reservations(job.run_dir)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "run_id": run_id},

@@ -4,6 +4,7 @@ In: Ray Train's controller at a failure or resize; what the books know, and what
 Out: worker groups that fit the nodes that are left; one event `recovered` a worker group.
 """
 
+import hashlib
 import logging
 import socket
 import time
@@ -11,18 +12,46 @@ from typing import Any
 
 import ray
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.experimental import internal_kv
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.preemption import _get_draining_nodes
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from raytrain_brats import storage
 from raytrain_brats.run import ledger, spares
+from raytrain_brats.run.pulse import NAMESPACE
 
 DEATH_S = 20.0
 """Longest wait for Ray to declare a node dead that does not answer; its own default takes some 20 s."""
 
 _logger = logging.getLogger("ray.train")
 _reserved = ElasticScalingPolicy._get_reserved_resources
+
+
+def tag(run_dir: str) -> str:
+    """What names a run's reservations and its datasets in Ray: the same for every driver of the run."""
+    return f"brats-{hashlib.sha256(run_dir.encode()).hexdigest()[:12]}"
+
+
+def free_reservations(run_dir: str) -> None:
+    """Give back what a driver or controller of this run held that was killed; Ray would wait 180 s for them to renew.
+
+    Only for who has the run's lease: nobody else reserves for it any more.
+    """
+    try:
+        book = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+    except ValueError:
+        return  # nobody has reserved anything
+    last = (internal_kv._internal_kv_get(tag(run_dir).encode(), namespace=NAMESPACE) or b"").decode()
+
+    def drop(holder: Any, last: str, data: str) -> None:
+        for requester in [r for r in holder._ongoing_reqs if r == last or r.startswith(data)]:
+            holder.cancel_request(requester)
+
+    try:
+        ray.get(book.__ray_call__.remote(drop, last, f"data-{tag(run_dir)}"), timeout=10)
+    except Exception as error:  # noqa: BLE001 - then they expire, which takes longer
+        _logger.warning("old reservations are left to expire: %r", error)
 
 
 class FreshNodes(ControllerCallback):
@@ -32,8 +61,12 @@ class FreshNodes(ControllerCallback):
     a group that cannot start, and wait for it as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S.
     """
 
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir
+
     def after_controller_start(self, train_run_context: Any) -> None:
         self._requester = f"train-{train_run_context.run_id}"
+        internal_kv._internal_kv_put(tag(self._run_dir).encode(), self._requester.encode(), namespace=NAMESPACE)
         ElasticScalingPolicy._get_reserved_resources = _reserved_where_nodes_stay  # type: ignore
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:

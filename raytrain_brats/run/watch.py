@@ -26,6 +26,7 @@ from raytrain_brats.run.pulse import NAMESPACE, PHASES
 PATIENCE_S = {"start": 300.0, "load": 300.0, "data": 300.0, "save": 120.0, "validate": 900.0}
 """How long a rank may stay in a phase that is no computation; data come from elsewhere, which has its own retries."""
 FIRST_STEP_S = 300.0
+GONE = "the process is gone"
 SLOWER = 5.0
 """A computing phase may last this many times as long as the longest so far."""
 
@@ -140,6 +141,8 @@ class Watch:
             except (ray.exceptions.RayError, TimeoutError) as error:
                 text = f"no stack: {' '.join(str(error).split())[:200]}"
             about = self._lives[rank].about
+            if text == GONE:  # Ray ended it, or will find out: a rank that was killed does not hang
+                continue
             file = storage.join(self._run_dir, "stacks", f"g{about['generation']:04d}-rank{rank}.txt")
             storage.write_bytes(file, text.encode())
             if rank in guilty:
@@ -153,8 +156,9 @@ class Watch:
 @ray.remote(num_cpus=0, max_retries=0)
 def _stacks(pid: int, file: str, kill: bool) -> str:
     """The stacks of a process of this machine, also of one that was stopped; then its end, if wanted."""
-    if not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
-        return "the process is gone"
+    cmdline = Path(f"/proc/{pid}/cmdline")
+    if not cmdline.exists() or not cmdline.read_bytes().startswith(b"ray::"):
+        return GONE
     os.kill(pid, signal.SIGUSR2)
     os.kill(pid, signal.SIGCONT)
     deadline = time.monotonic() + 2
