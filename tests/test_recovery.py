@@ -85,7 +85,7 @@ def test_only_a_node_that_does_not_answer_is_waited_for(monkeypatch: pytest.Monk
         book = SimpleNamespace(get_reserved_resources=SimpleNamespace(remote=lambda *_, **__: None))
         monkeypatch.setattr(recovery, "get_or_create_autoscaling_coordinator", lambda: book)
         monkeypatch.setattr(recovery.ray, "get", lambda *_, **__: {})
-        callback = FreshNodes("run")
+        callback = FreshNodes("run", spares.Spares("run"))
         callback._requester = "train-x"
         callback.before_controller_execute_failure_decision(None)
     assert len(asked) == (1 if listening else 2)
@@ -97,7 +97,7 @@ def test_only_spares_that_are_missing_are_ordered(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(spares, "_prestart", lambda node, number, env: ordered.append(number))
     callback = spares.Spares("run")
     for workers in (2, 2, 1, 2):
-        callback._fill({"NodeID": "node"}, workers, "{}")
+        callback._fill({"NodeID": "node"}, workers)
     assert ordered == [2, 2, 0, 2]
     assert callback._ready == Counter(node=2)
 

@@ -110,11 +110,12 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
     resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
     workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
     place, filesystem = storage.for_ray(storage.join(job.run_dir, "ray"))
+    ready = spares.Spares(job.run_dir)
     callbacks: list[Any] = [
         FailureBook(job.run_dir, lease.token),
-        recovery.FreshNodes(job.run_dir),
+        recovery.FreshNodes(job.run_dir, ready),
         SaveFirst(job.run_dir, leave=needed.low < needed.high),
-        spares.Spares(job.run_dir),
+        ready,
     ]
     recovery.free_reservations(job.run_dir)
     trainer = TorchTrainer(

@@ -20,12 +20,14 @@ from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScali
 from raytrain_brats import storage
 from raytrain_brats.run import ledger, spares
 from raytrain_brats.run.pulse import NAMESPACE
+from raytrain_brats.run.spares import Spares
 
 DEATH_S = 20.0
 """Longest wait for Ray to declare a node dead that does not answer; its own default takes some 20 s."""
 
 _logger = logging.getLogger("ray.train")
 _reserved = ElasticScalingPolicy._get_reserved_resources
+_decide = ElasticScalingPolicy.make_decision_for_running_worker_group
 
 
 def tag(run_dir: str) -> str:
@@ -61,13 +63,34 @@ class FreshNodes(ControllerCallback):
     a group that cannot start, and wait for it as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S.
     """
 
-    def __init__(self, run_dir: str) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: str, spares: Spares) -> None:
+        self._run_dir, self._spares = run_dir, spares
 
     def after_controller_start(self, train_run_context: Any) -> None:
         self._requester = f"train-{train_run_context.run_id}"
         internal_kv._internal_kv_put(tag(self._run_dir).encode(), self._requester.encode(), namespace=NAMESPACE)
         ElasticScalingPolicy._get_reserved_resources = _reserved_where_nodes_stay  # type: ignore
+
+        def decide(policy: Any, worker_group_state: Any, worker_group_status: Any) -> Any:
+            """While a group trains, a node that joined counts once processes stand ready there."""
+            policy.reserved_in_use = lambda reserved: self._in_use_or_warm(policy, worker_group_state, reserved)
+            try:
+                return _decide(policy, worker_group_state, worker_group_status)
+            finally:
+                del policy.reserved_in_use
+
+        ElasticScalingPolicy.make_decision_for_running_worker_group = decide  # type: ignore
+
+    def _in_use_or_warm(self, policy: Any, group: Any, reserved: Any) -> Any:
+        used = {worker.metadata.node_id for worker in group.workers}
+        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        wanted = policy.scaling_config._resources_per_worker_not_none
+
+        def counts(node: str, there: dict[str, float]) -> bool:
+            workers = int(min(there.get(name, 0.0) // amount for name, amount in wanted.items() if amount))
+            return node in used or workers == 0 or self._spares.warm(nodes[node], workers)
+
+        return {node: there for node, there in reserved.items() if counts(node, there)}
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         deadline = time.monotonic() + DEATH_S
@@ -98,7 +121,8 @@ def _reserved_where_nodes_stay(policy: ElasticScalingPolicy) -> Any:
         return None
     leaving = set(_get_draining_nodes() or {})
     staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving
-    return {node: resources for node, resources in reserved.items() if node in staying}
+    there = {node: resources for node, resources in reserved.items() if node in staying}
+    return getattr(policy, "reserved_in_use", lambda reserved: reserved)(there)
 
 
 class Stopwatch:
