@@ -14,6 +14,8 @@ import signal
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ OTHERS = ("drain", "pause", "late notice", "stop")
 seconds before the node is killed, SIGTERM to the driver. Nodes join in between."""
 NODES = 3
 HANG_S = 30.0
+GOODPUT = 0.95
 NEW_COMMAND = ("driver", "controller", "head", "stop")
 """After these the same command is given again."""
 NOTHING_REDONE = ("join", "drain", "stop")
@@ -60,13 +63,13 @@ class Strikes:
     hangs_s: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    def once(self, kind: str) -> None:
-        """Strike, perhaps once more before the run has come back, and wait until it trains again."""
+    def once(self, kind: str, again: bool = True) -> None:
+        """Strike, perhaps `again` before the run has come back, and wait until it trains again."""
         if kind in ("node", "raylet", "drain", "late notice") and len(self.cluster.nodes) < 2:
             self.once("join")
         before = self.run.generation()
         began = self._strike(kind)
-        if kind in ("worker", "node", "raylet") and self.rng.random() < 0.2:
+        if again and kind in ("worker", "node", "raylet") and self.rng.random() < 0.2:
             time.sleep(self.rng.uniform(0, 8))
             second, counted, now = self.rng.choice(("worker", "controller")), self.kills.total(), self.run.generation()
             struck = self._strike(second)
@@ -165,10 +168,8 @@ def section(
     folder: Path, seed: int, kills: int, progress: Progress, kinds: tuple[str, ...] = (), calm_s: float = 16.0
 ) -> dict[str, Any]:
     """The report's entry. `kinds` instead of a drawn order; between two strikes the run trains up to `calm_s`."""
-    place = Path(tempfile.mkdtemp(prefix="rb", dir="/tmp"))  # short: Ray's sockets do not fit below a long path
     rng = random.Random(seed)
-    cluster = Cluster(place, head="--num-cpus=1")
-    try:
+    with cluster_in(folder, "--num-cpus=1") as cluster:
         cluster.add()
         cluster.add()
         found = Strikes(cluster, ElasticRun(cluster, f"1:{NODES}", *SETTINGS), rng)
@@ -183,7 +184,47 @@ def section(
         time.sleep(2)
         found.run.interrupt()
         cluster.close()
-        told = _judged(found)
+        return _judged(found)
+
+
+def goodput(folder: Path, seed: int, minutes: float, progress: Progress) -> dict[str, Any]:
+    """Two workers on one node, one of them killed every ten minutes, at minutes 5, 15, ...: what share was not lost?"""
+    rng = random.Random(seed)
+    steps = ("data.patch_xyz=[32, 32, 32]", "preprocess.spacing_mm=4.0", "checkpoint.every_samples=160")
+    with cluster_in(folder, "--num-cpus=2") as cluster:
+        run = ElasticRun(cluster, "2", "run.cpus_per_worker=0.5", *steps)
+        found, began = Strikes(cluster, run, rng), time.monotonic()
+        for minute in range(5, int(minutes), 10):
+            time.sleep(max(0.0, began + 60 * minute - time.monotonic()))
+            found.once("worker", again=False)
+            progress(minute, int(minutes), f"{len(found.failures)} violations")
+        time.sleep(max(0.0, began + 60 * minutes - time.monotonic()))
+        run.interrupt()
+        cluster.close()
+        rows, events = ledger.read_rows(str(run.folder)), run.events()
+    books = accounts.account(events, rows)
+    saves = [e for e in events if e["event"] == "checkpoint"]
+    figures = {
+        "kills": found.kills.total(),
+        "minutes": minutes,
+        "goodput (time in steps that were kept / time the run was up)": f"{books.goodput:.1%}",
+        "wall time": ", ".join(f"{what} {s / books.wall_s:.2%}" for what, s in books.parts().items() if s),
+        "checkpoints": len(saves),
+        "mean time between checkpoints (s)": round(books.wall_s / max(1, len(saves)), 1),
+        "training stood still for them": f"{sum(e['stall_s'] for e in saves) / books.wall_s:.3%}",
+        "steps": len(rows),
+    }
+    low = [f"goodput {books.goodput:.1%}, {GOODPUT:.0%} wanted"] if books.goodput < GOODPUT else []
+    return {"figures": figures, "tables": {TABLE: [_row(found, "worker")]}, "failures": found.failures + low}
+
+
+@contextmanager
+def cluster_in(folder: Path, head: str) -> Iterator[Cluster]:
+    """A cluster whose run is left in `folder` when something goes wrong."""
+    place = Path(tempfile.mkdtemp(prefix="rb", dir="/tmp"))  # short: Ray's sockets do not fit below a long path
+    cluster = Cluster(place, head)
+    try:
+        yield cluster
     except BaseException:
         shutil.copytree(place / "run", folder / "run", dirs_exist_ok=True)
         shutil.copy(place / "train.log", folder)
@@ -191,7 +232,6 @@ def section(
     finally:
         cluster.close()
         shutil.rmtree(place, ignore_errors=True)
-    return told
 
 
 def _judged(found: Strikes) -> dict[str, Any]:
