@@ -63,13 +63,13 @@ class Strikes:
     hangs_s: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    def once(self, kind: str, again: bool = True) -> None:
-        """Strike, perhaps `again` before the run has come back, and wait until it trains again."""
+    def once(self, kind: str, more: bool = True) -> None:
+        """Strike and wait until it trains again; with `more` perhaps strike amid that, perhaps let a node join then."""
         if kind in ("node", "raylet", "drain", "late notice") and len(self.cluster.nodes) < 2:
             self.once("join")
         before = self.run.generation()
         began = self._strike(kind)
-        if again and kind in ("worker", "node", "raylet") and self.rng.random() < 0.2:
+        if more and kind in ("worker", "node", "raylet") and self.rng.random() < 0.2:
             time.sleep(self.rng.uniform(0, 8))
             second, counted, now = self.rng.choice(("worker", "controller")), self.kills.total(), self.run.generation()
             struck = self._strike(second)
@@ -79,7 +79,7 @@ class Strikes:
         self._back(kind, began, before)
         if kind == "drain":
             self.cluster.kill_node(self.leaving)
-        if self.rng.random() < 0.4 and len(self.cluster.nodes) < NODES and kind != "join":
+        if more and self.rng.random() < 0.4 and len(self.cluster.nodes) < NODES and kind != "join":
             self.once("join")
 
     def _strike(self, kind: str) -> float:
@@ -196,7 +196,7 @@ def goodput(folder: Path, seed: int, minutes: float, progress: Progress) -> dict
         found, began = Strikes(cluster, run, rng), time.monotonic()
         for minute in range(5, int(minutes), 10):
             time.sleep(max(0.0, began + 60 * minute - time.monotonic()))
-            found.once("worker", again=False)
+            found.once("worker", more=False)
             progress(minute, int(minutes), f"{len(found.failures)} violations")
         time.sleep(max(0.0, began + 60 * minutes - time.monotonic()))
         run.interrupt()
