@@ -79,7 +79,7 @@ class Strikes:
         self._back(kind, began, before)
         if kind == "drain":
             self.cluster.kill_node(self.leaving)
-        if more and self.rng.random() < 0.4 and len(self.cluster.nodes) < NODES and kind != "join":
+        if more and self.rng.random() < 0.25 and len(self.cluster.nodes) < NODES and kind != "join":
             self.once("join")
 
     def _strike(self, kind: str) -> float:
@@ -190,7 +190,7 @@ def section(
 def goodput(folder: Path, seed: int, minutes: float, progress: Progress) -> dict[str, Any]:
     """Two workers on one node, one of them killed every ten minutes, at minutes 5, 15, ...: what share was not lost?"""
     rng = random.Random(seed)
-    steps = ("data.patch_xyz=[32, 32, 32]", "preprocess.spacing_mm=4.0", "checkpoint.every_samples=160")
+    steps = ("data.patch_xyz=[32, 32, 32]", "preprocess.spacing_mm=4.0", "checkpoint.every_samples=40")
     with cluster_in(folder, "--num-cpus=2") as cluster:
         run = ElasticRun(cluster, "2", "run.cpus_per_worker=0.5", *steps)
         found, began = Strikes(cluster, run, rng), time.monotonic()
