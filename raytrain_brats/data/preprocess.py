@@ -16,10 +16,11 @@ import numpy.typing as npt
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy import ndimage
 
-from raytrain_brats.data.nifti import MAX_BYTES, Refused, Volume
+from raytrain_brats.data.nifti import MAX_BYTES, Extent, Refused, Volume, survey
 
 FOREGROUND_VOXELS = 512
 """Voxels remembered per label value, for crops centred on tumour."""
+_CHUNK = 1 << 15  # voxels worked on at a time, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,19 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
         image = resample(image.astype(np.float32), ratio, grid_shape, order=1)
         image[np.abs(image) <= 2.0**-25] = 0  # rounded coordinates leave 1e-13 beside the brain; float16 holds it as 0
         label = None if label is None else resample(label, ratio, grid_shape, order=0)
-    box = _foreground_box(image)
+        extent = survey(image)
+        box = extent.box
+    else:
+        extent = volume.extent or survey(volume.image_cxyz)
+        box = extent.box and tuple(
+            extent.box[axis] if flip > 0 else (size - extent.box[axis][1], size - extent.box[axis][0])
+            for axis, flip, size in zip(axes, flips, grid_shape, strict=True)
+        )
+    if box is None:
+        raise Refused("empty", "no voxel left that is not zero")
     crop = tuple(slice(low, high) for low, high in box)
-    image_czyx = np.ascontiguousarray(image[(slice(None), *crop)].transpose(0, 3, 2, 1))
     label_zyx = None if label is None else np.ascontiguousarray(label[crop].T)
-    mean, std = _statistics(image_czyx)
-    stored, max_error = _quantised(image_czyx, min(std))
+    stored, mean, std, max_error = _condensed(image[(slice(None), *crop)].transpose(0, 3, 2, 1), extent)
     foreground, counts = _foreground_index(label_zyx)
     geometry = Geometry(
         native_shape=_triple(volume.image_cxyz.shape[1:]),
@@ -107,7 +115,7 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
         flips=_triple(flips),
         grid_shape=_triple(grid_shape),
         spacing_mm=(float(native_mm[0] * ratio[0]), float(native_mm[1] * ratio[1]), float(native_mm[2] * ratio[2])),
-        box=box,
+        box=(box[0], box[1], box[2]),
     )
     native = volume.label_xyz
     if native is not None and label_zyx is not None and (ratio == 1).all():
@@ -153,53 +161,75 @@ def to_ras(array: npt.NDArray[Any], axes: Any, flips: Any) -> npt.NDArray[Any]:
     return result
 
 
-def _foreground_box(image_cxyz: npt.NDArray[Any]) -> Any:
-    # Non-zero, not positive: registered volumes carry small negative overshoots inside the brain.
-    mask = image_cxyz[0] != 0
-    for channel in image_cxyz[1:]:
-        mask |= channel != 0
-    if not mask.any():
-        raise Refused("empty", "no voxel left after resampling")
-    spans = (np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
-    return tuple((int(span[0]), int(span[-1]) + 1) for span in spans)
+def _condensed(
+    image_czyx: npt.NDArray[Any], extent: Extent
+) -> tuple[npt.NDArray[Any], tuple[float, ...], tuple[float, ...], float]:
+    """(the image in 16 bits, mean and standard deviation per channel, the greatest absolute error)."""
+    integers = _integers(image_czyx, extent)
+    if integers is not None:
+        return integers, *_statistics(integers), 0.0
+    image = np.ascontiguousarray(image_czyx)
+    mean, std = _statistics(image)
+    halves, max_error = _halves(image, extent, min(std))
+    return halves, mean, std, max_error
+
+
+def _integers(image_czyx: npt.NDArray[Any], extent: Extent) -> npt.NDArray[np.int16] | None:
+    """The image as int16 if that changes no value."""
+    if min(extent.low) < -32768 or max(extent.high) > 32767:
+        return None
+    integers = np.empty(image_czyx.shape, np.int16)
+    same = np.empty(image_czyx.shape[2:], bool)
+    for source, target in zip(image_czyx, integers, strict=True):
+        for source_yx, target_yx in zip(source, target, strict=True):  # a plane fits the processor's cache
+            np.copyto(target_yx, source_yx, casting="unsafe")
+            if source.dtype.kind == "f" and not np.equal(target_yx, source_yx, out=same).all():
+                return None
+    return integers
 
 
 def _statistics(image_czyx: npt.NDArray[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and population standard deviation of the non-zero voxels of each channel (1 where it would be 0)."""
-    means, stds = [], []
+    means, stds, values = [], [], np.empty(_CHUNK)
     for channel in image_czyx:
-        values = channel.astype(np.float64).ravel()
-        count = max(1, int(np.count_nonzero(values)))  # zeros add nothing to either sum
-        mean = float(values.sum()) / count
-        variance = max(0.0, float(np.dot(values, values)) / count - mean * mean)
+        flat = channel.reshape(-1)
+        count, total, squares = 0, 0.0, 0.0  # zeros add nothing to either sum
+        for start in range(0, flat.size, _CHUNK):
+            chunk = flat[start : start + _CHUNK]
+            wide = values[: chunk.size]
+            wide[:] = chunk
+            count += int(np.count_nonzero(chunk))
+            total += float(wide.sum())
+            squares += float(np.einsum("i,i->", wide, wide))  # not np.dot: BLAS would start threads
+        mean = total / max(1, count)
+        variance = max(0.0, squares / max(1, count) - mean * mean)
         means.append(mean)
         stds.append(variance**0.5 or 1.0)
     return tuple(means), tuple(stds)
 
 
-def _quantised(image: npt.NDArray[Any], least_std: float) -> tuple[npt.NDArray[Any], float]:
-    """int16 when no value changes, else float16; and the greatest absolute error."""
-    if image.dtype == np.int16:
-        return image, 0.0
-    low, high = float(image.min()), float(image.max())
-    if low >= -32768 and high <= 32767:
-        integers = image.astype(np.int16)
-        if np.array_equal(integers, image):
-            return integers, 0.0
-    if max(-low, high) > 60000:
+def _halves(image: npt.NDArray[Any], extent: Extent, least_std: float) -> tuple[npt.NDArray[np.float16], float]:
+    """The image as float16, and the greatest absolute error."""
+    if max(-min(extent.low), max(extent.high)) > 60000:
         raise Refused("range", "intensities beyond 60,000 do not fit the store's 16 bits")
     if least_std < 2**-18:  # float16 resolves 2**-24: finer contrast than 1 % of a deviation would be lost
         raise Refused("range", f"standard deviation {least_std:.3g} is finer than the store's 16 bits")
-    halves = image.astype(np.float16)
-    return halves, float(np.abs(halves.astype(np.float32) - image).max())
+    halves, worst = np.empty(image.shape, np.float16), 0.0
+    source, target = image.reshape(-1), halves.reshape(-1)
+    for start in range(0, source.size, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        target[chunk] = source[chunk]
+        worst = max(worst, float(np.abs(target[chunk].astype(np.float32) - source[chunk]).max()))
+    return halves, worst
 
 
 def _foreground_index(label_zyx: npt.NDArray[np.uint8] | None) -> tuple[npt.NDArray[np.int32], Any]:
     indices, counts = [np.zeros(0, np.int32)], []
     if label_zyx is not None:
-        flat = label_zyx.ravel()
-        for value in np.unique(flat[flat > 0]):
-            found = np.flatnonzero(flat == value)
+        tumour = np.flatnonzero(label_zyx.reshape(-1) != 0)
+        values = label_zyx.reshape(-1)[tumour]
+        for value in np.unique(values):
+            found = tumour[values == value]
             pick = np.linspace(0, len(found) - 1, min(len(found), FOREGROUND_VOXELS)).astype(int)
             indices.append(found[pick].astype(np.int32))
             counts.append((int(value), len(pick)))
