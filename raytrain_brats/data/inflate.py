@@ -3,11 +3,12 @@
 In: the bytes of a .gz file; how many bytes are wanted.
 Out: exactly those, with checksum and length compared, in a buffer of this thread; or `Damaged`, `WrongLength`.
 
-Two things decide the cost, both measured (240x240x155x4, 2 cores AMD EPYC; ms CPU for int16, float32). Page faults:
-fresh memory costs one every 4 KB, half as much again as the unpacking. And the library: libdeflate 40, 60; cramjam 76,
-125; ISA-L 90, 145; zlib-ng 91, 137; zlib 121, 201. The `deflate` package holds libdeflate in 130 KB (imagecodecs does
-in 80 MB), but its Python functions allocate, keep the interpreter's lock and do not tell where a member ended; so the
-C function that it exports is called as it is. zlib has the last word on every file that libdeflate does not accept.
+Two things decide the cost, both measured (240x240x155x4 as int16 and float32, ms CPU on an Intel Xeon, 2 cores). The
+library: libdeflate 40, 60; cramjam 76, 125; ISA-L 90, 145; zlib-ng 91, 137; zlib 121, 201. And page faults, one for
+every 4 KB of fresh memory: libdeflate into a fresh buffer takes 62, 102. The `deflate` package holds libdeflate in
+130 KB (imagecodecs does in 80 MB), but its Python functions allocate, keep the interpreter's lock and do not tell where
+a member ended; so the C function that it exports is called as it is. zlib has the last word on every file that
+libdeflate does not accept.
 """
 
 import ctypes
@@ -24,6 +25,8 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 SMALL_BYTES = 1 << 20
 """Below this a fresh buffer is as cheap as a kept one."""
+KEPT_BYTES = 512 << 20
+"""Of a thread's buffers that nobody views; the largest go first."""
 _DEFLATE_RATIO = 1032  # no deflate stream unpacks to more than this many times its length
 _STEP_BYTES = 1 << 16
 _HEADER_CHECKSUM = 2  # flag in byte 3 of a member
@@ -149,10 +152,16 @@ def take(num_bytes: int) -> Bytes:
         return np.empty(num_bytes, np.uint8)
     buffers = _KEPT.buffers
     free = [number for number in range(len(buffers)) if _references(buffers, number) == _UNVIEWED]
+    free.sort(key=lambda number: buffers[number].size)
     for number in free:
         if num_bytes <= buffers[number].size <= 2 * num_bytes:
             return buffers[number][:num_bytes]
-    for number in reversed(free):  # they are of other sizes: what is kept is never more than was in use at once
+    spare = KEPT_BYTES - num_bytes - sum(buffers[number].size for number in free)
+    dropped = []
+    while spare < 0 and free:
+        dropped.append(free.pop())
+        spare += buffers[dropped[-1]].size
+    for number in sorted(dropped, reverse=True):
         del buffers[number]
     buffers.append(np.empty(num_bytes, np.uint8))
     return buffers[-1][:num_bytes]

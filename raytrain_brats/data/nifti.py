@@ -165,11 +165,13 @@ def survey(image_cxyz: npt.NDArray[Any]) -> Extent:
 
 def _scaled(voxels: npt.NDArray[Any], slope: float, inter: float) -> npt.NDArray[np.float32]:
     """slope * voxel + inter in float64, rounded once."""
-    scaled = inflate.take(4 * voxels.size).view(np.float32)
+    scaled, wide = inflate.take(4 * voxels.size).view(np.float32), np.empty(_CHUNK)
     with np.errstate(over="ignore", invalid="ignore"):  # infinite voxels are refused later
         for start in range(0, voxels.size, _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            scaled[chunk] = np.multiply(voxels[chunk], slope, dtype=np.float64) + inter
+            chunk = voxels[start : start + _CHUNK]
+            product = np.multiply(chunk, slope, out=wide[: chunk.size], dtype=np.float64)
+            product += inter
+            scaled[start : start + _CHUNK] = product
     return scaled
 
 
@@ -225,6 +227,7 @@ def _check_extensions(block: bytes, endian: str, name: str) -> None:
         position += size
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is refused
 def _affine(header: nib.Nifti1Header, name: str) -> npt.NDArray[np.float64]:
     if header["pixdim"][0] == 0:
         header["pixdim"][0] = 1  # as the standard says
