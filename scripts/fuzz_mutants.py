@@ -186,7 +186,7 @@ FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "other dimension": (_other_dim, ("size", "limit", "header")),
     "datatype": (lambda f, d: put(f, "datatype", d.choice([0, 1, 3, 32, 128, 1536, 1792, 2048, -4, 999])), ("header",)),
     "bitpix": (lambda f, d: put(f, "bitpix", d.choice([0, 1, 24, 128, -8])), ("header",)),
-    "vox_offset": (lambda f, d: put(f, "vox_offset", d.choice([0, 351, 348, -352, 352.5, NAN, INF, 1e20])), ("header",)),
+    "vox_offset": (lambda f, d: put(f, "vox_offset", d.choice([0, 351, -352, 352.5, NAN, INF, 1e20])), ("header",)),
     "later vox_offset": (lambda f, d: put(f, "vox_offset", 352 + f.about["extension"] + 16 * d.randint(1, 99)),
                          ("size",)),
     "infinite scaling": (lambda f, d: put(f, "scl_slope", d.choice([INF, -INF])), ("header",)),
