@@ -7,13 +7,14 @@ The order is that of MONAI's chain (Orientation RAS, Spacing, CropForeground, No
 channel); normalisation itself waits until after the crop, on the training device, so integers travel.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from scipy import ndimage
 
 from raytrain_brats.data.nifti import MAX_BYTES, Extent, Refused, Volume, survey
@@ -39,6 +40,8 @@ class Geometry:
     """Of the prepared voxels."""
     box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     """Foreground, as (low, high) per axis of the resampled grid."""
+    offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Index on the RAS grid of the resampled grid's first voxel."""
 
     @property
     def ras_shape(self) -> tuple[int, int, int]:
@@ -85,15 +88,15 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
     image, label = to_ras(volume.image_cxyz, axes, flips), None
     if volume.label_xyz is not None:
         label = to_ras(volume.label_xyz, axes, flips)
-    native_mm = np.linalg.norm(volume.affine[:3, :3], axis=0)[axes]
-    ratio = np.where(np.abs(native_mm - spacing_mm) < 1e-3, 1.0, spacing_mm / native_mm)
-    grid_shape = tuple(int(n) for n in np.round((np.array(image.shape[1:]) - 1) / ratio + 1))  # as MONAI rounds
+    turn = inv_ornt_aff(orientation, volume.image_cxyz.shape[1:])
+    native_mm, wanted_mm, grid_shape, offset = _grid(volume.affine @ turn, image.shape[1:], spacing_mm)
+    ratio = wanted_mm / native_mm
     if (ratio != 1).any():
         if 4 * image.shape[0] * math.prod(grid_shape) > MAX_BYTES:
             raise Refused("affine", f"voxels of {native_mm.round(3)} mm resampled to {spacing_mm} mm: {grid_shape}")
-        image = resample(image.astype(np.float32), ratio, grid_shape, order=1)
+        image = resample(image.astype(np.float32), ratio, grid_shape, 1, offset)
         image[np.abs(image) <= 2.0**-25] = 0  # rounded coordinates leave 1e-13 beside the brain; float16 holds it as 0
-        label = None if label is None else resample(label, ratio, grid_shape, order=0)
+        label = None if label is None else resample(label, ratio, grid_shape, 0, offset)
         extent = survey(image)
         box = extent.box
     else:
@@ -113,9 +116,10 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
         affine=tuple(tuple(row) for row in volume.affine.tolist()),
         axes=_triple(axes),
         flips=_triple(flips),
-        grid_shape=_triple(grid_shape),
-        spacing_mm=(float(native_mm[0] * ratio[0]), float(native_mm[1] * ratio[1]), float(native_mm[2] * ratio[2])),
+        grid_shape=grid_shape,
+        spacing_mm=(float(wanted_mm[0]), float(wanted_mm[1]), float(wanted_mm[2])),
         box=(box[0], box[1], box[2]),
+        offset=(float(offset[0]), float(offset[1]), float(offset[2])),
     )
     native = volume.label_xyz
     if native is not None and label_zyx is not None and (ratio == 1).all():
@@ -126,7 +130,8 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
 def restore(box_czyx: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:
     """Values on the prepared box, back on the native grid: (c, z, y, x) -> (c, x, y, z); zero outside the box.
 
-    Exact for masks when nothing was resampled. Floats are interpolated linearly, everything else to the nearest.
+    Exact for masks when the prepared voxels are the native ones or smaller. Floats are interpolated linearly,
+    everything else to the nearest.
     """
     channels = box_czyx.shape[0]
     grid = np.zeros((channels, *geometry.grid_shape), box_czyx.dtype)
@@ -135,21 +140,49 @@ def restore(box_czyx: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:
     if not np.array_equal(native_mm, geometry.spacing_mm):
         back = native_mm / np.array(geometry.spacing_mm)
         order = 1 if grid.dtype.kind == "f" else 0
-        grid = resample(grid, back, geometry.ras_shape, order=order)
+        grid = resample(grid, back, geometry.ras_shape, order, -np.array(geometry.offset) * back)
     turned = grid[(slice(None), *(slice(None, None, flip) for flip in geometry.flips))]
     native = np.empty((channels, *geometry.native_shape), grid.dtype)
     native.transpose(0, *(1 + axis for axis in geometry.axes))[:] = turned
     return native
 
 
-def resample(array: npt.NDArray[Any], ratio: npt.NDArray[np.float64], shape: Any, order: int) -> npt.NDArray[Any]:
-    """Sample (..., x, y, z) at index i * ratio: the first voxels' centres stay together, edges repeat."""
+def resample(
+    array: npt.NDArray[Any], ratio: npt.NDArray[np.float64], shape: Any, order: int, offset: Any = (0, 0, 0)
+) -> npt.NDArray[Any]:
+    """Sample (..., x, y, z) at index i * ratio + offset, linearly or (order 0) at the nearest voxel; edges repeat."""
     leading = array.shape[:-3]
+    if order == 0:
+        at = [np.arange(size) * step + first for size, step, first in zip(shape, ratio, offset, strict=True)]
+        nearest = [np.rint(x.round(9)).clip(0, n - 1).astype(int) for x, n in zip(at, array.shape[-3:], strict=True)]
+        picked: npt.NDArray[Any] = array[(..., *np.ix_(*nearest))]
+        return picked
     output: npt.NDArray[Any] = np.empty((*leading, *shape), array.dtype)
-    options: dict[str, Any] = {"output_shape": tuple(shape), "order": order, "mode": "nearest"}
+    options: dict[str, Any] = {"offset": offset, "output_shape": tuple(shape), "order": order, "mode": "nearest"}
     for index in np.ndindex(*leading):
         ndimage.affine_transform(array[index], ratio, output=output[index], **options)
     return output
+
+
+def _grid(affine: npt.NDArray[np.float64], shape: tuple[int, ...], spacing_mm: float) -> Any:
+    """(native edges, new edges, new shape, native index of the first new voxel) as MONAI's Spacing chooses them.
+
+    It lays the new grid on the native grid's first corner or, where the axes are not square to 1e-8 (oblique ones
+    after a file's float32), on its middle.
+    """
+    native_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    wanted_mm = np.where(np.abs(native_mm - spacing_mm) < 1e-3, native_mm, spacing_mm)
+    if (wanted_mm == native_mm).all():
+        return native_mm, native_mm, _triple(shape), np.zeros(3)
+    upper = np.linalg.cholesky(affine[:3, :3].T @ affine[:3, :3]).T
+    new = np.eye(4)
+    new[:3, :3] = affine[:3, :3] @ np.linalg.inv(upper) @ np.diag(wanted_mm)
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, size - 1) for size in shape))]).T
+    reached = (np.linalg.solve(new, affine) @ corners)[:3]
+    new_shape = np.round(np.ptp(reached, axis=1) + 1)
+    square = any(np.allclose((reached - corner[:, None]).min(axis=1), 0) for corner in reached.T)
+    middle = np.array(shape) / 2 - np.linalg.solve(affine[:3, :3], new[:3, :3]) @ new_shape / 2
+    return native_mm, wanted_mm, _triple(new_shape), np.zeros(3) if square else middle
 
 
 def to_ras(array: npt.NDArray[Any], axes: Any, flips: Any) -> npt.NDArray[Any]:
