@@ -30,6 +30,7 @@ import numpy as np
 
 from raytrain_brats.data.nifti import Refused, Volume, decode_case
 from raytrain_brats.data.preprocess import preprocess
+from scripts.chaos import progress
 from scripts.chaos_campaign.outcome import measured
 from scripts.fuzz_files import read
 from scripts.fuzz_mutants import FAMILIES, Mutant, mutant
@@ -75,7 +76,14 @@ def campaign(seed: int, mutants: int, good: int, jobs: int) -> dict[str, Any]:
     if jobs == 1:
         return _summary(map(run, steps))
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        return _summary(pool.imap_unordered(run, steps))
+        return _summary(told(pool.imap_unordered(run, steps), len(steps)))
+
+
+def told(parts: Iterable[dict[str, Any]], total: int) -> Iterable[dict[str, Any]]:
+    tell = progress("fuzz")
+    for number, part in enumerate(parts, 1):
+        tell(number, total, f"{STEP} files each")
+        yield part
 
 
 def run(step: tuple[int, str | None, range]) -> dict[str, Any]:
@@ -108,8 +116,7 @@ def judge(case: Mutant) -> tuple[str, str]:
     signal.setitimer(signal.ITIMER_VIRTUAL, HANG_S)
     try:
         volume = decode_case([case.image], case.label, ALLOWED)
-        spacing_mm = float(np.linalg.norm(volume.affine[:3, :3], axis=0).max())
-        prepared = preprocess(volume, spacing_mm)
+        trouble = _prepared(case, volume)
     except Refused as refusal:
         if case.family in ("good", "meaningless"):
             return "violation", f"a good file refused: {refusal}"
@@ -122,11 +129,20 @@ def judge(case: Mutant) -> tuple[str, str]:
         return "violation", f"not a refusal: {traceback.format_exc(limit=-3)}"
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-    if case.reasons:
-        return "violation", "a fault accepted in silence"
-    if not np.isfinite(prepared.image_czyx.astype(np.float64)).all():
-        return "violation", "prepared voxels that are not finite"
+    if case.reasons or trouble:
+        return "violation", trouble or "a fault accepted in silence"
     return _compared(case, volume)
+
+
+def _prepared(case: Mutant, volume: Volume) -> str:
+    """What is wrong with preprocessing what was decoded; it may refuse by its own rules, but no good file as it is."""
+    edges_mm = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    try:
+        prepared = preprocess(volume, float(edges_mm.max()))
+    except Refused as refusal:
+        unchanged = case.family in ("good", "meaningless") and np.ptp(edges_mm) < 1e-3
+        return f"a good file refused by preprocessing: {refusal}" if unchanged else ""
+    return "" if np.isfinite(prepared.image_czyx.astype(np.float64)).all() else "prepared voxels that are not finite"
 
 
 def _compared(case: Mutant, volume: Volume) -> tuple[str, str]:
