@@ -23,6 +23,9 @@ MODALITIES = ("FLAIR", "T1w", "T1gd", "T2w")
 _BRATS_SUFFIXES = ("flair", "t1", "t1ce", "t2")  # in the order of MODALITIES
 _BRATS_FILE = re.compile(r"(?:^|/)(?P<id>[^/]+)/(?P=id)_(?P<kind>flair|t1|t1ce|t2|seg)\.nii(?:\.gz)?$", re.IGNORECASE)
 
+Progress = Callable[[Iterator["Case"], int], Iterable["Case"]]
+"""Hands so many cases on and shows how far it is."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -66,9 +69,7 @@ def identity(cases: Iterable[Case], preprocessing: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def open_manifest(
-    data: str, progress: Callable[[Iterator[Case], int], Iterable[Case]] | None = None, known: str | None = None
-) -> Manifest:
+def open_manifest(data: str, progress: Progress | None = None, known: str | None = None) -> Manifest:
     """The manifest of a data folder (scanned and checksummed now) or of a manifest file.
 
     With `known`, a manifest of the same folder written before, nothing is read again while all names and sizes agree.
@@ -179,9 +180,7 @@ def _scan_brats(files: dict[str, int]) -> list[Case]:
     return cases
 
 
-def checksummed(
-    manifest: Manifest, progress: Callable[[Iterator[Case], int], Iterable[Case]] | None = None
-) -> Manifest:
+def checksummed(manifest: Manifest, progress: Progress | None = None) -> Manifest:
     """Read every file once, fill in `sha256`, and deal the cases to folds.
 
     Folds go round in the order of hashed subjects; cases of equal content count as one subject, so a copy
