@@ -8,14 +8,11 @@ May be killed anywhere: the same command again makes what is missing. An object 
 `--verify` reads all of them, and the folder, again.
 """
 
-import contextlib
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from raytrain_brats import config, storage
@@ -61,7 +58,7 @@ def work(args: Args) -> None:
         settings, data, run_dir=before, progress=lambda rows, total: progress(rows, "checksums", total)
     )
     storage.check_writable(store)
-    _sweep(store)
+    storage.sweep(store)
     manifests.write(manifest, storage.join(store, "manifest.jsonl"))
 
     keys = {case.id: stores.key(case, options) for case in manifest.cases}
@@ -121,15 +118,6 @@ def _prepare_all(
 
 def _packed(case: Case) -> str:
     return json.dumps(dataclasses.asdict(case))
-
-
-def _sweep(store: str) -> None:
-    """Remove what processes left that were killed amid a write; an hour old, so that no other `prepare` misses it."""
-    if not storage.is_s3(store):
-        for path in Path(store).rglob(".*.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > 3600:
-                    path.unlink()
 
 
 def main(argv: list[str] | None = None) -> int:

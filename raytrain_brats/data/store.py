@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from raytrain_brats import storage
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
-from raytrain_brats.data.nifti import Refused, decode_case
+from raytrain_brats.data.nifti import Refused, Volume, decode_case
 from raytrain_brats.data.preprocess import Geometry, Prepared, preprocess
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import allowed_values
@@ -52,6 +52,10 @@ class Source:
             if hashlib.sha256(content).hexdigest() != case.object_sha256:
                 raise Refused("changed", f"{case.object} differs from its checksum; run `prepare --verify`")
             return decode(content, verified=True)
+        return preprocess(self.volume(case), self.spacing_mm)
+
+    def volume(self, case: Case) -> Volume:
+        """The case as its NIfTI files have it. Raises as `load` does."""
         try:
             files = [storage.read_bytes(storage.join(self.root, path)) for path in manifests.case_files(case)]
         except FileNotFoundError as error:
@@ -60,7 +64,7 @@ class Source:
             raise Refused("changed", f"{sum(map(len, files))} bytes, the manifest says {case.bytes}")
         images = len(case.images)
         label = files[images] if case.label else None
-        return preprocess(decode_case(files[:images], label, allowed_values(self.convention)), self.spacing_mm)
+        return decode_case(files[:images], label, allowed_values(self.convention))
 
 
 def binary_column(array: npt.NDArray[Any]) -> pa.Array:
