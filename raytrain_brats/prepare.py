@@ -62,7 +62,9 @@ def work(args: Args) -> None:
     manifests.write(manifest, storage.join(store, "manifest.jsonl"))
 
     keys = {case.id: stores.key(case, options) for case in manifest.cases}
-    first_of = {keys[case.id]: case for case in reversed(manifest.cases)}  # equal content is prepared once
+    first_of: dict[str, Case] = {}  # equal content is prepared once
+    for case in manifest.cases:
+        first_of.setdefault(keys[case.id], case)
     there = stores.objects(store)
     done = {} if args.verify else {key: there[key] for key in first_of if key in there}
     todo = [{"case": _packed(case), "object": there.get(key, "")} for key, case in first_of.items() if key not in done]
