@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import deflate
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from isal import igzip
 from scipy import ndimage
 
 from raytrain_brats.data.nifti import Volume
@@ -97,12 +97,12 @@ def _resampled(
 
 
 def packed(volume: Volume) -> list[bytes]:
-    """The .nii.gz of image (x, y, z, c) and label. ISA-L's first level: five times as fast as zlib's, and smaller."""
+    """The .nii.gz of image (x, y, z, c) and label: smaller than zlib's level 6 and three times as fast."""
     files = []
     for array in (np.moveaxis(volume.image_cxyz, 0, 3), volume.label_xyz):
         image: Any = nib.Nifti1Image(array, volume.affine)
         image.header.set_xyzt_units("mm", "sec")
-        files.append(igzip.compress(image.to_bytes(), 1, mtime=0))
+        files.append(bytes(deflate.gzip_compress(image.to_bytes(), 2)))
     return files
 
 
