@@ -12,6 +12,7 @@ COMMANDS = {
     "phantom": "write labelled BraTS-like cases",
     "index": "find and checksum the cases of a folder",
     "prepare": "preprocess all cases once, into a store",
+    "expand": "many distinct volumes out of each case",
     "train": "train; the same command again goes on",
     "evaluate": "Dice and HD95 of held-out cases",
     "predict": "segment NIfTI cases",

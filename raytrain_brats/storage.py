@@ -343,6 +343,18 @@ def check_writable(uri: str) -> None:
         raise UserError(f"cannot write to {uri} ({error}); choose another folder or mend its rights") from error
 
 
+def sweep(uri: str) -> None:
+    """Remove what writers below a folder left that were killed amid a write.
+
+    Only what is an hour old: another one may be writing now.
+    """
+    if not is_s3(uri):
+        for path in Path(normal(uri)).rglob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > 3600:
+                    path.unlink()
+
+
 def for_ray(uri: str) -> tuple[str, Any]:
     """(path, pyarrow filesystem or None) for Ray's own files, honouring AWS_ENDPOINT_URL."""
     if not is_s3(uri):
