@@ -10,7 +10,7 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
-from raytrain_brats import storage
+from raytrain_brats import s3, storage
 from raytrain_brats.errors import UserError
 
 
@@ -171,7 +171,7 @@ def test_an_append_whose_answer_was_lost_is_not_repeated(s3_server: str, monkeyp
     """boto3 repeats a put whose answer was lost and is told "precondition failed": the line must not come twice."""
     uri = f"{s3_server}/metrics.jsonl"
     storage.append(uri, "row 1\n")
-    client, _, _ = storage._s3(uri)
+    client, _, _ = s3.locate(uri)
     put, lost = client.put_object, [True]
 
     def put_and_lose_the_answer(**arguments: Any) -> Any:
@@ -212,7 +212,7 @@ def test_missing_credentials_are_the_users_mistake(s3_server: str, monkeypatch: 
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, os.devnull)
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-    storage._client.cache_clear()
+    s3.client.cache_clear()
     with pytest.raises(UserError, match="no AWS credentials found; set"):
         storage.read_bytes(f"{s3_server}/x")
 

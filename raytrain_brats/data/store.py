@@ -46,22 +46,23 @@ class Source:
         """Raises Refused for a case that cannot be used, OSError when storage fails."""
         if case.object:
             try:
-                content = storage.read_bytes(storage.join(self.root, case.object))
+                (content,) = storage.read_checked([storage.join(self.root, case.object)], case.object_sha256)
             except FileNotFoundError as error:
                 raise Refused("missing", f"{case.object}; run `prepare` again") from error
-            if hashlib.sha256(content).hexdigest() != case.object_sha256:
-                raise Refused("changed", f"{case.object} differs from its checksum; run `prepare --verify`")
+            except storage.ChangedError as error:
+                raise Refused("changed", f"{case.object} differs from its checksum; run `prepare --verify`") from error
             return decode(content, verified=True)
         return preprocess(self.volume(case), self.spacing_mm)
 
     def volume(self, case: Case) -> Volume:
         """The case as its NIfTI files have it. Raises as `load` does."""
         try:
-            files = [storage.read_bytes(storage.join(self.root, path)) for path in manifests.case_files(case)]
+            uris = [storage.join(self.root, path) for path in manifests.case_files(case)]
+            files = storage.read_checked(uris, case.sha256 or None, case.bytes)
         except FileNotFoundError as error:
             raise Refused("missing", str(error.filename or error)) from error
-        if sum(map(len, files)) != case.bytes:
-            raise Refused("changed", f"{sum(map(len, files))} bytes, the manifest says {case.bytes}")
+        except storage.ChangedError as error:
+            raise Refused("changed", f"{error}, by the manifest") from error
         images = len(case.images)
         label = files[images] if case.label else None
         return decode_case(files[:images], label, allowed_values(self.convention))
