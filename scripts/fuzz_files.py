@@ -190,7 +190,9 @@ def _affine(plain: bytes, endian: str, qform: int, sform: int) -> tuple[npt.NDAr
             rest = 1 - (b * b + c * c + d * d)
             if not rest > -1e-5 or qfac not in (0, 1, -1):
                 faults.append(f"quaternion {b, c, d}, qfac {qfac}")
-            a = max(0.0, rest) ** 0.5
+            a = rest**0.5 if rest > 1e-7 else 0.0
+            if not a:  # as nifti1_io.c does
+                b, c, d = (value / (1 - rest) ** 0.5 for value in (b, c, d))
             turn = [[a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
                     [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
                     [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c]]  # fmt: skip

@@ -121,6 +121,13 @@ def _other_dim(file: Good, dice: random.Random) -> bytes:
     return put(file, "dim", dice.choice([n for n in (1, 2, 3, 17, 240, 32767) if n != _dim(file, index)]), index)
 
 
+def _huge(file: Good, dice: random.Random) -> bytes:
+    """A header that asks for 100 GB and more."""
+    plain = bytearray(file.plain)
+    struct.pack_into(file.endian + "3h", plain, 42, *(dice.randint(3000, 32767) for _ in range(3)))
+    return bytes(plain)
+
+
 def _geometry(file: Good, dice: random.Random, value: float) -> bytes:
     """One number of the transform in use."""
     sform, qform = file.about["codes"]
@@ -184,6 +191,7 @@ FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
                              "size")),
     "dimension below 1": (lambda f, d: put(f, "dim", d.choice([0, -1, -32768]), d.randint(1, 4)), ("header",)),
     "other dimension": (_other_dim, ("size", "limit", "header")),
+    "more than memory": (_huge, ("limit",)),
     "datatype": (lambda f, d: put(f, "datatype", d.choice([0, 1, 3, 32, 128, 1536, 1792, 2048, -4, 999])), ("header",)),
     "bitpix": (lambda f, d: put(f, "bitpix", d.choice([0, 1, 24, 128, -8])), ("header",)),
     "vox_offset": (lambda f, d: put(f, "vox_offset", d.choice([0, 351, -352, 352.5, NAN, INF, 1e20])), ("header",)),

@@ -6,7 +6,6 @@ import struct
 import threading
 import zlib
 
-import numpy as np
 import pytest
 import torch
 
@@ -112,9 +111,9 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(inflate._KEPT.buffers) > 1
 
 
-def test_small_and_large_buffers_are_not_mistaken() -> None:
+def test_small_and_large_buffers_are_not_mistaken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A label does not sit in a buffer of an image's size, where it would pin it."""
+    monkeypatch.setattr(inflate, "_KEPT", inflate._Kept())
     large = take(64 << 20).ctypes.data
-    small = take(4 << 20)
-    assert small.ctypes.data != large
-    assert small.base is not None and np.asarray(small.base).size < 9 << 20
+    assert take(4 << 20).ctypes.data != large
+    assert take(40 << 20).ctypes.data == large

@@ -257,7 +257,9 @@ def test_one_pass_finds_bounds_and_box_in_any_order_of_memory(dtype: Any, order:
         random = np.random.RandomState(seed)
         image = np.zeros((4, *random.randint(1, 12, 3)), dtype)
         for _ in range(random.randint(0, 5)):
-            image[(random.randint(4), *(random.randint(n) for n in image.shape[1:]))] = random.randint(1, 99) / 4
+            image[(random.randint(4), *(random.randint(n) for n in image.shape[1:]))] = (
+                random.randint(-99 * (dtype != np.uint8), 99) / 4
+            )
         back = np.argsort(order)
         image = np.ascontiguousarray(image.transpose(0, *(1 + np.array(order)))).transpose(0, *(1 + back))
         found = survey(image)
