@@ -91,6 +91,33 @@ def test_only_a_node_that_does_not_answer_is_waited_for(monkeypatch: pytest.Monk
     assert len(asked) == (1 if listening else 2)
 
 
+@pytest.mark.parametrize(
+    ("reserved", "warm", "counted"),
+    [
+        ({"a": 2, "b": 2, "c": 2}, [], 2),  # c has just joined
+        ({"a": 2, "b": 2, "c": 2}, ["c"], 3),
+        ({"a": 2, "c": 2}, [], 2),  # Ray has put c in b's place: no reason to shrink
+        ({"a": 2}, [], 1),  # b is gone
+        ({"a": 2, "b": 2, "c": 1}, [], 2),  # no worker fits on c
+    ],
+)
+def test_a_node_that_joined_counts_once_it_is_warm(
+    monkeypatch: pytest.MonkeyPatch, reserved: dict[str, int], warm: list[str], counted: int
+) -> None:
+    """A group on a and b; workers take 1.5 CPUs each."""
+    monkeypatch.setattr(recovery.ray, "nodes", lambda: [{"NodeID": name} for name in "abc"])
+    ready: Any = SimpleNamespace(warm=lambda node, number: node["NodeID"] in warm)
+    policy = SimpleNamespace(
+        scaling_config=SimpleNamespace(_resources_per_worker_not_none={"CPU": 1.5, "GPU": 0}),
+        _count_possible_workers=lambda there: sum(node["CPU"] // 1.5 for node in there.values()),
+    )
+    workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in "ab"]
+    group = SimpleNamespace(workers=workers, num_workers=2)
+    there = {name: {"CPU": float(cpus)} for name, cpus in reserved.items()}
+    kept = FreshNodes("run", ready)._in_use_or_warm(policy, group, there)
+    assert policy._count_possible_workers(kept) == counted
+
+
 def test_only_spares_that_are_missing_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stood ready; a group of one took one of them: none is missing then."""
     ordered = []

@@ -59,6 +59,12 @@ class FailureBook(UserCallback):
     driver: str
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        try:
+            self._note(worker_exceptions)
+        except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here
+            print(f"a failure of workers is not in the books: {error!r}")
+
+    def _note(self, worker_exceptions: dict[int, Exception]) -> None:
         generation = ledger.current(self.run_dir)
         rank, error = min(worker_exceptions.items())
         lines = str(error).strip().splitlines() or [type(error).__name__]

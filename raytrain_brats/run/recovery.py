@@ -68,7 +68,10 @@ class FreshNodes(ControllerCallback):
 
     def after_controller_start(self, train_run_context: Any) -> None:
         self._requester = f"train-{train_run_context.run_id}"
-        internal_kv._internal_kv_put(tag(self._run_dir).encode(), self._requester.encode(), namespace=NAMESPACE)
+        try:
+            internal_kv._internal_kv_put(tag(self._run_dir).encode(), self._requester.encode(), namespace=NAMESPACE)
+        except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here; this is a convenience
+            _logger.warning("reservations are not on record: %r", error)
         ElasticScalingPolicy._get_reserved_resources = _reserved_where_nodes_stay  # type: ignore
 
         def decide(policy: Any, worker_group_state: Any, worker_group_status: Any) -> Any:
@@ -82,6 +85,18 @@ class FreshNodes(ControllerCallback):
         ElasticScalingPolicy.make_decision_for_running_worker_group = decide  # type: ignore
 
     def _in_use_or_warm(self, policy: Any, group: Any, reserved: Any) -> Any:
+        """`reserved` without cold nodes, unless the group would shrink for that.
+
+        Ray may reserve a node that joined in place of one in use.
+        """
+        try:
+            kept = self._in_use_or_warm_nodes(policy, group, reserved)
+        except Exception as error:  # noqa: BLE001 - likewise
+            _logger.warning("cold nodes are not known: %r", error)
+            return reserved
+        return kept if policy._count_possible_workers(kept) >= group.num_workers else reserved
+
+    def _in_use_or_warm_nodes(self, policy: Any, group: Any, reserved: Any) -> Any:
         used = {worker.metadata.node_id for worker in group.workers}
         nodes = {node["NodeID"]: node for node in ray.nodes()}
         wanted = policy.scaling_config._resources_per_worker_not_none
@@ -99,8 +114,8 @@ class FreshNodes(ControllerCallback):
                 _logger.warning("nodes do not answer, Ray holds them for alive: %s", [n["NodeID"] for n in silent])
                 break
             time.sleep(0.3)
-        book = get_or_create_autoscaling_coordinator()
         try:
+            book = get_or_create_autoscaling_coordinator()
             ray.get(book.get_reserved_resources.remote(self._requester, recompute=True), timeout=10)
         except Exception as error:  # noqa: BLE001 - then Ray's own, slower way
             _logger.warning("reservations are not fresh: %r", error)

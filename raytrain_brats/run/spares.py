@@ -10,6 +10,7 @@ A spare is only ever a gain: when none fits, Ray starts a process as always.
 
 import importlib
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -76,7 +77,7 @@ class Spares(WorkerGroupCallback):
             self._joined[name] = now
             threading.Thread(target=self._order_on, args=(node, number), daemon=True).start()
         ready = internal_kv._internal_kv_exists(f"warm/{name}".encode(), namespace=NAMESPACE)
-        return ready or not self._env or now - self._joined[name] > WARM_S
+        return ready or now - self._joined.get(name, -math.inf) > WARM_S
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._group += 1

@@ -101,7 +101,7 @@ class Watch:
         while not self._done.wait(1.0):
             try:
                 self._look(time.monotonic())
-            except (OSError, ValueError, ray.exceptions.RayError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it was, it must look again
                 print(f"watchdog: cannot look just now: {error}", flush=True)
 
     def _look(self, now_s: float) -> None:
@@ -122,14 +122,17 @@ class Watch:
             life = self._lives[about["rank"]] = news(before, about, now_s)
             if before and before.about["phase"] not in PATIENCE_S and life.moved_s > before.moved_s:
                 self._longest_s = max(self._longest_s, life.moved_s - before.moved_s)
-        if culprits := hung(list(self._lives.values()), now_s, self._timeout_s, self._longest_s):
+        culprits = hung(list(self._lives.values()), now_s, self._timeout_s, self._longest_s)
+        if culprits and self._end(culprits, now_s):
             self._judged = newest
-            self._end(culprits, now_s)
 
-    def _end(self, culprits: Sequence[Life], now_s: float) -> None:
-        """Stacks of all ranks, the culprits last; those are killed: Ray Train then starts the group again."""
+    def _end(self, culprits: Sequence[Life], now_s: float) -> bool:
+        """Stacks of all ranks, the culprits last; those are killed: Ray Train then starts the group again.
+
+        False when it is not known of each culprit that it is gone: then look again.
+        """
         guilty = {life.rank for life in culprits}
-        asked = {}
+        asked, sure = {}, True
         for life in sorted(self._lives.values(), key=lambda life: life.rank in guilty):
             at = NodeAffinitySchedulingStrategy(life.about["node"], soft=False)
             task: Any = _stacks.options(scheduling_strategy=at)
@@ -140,6 +143,7 @@ class Watch:
                 text = ray.get(reference, timeout=0.1)
             except (ray.exceptions.RayError, TimeoutError) as error:
                 text = f"no stack: {' '.join(str(error).split())[:200]}"
+                sure = sure and rank not in guilty
             about = self._lives[rank].about
             if text == GONE:  # Ray ended it, or will find out: a rank that was killed does not hang
                 continue
@@ -151,6 +155,7 @@ class Watch:
                 silent = now_s - life.beaten_s > self._timeout_s
                 seconds = round(now_s - (life.beaten_s if silent else life.moved_s), 1)
                 ledger.event(self._run_dir, "hang", **facts, silent=silent, for_s=seconds, stacks=file)
+        return sure
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -159,15 +164,19 @@ def _stacks(pid: int, file: str, kill: bool) -> str:
     cmdline = Path(f"/proc/{pid}/cmdline")
     if not cmdline.exists() or not cmdline.read_bytes().startswith(b"ray::"):
         return GONE
-    os.kill(pid, signal.SIGUSR2)
-    os.kill(pid, signal.SIGCONT)
-    deadline = time.monotonic() + 2
     text = ""
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        if (now := Path(file).read_text()) and now == text:
-            break
-        text = now
-    if kill:
-        os.kill(pid, signal.SIGKILL)
+    try:
+        os.kill(pid, signal.SIGUSR2)
+        os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            if (now := Path(file).read_text()) and now == text:
+                break
+            text = now
+    except OSError as error:
+        text = text or f"no stack: {error}"
+    finally:
+        if kill:
+            os.kill(pid, signal.SIGKILL)
     return text or "it did not answer"
