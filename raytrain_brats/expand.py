@@ -121,7 +121,7 @@ def _check_same_set(out: str, files: dict[str, int], seed: int, manifest: Manife
             raise UserError(f"{out} was begun with --seed {found[1]} (version {found[0]}); give that, or another --out")
         if changed := [name for name in begun if name in before and now.get(name, before[name]) != before[name]]:
             raise UserError(f"{out} holds copies of another {min(changed)}; give another --out")
-    elif files:
+    elif files.keys() - {storage.PROBE}:  # that of a process killed right there
         raise UserError(f"--out {out} holds other files; give an empty or new folder")
     about = {"version": VERSION, "seed": seed, "cases": dict(sorted((before | now).items()))}
     storage.check_writable(out)

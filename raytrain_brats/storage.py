@@ -233,9 +233,13 @@ def delete(uri: str) -> None:
         Path(normal(uri)).unlink(missing_ok=True)
 
 
+PROBE = "write-probe"
+"""What `check_writable` puts and removes; stays behind where it is killed in between."""
+
+
 def check_writable(uri: str) -> None:
     """Raises UserError, with the remedy, unless an object can be put below `uri`."""
-    probe = join(uri, "write-probe")
+    probe = join(uri, PROBE)
     try:
         write_bytes(probe, b"")
         delete(probe)

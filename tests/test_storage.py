@@ -247,3 +247,16 @@ def test_ray_gets_the_same_place(s3_server: str, tmp_path: Path) -> None:
         stream.write(b"from ray")
     assert storage.read_bytes(f"{s3_server}/ray/x") == b"from ray"
     assert storage.for_ray(str(tmp_path)) == (str(tmp_path), None)
+
+
+def test_only_old_leftovers_are_swept(tmp_path: Path) -> None:
+    """What a killed writer left goes after an hour; what another writer may be at work on stays, and all else."""
+    storage.write_bytes(str(tmp_path / "a/b.bin"), b"whole")
+    old, young = tmp_path / "a/.b.bin.0123abcd.tmp", tmp_path / "a/.c.bin.0123abcd.tmp"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    hour_ago = old.stat().st_mtime - 3700
+    for path in (old, tmp_path / "a/b.bin"):
+        os.utime(path, (hour_ago, hour_ago))
+    storage.sweep(str(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [young.name, "b.bin"]
