@@ -111,7 +111,9 @@ def test_a_case_is_not_refused_for_a_bit_flipped_on_the_way(proxy: FaultyProxy, 
             source.load(case)
 
 
-def test_what_would_be_the_same_again_is_asked_once(proxy: FaultyProxy, s3_server: str) -> None:
+def test_what_would_be_the_same_again_is_asked_once(
+    proxy: FaultyProxy, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A missing object is no outage; and botocore adds no tries of its own to ours."""
     for call in (storage.read_bytes, lambda uri: storage.read_checked([uri], SHA256)):
         proxy.log.clear()
@@ -122,6 +124,12 @@ def test_what_would_be_the_same_again_is_asked_once(proxy: FaultyProxy, s3_serve
     proxy.next = ["503"] * 3
     assert storage.read_bytes(f"{s3_server}/plain") == CONTENT
     assert [asked.fault for asked in proxy.log] == ["503", "503", "503", ""]
+    monkeypatch.setattr(s3, "HICCUP_S", 0)
+    proxy.log.clear()
+    proxy.always = "503"
+    with pytest.raises(s3.OutageError, match="plain"):
+        storage.read_bytes(f"{s3_server}/plain")
+    assert len(proxy.log) == 1
 
 
 def test_a_trickle_is_given_up_and_a_slow_body_is_not(
