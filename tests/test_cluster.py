@@ -13,6 +13,7 @@ import pytest
 
 from raytrain_brats import verify
 from raytrain_brats.data.phantom import write_set
+from raytrain_brats.run import checkpoint, ledger
 from scripts.chaos_campaign import under_ray
 from scripts.chaos_campaign.ray_cluster import SMALL, Cluster, ElasticRun
 
@@ -47,6 +48,24 @@ def test_a_run_folder_that_another_node_does_not_see_is_refused(cluster: Cluster
     assert "s3://" in said
 
 
+def test_a_node_that_joins_is_used_and_no_step_is_lost(cluster: Cluster) -> None:
+    """The run begins with the one worker that fits, saves before it grows, and goes on with two from that very step."""
+    run = ElasticRun(cluster)
+    run.rows_until(1, after=0)
+    cluster.add()
+    run.rows_until(2, after=1)
+    run.interrupt()
+
+    rows = ledger.read_rows(str(run.folder))
+    assert [row["world_size"] for row in rows] == sorted(row["world_size"] for row in rows)
+    assert run.events("resize")[0]["saved"]
+    assert [e["redone_steps"] for e in run.events("group")] == [0, 0]
+    # Ctrl-C saved as well: what is on record is what the next start goes on from
+    assert checkpoint.newest_valid(str(run.folder))[0].samples_seen == rows[-1]["samples_seen"]
+    assert verify.main(["--run-dir", str(run.folder)]) == 0
+
+
+@pytest.mark.campaign
 def test_kills_under_ray_leave_the_run_as_if_undisturbed(tmp_path: Path) -> None:
     """A slice of the campaign: a rank killed, a node joins, the driver killed and started again, saved on Ctrl-C.
 
@@ -55,7 +74,7 @@ def test_kills_under_ray_leave_the_run_as_if_undisturbed(tmp_path: Path) -> None
     """
     found = under_ray.section(tmp_path, 1, 0, lambda *_: None, kinds=("worker", "join", "driver"), calm_s=6)
     assert found["failures"] == []
-    assert found["figures"]["kills"] == 2
+    assert found["figures"]["kills"] >= 2
     (rows,) = found["tables"].values()
     took = {row["strike"]: row for row in rows}
     assert took.keys() >= {"join", "driver"}

@@ -160,7 +160,7 @@ class ElasticRun:
 
     def interrupt(self, with_signal: int = signal.SIGINT) -> None:
         self.driver.send_signal(with_signal)
-        assert self.driver.wait(60) == 130
+        assert self.driver.wait(120) == 130
         assert "goes on from the newest checkpoint" in self.said.read_text()
 
     def events(self, kind: str = "") -> list[dict[str, Any]]:
