@@ -10,10 +10,9 @@ the archive, and gives names, modes and links to trust.
 
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-from isal import isal_zlib
 
 MAX_HEADERS = 20_000  # Task01 has some 1,240 files; macOS adds one `._` file to each
 MAX_MEMBER_BYTES = 64 << 20  # its largest has 12 MB
@@ -118,7 +117,7 @@ def unpacked_size(content: bytes) -> int:
     most = min(MAX_UNPACKED_BYTES, max(RATIO_FLOOR_BYTES, MAX_RATIO * len(content)))
     try:
         while left:
-            stream = isal_zlib.decompressobj(wbits=31)
+            stream = zlib.decompressobj(wbits=31)
             while not stream.eof:
                 total += len(stream.decompress(left, 1 << 20))
                 if total > most:
@@ -126,7 +125,7 @@ def unpacked_size(content: bytes) -> int:
                 if not stream.eof and not stream.unconsumed_tail:
                     raise ArchiveError("its gzip stream is cut off")
                 left = stream.unused_data if stream.eof else stream.unconsumed_tail
-    except isal_zlib.error as error:  # type: ignore[misc] # its stub says a variable
+    except zlib.error as error:
         raise ArchiveError(f"its gzip stream is damaged ({error})") from error
     if not content:
         raise ArchiveError("it is empty")
