@@ -10,8 +10,10 @@ import sys
 
 COMMANDS = {
     "phantom": "write labelled BraTS-like cases",
+    "download": "fetch MSD Task01 from its public bucket",
     "index": "find and checksum the cases of a folder",
     "prepare": "preprocess all cases once, into a store",
+    "expand": "many distinct volumes out of each case",
     "train": "train; the same command again goes on",
     "evaluate": "Dice and HD95 of held-out cases",
     "predict": "segment NIfTI cases",

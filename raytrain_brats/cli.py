@@ -1,7 +1,7 @@
 """What all commands share on the command line.
 
 In: a command's options class and its work.
-Out: parsed options; the exit code: 0 done, 1 failed, 2 a mistake in the request, 130 Ctrl-C.
+Out: parsed options; how far it is; the exit code: 0 done, 1 failed, 2 a mistake in the request, 130 Ctrl-C.
 """
 
 import contextlib
@@ -9,7 +9,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, TypeVar
 
 import tyro
@@ -17,6 +18,9 @@ import tyro
 from raytrain_brats.errors import RunFailed, UserError
 
 Options = TypeVar("Options")
+T = TypeVar("T")
+LINE_S = 10.0
+"""Seconds between two lines of progress where there is no terminal to draw a bar on."""
 
 Uri = Annotated[str, tyro.conf.arg(metavar="URI", help_behavior_hint="")]
 """A local path or s3://; "" when not given."""
@@ -38,6 +42,35 @@ def cases_from(data: str, store: str) -> tuple[str, str]:
         return data, store
     store = default("", "STORE")
     return ("" if store else default("", "DATA")), store
+
+
+def progress(rows: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """Hand the rows on; a bar with the time left on a terminal, a plain line now and then elsewhere."""
+    if sys.stdout.isatty():
+        from rich.progress import track
+
+        yield from track(rows, what, total)
+        return
+    began = said = time.monotonic()
+    for number, row in enumerate(rows, 1):
+        yield row
+        now = time.monotonic()
+        if now - said >= LINE_S and number < total:
+            said = now
+            left_s = (now - began) / number * (total - number)
+            print(f"{what}: {number:,} of {total:,}, about {left_s:,.0f} s left", flush=True)
+
+
+def show_refused(refused: list[dict[str, str]]) -> None:
+    """A table of the cases that were set aside, the first twenty: {case, uri, reason, detail}."""
+    if refused:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("case", "reason", "detail", title=f"{len(refused)} cases set aside")
+        for row in refused[:20]:
+            table.add_row(row["case"], row["reason"], row["detail"])
+        Console().print(table)
 
 
 def entry(options: type[Options], work: Callable[[Options], None], name: str, argv: list[str] | None) -> int:

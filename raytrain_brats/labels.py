@@ -37,6 +37,13 @@ def allowed_values(convention: str) -> tuple[int, ...]:
     return tuple(sorted({0, oedema, core, enhancing, *other}))
 
 
+def names(convention: str) -> dict[int, str]:
+    """What each value means, in the words of MSD's dataset.json."""
+    oedema, core, enhancing, other = _values(convention)
+    words = {0: "background", oedema: "edema", core: "non-enhancing tumor", enhancing: "enhancing tumour"}
+    return dict(sorted((words | dict.fromkeys(other, "other")).items()))
+
+
 def region_table(convention: str) -> npt.NDArray[np.bool_]:
     """(3, 256) bool: whether label value v lies in WT, TC, ET. Index it with uint8 labels."""
     oedema, core, enhancing, _ = _values(convention)

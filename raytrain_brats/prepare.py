@@ -1,7 +1,11 @@
 """Preprocess all cases once: `raytrain-brats prepare --data URI --store URI`, a Ray Data job over all CPUs.
 
 In: a folder of NIfTI cases or a manifest; a recipe's `preprocess` section.
-Out: a store for `train --store`; `quarantine.json` in it names what could not be used and why.
+Out: a store for `train --store`; `quarantine.json` in it names what could not be used and why; `manifest.jsonl` what
+the folder held, so that it is not read again.
+
+May be killed anywhere: the same command again makes what is missing. An object is told by its name and length;
+`--verify` reads all of them, and the folder, again.
 """
 
 import dataclasses
@@ -11,18 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
 from raytrain_brats import config, storage
-from raytrain_brats.cli import Changes, Uri, default, entry
+from raytrain_brats.cli import Changes, Uri, default, entry, progress, show_refused
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import Refused
-from raytrain_brats.data.store import Source
+from raytrain_brats.data.store import Codec, Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.run import cluster, job
 
@@ -39,8 +38,12 @@ class Args:
     """Recipe whose `preprocess` section counts."""
     set: Changes = ()
     """Change a setting of the recipe: key=value, such as preprocess.spacing_mm=1.0."""
+    codec: Codec = "zstd"
+    """How new objects are packed: zstd is smaller, lz4 faster; those already there stay as they are."""
     strict: bool = False
     """Stop at the first case that cannot be used, instead of setting it aside."""
+    verify: bool = False
+    """Read all that is there again and make damaged objects anew, instead of trusting names and sizes."""
 
 
 def work(args: Args) -> None:
@@ -50,59 +53,73 @@ def work(args: Args) -> None:
         raise UserError(f"no {missing} given; name it with --{missing}")
     settings = config.load(args.recipe, args.set)
     store, options = storage.normal(store), job.preprocessing(settings)
-    manifest, source = job.open_cases(settings, data)
+    before = "" if args.verify else store
+    manifest, source = job.open_cases(
+        settings, data, run_dir=before, progress=lambda rows, total: progress(rows, "checksums", total)
+    )
     storage.check_writable(store)
-    cluster.connect()
-    cluster.check_shared({"store": store}, {"data folder": source.root})
-    good: list[Case] = []
-    refused: list[dict[str, str]] = []
-    results = _prepare_all(store, source, manifest.cases, options)
-    for row in track(results, "preparing", len(manifest.cases), disable=not sys.stdout.isatty()):
-        case = manifests.case_from(json.loads(row.pop("prepared")))
-        if not row["reason"]:
-            good.append(case)
-            continue
-        refused.append({"case": case.id, **row})
-        if args.strict:
-            raise RunFailed(f"case {case.id} ({row['uri']}): {row['reason']}, {row['detail']}")
+    storage.sweep(store)
+    manifests.write(manifest, storage.join(store, "manifest.jsonl"))
+
+    keys = {case.id: stores.key(case, options) for case in manifest.cases}
+    first_of: dict[str, Case] = {}  # equal content is prepared once
+    for case in manifest.cases:
+        first_of.setdefault(keys[case.id], case)
+    there = stores.objects(store)
+    done = {} if args.verify else {key: there[key] for key in first_of if key in there}
+    todo = [{"case": _packed(case), "object": there.get(key, "")} for key, case in first_of.items() if key not in done]
+    verdicts: dict[str, dict[str, str]] = {}
+    results = _prepare_all(store, source, todo, options, args.codec) if todo else iter(())
+    for row in progress(results, "preparing", len(todo)):
+        if row["reason"]:
+            verdicts[keys[row["id"]]] = {"reason": row["reason"], "detail": row["detail"]}
+            if args.strict:
+                break
+        else:
+            done[keys[row["id"]]] = row["object"]
+
+    refused = [
+        {"case": case.id, "uri": storage.join(source.root, case.images[0]), **verdicts[keys[case.id]]}
+        for case in manifest.cases
+        if keys[case.id] in verdicts
+    ]
     storage.write_bytes(storage.join(store, "quarantine.json"), json.dumps(refused, indent=1).encode())
-    _show(refused)
+    if args.strict and refused:
+        raise RunFailed("case {case} ({uri}): {reason}, {detail}".format(**refused[0]))
+    show_refused(refused)
+    good = tuple(stores.with_object(c, done[keys[c.id]]) for c in manifest.cases if keys[c.id] in done)
     if not good:
-        raise RunFailed(
-            f"none of {len(manifest.cases)} cases could be used; see {storage.join(store, 'quarantine.json')}"
-        )
-    good.sort(key=lambda case: case.id)
-    stores.write_index(store, dataclasses.replace(manifest, cases=tuple(good), convention=source.convention), options)
+        raise RunFailed(f"none of {len(refused)} cases could be used; see {storage.join(store, 'quarantine.json')}")
+    stores.write_index(store, dataclasses.replace(manifest, cases=good, convention=source.convention), options)
     size = sum(storage.list_files(storage.join(store, "objects")).values())
     print(f"{len(good)} cases prepared, {len(refused)} set aside, {size / 1e6:,.1f} MB in {store}")
 
 
 def _prepare_all(
-    store: str, source: Source, cases: tuple[Case, ...], options: dict[str, Any]
+    store: str, source: Source, todo: list[dict[str, Any]], options: dict[str, Any], codec: Codec
 ) -> Iterator[dict[str, Any]]:
-    def one(row: dict[str, Any]) -> dict[str, Any]:
+    """{id, object, reason, detail} of every row {case, object}, over the cluster; an object that is intact stays."""
+
+    def one(row: dict[str, Any]) -> dict[str, Any]:  # a closure, so that workers import `data` alone and not torch
         case = manifests.case_from(json.loads(row["case"]))
-        about = {"uri": storage.join(source.root, case.images[0]), "reason": "", "detail": ""}
+        about = {"id": case.id, "object": row["object"], "reason": "", "detail": ""}
+        if about["object"]:
+            if stores.intact(store, about["object"]):
+                return about
+            storage.delete(storage.join(store, about["object"]))
         try:
-            case = stores.put(store, source, case, options)
+            about["object"] = stores.put(store, source, case, options, codec).object
         except Refused as error:
             about |= {"reason": error.reason, "detail": error.detail}
-        return about | {"prepared": json.dumps(dataclasses.asdict(case))}
+        return about
 
-    cpus = ray.cluster_resources()["CPU"]
-    rows = ray.data.from_items(
-        [{"case": json.dumps(dataclasses.asdict(case))} for case in cases],
-        override_num_blocks=min(len(cases), 64 * int(cpus)),  # enough for an even load, not one task a case
-    )
-    yield from rows.map(one, num_cpus=0.5 if cpus <= 4 else 1.0).iter_rows()
+    cluster.connect()
+    cluster.check_shared({"store": store}, {"data folder": source.root})
+    yield from cluster.data_map(one, todo)
 
 
-def _show(refused: list[dict[str, str]]) -> None:
-    if refused:
-        table = Table("case", "reason", "detail", title=f"{len(refused)} cases set aside")
-        for row in refused[:20]:
-            table.add_row(row["case"], row["reason"], row["detail"])
-        Console().print(table)
+def _packed(case: Case) -> str:
+    return json.dumps(dataclasses.asdict(case))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,35 +3,31 @@
 In: URIs: a local path, `file://...`, or `s3://bucket/key` (another endpoint by AWS_ENDPOINT_URL).
 Out: whole objects. A reader sees the old bytes or the new ones, never a torn mixture.
 
-S3 goes through boto3, which verifies the checksum of every body; pyarrow's reader accepts cut and flipped
-bodies in silence. An outage of S3 is waited out: a few seconds, or RAYTRAIN_BRATS_PATIENCE_S where that is set, as it
-is in Ray's processes (`cluster.connect`).
+S3 is asked by `s3`, which waits out an outage: a few seconds, or RAYTRAIN_BRATS_PATIENCE_S where that is set, as it is
+in Ray's processes (`cluster.connect`). Ray and pyarrow read no data: their reader accepts cut and flipped bodies in
+silence.
 """
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
-import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from functools import lru_cache, wraps
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
+from raytrain_brats import s3
 from raytrain_brats.errors import UserError
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-PATIENCE = "RAYTRAIN_BRATS_PATIENCE_S"
-_HICCUP_S = 3.0  # the least patience: one refused connection is nothing to bother a person with
+PATIENCE = s3.PATIENCE
 _LOCK_S = 30.0
-_NETWORK: Any = {"connect_timeout": 5, "read_timeout": 30, "max_pool_connections": 32}
-_NOT_ALLOWED = ("NoSuchBucket", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
-_EXPIRED = ("RequestTimeTooSkewed", "ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken")
-_OVERLOADED = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests", "429")
+
+
+class ChangedError(OSError):
+    """What is there is not what was expected there."""
 
 
 def is_s3(uri: str) -> bool:
@@ -57,127 +53,52 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-@lru_cache(maxsize=1)
-def _client(_pid: int) -> Any:
-    import boto3
-    from botocore.config import Config
-
-    retries: Any = {"mode": "standard", "total_max_attempts": 1}  # `_patient` does it, bodies included, to a deadline
-    return boto3.client("s3", config=Config(retries=retries, **_NETWORK))
-
-
-def _s3(uri: str) -> tuple[Any, str, str]:
-    bucket, _, key = uri[len("s3://") :].partition("/")
-    return _client(os.getpid()), bucket, key  # keyed by process: a client must not cross a fork
-
-
-class _OutageError(OSError):
-    """S3 cannot be reached, is overloaded or broke off: the same request may well succeed later."""
-
-
-@contextlib.contextmanager
-def _s3_errors(uri: str) -> Iterator[None]:
-    from botocore import exceptions as boto
-    from botocore.parsers import ResponseParserError
-
-    try:
-        yield
-    except boto.ClientError as error:
-        code = error.response["Error"]["Code"]
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if code in ("404", "NoSuchKey"):
-            raise FileNotFoundError(uri) from error
-        if code in ("PreconditionFailed", "ConditionalRequestConflict"):
-            raise FileExistsError(f"{uri}: another writer was first") from error
-        if code in _NOT_ALLOWED:
-            raise UserError(f"{uri}: S3 answers {code}; check the bucket's name and the credentials") from error
-        if code in _EXPIRED:
-            raise UserError(f"{uri}: S3 answers {code}; renew the credentials, or set this machine's clock") from error
-        outage = code in _OVERLOADED or (status >= 500 and status != 501)
-        raise (_OutageError if outage else OSError)(f"{uri}: S3 answers {error}") from error
-    except boto.NoCredentialsError as error:
-        raise UserError(f"{uri}: no AWS credentials found; set a profile or AWS_ACCESS_KEY_ID") from error
-    except (
-        boto.HTTPClientError,
-        boto.ConnectionError,
-        boto.IncompleteReadError,
-        boto.ChecksumError,
-        boto.FlexibleChecksumError,
-        ResponseParserError,
-    ) as error:
-        raise _OutageError(f"{uri}: {error}") from error
-    except boto.BotoCoreError as error:
-        raise OSError(f"{uri}: {error}") from error
-
-
-def _patient(operation: Callable[P, R]) -> Callable[P, R]:
-    """Try again while S3 is out, as long as RAYTRAIN_BRATS_PATIENCE_S says. Only for what may be done twice."""
-
-    @wraps(operation)
-    def patient(*arguments: P.args, **options: P.kwargs) -> R:
-        deadline = time.monotonic() + max(_HICCUP_S, float(os.environ.get(PATIENCE) or 0))
-        longest = 0.4
-        while True:
-            try:
-                return operation(*arguments, **options)
-            except _OutageError:
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
-                    raise
-            time.sleep(min(left_s, random.uniform(longest / 2, longest)))  # apart, or all ranks come back at once
-            longest = min(2 * longest, 8.0)
-
-    return patient
-
-
-@_patient
-def _get(uri: str, **options: Any) -> tuple[bytes, str]:
-    """(content, ETag) of an S3 object."""
-    client, bucket, key = _s3(uri)
-    with _s3_errors(uri):
-        found = client.get_object(Bucket=bucket, Key=key, **options)
-        return bytes(found["Body"].read()), found["ETag"]
-
-
-@_patient
-def _put(uri: str, content: bytes, **condition: str) -> None:
-    """Put an S3 object. With a condition FileExistsError may be said of our own put, when its answer was lost."""
-    client, bucket, key = _s3(uri)
-    with _s3_errors(uri):
-        client.put_object(Bucket=bucket, Key=key, Body=content, **condition)
-
-
-def _get_for_change(uri: str) -> tuple[bytes | None, dict[str, str]]:
-    """The content, None when there is no object; the condition under which a put replaces just that."""
-    try:
-        content, tag = _get(uri)
-    except FileNotFoundError:
-        return None, {"IfNoneMatch": "*"}
-    return content, {"IfMatch": tag}
-
-
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises FileNotFoundError."""
-    return _get(uri)[0] if is_s3(uri) else Path(normal(uri)).read_bytes()
+    return s3.get(uri)[0] if is_s3(uri) else Path(normal(uri)).read_bytes()
 
 
-@_patient
+@s3.patient
+def read_checked(uris: Sequence[str], sha256: str | None, size: int | None = None) -> list[bytes]:
+    """These objects, whole; `sha256` is the checksum of all their bytes in this order, where it is known.
+
+    A bit that flips on the way from S3 looks like a changed object; so changed is what two reads agree upon.
+    Raises ChangedError, FileNotFoundError.
+    """
+    wrong = None
+    for _ in range(2):
+        contents = [read_bytes(uri) if sha256 is None else _read_unchecked(uri) for uri in uris]
+        found, digest = sum(map(len, contents)), hashlib.sha256()
+        for content in [] if sha256 is None else contents:
+            digest.update(content)
+        if size in (None, found) and sha256 in (None, digest.hexdigest()):
+            return contents
+        agreed = wrong == (found, digest.digest()) and sum(s3.head(uri)[0] for uri in uris) == found  # not cut twice
+        if agreed or not is_s3(uris[0]):
+            told = "another checksum" if size in (None, found) else f"{found:,} bytes instead of {size:,}"
+            raise ChangedError(f"{', '.join(uris)}: {told}")
+        wrong = (found, digest.digest())
+    raise s3.OutageError(f"{', '.join(uris)}: altered on the way, each time in another manner")
+
+
+def _read_unchecked(uri: str) -> bytes:
+    return s3.get(uri, check=False)[0] if is_s3(uri) else Path(normal(uri)).read_bytes()
+
+
 def read_tail(uri: str, size: int) -> bytes:
     """The last `size` bytes, or all when there are fewer. Raises FileNotFoundError."""
-    if not is_s3(uri):
-        with open(normal(uri), "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-            return file.read()
-    client, bucket, key = _s3(uri)
-    with _s3_errors(uri):
-        length = client.head_object(Bucket=bucket, Key=key)["ContentLength"]
-    return _get(uri, Range=f"bytes=-{size}")[0] if length else b""
+    if is_s3(uri):
+        length = s3.head(uri)[0]
+        return s3.get(uri, Range=f"bytes=-{size}")[0] if length > size else s3.get(uri)[0][-size:]
+    with open(normal(uri), "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        return file.read()
 
 
 def write_bytes(uri: str, content: bytes) -> None:
     """Put the whole object: on a local disk by temporary name, fsync, rename and fsync of the folder."""
     if is_s3(uri):
-        _put(uri, content)
+        s3.put(uri, content)
         return
     path = Path(normal(uri))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +136,7 @@ def append(uri: str, text: str, start: int | None = None) -> None:
         return
     put: bytes | None = None
     for attempt in range(30):
-        found, condition = _get_for_change(uri)
+        found, condition = s3.get_for_change(uri)
         if put is not None and found is not None and found.startswith(put):
             return  # the last put had arrived, only its answer was lost
         if start is not None:
@@ -225,7 +146,7 @@ def append(uri: str, text: str, start: int | None = None) -> None:
             found = before
         put = (found or b"") + text.encode()
         with contextlib.suppress(FileExistsError):
-            _put(uri, put, **condition)
+            s3.put(uri, put, **condition)
             return
         time.sleep(0.05 * (attempt + 1))
     raise OSError(f"{uri}: other writers never left a gap")
@@ -243,11 +164,11 @@ def swap(uri: str, before: bytes | None, after: bytes) -> bool:
             write_bytes(str(path), after)
             return True
     for attempt in range(30):
-        found, condition = _get_for_change(uri)
+        found, condition = s3.get_for_change(uri)
         if found != before:
             return attempt > 0 and found == after  # the last put had arrived, only its answer was lost
         with contextlib.suppress(FileExistsError):
-            _put(uri, after, **condition)
+            s3.put(uri, after, **condition)
             return True
         time.sleep(0.05 * (attempt + 1))
     raise OSError(f"{uri}: S3 refuses every conditional put")
@@ -278,21 +199,11 @@ def _locked(path: Path) -> Iterator[Path]:
         os.close(file)  # ends the lock
 
 
-@_patient
 def exists(uri: str) -> bool:
     """Whether an object (or a local folder) is there."""
-    if not is_s3(uri):
-        return Path(normal(uri)).exists()
-    client, bucket, key = _s3(uri)
-    try:
-        with _s3_errors(uri):
-            _ = client.head_object(Bucket=bucket, Key=key) if key else client.head_bucket(Bucket=bucket)
-    except FileNotFoundError:
-        return False
-    return True
+    return s3.exists(uri) if is_s3(uri) else Path(normal(uri)).exists()
 
 
-@_patient
 def list_files(uri: str) -> dict[str, int]:
     """{path relative to `uri`: bytes} of every object below a folder; empty when there is none.
 
@@ -300,14 +211,7 @@ def list_files(uri: str) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     if is_s3(uri):
-        client, bucket, key = _s3(uri)
-        prefix = f"{key.rstrip('/')}/" if key else ""
-        with _s3_errors(uri):
-            for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-                if "IsTruncated" not in page:  # boto3 takes an answer that broke off after its head for an empty one
-                    raise _OutageError(f"{uri}: the listing broke off")
-                rows = [row for row in page.get("Contents", []) if not row["Key"].endswith("/")]  # consoles' folders
-                found |= {row["Key"][len(prefix) :]: row["Size"] for row in rows}
+        found = s3.list_below(uri)
     else:
         root = Path(normal(uri))
         been = {os.path.realpath(root)}
@@ -322,25 +226,38 @@ def list_files(uri: str) -> dict[str, int]:
     return {n: size for n, size in sorted(found.items()) if not any(p.startswith(".") for p in n.split("/"))}
 
 
-@_patient
 def delete(uri: str) -> None:
     """Remove one object; fine when it is gone already."""
     if is_s3(uri):
-        client, bucket, key = _s3(uri)
-        with _s3_errors(uri):
-            client.delete_object(Bucket=bucket, Key=key)
+        s3.delete(uri)
     else:
         Path(normal(uri)).unlink(missing_ok=True)
 
 
+PROBE = "write-probe"
+"""What `check_writable` puts and removes; stays behind where it is killed in between."""
+
+
 def check_writable(uri: str) -> None:
     """Raises UserError, with the remedy, unless an object can be put below `uri`."""
-    probe = join(uri, "write-probe")
+    probe = join(uri, PROBE)
     try:
         write_bytes(probe, b"")
         delete(probe)
     except OSError as error:
         raise UserError(f"cannot write to {uri} ({error}); choose another folder or mend its rights") from error
+
+
+def sweep(uri: str) -> None:
+    """Remove what writers below a folder left that were killed amid a write.
+
+    Only what is an hour old: another one may be writing now.
+    """
+    if not is_s3(uri):
+        for path in Path(normal(uri)).rglob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > 3600:
+                    path.unlink()
 
 
 def for_ray(uri: str) -> tuple[str, Any]:

@@ -1,4 +1,5 @@
 """What bit-equal weights cost: steps with `reduction: exact` against `fast` (DDP), alternated in the same processes.
+And what it costs to compare the ranks' weights by their hash.
 
 In: nothing but the options. Out: a table and docs/benchmarks/reduction.json.
 
@@ -26,7 +27,7 @@ from raytrain_brats import config
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.run import exact
 from raytrain_brats.run.job import Job, plan_of
-from raytrain_brats.run.step import Learner
+from raytrain_brats.run.step import Learner, differing
 
 GLOBAL_BATCH, EDGE = 8, 32
 
@@ -51,7 +52,7 @@ def rank_main(rank: int, world_size: int, port: int, steps: int, folder: str) ->
     if world_size > 1:
         distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     learners = {kind: Learner(job(kind), world_size, torch.device("cpu")) for kind in ("fast", "exact")}
-    spent: dict[str, list[tuple[float, float]]] = {kind: [] for kind in learners}
+    spent: dict[str, list[tuple[float, float]]] = {kind: [] for kind in (*learners, "compare")}
     for step in range(steps):
         mine = [patch(step * GLOBAL_BATCH + place) for place in range(rank, GLOBAL_BATCH, world_size)]
         for kind in ("fast", "exact") if step % 2 else ("exact", "fast"):
@@ -60,6 +61,10 @@ def rank_main(rank: int, world_size: int, port: int, steps: int, folder: str) ->
             cpu, wall = time.process_time(), time.perf_counter()
             learners[kind].step(mine, step * GLOBAL_BATCH)
             spent[kind].append((time.process_time() - cpu, time.perf_counter() - wall))
+        if world_size > 1:
+            cpu, wall = time.process_time(), time.perf_counter()
+            assert not differing("cpu", learners["fast"].network)
+            spent["compare"].append((time.process_time() - cpu, time.perf_counter() - wall))
     Path(f"{folder}/{rank}.json").write_text(json.dumps({kind: rows[2:] for kind, rows in spent.items()}))
     if world_size > 1:
         distributed.destroy_process_group()
@@ -74,7 +79,7 @@ def measure(world_size: int, steps: int) -> dict[str, float]:
         multiprocessing.start_processes(rank_main, (world_size, port, steps, folder), world_size, start_method="fork")
         ranks = [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(world_size)]
     result: dict[str, float] = {}
-    for kind in ("fast", "exact"):
+    for kind in ("fast", "exact", "compare") if world_size > 1 else ("fast", "exact"):
         of_steps = list(zip(*(rank[kind] for rank in ranks), strict=True))
         result[f"{kind}_cpu_s"] = statistics.median(sum(cpu for cpu, _ in step) for step in of_steps)
         result[f"{kind}_wall_s"] = statistics.median(max(wall for _, wall in step) for step in of_steps)
@@ -90,12 +95,16 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("docs/benchmarks/reduction.json"))
     given = options.parse_args()
     table = {}
-    print("ranks  exact/fast: CPU   wall   gradient vectors a rank sends: exact  ring all-reduce")
+    every = config.load("demo").run.compare_weights_steps
+    print("ranks  exact/fast: CPU   wall   gradient vectors a rank sends: exact  ring all-reduce   weights compared")
     for world_size in (1, 2, 3, 4):
         row = table[world_size] = measure(world_size, given.steps)
         ratio = {what: row[f"exact_{what}_s"] / row[f"fast_{what}_s"] for what in ("cpu", "wall")}
         vectors = f"{row['exact_vectors_sent']:.2f}  {row['all_reduce_vectors_sent']:.2f}"
-        print(f"{world_size:5}  {ratio['cpu']:15.2f}  {ratio['wall']:5.2f}   {vectors:>37}", flush=True)
+        if world_size > 1:
+            row["compare_share"] = row["compare_wall_s"] / (every * row["fast_wall_s"])
+        compared = f"{row.get('compare_share', 0):.2%} of the time"
+        print(f"{world_size:5}  {ratio['cpu']:15.2f}  {ratio['wall']:5.2f}   {vectors:>37}   {compared}", flush=True)
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     machine = f"{os.cpu_count()} cores, {cpu.split(': ')[-1] or platform.processor()}"
     about = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "recipe": "demo", "global_batch": GLOBAL_BATCH}

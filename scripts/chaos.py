@@ -1,4 +1,4 @@
-"""Break it on purpose, by a seed: `scripts/chaos core|controls|bits|storm|all`.
+"""Break it on purpose, by a seed: `scripts/chaos core|ray|goodput|controls|bits|storm|all`.
 
 In: which sections, how much of each, a seed.
 Out: chaos.json and chaos.md in `--out`; exit code 1 on any violation, on a control that is not found, and when the
@@ -18,8 +18,7 @@ from typing import Any
 from scripts.chaos_campaign import outcome
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("core", "controls", "bits", "storm")
-"""`ray` goes here, once it is there: a function like those in `run_section`."""
+SECTIONS = ("core", "ray", "goodput", "controls", "bits", "storm")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=1000, help="of core")
     parser.add_argument("--flips", type=int, default=10_000, help="of bits")
     parser.add_argument("--changes", type=int, default=48, help="of storm")
+    parser.add_argument("--goodput-minutes", type=float, default=20.0, help="of goodput; a kill every ten")
+    parser.add_argument("--ray-kills", type=int, default=50, help="of ray")
     parser.add_argument("--sizes", type=int, nargs="+", default=range(1, 9), help="of storm: numbers of workers")
     parser.add_argument("--control", action="append", help="only this one; may be repeated")
     parser.add_argument("--minutes", type=float, default=120.0, help="core stops (and fails) when it takes longer")
@@ -63,6 +64,12 @@ def run_section(
         from scripts.chaos_campaign import core
 
         return lambda: core.section(folder, options.seed, options.kills, options.minutes, told)
+    if name in ("ray", "goodput"):
+        from scripts.chaos_campaign import under_ray
+
+        if name == "goodput":
+            return lambda: under_ray.goodput(folder, options.seed, options.goodput_minutes, told)
+        return lambda: under_ray.section(folder, options.seed, options.ray_kills, told)
     if name == "controls":
         from scripts.chaos_campaign import controls
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 from moto.server import ThreadedMotoServer
 
-from raytrain_brats import storage
+from raytrain_brats import s3
 from raytrain_brats.data.nifti import Volume
 
 SHAPE = (24, 20, 18)
@@ -134,6 +134,6 @@ def s3_server(_moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv(name, value)
     bucket = f"bucket-{uuid.uuid4().hex}"
     boto3.client("s3").create_bucket(Bucket=bucket)
-    storage._client.cache_clear()
+    s3.client.cache_clear()
     yield f"s3://{bucket}"
-    storage._client.cache_clear()
+    s3.client.cache_clear()

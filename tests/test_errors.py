@@ -215,7 +215,10 @@ def test_small_commands(fails: Call, data: Path, run_dir: Path, tmp_path: Path) 
 
 def test_unknown_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The nearest command, or all of them."""
-    for word, fragment in (("trian", "'trian' is not known; did you mean train?"), ("qqq", "there are phantom, index")):
+    for word, fragment in (
+        ("trian", "'trian' is not known; did you mean train?"),
+        ("qqq", "there are phantom, down"),
+    ):
         monkeypatch.setattr(sys, "argv", ["raytrain-brats", word, "--data", "x"])
         assert fragment in _mistake(__main__.main(), capsys.readouterr().err)
     monkeypatch.setattr(sys, "argv", ["raytrain-brats"])

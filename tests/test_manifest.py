@@ -159,6 +159,53 @@ def test_folds_are_even_and_copies_stay_together(tmp_path: Path) -> None:
     assert {c.id: c.fold for c in manifest.cases} == {c: f for c, f in fold.items() if not c.startswith("COPY")}
 
 
+def test_what_dataset_json_states_is_taken(tmp_path: Path) -> None:
+    """Subjects, folds and the label convention; a folder known from before is not read again; nonsense is refused."""
+    folder = write_msd_folder(tmp_path / "data", 6, shape=(8, 8, 8))
+    about = json.loads((folder / "dataset.json").read_text())
+    about["convention"] = "brats2023"
+    for number, row in enumerate(about["training"]):
+        row |= {"subject": f"S{number // 3}", "fold": 3 - number // 3}
+    (folder / "dataset.json").write_text(json.dumps(about))
+    found = open_manifest(str(folder))
+    assert found.convention == "brats2023"
+    assert [(c.subject, c.fold) for c in found.cases] == [("S1", 2)] * 3 + [("S0", 3)] * 3
+    manifests.write(found, str(tmp_path / "known.jsonl"))
+    unread = [case.label for case in found.cases]
+    for label in unread:
+        (folder / str(label)).write_bytes(b"x" * (folder / str(label)).stat().st_size)
+    assert open_manifest(str(folder), known=str(tmp_path / "known.jsonl")) == found
+
+    del about["training"][0]["fold"]  # stated for some only: dealt to all, by subject
+    (folder / "dataset.json").write_text(json.dumps(about))
+    assert {len({c.fold for c in open_manifest(str(folder)).cases if c.subject == s}) for s in ("S0", "S1")} == {1}
+    for wrong in ({"fold": 5}, {"fold": -1}, {"fold": "x"}):
+        about["training"][0] |= wrong
+        (folder / "dataset.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match=r"dataset\.json"):
+            open_manifest(str(folder))
+    about["training"][0]["fold"] = 0
+    (folder / "dataset.json").write_text(json.dumps(about | {"convention": "mine"}))
+    with pytest.raises(UserError, match="brats2023"):
+        open_manifest(str(folder))
+
+
+def test_subjects_that_share_content_are_one_by_any_way(tmp_path: Path) -> None:
+    """A = B in one case and B = C in another: all cases of A, B and C stand on one side of every split."""
+    folder = write_msd_folder(tmp_path, 12, shape=(8, 8, 8))
+    about = json.loads((folder / "dataset.json").read_text())
+    about["training"].sort(key=lambda row: row["image"])
+    for row, subject in zip(about["training"], "AABBCCDEFGHI", strict=True):
+        row["subject"] = subject
+    (folder / "dataset.json").write_text(json.dumps(about))
+    for part in ("imagesTr", "labelsTr"):
+        for original, copy in ((2, 3), (4, 5)):
+            shutil.copy(folder / part / f"BRATS_{original:03d}.nii.gz", folder / part / f"BRATS_{copy:03d}.nii.gz")
+    fold = {c.subject: c.fold for c in open_manifest(str(folder)).cases}
+    assert len({c.fold for c in open_manifest(str(folder)).cases if c.subject in "ABC"}) == 1
+    assert sorted(Counter(fold[s] for s in "ADEFGHI").values()) == [1, 1, 1, 2, 2]
+
+
 def test_identity_is_that_of_content_and_preprocessing(tmp_path: Path) -> None:
     """A changed byte, a case more or less, or other preprocessing change it; where the folder lies does not."""
     folder = write_msd_folder(tmp_path / "here", 3, shape=(8, 8, 8))

@@ -2,46 +2,21 @@
 
 import gzip
 import random
+import re
 import struct
 import tracemalloc
-import zlib
-from typing import Any
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from raytrain_brats.data.nifti import REASONS, Refused, decode, decode_case
-from raytrain_brats.data.preprocess import preprocess
+from scripts.fuzz_files import nifti
 from tests.conftest import LPS, make_affine, make_arrays
 
 MSD = (0, 1, 2, 3)
 IMAGE, LABEL = make_arrays((8, 7, 6), dtype=np.int16)
-
-
-def nifti(
-    array: npt.NDArray[Any],
-    affine: Any = None,
-    codes: tuple[int, int] = (1, 0),
-    endian: str = "<",
-    extension: bytes = b"\0\0\0\0",
-    **fields: Any,
-) -> bytes:
-    """A single-file NIfTI-1; `codes` are sform and qform, `fields` overwrite the header."""
-    affine = np.eye(4) if affine is None else affine
-    header = nib.Nifti1Header(endianness=endian)
-    header.set_data_shape(array.shape)
-    header.set_data_dtype(array.dtype)
-    header["pixdim"][1:4] = np.linalg.norm(affine[:3, :3], axis=0)
-    header.set_qform(affine, codes[1])
-    header.set_sform(affine, codes[0])
-    header["vox_offset"] = 348 + len(extension)
-    header["magic"] = b"n+1"
-    for name, value in fields.items():
-        header[name] = value
-    voxels = array.astype(array.dtype.newbyteorder(endian)).tobytes("F")
-    return bytes(header.binaryblock) + extension + voxels
 
 
 def refusal(images: list[bytes], label: bytes | None = None, allowed: tuple[int, ...] = MSD) -> str:
@@ -53,7 +28,10 @@ def refusal(images: list[bytes], label: bytes | None = None, allowed: tuple[int,
 
 
 def test_decode_equals_nibabel_over_many_headers() -> None:
-    """400 seeded combinations of type, byte order, scaling, affine, extension and wrapping: same voxels and affine."""
+    """400 seeded combinations of type, byte order, scaling, affine, extension and wrapping: same voxels and affine.
+
+    Scaled voxels are nibabel's float64 ones, rounded once to float32.
+    """
     dice = random.Random(5)
     affines = [np.eye(4), LPS, make_affine((0.9, 1.1, 2.5), (2, 0, 1), (1, -1, 1), 20), make_affine(degrees=45)]
     sheared = make_affine((1, 2, 3))
@@ -65,12 +43,12 @@ def test_decode_equals_nibabel_over_many_headers() -> None:
         lambda b: gzip.compress(b) + bytes(512),  # zero padding, as tape tools leave it
     ]
     for number in range(400):
-        kind = dice.choice(["u1", "i1", "u2", "i2", "u4", "i4", "f4", "f8"])
+        kind = dice.choice(["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"])
         shape = dice.choice([(5, 4, 3), (3, 5, 2, 4), (4, 3, 2, 1), (1, 7, 2)])
         top = 100 if kind[1] == "1" else 30000
         array = np.random.RandomState(number).randint(0 if kind[0] == "u" else -top, top, shape).astype(kind)
         affine, codes = dice.choice([*affines, sheared]), dice.choice([(1, 0), (2, 1), (0, 1), (0, 0), (4, 3)])
-        slope, inter = dice.choice([(1, 0), (0, 0), (np.nan, np.nan), (0.5, -3), (2, 1000), (1, 5)])
+        slope, inter = dice.choice([(1, 0), (0, 9), (np.nan, np.nan), (0.5, -3), (-2, 1e3), (1, 5), (0.1, 1 / 3)])
         fields = {"scl_slope": slope, "scl_inter": inter, "xyzt_units": dice.choice([0, 2])}
         endian = dice.choice("<>")
         comment = b"\1\0\0\0" + struct.pack(endian + "ii", 32, 6) + b"a comment".ljust(24)
@@ -86,7 +64,7 @@ def test_decode_equals_nibabel_over_many_headers() -> None:
         assert found.dtype.isnative, about
         assert np.array_equal(found, expected.astype(found.dtype)), about
         assert np.array_equal(found_affine, peer.affine), about
-        scaled = (slope, inter) in ((0.5, -3), (2, 1000), (1, 5))
+        scaled = bool(slope) and np.isfinite(slope) and (slope, inter) != (1, 0)
         assert found.dtype == (np.dtype(np.float32) if scaled else np.dtype(kind)), about
 
 
@@ -115,9 +93,49 @@ def test_voxels_may_begin_at_any_byte() -> None:
     assert np.array_equal(decode(nifti(IMAGE, extension=bytes(9)), "x")[0], IMAGE)
 
 
+def test_a_qfac_of_zero_is_one() -> None:
+    """As the standard says, and as files of tools that know only sform have it."""
+    unset = [0, 1, 1, 1, 1, 1, 1, 1]
+    assert np.array_equal(decode(nifti(IMAGE, codes=(0, 1), pixdim=unset), "x")[1], np.eye(4))
+
+
+def test_what_was_decoded_stays_while_anyone_looks_at_it() -> None:
+    """Buffers are used again, yet no view of an earlier case ever changes, down to a slice or a label alone."""
+    noise = np.random.RandomState(0)
+    arrays = [noise.randint(1, 999, (64, 64, 40, 4)).astype("i2") for _ in range(6)]
+    masks = [noise.randint(0, 4, (64, 64, 40)).astype("u1") for _ in range(6)]
+    kept = []
+    for array, mask in zip(arrays, masks, strict=True):
+        volume = decode_case([gzip.compress(nifti(array), 1)], gzip.compress(nifti(mask), 1), MSD)
+        kept.append((volume.image_cxyz[2, 5:9, ::-1], volume.label_xyz[:, 3]))
+        del volume
+    for (part, line), array, mask in zip(kept, arrays, masks, strict=True):
+        assert np.array_equal(part, array[5:9, ::-1, :, 2])
+        assert np.array_equal(line, mask[:, 3])
+
+
+@pytest.mark.parametrize("files", [1, 4])
+def test_cases_after_the_first_take_no_fresh_memory(files: int) -> None:
+    """Page faults cost more than arithmetic: the second case of a size is unpacked where the first was."""
+    array = np.random.RandomState(0).randint(1, 999, (96, 96, 64, 4)).astype(">i2")
+    parts = [array] if files == 1 else [array[..., c] for c in range(4)]
+    images = [gzip.compress(nifti(part, endian=">"), 1) for part in parts]
+    label = gzip.compress(nifti(array[..., 0] % 4), 1)
+    for _ in range(2):  # the first one may still find buffers of other tests
+        decode_case(images, label, MSD)
+    tracemalloc.start()
+    decode_case(images, label, MSD)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak_bytes < 3 << 20  # 4.7 MB of voxels twice (byte order), and the label's 8-bit copy
+
+
 GOOD = nifti(IMAGE)
 PACKED = gzip.compress(GOOD, mtime=0)
 HUGE = {"dim": [4, 2000, 2000, 90, 4, 1, 1, 1]}
+BOMB = gzip.compress(nifti(IMAGE, **HUGE)) + bytes(2_800_000)  # as long as such a stream is; never read
+TWO = struct.pack("<ii", 16, 6) + bytes(8) + struct.pack("<ii", 2**31 - 1, 6) + bytes(8)
 BAD_FILES: dict[str, tuple[bytes, str]] = {
     "empty file": (b"", "not_nifti"),
     "no NIfTI": (b"DICM" * 400, "not_nifti"),
@@ -140,6 +158,10 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "cut to the gzip header": (PACKED[:10], "gzip_damaged"),
     "cut in the gzip header": (PACKED[:5], "gzip_damaged"),
     "only the magic": (PACKED[:2], "gzip_damaged"),
+    "reserved flag": (PACKED[:3] + b"\x80" + PACKED[4:], "gzip_damaged"),
+    "header checksum": (PACKED[:3] + b"\2" + PACKED[4:10] + b"\1\2" + PACKED[10:], "gzip_damaged"),
+    "last part twice": (PACKED + PACKED[-64:], "gzip_damaged"),
+    "twice": (PACKED + PACKED, "size"),
     "compression method": (PACKED[:2] + b"\7" + PACKED[3:], "gzip_damaged"),
     "2 dimensions": (nifti(IMAGE, dim=[2, 8, 42, 1, 1, 1, 1, 1]), "header"),
     "8 dimensions": (nifti(IMAGE, dim=[8, 8, 7, 6, 4, 1, 1, 1]), "not_nifti"),
@@ -158,9 +180,29 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "vox_offset inf": (nifti(IMAGE, vox_offset=np.inf), "header"),
     "vox_offset fraction": (nifti(IMAGE, vox_offset=352.5), "header"),
     "vox_offset later": (nifti(IMAGE, vox_offset=368), "size"),
+    "slope inf": (nifti(IMAGE, scl_slope=np.inf), "header"),
+    "slope unset, intercept set": (nifti(IMAGE, scl_slope=np.nan, scl_inter=3), "header"),
+    "bitpix": (nifti(IMAGE, bitpix=32), "header"),
+    "datatype of other size": (nifti(IMAGE, datatype=16), "header"),
+    "microns": (nifti(IMAGE, xyzt_units=3), "header"),
+    "metres": (nifti(IMAGE, xyzt_units=1), "header"),
+    "sform code": (nifti(IMAGE, sform_code=9), "header"),
+    "qform code": (nifti(IMAGE, qform_code=-1), "header"),
+    "extension without room": (nifti(IMAGE, extension=b"\1\0\0\0"), "extension"),
+    "extension into the voxels": (
+        nifti(IMAGE, extension=b"\1\0\0\0" + struct.pack("<ii", 48, 6) + bytes(24)),
+        "extension",
+    ),
+    "second extension into the voxels": (nifti(IMAGE, extension=b"\1\0\0\0" + TWO), "extension"),
+    "extension of 0 bytes": (nifti(IMAGE, extension=b"\1\0\0\0" + bytes(16)), "extension"),
+    "extension of -16 bytes": (
+        nifti(IMAGE, extension=b"\1\0\0\0" + struct.pack("<ii", -16, 6) + bytes(8)),
+        "extension",
+    ),
     "intercept inf": (nifti(IMAGE, scl_slope=1, scl_inter=np.inf), "header"),
-    "more than memory": (nifti(IMAGE, dim=[5, 32767, 32767, 32767, 4, 9, 1, 1]), "header"),
-    "gz header asks for 2.9 GB": (gzip.compress(nifti(IMAGE, **HUGE)), "size"),
+    "more than memory": (nifti(IMAGE, dim=[5, 32767, 32767, 32767, 4, 9, 1, 1]), "limit"),
+    "2.9 GB out of 2.8 MB": (BOMB, "limit"),
+    "gz header asks for 2.9 GB": (gzip.compress(nifti(IMAGE, **HUGE)), "limit"),
     "affine zero": (nifti(IMAGE, srow_x=0, srow_y=0, srow_z=0), "affine"),
     "affine singular": (nifti(IMAGE, srow_x=[0, 1, 0, 0], srow_y=[0, 1, 0, 0]), "affine"),
     "affine nan": (nifti(IMAGE, srow_x=[1, 0, 0, np.nan]), "affine"),
@@ -176,6 +218,8 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "voxel nan": (nifti(np.where(np.arange(4) == 2, np.nan, IMAGE).astype("f4")), "not_finite"),
     "voxel inf": (nifti(np.where(IMAGE > 1000, np.inf, IMAGE).astype("f8")), "not_finite"),
     "scaled out of float32": (nifti(IMAGE.astype("f4"), scl_slope=3e38, scl_inter=0), "not_finite"),
+    "constant modality": (nifti(np.where(np.arange(4) == 1, 7, IMAGE).astype("i2")), "constant"),
+    "constant after scaling": (nifti(IMAGE * 0, scl_slope=2, scl_inter=5), "constant"),
     "zero modality": (nifti(IMAGE * np.array([1, 1, 0, 1], np.int16)), "empty"),
     "all zero": (nifti(IMAGE * 0), "empty"),
 }
@@ -252,32 +296,32 @@ def test_a_decompression_bomb_costs_little_memory(zeros: int) -> None:
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
-    assert reason == "size"
+    assert reason == ("size" if zeros else "limit")
     assert peak_bytes < 2 << 20
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_mutants_are_refused_or_are_sound_cases() -> None:
-    """600 seeded mutants of headers, voxels and gzip streams: a refusal or a whole case, never another exception."""
-    dice = random.Random(11)
-    accepted = 0
-    for number in range(600):
-        codes = dice.choice([(1, 0), (0, 1), (0, 0)])
-        plain = bytearray(nifti(IMAGE.astype(dice.choice(["i2", "f4"])), make_affine((1, 1.5, 2)), codes))
-        for _ in range(dice.randint(1, 4)):
-            plain[dice.randrange(352 if number % 3 else len(plain))] = dice.choice([0, 1, 255, dice.randrange(256)])
-        content = bytes(plain) if number % 2 else zlib.compress(bytes(plain), 1, 31)
-        if number % 5 == 0:
-            mutant = bytearray(content)
-            mutant[dice.randrange(len(mutant))] ^= 1 << dice.randrange(8)
-            content = bytes(mutant[: dice.choice([len(mutant), dice.randrange(len(mutant))])])
-        try:
-            volume = decode_case([content], None, MSD)
-            spacing_mm = float(np.linalg.norm(volume.affine[:3, :3], axis=0).max())
-            prepared = preprocess(volume, spacing_mm)
-        except Refused:  # it asserts itself that the reason is known
-            continue
-        accepted += 1
-        assert volume.image_cxyz.shape[0] == 4
-        assert np.isfinite(prepared.image_czyx.astype(float)).all()
-    assert 30 < accepted < 500
+@pytest.mark.parametrize("dtype", ["i2", ">i2", "f4"])
+def test_memory_is_bounded_by_the_header(dtype: str) -> None:
+    """A good file of 10 MB takes that once, and once more where its byte order is the other one."""
+    array = np.random.RandomState(0).randint(0, 9, (101, 99, 67, 4)).astype(dtype)
+    content = gzip.compress(nifti(array, endian=dtype[0] if dtype[0] == ">" else "<"), 1)
+    whole_bytes = array.nbytes + 352
+    tracemalloc.start()
+    decode(content, "x")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak_bytes < whole_bytes * (2 if dtype[0] == ">" else 1) + (1 << 20)
+
+
+def test_the_list_of_reasons_is_the_documented_one() -> None:
+    """docs/refusals.md has each reason code with its meaning, and no other."""
+    text = (Path(__file__).parent.parent / "docs" / "refusals.md").read_text()
+    assert dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", text, re.M)) == REASONS
+
+
+def test_the_named_cases_are_at_least_the_56() -> None:
+    """Every kind of damage on the list of the fault study has a case here, and every reason of this module."""
+    assert len(BAD_FILES) + len(BAD_LABELS) >= 56
+    given = {reason for _, reason in [*BAD_FILES.values(), *BAD_LABELS.values()]}
+    assert given == set(REASONS) - {"missing", "changed", "range"}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from raytrain_brats import storage
+from raytrain_brats import s3, storage
 from raytrain_brats.errors import UserError
 from raytrain_brats.run import cluster
 
@@ -85,10 +85,10 @@ def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """S3 by way of a proxy, with one object `x` in it; a dead connection is noticed within a second."""
     made = Proxy(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{made.port}")
-    monkeypatch.setitem(storage._NETWORK, "read_timeout", 1)
-    monkeypatch.setattr(storage, "_HICCUP_S", 0.5)
+    monkeypatch.setitem(s3.NETWORK, "read_timeout", 1)
+    monkeypatch.setattr(s3, "HICCUP_S", 0.5)
     monkeypatch.delenv(storage.PATIENCE, raising=False)
-    storage._client.cache_clear()
+    s3.client.cache_clear()
     storage.write_bytes(f"{s3_server}/x", CONTENT)
     yield made
     made.set("refuse")
@@ -198,7 +198,7 @@ def test_only_outages_are_waited_out(
     """What would be the same the next time is raised at once, however patient we are."""
     monkeypatch.setenv(storage.PATIENCE, "60")
     storage.write_bytes(f"{s3_server}/x", b"content")
-    client, calls = storage._s3(s3_server)[0], []
+    client, calls = s3.locate(s3_server)[0], []
     real = client.get_object
 
     def fail_once(**arguments: Any) -> Any:

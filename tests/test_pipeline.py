@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from raytrain_brats import storage
+from raytrain_brats import s3, storage
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import ledger
 
@@ -104,7 +104,7 @@ def test_everything_may_live_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
     for name, value in aws.items():
         monkeypatch.setenv(name, value)
-    storage._client.cache_clear()
+    s3.client.cache_clear()
     try:
         client = boto3.client("s3")
         client.create_bucket(Bucket="brats")
@@ -132,7 +132,7 @@ def test_everything_may_live_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert sum(name.endswith("MANIFEST.json") for name in made) == 2
     finally:
         server.stop()
-        storage._client.cache_clear()
+        s3.client.cache_clear()
 
 
 def test_a_bad_case_is_named_and_the_run_goes_on_or_stops_by_its_share(tmp_path: Path) -> None:

@@ -85,10 +85,37 @@ def test_only_a_node_that_does_not_answer_is_waited_for(monkeypatch: pytest.Monk
         book = SimpleNamespace(get_reserved_resources=SimpleNamespace(remote=lambda *_, **__: None))
         monkeypatch.setattr(recovery, "get_or_create_autoscaling_coordinator", lambda: book)
         monkeypatch.setattr(recovery.ray, "get", lambda *_, **__: {})
-        callback = FreshNodes()
+        callback = FreshNodes("run", spares.Spares("run"))
         callback._requester = "train-x"
         callback.before_controller_execute_failure_decision(None)
     assert len(asked) == (1 if listening else 2)
+
+
+@pytest.mark.parametrize(
+    ("reserved", "warm", "counted"),
+    [
+        ({"a": 2, "b": 2, "c": 2}, [], 2),  # c has just joined
+        ({"a": 2, "b": 2, "c": 2}, ["c"], 3),
+        ({"a": 2, "c": 2}, [], 2),  # Ray has put c in b's place: no reason to shrink
+        ({"a": 2}, [], 1),  # b is gone
+        ({"a": 2, "b": 2, "c": 1}, [], 2),  # no worker fits on c
+    ],
+)
+def test_a_node_that_joined_counts_once_it_is_warm(
+    monkeypatch: pytest.MonkeyPatch, reserved: dict[str, int], warm: list[str], counted: int
+) -> None:
+    """A group on a and b; workers take 1.5 CPUs each."""
+    monkeypatch.setattr(recovery.ray, "nodes", lambda: [{"NodeID": name} for name in "abc"])
+    ready: Any = SimpleNamespace(warm=lambda node, number: node["NodeID"] in warm)
+    policy = SimpleNamespace(
+        scaling_config=SimpleNamespace(_resources_per_worker_not_none={"CPU": 1.5, "GPU": 0}),
+        _count_possible_workers=lambda there: sum(node["CPU"] // 1.5 for node in there.values()),
+    )
+    workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in "ab"]
+    group = SimpleNamespace(workers=workers, num_workers=2)
+    there = {name: {"CPU": float(cpus)} for name, cpus in reserved.items()}
+    kept = FreshNodes("run", ready)._in_use_or_warm(policy, group, there)
+    assert policy._count_possible_workers(kept) == counted
 
 
 def test_only_spares_that_are_missing_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +124,7 @@ def test_only_spares_that_are_missing_are_ordered(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(spares, "_prestart", lambda node, number, env: ordered.append(number))
     callback = spares.Spares("run")
     for workers in (2, 2, 1, 2):
-        callback._fill({"NodeID": "node"}, workers, "{}")
+        callback._fill({"NodeID": "node"}, workers)
     assert ordered == [2, 2, 0, 2]
     assert callback._ready == Counter(node=2)
 

@@ -1,6 +1,7 @@
 """One global step: the update of one worker with the whole batch, however the batch is dealt."""
 
 import dataclasses
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import distributed, multiprocessing, nn
 from raytrain_brats import labels
 from raytrain_brats.config import parse
 from raytrain_brats.data.patch import Patch, placeholder
-from raytrain_brats.data.plan import Plan, Sample, draw
+from raytrain_brats.data.plan import Plan, draw
 from raytrain_brats.data.store import Source
 from raytrain_brats.learn.augment import DRAWS, augment, normalise, to_regions
 from raytrain_brats.learn.model import build_network, learning_rate, sample_losses
@@ -69,7 +70,7 @@ def patch(position: int) -> Patch:
 
 
 def empty(position: int, reason: str = "") -> Patch:
-    return placeholder(Sample(position, 0, None, position), "", reason, (EDGE, EDGE, EDGE))
+    return placeholder(position, 0, "", reason, (EDGE, EDGE, EDGE))
 
 
 def weights(learner: Learner) -> torch.Tensor:
@@ -193,7 +194,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
         learner = Learner(job(network, micro_batch), 2, CPU)
         results = [learner.step([_row(n) for n in shares[rank]], start) for start in (0, 4)]
         torch.save((weights(learner), [(r.loss, r.bad) for r in results]), f"{folder}/{name}-{rank}.pt")
-    distributed.destroy_process_group()
+    os._exit(0)  # the group's destructor may wait for ever in a forked process; there is nothing left to do
 
 
 def _row(number: int) -> Patch:

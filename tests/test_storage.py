@@ -10,7 +10,7 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
-from raytrain_brats import storage
+from raytrain_brats import s3, storage
 from raytrain_brats.errors import UserError
 
 
@@ -171,7 +171,7 @@ def test_an_append_whose_answer_was_lost_is_not_repeated(s3_server: str, monkeyp
     """boto3 repeats a put whose answer was lost and is told "precondition failed": the line must not come twice."""
     uri = f"{s3_server}/metrics.jsonl"
     storage.append(uri, "row 1\n")
-    client, _, _ = storage._s3(uri)
+    client, _, _ = s3.locate(uri)
     put, lost = client.put_object, [True]
 
     def put_and_lose_the_answer(**arguments: Any) -> Any:
@@ -212,7 +212,7 @@ def test_missing_credentials_are_the_users_mistake(s3_server: str, monkeypatch: 
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, os.devnull)
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-    storage._client.cache_clear()
+    s3.client.cache_clear()
     with pytest.raises(UserError, match="no AWS credentials found; set"):
         storage.read_bytes(f"{s3_server}/x")
 
@@ -247,3 +247,16 @@ def test_ray_gets_the_same_place(s3_server: str, tmp_path: Path) -> None:
         stream.write(b"from ray")
     assert storage.read_bytes(f"{s3_server}/ray/x") == b"from ray"
     assert storage.for_ray(str(tmp_path)) == (str(tmp_path), None)
+
+
+def test_only_old_leftovers_are_swept(tmp_path: Path) -> None:
+    """What a killed writer left goes after an hour; what another writer may be at work on stays, and all else."""
+    storage.write_bytes(str(tmp_path / "a/b.bin"), b"whole")
+    old, young = tmp_path / "a/.b.bin.0123abcd.tmp", tmp_path / "a/.c.bin.0123abcd.tmp"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    hour_ago = old.stat().st_mtime - 3700
+    for path in (old, tmp_path / "a/b.bin"):
+        os.utime(path, (hour_ago, hour_ago))
+    storage.sweep(str(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [young.name, "b.bin"]

@@ -95,23 +95,45 @@ def test_an_object_of_another_format_is_refused(monkeypatch: pytest.MonkeyPatch)
         decode(content)
 
 
-def test_put_twice_writes_once_and_repairs_damage(folder: Path, tmp_path: Path) -> None:
-    """What is there is not prepared again; a damaged object is; no temporary file stays."""
-    manifest, home = open_manifest(str(folder)), tmp_path / "store"
+def test_an_object_is_told_by_its_name(folder: Path, tmp_path: Path) -> None:
+    """A name says what went in, how long it is and its checksum; what is cut off or foreign does not count as there."""
+    manifest, home = open_manifest(str(folder)), str(tmp_path / "store")
     source = Source(manifest.root, manifest.convention, 1.0)
-    first = put(str(home), source, manifest.cases[0], OPTIONS)
-    written = home / first.object
-    stamp, content = written.stat().st_mtime_ns, written.read_bytes()
+    assert store.objects(home) == {}
+    made = [put(home, source, case, OPTIONS) for case in manifest.cases[:2]]
+    (tmp_path / "store/objects/0.parquet").write_bytes(b"foreign")
 
-    assert put(str(home), Source("/nowhere", "msd", 1.0), manifest.cases[0], OPTIONS) == first
-    assert written.stat().st_mtime_ns == stamp
-    damaged = bytearray(content)
-    damaged[len(content) // 2] ^= 4
-    written.write_bytes(damaged)
-    assert put(str(home), source, manifest.cases[0], OPTIONS) == first
-    assert written.read_bytes() == content
-    assert [path.name for path in (home / "objects").iterdir()] == [written.name]
-    assert put(str(home), source, manifest.cases[0], {"spacing_mm": 2.0}).object != first.object
+    there = store.objects(home)
+    assert there == {store.key(c, OPTIONS): c.object for c in made}
+    assert [store.with_object(c, there[store.key(c, OPTIONS)]) for c in manifest.cases[:2]] == made
+    assert put(home, source, manifest.cases[0], OPTIONS) == made[0]
+    written = tmp_path / "store" / made[0].object
+    content = written.read_bytes()
+    written.write_bytes(content[:-1])
+    assert list(store.objects(home).values()) == [made[1].object]
+    written.write_bytes(content)
+    assert store.intact(home, made[0].object)
+    written.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert len(store.objects(home)) == 2 and not store.intact(home, made[0].object)
+    written.unlink()
+    assert not store.intact(home, made[0].object)
+    assert put(home, source, manifest.cases[0], {"spacing_mm": 2.0}).object != made[0].object
+
+
+def test_codecs_hold_the_same_case(folder: Path, tmp_path: Path) -> None:
+    """zstd is the default; lz4 packs the same voxels under the same key, so that either is taken for the other."""
+    manifest = open_manifest(str(folder))
+    source, case = Source(manifest.root, manifest.convention, 1.0), manifest.cases[0]
+    packed = {}
+    for codec in ("zstd", "lz4"):
+        packed[codec] = put(str(tmp_path / codec), source, case, OPTIONS, codec)  # type: ignore[arg-type]
+        columns = pq.ParquetFile(tmp_path / codec / packed[codec].object).metadata.row_group(0)
+        assert {columns.column(n).compression for n in range(columns.num_columns)} == {codec.upper()}
+    assert packed["zstd"].object != packed["lz4"].object
+    assert put(str(tmp_path / "zstd"), source, case, OPTIONS) == packed["zstd"]
+    stored = [Source(str(tmp_path / codec), "msd", 1.0).load(packed[codec]) for codec in packed]
+    assert same(*stored) and same(stored[0], source.load(case))
+    assert [list(store.objects(str(tmp_path / codec))) for codec in packed] == [[store.key(case, OPTIONS)]] * 2
 
 
 def test_equal_content_shares_one_object(folder: Path, tmp_path: Path) -> None:
@@ -158,6 +180,24 @@ def test_what_is_no_finished_store_is_named(folder: Path, tmp_path: Path) -> Non
     (home / "index.jsonl").unlink()
     with pytest.raises(UserError, match="not a finished store"):
         open_index(str(home), OPTIONS)
+
+
+def test_a_kill_between_settings_and_index_leaves_no_store(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects of one preprocessing never stand under the settings of another."""
+    home, manifest = str(tmp_path / "store"), open_manifest(str(folder))
+    write_index(home, manifest, OPTIONS)
+    write_index(home, manifest, OPTIONS)
+    monkeypatch.setattr(store.manifests, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_index(home, manifest, OPTIONS)
+    assert open_index(home, OPTIONS) == dataclasses.replace(manifest, root=home)
+    with pytest.raises(KeyboardInterrupt):
+        write_index(home, manifest, {"spacing_mm": 2.0})
+    for options in (OPTIONS, {"spacing_mm": 2.0}):
+        with pytest.raises(UserError, match="not a finished store"):
+            open_index(home, options)
 
 
 def reason(source: Source, case: Case) -> str:

@@ -1,6 +1,7 @@
 """Which cases a folder holds: sorted, checksummed, dealt to folds.
 
-In: a root URI (local or s3://) in MSD or BraTS 2018-2021 layout, or a manifest file written before.
+In: a root URI (local or s3://) in MSD or BraTS 2018-2021 layout, or a manifest file written before. A dataset.json
+may also state the label `convention`, and each case's `subject` and `fold`, as that of `expand` does.
 Out: a `Manifest` of `Case` rows, and its identity.
 """
 
@@ -17,11 +18,15 @@ from typing import Any
 
 from raytrain_brats import storage
 from raytrain_brats.errors import UserError
+from raytrain_brats.labels import CONVENTIONS
 
 FOLDS = 5
 MODALITIES = ("FLAIR", "T1w", "T1gd", "T2w")
 _BRATS_SUFFIXES = ("flair", "t1", "t1ce", "t2")  # in the order of MODALITIES
 _BRATS_FILE = re.compile(r"(?:^|/)(?P<id>[^/]+)/(?P=id)_(?P<kind>flair|t1|t1ce|t2|seg)\.nii(?:\.gz)?$", re.IGNORECASE)
+
+Progress = Callable[[Iterator["Case"], int], Iterable["Case"]]
+"""Hands so many cases on and shows how far it is."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,7 @@ def identity(cases: Iterable[Case], preprocessing: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def open_manifest(
-    data: str, progress: Callable[[Iterator[Case], int], Iterable[Case]] | None = None, known: str | None = None
-) -> Manifest:
+def open_manifest(data: str, progress: Progress | None = None, known: str | None = None) -> Manifest:
     """The manifest of a data folder (scanned and checksummed now) or of a manifest file.
 
     With `known`, a manifest of the same folder written before, nothing is read again while all names and sizes agree.
@@ -83,22 +86,23 @@ def open_manifest(
         with contextlib.suppress(UserError):  # a damaged copy is no loss
             before = read(known)
     if before:
-        bare = tuple(dataclasses.replace(case, sha256="", fold=0) for case in before.cases)
-        if dataclasses.replace(before, cases=bare) == found:
+        stated = {case.id: case.fold for case in found.cases}
+        bare = (dataclasses.replace(case, sha256="", fold=stated.get(case.id, 0)) for case in before.cases)
+        if dataclasses.replace(before, cases=tuple(bare)) == found:
             return before
     return checksummed(found, progress)
 
 
 def scan(root: str, need_labels: bool = True) -> Manifest:
-    """Find the cases below `root` without reading any volume; no checksums, all in fold 0."""
+    """Find the cases below `root` without reading any volume; no checksums, fold 0 unless another is stated."""
     root = storage.normal(root)
     files = storage.list_files(root)
     if not files:
         what = "holds no files" if storage.exists(root) else "does not exist"
         raise UserError(f"data folder {root} {what}; give a folder in MSD or BraTS layout")
     if "dataset.json" in files:
-        cases, synthetic = _scan_msd(root, files)
-        layout, convention = "msd", "msd"
+        cases, synthetic, convention = _scan_msd(root, files)
+        layout = "msd"
     else:
         cases, synthetic = _scan_brats(files), False
         layout, convention = "brats2018_2021", "brats2017_2021"
@@ -141,23 +145,29 @@ def _stem(path: str) -> str:
     return path.rsplit("/", 1)[-1].removesuffix(".gz").removesuffix(".nii")
 
 
-def _scan_msd(root: str, files: dict[str, int]) -> tuple[list[Case], bool]:
+def _scan_msd(root: str, files: dict[str, int]) -> tuple[list[Case], bool, str]:
     where = storage.join(root, "dataset.json")
     try:
         about = json.loads(storage.read_bytes(where))
-        rows = [(row["image"].removeprefix("./"), row["label"].removeprefix("./")) for row in about["training"]]
+        convention, all_stated = str(about.get("convention", "msd")), all("fold" in row for row in about["training"])
+        cases = []
+        for row in about["training"]:
+            image, label = (row[kind].removeprefix("./") for kind in ("image", "label"))
+            name, fold = _stem(image), int(row["fold"]) if all_stated else 0
+            found, size = (label if label in files else None), files.get(image, -1) + files.get(label, 0)
+            cases.append(Case(name, str(row.get("subject", name)), (image,), found, size, fold=fold))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{where} is not an MSD dataset.json with a "training" list of image and label') from error
-    cases = []
-    for image, label in rows:
-        if image not in files:
-            raise UserError(f"{where} names {image}, which is not there; restore the file or drop its entry")
-        size = files[image] + files.get(label, 0)
-        name = _stem(image)
-        cases.append(Case(name, name, (image,), label if label in files else None, size))
+    for case in cases:
+        if case.images[0] not in files:
+            raise UserError(f"{where} names {case.images[0]}, which is not there; restore the file or drop its entry")
     if len({c.id for c in cases}) != len(cases):
         raise UserError(f"{where} lists a case twice; every image must have a name of its own")
-    return cases, bool(about.get("synthetic"))
+    if convention not in CONVENTIONS or not all(0 <= case.fold < FOLDS for case in cases):
+        raise UserError(
+            f"{where}: its convention or a fold is not known; give {', '.join(CONVENTIONS)}, 0 to {FOLDS - 1}"
+        )
+    return cases, bool(about.get("synthetic")), convention
 
 
 def _scan_brats(files: dict[str, int]) -> list[Case]:
@@ -179,13 +189,11 @@ def _scan_brats(files: dict[str, int]) -> list[Case]:
     return cases
 
 
-def checksummed(
-    manifest: Manifest, progress: Callable[[Iterator[Case], int], Iterable[Case]] | None = None
-) -> Manifest:
+def checksummed(manifest: Manifest, progress: Progress | None = None) -> Manifest:
     """Read every file once, fill in `sha256`, and deal the cases to folds.
 
-    Folds go round in the order of hashed subjects; cases of equal content count as one subject, so a copy
-    never stands on both sides of a split.
+    Folds go round in the order of hashed subjects; subjects with cases of equal content count as one, so a copy
+    never stands on both sides of a split. Folds that are stated stay.
     """
 
     def with_checksum(case: Case) -> Case:
@@ -197,11 +205,28 @@ def checksummed(
     with ThreadPoolExecutor(8) as pool:
         rows = pool.map(with_checksum, manifest.cases)
         cases = list(progress(rows, len(manifest.cases)) if progress else rows)
-    first_of = {c.sha256: c.subject for c in reversed(cases)}
-    groups = sorted({first_of[c.sha256] for c in cases}, key=lambda s: hashlib.sha256(s.encode()).hexdigest())
+    if any(case.fold for case in cases):  # stated
+        return dataclasses.replace(manifest, cases=tuple(cases))
+    one = _as_one(cases)
+    groups = sorted(set(one.values()), key=lambda s: hashlib.sha256(s.encode()).hexdigest())
     fold_of = {subject: number % FOLDS for number, subject in enumerate(groups)}
-    dealt = tuple(dataclasses.replace(c, fold=fold_of[first_of[c.sha256]]) for c in cases)
+    dealt = tuple(dataclasses.replace(c, fold=fold_of[one[c.subject]]) for c in cases)
     return dataclasses.replace(manifest, cases=dealt)
+
+
+def _as_one(cases: list[Case]) -> dict[str, str]:
+    """{subject: the first of those that share content, directly or by way of others}."""
+    parent = {case.subject: case.subject for case in cases}
+    first_of: dict[str, str] = {}
+
+    def first(subject: str) -> str:
+        while parent[subject] != subject:
+            subject = parent[subject]
+        return subject
+
+    for case in cases:
+        parent[first(case.subject)] = first(first_of.setdefault(case.sha256, case.subject))
+    return {subject: first(subject) for subject in parent}
 
 
 def duplicates(manifest: Manifest) -> list[tuple[str, ...]]:

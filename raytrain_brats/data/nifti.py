@@ -1,37 +1,44 @@
 """Decode: the bytes of a case's NIfTI files, checked, as arrays with geometry.
 
 In: bytes of .nii or .nii.gz (NIfTI-1, https://nifti.nimh.nih.gov/nifti-1).
-Out: a `Volume`, or `Refused` with a reason code. Nothing is half-used: nibabel alone reads cut-off and
-bit-flipped files without a word, because it never reaches the gzip checksum.
+Out: a `Volume`, or `Refused` with a reason code (docs/refusals.md). Nothing is half-used: nibabel alone reads
+cut-off and bit-flipped files without a word, because it never reaches the gzip checksum.
+
+The arrays are views of buffers that this thread uses again as soon as nobody holds them (`inflate.take`).
 """
 
-import io
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from isal import igzip, isal_zlib
 from nibabel.spatialimages import HeaderDataError
+
+from raytrain_brats.data import inflate
 
 REASONS = {
     "missing": "a file of the case is not there",
     "changed": "the files are not those of the manifest",
     "gzip_damaged": "the gzip stream is cut off, altered or followed by something else",
     "not_nifti": "no NIfTI-1 single-file header",
-    "header": "dimensions, data type or offset make no sense",
+    "header": "dimensions, data type, bits, offset, scaling or units make no sense",
+    "extension": "the header's extensions run into the voxels",
     "size": "fewer or more bytes than the header says",
+    "limit": "the header asks for more memory than a case may take, or than such a file is likely to fill",
     "affine": "the affine is singular or not finite, or disagrees with the voxel size",
     "mismatch": "modalities or label differ in shape or affine",
     "not_finite": "a voxel is NaN or infinite",
+    "constant": "a modality has the same value in all voxels",
     "empty": "a modality has no voxel that is not zero",
     "range": "intensities do not fit 16 bits",
     "label_values": "a label value is fractional or outside the convention",
 }
-_KINDS = {"u1", "i1", "u2", "i2", "u4", "i4", "f4", "f8"}
+_KINDS = {"u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"}
 MAX_BYTES = 4 << 30
-_DEFLATE_RATIO = 1032  # no deflate stream unpacks to more than this many times its length
+_PLAUSIBLE_BYTES, _PLAUSIBLE_RATIO = 1 << 30, 100  # real images shrink 5 to 20 times, labels of a few MB 1,000 times
+_CHUNK = 1 << 15  # voxels worked on at a time, so that they stay in the processor's cache
 
 
 class Refused(Exception):  # noqa: N818 (a verdict on a file, not a fault of ours)
@@ -44,85 +51,138 @@ class Refused(Exception):  # noqa: N818 (a verdict on a file, not a fault of our
 
 
 @dataclass(frozen=True)
+class Extent:
+    """What one pass over an image finds: the least and greatest value per channel, and where it is not zero.
+
+    `box`: (low, high) per axis x, y, z of the voxels that are not zero in every channel; None when there is none.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    box: tuple[tuple[int, int], ...] | None
+
+
+@dataclass(frozen=True)
 class Volume:
     """A decoded case on its native grid.
 
     `image_cxyz`: (4, x, y, z), native dtype unless the header scales it; `label_xyz` uint8 or None;
-    `affine`: 4x4 voxel-to-world, mm.
+    `affine`: 4x4 voxel-to-world, mm; `extent` of the image, where it is known already.
     """
 
     image_cxyz: npt.NDArray[Any]
     label_xyz: npt.NDArray[np.uint8] | None
     affine: npt.NDArray[np.float64]
+    extent: Extent | None = None
 
 
 def decode_case(images: list[bytes], label: bytes | None, allowed: tuple[int, ...]) -> Volume:
     """Decode one 4D image or four 3D images, and the label if given. Raises Refused."""
     parts = [decode(content, f"image {number}") for number, content in enumerate(images)]
-    affine = parts[0][1]
+    first, affine = parts[0]
     if len(parts) == 1:
-        image = parts[0][0]
-        if image.ndim != 4 or image.shape[3] != 4:
-            raise Refused("header", f"image has shape {image.shape}, expected (x, y, z, 4)")
-        image_cxyz = np.moveaxis(image, 3, 0)
+        if first.ndim != 4 or first.shape[3] != 4:
+            raise Refused("header", f"image has shape {first.shape}, expected (x, y, z, 4)")
+        image_cxyz = np.moveaxis(first, 3, 0)
     else:
         for array, other in parts:
-            _same_grid(array.shape, other, parts[0][0].shape, affine, "modalities")
-        if parts[0][0].ndim != 3:
-            raise Refused("header", f"a modality has shape {parts[0][0].shape}, expected (x, y, z)")
+            _same_grid(array.shape, other, first.shape, affine, "modalities")
+        if first.ndim != 3:
+            raise Refused("header", f"a modality has shape {first.shape}, expected (x, y, z)")
         # (c, z, y, x) in memory like a 4D file, seen as (c, x, y, z)
-        image_cxyz = np.stack([array.T for array, _ in parts]).transpose(0, 3, 2, 1)
-    for number, channel in enumerate(image_cxyz):
-        if channel.dtype.kind == "f" and not np.isfinite(channel).all():
+        kind, shape = np.result_type(*(array for array, _ in parts)), (len(parts), *first.shape[::-1])
+        whole = inflate.take(kind.itemsize * math.prod(shape)).view(kind).reshape(shape)
+        image_cxyz = np.stack([array.T for array, _ in parts], out=whole).transpose(0, 3, 2, 1)
+    extent = survey(image_cxyz)
+    for number, (low, high) in enumerate(zip(extent.low, extent.high, strict=True)):
+        if not math.isfinite(low) or not math.isfinite(high):
             raise Refused("not_finite", f"modality {number}")
-        if not channel.any():
-            raise Refused("empty", f"modality {number}")
+        if low == high:
+            raise Refused("constant" if low else "empty", f"modality {number} is {low} everywhere")
     if label is None:
-        return Volume(image_cxyz, None, affine)
+        return Volume(image_cxyz, None, affine, extent)
     array, label_affine = decode(label, "label")
     _same_grid(array.shape, label_affine, image_cxyz.shape[1:], affine, "image and label")
-    values = np.unique(array)
-    if not np.isin(values, allowed).all():
-        strange = [v.item() for v in values if v not in allowed][:5]
-        raise Refused("label_values", f"{strange} not in {list(allowed)}")
-    return Volume(image_cxyz, array.astype(np.uint8), affine)
+    return Volume(image_cxyz, _label(array, allowed), affine, extent)
 
 
 def decode(content: bytes, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     """(array in file order (x, y, z[, c]), affine) of one file. Raises Refused."""
-    if content[:2] != b"\x1f\x8b":
-        header, offset, wanted = _header(content[:544], name)
-        if len(content) != wanted:
+    try:
+        packed = content[:2] == b"\x1f\x8b"
+        header, offset, wanted = _header(inflate.head(content, 352) if packed else content[:352], name)
+        if packed and wanted > max(_PLAUSIBLE_BYTES, _PLAUSIBLE_RATIO * len(content)):
+            raise Refused("limit", f"{name}: header asks for {wanted} bytes out of {len(content)}")
+        if not packed and len(content) != wanted:
             raise Refused("size", f"{name}: {len(content)} bytes, header says {wanted}")
-        raw: Any = content
-    else:
-        try:
-            with igzip.IGzipFile(fileobj=io.BytesIO(content)) as file:
-                start = file.read(352)
-                header, offset, wanted = _header(start, name)
-                if wanted > _DEFLATE_RATIO * len(content):
-                    raise Refused("size", f"{name}: {len(content)} bytes cannot hold the {wanted} of the header")
-                raw = np.empty(wanted, np.uint8)  # never more than the header says: a bomb stays small
-                raw[: len(start)] = np.frombuffer(start, np.uint8)
-                rest, filled = memoryview(raw), len(start)
-                while filled < wanted and (count := file.readinto(rest[filled:])):
-                    filled += count
-                if filled < wanted:
-                    raise Refused("size", f"{name}: {filled} bytes, header says {wanted}")
-                if file.read(1):  # also drives the checksum at the end of the stream
-                    raise Refused("size", f"{name}: more than the {wanted} bytes the header says")
-        except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]
-            raise Refused("gzip_damaged", f"{name}: {error}") from error
+        raw: Any = inflate.unpack(content, wanted) if packed else content  # never more memory than the header says
+    except inflate.Damaged as error:
+        raise Refused("gzip_damaged", f"{name}: {error}") from error
+    except inflate.WrongLength as error:
+        raise Refused("size", f"{name}: {error}") from error
+    _check_extensions(bytes(raw[348:offset]), header.endianness, name)
+    affine = _affine(header, name)
     shape = tuple(int(n) for n in header.get_data_shape())
-    array = np.frombuffer(raw, header.get_data_dtype(), int(np.prod(shape)), offset).reshape(shape, order="F")
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
+    voxels = np.frombuffer(raw, header.get_data_dtype(), math.prod(shape), offset)
     slope, inter = header.get_slope_inter()
     if slope is not None and (slope, inter) != (1.0, 0.0):
-        array = array.astype(np.float32) * np.float32(slope) + np.float32(inter)
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    return array, _affine(header, name)
+        voxels = _scaled(voxels, slope, inter)
+    elif not voxels.dtype.isnative:
+        native = inflate.take(voxels.nbytes).view(voxels.dtype.newbyteorder("="))
+        native[:] = voxels
+        voxels = native
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return voxels.reshape(shape, order="F"), affine
+
+
+def survey(image_cxyz: npt.NDArray[Any]) -> Extent:
+    """The extent of an image, which is read once, in the order of memory; NaN shows in both bounds."""
+    order = np.argsort([-abs(stride) for stride in image_cxyz.strides[1:]], kind="stable")
+    slowest_first = image_cxyz.transpose(0, *(1 + order))
+    used = np.zeros(slowest_first.shape[2:], bool)
+    lows, highs = [], []
+    for channel in slowest_first:
+        low, high = channel[0].copy(), channel[0].copy()
+        for plane in channel[1:]:
+            np.minimum(low, plane, out=low)
+            np.maximum(high, plane, out=high)
+        lows.append(low.min().item())
+        highs.append(high.max().item())
+        used |= (low != 0) | (high != 0)
+    planes = range(slowest_first.shape[1])
+    first = next((n for n in planes if slowest_first[:, n].any()), None)
+    if first is None:
+        return Extent(tuple(lows), tuple(highs), None)
+    last = next(n for n in reversed(planes) if slowest_first[:, n].any())
+    spans = [(first, last + 1)]
+    for axis in (1, 0):
+        found = np.flatnonzero(used.any(axis=axis))
+        spans.append((int(found[0]), int(found[-1]) + 1))
+    box = tuple(spans[list(order).index(axis)] for axis in range(3))
+    return Extent(tuple(lows), tuple(highs), box)
+
+
+def _scaled(voxels: npt.NDArray[Any], slope: float, inter: float) -> npt.NDArray[np.float32]:
+    """slope * voxel + inter in float64, rounded once."""
+    scaled, wide = inflate.take(4 * voxels.size).view(np.float32), np.empty(_CHUNK)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite voxels are refused later
+        for start in range(0, voxels.size, _CHUNK):
+            chunk = voxels[start : start + _CHUNK]
+            product = np.multiply(chunk, slope, out=wide[: chunk.size], dtype=np.float64)
+            product += inter
+            scaled[start : start + _CHUNK] = product
+    return scaled
+
+
+def _label(array: npt.NDArray[Any], allowed: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    with np.errstate(invalid="ignore"):
+        label: npt.NDArray[np.uint8] = array.astype(np.uint8, copy=False)
+    sound = label is array or np.array_equal(label, array)
+    if not sound or any((label == value).any() for value in range(int(label.max()) + 1) if value not in allowed):
+        strange = [value.item() for value in np.unique(array) if value not in allowed][:5]
+        raise Refused("label_values", f"{strange} not in {list(allowed)}")
+    return label
 
 
 def _header(start: bytes, name: str) -> tuple[nib.Nifti1Header, int, int]:
@@ -140,16 +200,37 @@ def _header(start: bytes, name: str) -> tuple[nib.Nifti1Header, int, int]:
         header.get_slope_inter()
     except (KeyError, HeaderDataError) as error:
         raise Refused("header", f"{name}: datatype or scaling: {error}") from error
-    offset = float(header["vox_offset"])
-    if kind not in _KINDS or not (352 <= offset < 2**31) or offset % 1:
-        raise Refused("header", f"{name}: datatype {int(header['datatype'])}, vox_offset {offset}")
-    wanted = int(offset) + int(np.prod(dims[1 : dims[0] + 1], dtype=object)) * int(kind[1:])
+    slope, inter, units = float(header["scl_slope"]), float(header["scl_inter"]), int(header["xyzt_units"]) & 7
+    if math.isinf(slope) or (math.isnan(slope) and not (math.isnan(inter) or inter == 0)):
+        raise Refused("header", f"{name}: scl_slope {slope}, scl_inter {inter}")
+    if units not in (0, 2):
+        raise Refused("header", f"{name}: the unit of length is not mm (xyzt_units {int(header['xyzt_units'])})")
+    codes = int(header["qform_code"]), int(header["sform_code"])
+    if min(codes) < 0 or max(codes) > 5:
+        raise Refused("header", f"{name}: qform_code and sform_code are {codes}")
+    offset, bits = float(header["vox_offset"]), int(header["bitpix"])
+    if kind not in _KINDS or bits != 8 * int(kind[1:]) or not (352 <= offset < 2**31) or offset % 1:
+        raise Refused("header", f"{name}: datatype {int(header['datatype'])}, bitpix {bits}, vox_offset {offset}")
+    wanted = int(offset) + math.prod(dims[1 : dims[0] + 1]) * int(kind[1:])
     if wanted > MAX_BYTES:
-        raise Refused("header", f"{name}: header asks for {wanted} bytes")
+        raise Refused("limit", f"{name}: header asks for {wanted} bytes")
     return header, int(offset), wanted
 
 
+def _check_extensions(block: bytes, endian: str, name: str) -> None:
+    """`block` is what lies between the header and the voxels: a flag, and after it extensions that fill it."""
+    position, order = 4, "little" if endian == "<" else "big"
+    while block[0] and (position == 4 or block[position:].strip(b"\0")):
+        size = int.from_bytes(block[position : position + 4], order, signed=True)  # type: ignore[arg-type]
+        if size < 8 or position + size > len(block):
+            raise Refused("extension", f"{name}: {size} bytes, {len(block) - position} are left before the voxels")
+        position += size
+
+
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is refused
 def _affine(header: nib.Nifti1Header, name: str) -> npt.NDArray[np.float64]:
+    if header["pixdim"][0] == 0:
+        header["pixdim"][0] = 1  # as the standard says
     try:
         affine = np.asarray(header.get_best_affine(), np.float64)
     except (ValueError, HeaderDataError) as error:  # a quaternion longer than 1, a qfac other than 1 or -1

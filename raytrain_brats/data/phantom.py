@@ -73,7 +73,7 @@ class Head:
     voxel_mm: float
 
 
-def _spline(lattice: Floats, axes: Sequence[Points]) -> Floats:
+def spline(lattice: Floats, axes: Sequence[Points]) -> Floats:
     """Cubic B-spline with coefficients `lattice`, at the grid of `axes` (lattice indices)."""
     for axis in (2, 1, 0):  # x last: the big result then needs no transposed copy
         front = np.moveaxis(lattice, axis, 0)
@@ -90,7 +90,7 @@ def _noise(rng: Random, axes_mm: Sequence[Points], correlation_mm: float) -> Flo
     knot_mm = 0.75 * correlation_mm
     lattice = rng.standard_normal([int(size / knot_mm) + 6 for size in SIZE_MM], np.float32)
     lattice /= np.float32((151 / 315) ** 1.5)  # 151 / 315 is the mean sum of squared weights along one axis
-    return _spline(lattice, [axis / knot_mm + 2 for axis in axes_mm])
+    return spline(lattice, [axis / knot_mm + 2 for axis in axes_mm])
 
 
 def _offsets(axes_mm: Sequence[Points], origin: Sequence[float] | Points) -> list[Floats]:
@@ -197,7 +197,7 @@ def _infiltration(rng: Random, head: Head, core: NDArray[np.bool_]) -> Floats:
             change += np.diff(face * np.diff(density, axis=axis), axis=axis, prepend=zero, append=zero)
         density = np.maximum(density + change, seed)
     # Two cells of margin repeat the edge, where the spline clips its positions.
-    return _spline(np.pad(density, 2, mode="edge"), [(axis - axis[0]) / cell_mm + 2 for axis in head.axes_mm])
+    return spline(np.pad(density, 2, mode="edge"), [(axis - axis[0]) / cell_mm + 2 for axis in head.axes_mm])
 
 
 def _draw_lesion(rng: Random, head: Head) -> tuple[NDArray[np.uint8], Floats, str]:

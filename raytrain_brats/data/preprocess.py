@@ -7,19 +7,21 @@ The order is that of MONAI's chain (Orientation RAS, Spacing, CropForeground, No
 channel); normalisation itself waits until after the crop, on the training device, so integers travel.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from scipy import ndimage
 
-from raytrain_brats.data.nifti import MAX_BYTES, Refused, Volume
+from raytrain_brats.data.nifti import MAX_BYTES, Extent, Refused, Volume, survey
 
 FOREGROUND_VOXELS = 512
 """Voxels remembered per label value, for crops centred on tumour."""
+_CHUNK = 1 << 15  # voxels worked on at a time, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Geometry:
     """Of the prepared voxels."""
     box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     """Foreground, as (low, high) per axis of the resampled grid."""
+    offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Index on the RAS grid of the resampled grid's first voxel."""
 
     @property
     def ras_shape(self) -> tuple[int, int, int]:
@@ -84,30 +88,38 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
     image, label = to_ras(volume.image_cxyz, axes, flips), None
     if volume.label_xyz is not None:
         label = to_ras(volume.label_xyz, axes, flips)
-    native_mm = np.linalg.norm(volume.affine[:3, :3], axis=0)[axes]
-    ratio = np.where(np.abs(native_mm - spacing_mm) < 1e-3, 1.0, spacing_mm / native_mm)
-    grid_shape = tuple(int(n) for n in np.round((np.array(image.shape[1:]) - 1) / ratio + 1))  # as MONAI rounds
+    turn = inv_ornt_aff(orientation, volume.image_cxyz.shape[1:])
+    native_mm, wanted_mm, grid_shape, offset = _grid(volume.affine @ turn, image.shape[1:], spacing_mm)
+    ratio = wanted_mm / native_mm
     if (ratio != 1).any():
         if 4 * image.shape[0] * math.prod(grid_shape) > MAX_BYTES:
             raise Refused("affine", f"voxels of {native_mm.round(3)} mm resampled to {spacing_mm} mm: {grid_shape}")
-        image = resample(image.astype(np.float32), ratio, grid_shape, order=1)
+        image = resample(image.astype(np.float32), ratio, grid_shape, 1, offset)
         image[np.abs(image) <= 2.0**-25] = 0  # rounded coordinates leave 1e-13 beside the brain; float16 holds it as 0
-        label = None if label is None else resample(label, ratio, grid_shape, order=0)
-    box = _foreground_box(image)
+        label = None if label is None else resample(label, ratio, grid_shape, 0, offset)
+        extent = survey(image)
+        box = extent.box
+    else:
+        extent = volume.extent or survey(volume.image_cxyz)
+        box = extent.box and tuple(
+            extent.box[axis] if flip > 0 else (size - extent.box[axis][1], size - extent.box[axis][0])
+            for axis, flip, size in zip(axes, flips, grid_shape, strict=True)
+        )
+    if box is None:
+        raise Refused("empty", "no voxel left that is not zero")
     crop = tuple(slice(low, high) for low, high in box)
-    image_czyx = np.ascontiguousarray(image[(slice(None), *crop)].transpose(0, 3, 2, 1))
     label_zyx = None if label is None else np.ascontiguousarray(label[crop].T)
-    mean, std = _statistics(image_czyx)
-    stored, max_error = _quantised(image_czyx, min(std))
+    stored, mean, std, max_error = _condensed(image[(slice(None), *crop)].transpose(0, 3, 2, 1), extent)
     foreground, counts = _foreground_index(label_zyx)
     geometry = Geometry(
         native_shape=_triple(volume.image_cxyz.shape[1:]),
         affine=tuple(tuple(row) for row in volume.affine.tolist()),
         axes=_triple(axes),
         flips=_triple(flips),
-        grid_shape=_triple(grid_shape),
-        spacing_mm=(float(native_mm[0] * ratio[0]), float(native_mm[1] * ratio[1]), float(native_mm[2] * ratio[2])),
-        box=box,
+        grid_shape=grid_shape,
+        spacing_mm=(float(wanted_mm[0]), float(wanted_mm[1]), float(wanted_mm[2])),
+        box=(box[0], box[1], box[2]),
+        offset=(float(offset[0]), float(offset[1]), float(offset[2])),
     )
     native = volume.label_xyz
     if native is not None and label_zyx is not None and (ratio == 1).all():
@@ -118,7 +130,8 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
 def restore(box_czyx: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:
     """Values on the prepared box, back on the native grid: (c, z, y, x) -> (c, x, y, z); zero outside the box.
 
-    Exact for masks when nothing was resampled. Floats are interpolated linearly, everything else to the nearest.
+    Exact for masks when the prepared voxels are the native ones or smaller. Floats are interpolated linearly,
+    everything else to the nearest.
     """
     channels = box_czyx.shape[0]
     grid = np.zeros((channels, *geometry.grid_shape), box_czyx.dtype)
@@ -127,21 +140,49 @@ def restore(box_czyx: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:
     if not np.array_equal(native_mm, geometry.spacing_mm):
         back = native_mm / np.array(geometry.spacing_mm)
         order = 1 if grid.dtype.kind == "f" else 0
-        grid = resample(grid, back, geometry.ras_shape, order=order)
+        grid = resample(grid, back, geometry.ras_shape, order, -np.array(geometry.offset) * back)
     turned = grid[(slice(None), *(slice(None, None, flip) for flip in geometry.flips))]
     native = np.empty((channels, *geometry.native_shape), grid.dtype)
     native.transpose(0, *(1 + axis for axis in geometry.axes))[:] = turned
     return native
 
 
-def resample(array: npt.NDArray[Any], ratio: npt.NDArray[np.float64], shape: Any, order: int) -> npt.NDArray[Any]:
-    """Sample (..., x, y, z) at index i * ratio: the first voxels' centres stay together, edges repeat."""
+def resample(
+    array: npt.NDArray[Any], ratio: npt.NDArray[np.float64], shape: Any, order: int, offset: Any = (0, 0, 0)
+) -> npt.NDArray[Any]:
+    """Sample (..., x, y, z) at index i * ratio + offset, linearly or (order 0) at the nearest voxel; edges repeat."""
     leading = array.shape[:-3]
+    if order == 0:
+        at = [np.arange(size) * step + first for size, step, first in zip(shape, ratio, offset, strict=True)]
+        nearest = [np.rint(x.round(9)).clip(0, n - 1).astype(int) for x, n in zip(at, array.shape[-3:], strict=True)]
+        picked: npt.NDArray[Any] = array[(..., *np.ix_(*nearest))]
+        return picked
     output: npt.NDArray[Any] = np.empty((*leading, *shape), array.dtype)
-    options: dict[str, Any] = {"output_shape": tuple(shape), "order": order, "mode": "nearest"}
+    options: dict[str, Any] = {"offset": offset, "output_shape": tuple(shape), "order": order, "mode": "nearest"}
     for index in np.ndindex(*leading):
         ndimage.affine_transform(array[index], ratio, output=output[index], **options)
     return output
+
+
+def _grid(affine: npt.NDArray[np.float64], shape: tuple[int, ...], spacing_mm: float) -> Any:
+    """(native edges, new edges, new shape, native index of the first new voxel) as MONAI's Spacing chooses them.
+
+    It lays the new grid on the native grid's first corner or, where the axes are not square to 1e-8 (oblique ones
+    after a file's float32), on its middle.
+    """
+    native_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    wanted_mm = np.where(np.abs(native_mm - spacing_mm) < 1e-3, native_mm, spacing_mm)
+    if (wanted_mm == native_mm).all():
+        return native_mm, native_mm, _triple(shape), np.zeros(3)
+    upper = np.linalg.cholesky(affine[:3, :3].T @ affine[:3, :3]).T
+    new = np.eye(4)
+    new[:3, :3] = affine[:3, :3] @ np.linalg.inv(upper) @ np.diag(wanted_mm)
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((0, size - 1) for size in shape))]).T
+    reached = (np.linalg.solve(new, affine) @ corners)[:3]
+    new_shape = np.round(np.ptp(reached, axis=1) + 1)
+    square = any(np.allclose((reached - corner[:, None]).min(axis=1), 0) for corner in reached.T)
+    middle = np.array(shape) / 2 - np.linalg.solve(affine[:3, :3], new[:3, :3]) @ new_shape / 2
+    return native_mm, wanted_mm, _triple(new_shape), np.zeros(3) if square else middle
 
 
 def to_ras(array: npt.NDArray[Any], axes: Any, flips: Any) -> npt.NDArray[Any]:
@@ -153,53 +194,75 @@ def to_ras(array: npt.NDArray[Any], axes: Any, flips: Any) -> npt.NDArray[Any]:
     return result
 
 
-def _foreground_box(image_cxyz: npt.NDArray[Any]) -> Any:
-    # Non-zero, not positive: registered volumes carry small negative overshoots inside the brain.
-    mask = image_cxyz[0] != 0
-    for channel in image_cxyz[1:]:
-        mask |= channel != 0
-    if not mask.any():
-        raise Refused("empty", "no voxel left after resampling")
-    spans = (np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
-    return tuple((int(span[0]), int(span[-1]) + 1) for span in spans)
+def _condensed(
+    image_czyx: npt.NDArray[Any], extent: Extent
+) -> tuple[npt.NDArray[Any], tuple[float, ...], tuple[float, ...], float]:
+    """(the image in 16 bits, mean and standard deviation per channel, the greatest absolute error)."""
+    integers = _integers(image_czyx, extent)
+    if integers is not None:
+        return integers, *_statistics(integers), 0.0
+    image = np.ascontiguousarray(image_czyx)
+    mean, std = _statistics(image)
+    halves, max_error = _halves(image, extent, min(std))
+    return halves, mean, std, max_error
+
+
+def _integers(image_czyx: npt.NDArray[Any], extent: Extent) -> npt.NDArray[np.int16] | None:
+    """The image as int16 if that changes no value."""
+    if min(extent.low) < -32768 or max(extent.high) > 32767:
+        return None
+    integers = np.empty(image_czyx.shape, np.int16)
+    same = np.empty(image_czyx.shape[2:], bool)
+    for source, target in zip(image_czyx, integers, strict=True):
+        for source_yx, target_yx in zip(source, target, strict=True):  # a plane fits the processor's cache
+            np.copyto(target_yx, source_yx, casting="unsafe")
+            if source.dtype.kind == "f" and not np.equal(target_yx, source_yx, out=same).all():
+                return None
+    return integers
 
 
 def _statistics(image_czyx: npt.NDArray[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and population standard deviation of the non-zero voxels of each channel (1 where it would be 0)."""
-    means, stds = [], []
+    means, stds, values = [], [], np.empty(_CHUNK)
     for channel in image_czyx:
-        values = channel.astype(np.float64).ravel()
-        count = max(1, int(np.count_nonzero(values)))  # zeros add nothing to either sum
-        mean = float(values.sum()) / count
-        variance = max(0.0, float(np.dot(values, values)) / count - mean * mean)
+        flat = channel.reshape(-1)
+        count, total, squares = 0, 0.0, 0.0  # zeros add nothing to either sum
+        for start in range(0, flat.size, _CHUNK):
+            chunk = flat[start : start + _CHUNK]
+            wide = values[: chunk.size]
+            wide[:] = chunk
+            count += int(np.count_nonzero(chunk))
+            total += float(wide.sum())
+            squares += float(np.einsum("i,i->", wide, wide))  # not np.dot: BLAS would start threads
+        mean = total / max(1, count)
+        variance = max(0.0, squares / max(1, count) - mean * mean)
         means.append(mean)
         stds.append(variance**0.5 or 1.0)
     return tuple(means), tuple(stds)
 
 
-def _quantised(image: npt.NDArray[Any], least_std: float) -> tuple[npt.NDArray[Any], float]:
-    """int16 when no value changes, else float16; and the greatest absolute error."""
-    if image.dtype == np.int16:
-        return image, 0.0
-    low, high = float(image.min()), float(image.max())
-    if low >= -32768 and high <= 32767:
-        integers = image.astype(np.int16)
-        if np.array_equal(integers, image):
-            return integers, 0.0
-    if max(-low, high) > 60000:
+def _halves(image: npt.NDArray[Any], extent: Extent, least_std: float) -> tuple[npt.NDArray[np.float16], float]:
+    """The image as float16, and the greatest absolute error."""
+    if max(-min(extent.low), max(extent.high)) > 60000:
         raise Refused("range", "intensities beyond 60,000 do not fit the store's 16 bits")
     if least_std < 2**-18:  # float16 resolves 2**-24: finer contrast than 1 % of a deviation would be lost
         raise Refused("range", f"standard deviation {least_std:.3g} is finer than the store's 16 bits")
-    halves = image.astype(np.float16)
-    return halves, float(np.abs(halves.astype(np.float32) - image).max())
+    halves, worst = np.empty(image.shape, np.float16), 0.0
+    source, target = image.reshape(-1), halves.reshape(-1)
+    for start in range(0, source.size, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        target[chunk] = source[chunk]
+        worst = max(worst, float(np.abs(target[chunk].astype(np.float32) - source[chunk]).max()))
+    return halves, worst
 
 
 def _foreground_index(label_zyx: npt.NDArray[np.uint8] | None) -> tuple[npt.NDArray[np.int32], Any]:
     indices, counts = [np.zeros(0, np.int32)], []
     if label_zyx is not None:
-        flat = label_zyx.ravel()
-        for value in np.unique(flat[flat > 0]):
-            found = np.flatnonzero(flat == value)
+        tumour = np.flatnonzero(label_zyx.reshape(-1) != 0)
+        values = label_zyx.reshape(-1)[tumour]
+        for value in np.unique(values):
+            found = tumour[values == value]
             pick = np.linspace(0, len(found) - 1, min(len(found), FOREGROUND_VOXELS)).astype(int)
             indices.append(found[pick].astype(np.int32))
             counts.append((int(value), len(pick)))

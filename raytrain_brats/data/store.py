@@ -1,18 +1,20 @@
 """The prepared cases on storage: one Parquet object a case, and an index.
 
 In: prepared cases.
-Out: `objects/<key>.parquet`, `index.jsonl` (a manifest whose cases name their objects), `quarantine.json`.
+Out: `objects/<key>-<bytes>-<sha256>.parquet`, `index.jsonl` (a manifest whose cases name their objects).
 
 Measured against blosc2, zarr, npy and others: a row per volume with zstd binary columns is smaller than the .nii.gz
 and reads whole in 12 ms; finer bricks gain nothing for patches of 128^3. The key is a hash of the files' content and
-of the preprocessing, so a second run skips what is there and equal content is stored once.
+of the preprocessing, so equal content is stored once. As an object's name also holds its size and checksum, and an
+object is put whole or not at all, a listing of names tells a second run what is there.
 """
 
 import dataclasses
 import hashlib
 import io
 import json
-from typing import Any
+import re
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +24,14 @@ import pyarrow.parquet as pq
 from raytrain_brats import storage
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
-from raytrain_brats.data.nifti import Refused, decode_case
+from raytrain_brats.data.nifti import Refused, Volume, decode_case
 from raytrain_brats.data.preprocess import Geometry, Prepared, preprocess
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import allowed_values
 
 FORMAT = 1
+Codec = Literal["zstd", "lz4"]
+_OBJECT = re.compile(r"objects/(?P<key>[0-9a-f]{32})-(?P<bytes>[0-9]+)-(?P<sha256>[0-9a-f]{64})\.parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +46,26 @@ class Source:
         """Raises Refused for a case that cannot be used, OSError when storage fails."""
         if case.object:
             try:
-                content = storage.read_bytes(storage.join(self.root, case.object))
+                (content,) = storage.read_checked([storage.join(self.root, case.object)], case.object_sha256)
             except FileNotFoundError as error:
                 raise Refused("missing", f"{case.object}; run `prepare` again") from error
-            if hashlib.sha256(content).hexdigest() != case.object_sha256:
-                raise Refused("changed", f"{case.object} differs from its checksum; run `prepare` again")
+            except storage.ChangedError as error:
+                raise Refused("changed", f"{case.object} differs from its checksum; run `prepare --verify`") from error
             return decode(content, verified=True)
+        return preprocess(self.volume(case), self.spacing_mm)
+
+    def volume(self, case: Case) -> Volume:
+        """The case as its NIfTI files have it. Raises as `load` does."""
         try:
-            files = [storage.read_bytes(storage.join(self.root, path)) for path in manifests.case_files(case)]
+            uris = [storage.join(self.root, path) for path in manifests.case_files(case)]
+            files = storage.read_checked(uris, case.sha256 or None, case.bytes)
         except FileNotFoundError as error:
             raise Refused("missing", str(error.filename or error)) from error
-        if sum(map(len, files)) != case.bytes:
-            raise Refused("changed", f"{sum(map(len, files))} bytes, the manifest says {case.bytes}")
+        except storage.ChangedError as error:
+            raise Refused("changed", f"{error}, by the manifest") from error
         images = len(case.images)
         label = files[images] if case.label else None
-        return preprocess(decode_case(files[:images], label, allowed_values(self.convention)), self.spacing_mm)
+        return decode_case(files[:images], label, allowed_values(self.convention))
 
 
 def binary_column(array: npt.NDArray[Any]) -> pa.Array:
@@ -73,8 +82,8 @@ def binary_value(table: pa.Table, column: str, dtype: Any) -> npt.NDArray[Any]:
     return np.frombuffer(data, np.uint8)[start:end].view(dtype)
 
 
-def encode(prepared: Prepared) -> bytes:
-    """The Parquet object of a prepared case."""
+def encode(prepared: Prepared, codec: Codec = "zstd") -> bytes:
+    """The Parquet object of a prepared case; the same case and codec always give the same bytes."""
     nothing = np.zeros(0, np.uint8)
     native = prepared.native_label_xyz
     table = pa.table(
@@ -103,7 +112,7 @@ def encode(prepared: Prepared) -> bytes:
     )
     sink = io.BytesIO()
     pq.write_table(
-        table, sink, compression="zstd", use_dictionary=False, write_statistics=False, write_page_checksum=True
+        table, sink, compression=codec, use_dictionary=False, write_statistics=False, write_page_checksum=True
     )
     return sink.getvalue()
 
@@ -145,23 +154,48 @@ def key(case: Case, preprocessing: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def put(store: str, source: Source, case: Case, preprocessing: dict[str, Any]) -> Case:
-    """Prepare one case into the store unless it is there; the case, with its object. Raises Refused."""
-    name = f"objects/{key(case, preprocessing)}.parquet"
-    uri = storage.join(store, name)
+def put(store: str, source: Source, case: Case, preprocessing: dict[str, Any], codec: Codec = "zstd") -> Case:
+    """Prepare one case into the store; the case, with its object. Raises Refused."""
+    content = encode(source.load(case), codec)
+    checksum = hashlib.sha256(content).hexdigest()
+    name = f"objects/{key(case, preprocessing)}-{len(content)}-{checksum}.parquet"
+    storage.write_bytes(storage.join(store, name), content)
+    return with_object(case, name)
+
+
+def with_object(case: Case, name: str) -> Case:
+    """The case as the store's index has it; `name` is that of its object."""
+    found = _OBJECT.fullmatch(name)
+    assert found, name
+    return dataclasses.replace(case, object=name, object_sha256=found["sha256"])
+
+
+def objects(store: str) -> dict[str, str]:
+    """{key: name} of the objects that are there in full length, by their names alone."""
+    found: dict[str, str] = {}
+    for name, size in storage.list_files(storage.join(store, "objects")).items():
+        if (match := _OBJECT.fullmatch(f"objects/{name}")) and int(match["bytes"]) == size:
+            found.setdefault(match["key"], match[0])  # two, when versions of a library pack differently: either will do
+    return found
+
+
+def intact(store: str, name: str) -> bool:
+    """Whether the content of an object is that of its name."""
     try:
-        content = storage.read_bytes(uri)
-        decode(content)
-    except (FileNotFoundError, Refused):  # new, or damaged since it was written
-        content = encode(source.load(case))
-        storage.write_bytes(uri, content)
-    return dataclasses.replace(case, object=name, object_sha256=hashlib.sha256(content).hexdigest())
+        content = storage.read_bytes(storage.join(store, name))
+    except FileNotFoundError:
+        return False
+    return f"-{hashlib.sha256(content).hexdigest()}." in name
 
 
 def write_index(store: str, manifest: Manifest, preprocessing: dict[str, Any]) -> None:
     """Make the store usable; the last thing `prepare` does."""
-    storage.write_bytes(storage.join(store, "preprocess.json"), json.dumps(preprocessing).encode())
-    manifests.write(dataclasses.replace(manifest, root=store), storage.join(store, "index.jsonl"))
+    settings, index = storage.join(store, "preprocess.json"), storage.join(store, "index.jsonl")
+    text = json.dumps(preprocessing).encode()
+    if storage.exists(settings) and storage.read_bytes(settings) != text:
+        storage.delete(index)  # or a kill right here would leave the old objects under the new settings
+    storage.write_bytes(settings, text)
+    manifests.write(dataclasses.replace(manifest, root=store), index)
 
 
 def open_index(store: str, preprocessing: dict[str, Any]) -> Manifest:

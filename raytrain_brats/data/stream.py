@@ -8,7 +8,7 @@ dataset streams from the cursor to the end of its stretch, each later one a whol
 a case that is refused becomes a row of weight zero, since a missing row would shift all later ones to other ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -107,8 +107,13 @@ class OrderedSplit(DataConfig):
 
 def patches(shard: Any, prefetch: int) -> Iterator[Patch]:
     """The patches of a rank's share for one execution (one stretch)."""
+    return unpacked(shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch))
+
+
+def unpacked(tables: Iterable[pa.Table]) -> Iterator[Patch]:
+    """The patches of a rank's tables, by position."""
     held: list[Patch] = []
-    for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch):
+    for table in tables:
         left, found = unpack(table)
         held += found
         if not left:

@@ -99,12 +99,16 @@ def discard(run_dir: str, name: str) -> None:
         storage.delete(_uri(run_dir, name, path))
 
 
-def prune(run_dir: str, keep: int, generation: int) -> None:
+def prune(run_dir: str, keep: int, generation: int, since: int | None = None) -> None:
     """Remove all but the newest `keep` committed checkpoints, and what never was committed.
 
-    For the writer of a worker group, between two saves; what a later `generation` is writing is left alone.
+    For the writer of a worker group, between two saves; what a later `generation` is writing is left alone. The group
+    went on from `since` samples: what an older group committed beyond that came too late and takes nobody's place.
     """
-    kept = {name for name, _, _ in committed(run_dir)[-keep:]}
+    valid = [
+        name for name, seen, number in committed(run_dir) if since is None or number >= generation or seen <= since
+    ]
+    kept = set(valid[-keep:])
     for name in sorted(_names(run_dir) - kept):
         if _parts(name)[1] <= generation:
             discard(run_dir, name)

@@ -13,7 +13,7 @@ from raytrain_brats import storage
 from raytrain_brats.config import Config, differences, parse
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
-from raytrain_brats.data.manifest import Case, Manifest
+from raytrain_brats.data.manifest import Case, Manifest, Progress
 from raytrain_brats.data.parcel import Cutting
 from raytrain_brats.data.plan import Plan
 from raytrain_brats.data.store import Source
@@ -44,16 +44,19 @@ def preprocessing(config: Config) -> dict[str, Any]:
     return config.preprocess.model_dump(mode="json")
 
 
-def open_cases(config: Config, data: str, store: str = "", run_dir: str = "") -> tuple[Manifest, Source]:
+def open_cases(
+    config: Config, data: str, store: str = "", run_dir: str = "", progress: Progress | None = None
+) -> tuple[Manifest, Source]:
     """The manifest and the source of a data folder (or manifest file) or of a store. Raises UserError.
 
-    A run keeps its manifest in `run_dir`, so that a folder is not checksummed at every start.
+    A run keeps its manifest in `run_dir`, so that a folder is not checksummed at every start; `progress` shows how
+    far that is.
     """
     if store:
         manifest = stores.open_index(store, preprocessing(config))
     elif data:
         known = storage.join(storage.normal(run_dir), "manifest.jsonl") if run_dir else None
-        manifest = manifests.open_manifest(data, known=known)
+        manifest = manifests.open_manifest(data, progress, known)
     else:
         raise UserError("no data given; name a folder with --data or a prepared store with --store")
     convention = manifest.convention if config.data.convention == "auto" else config.data.convention

@@ -45,10 +45,12 @@ class StreamFactory:
             causes = [e["error"] for e in ledger.read_events(job.run_dir) if e["event"] == "failure"]
             last = f"; the last failure: {causes[-1]}" if causes else ""
             raise RunFailed(f"{again} failures in a row at sample {generation.samples_seen}{last}")
-        return stream.dataset(
+        made = stream.dataset(
             job.plan, job.train_cases, job.source, job.cutting, generation.samples_seen,
             self.needed.cpus_per_task, self.needed.tasks,
         )  # fmt: skip
+        made.set_name(recovery.tag(job.run_dir))
+        return made
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ class FailureBook(UserCallback):
     driver: str
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        try:
+            self._note(worker_exceptions)
+        except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here
+            print(f"a failure of workers is not in the books: {error!r}")
+
+    def _note(self, worker_exceptions: dict[int, Exception]) -> None:
         generation = ledger.current(self.run_dir)
         rank, error = min(worker_exceptions.items())
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -110,12 +118,14 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
     resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
     workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
     place, filesystem = storage.for_ray(storage.join(job.run_dir, "ray"))
+    ready = spares.Spares(job.run_dir)
     callbacks: list[Any] = [
         FailureBook(job.run_dir, lease.token),
-        recovery.FreshNodes(),
+        recovery.FreshNodes(job.run_dir, ready),
         SaveFirst(job.run_dir, leave=needed.low < needed.high),
-        spares.Spares(job.run_dir),
+        ready,
     ]
+    recovery.free_reservations(job.run_dir)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "run_id": run_id},

@@ -4,6 +4,7 @@ In: marks from the loop; SIGUSR2.
 Out: a line per rank in the cluster's key-value store, which `watch` reads in the driver; a file of stacks.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -64,7 +65,8 @@ class Pulse:
             over = self._over.is_set()
             now = {"beats": beats, "marks": self._marks, "phase": self._phase, "samples_seen": self._samples_seen}
             now["updates"] = self._updates
-            internal_kv._internal_kv_put(self._key, json.dumps(self._about | now).encode(), namespace=NAMESPACE)
+            with contextlib.suppress(Exception):  # a head that does not answer just now is no reason to fall silent
+                internal_kv._internal_kv_put(self._key, json.dumps(self._about | now).encode(), namespace=NAMESPACE)
             if over:
                 return
             self._over.wait(BEAT_S)

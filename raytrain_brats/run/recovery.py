@@ -4,6 +4,7 @@ In: Ray Train's controller at a failure or resize; what the books know, and what
 Out: worker groups that fit the nodes that are left; one event `recovered` a worker group.
 """
 
+import hashlib
 import logging
 import socket
 import time
@@ -11,18 +12,48 @@ from typing import Any
 
 import ray
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.experimental import internal_kv
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.preemption import _get_draining_nodes
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from raytrain_brats import storage
 from raytrain_brats.run import ledger, spares
+from raytrain_brats.run.pulse import NAMESPACE
+from raytrain_brats.run.spares import Spares
 
 DEATH_S = 20.0
 """Longest wait for Ray to declare a node dead that does not answer; its own default takes some 20 s."""
 
 _logger = logging.getLogger("ray.train")
 _reserved = ElasticScalingPolicy._get_reserved_resources
+_decide = ElasticScalingPolicy.make_decision_for_running_worker_group
+
+
+def tag(run_dir: str) -> str:
+    """What names a run's reservations and its datasets in Ray: the same for every driver of the run."""
+    return f"brats-{hashlib.sha256(run_dir.encode()).hexdigest()[:12]}"
+
+
+def free_reservations(run_dir: str) -> None:
+    """Give back what a driver or controller of this run held that was killed; Ray would wait 180 s for them to renew.
+
+    Only for who has the run's lease: nobody else reserves for it any more.
+    """
+    try:
+        book = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+    except ValueError:
+        return  # nobody has reserved anything
+    last = (internal_kv._internal_kv_get(tag(run_dir).encode(), namespace=NAMESPACE) or b"").decode()
+
+    def drop(holder: Any, last: str, data: str) -> None:
+        for requester in [r for r in holder._ongoing_reqs if r == last or r.startswith(data)]:
+            holder.cancel_request(requester)
+
+    try:
+        ray.get(book.__ray_call__.remote(drop, last, f"data-{tag(run_dir)}"), timeout=10)
+    except Exception as error:  # noqa: BLE001 - then they expire, which takes longer
+        _logger.warning("old reservations are left to expire: %r", error)
 
 
 class FreshNodes(ControllerCallback):
@@ -32,9 +63,49 @@ class FreshNodes(ControllerCallback):
     a group that cannot start, and wait for it as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S.
     """
 
+    def __init__(self, run_dir: str, spares: Spares) -> None:
+        self._run_dir, self._spares = run_dir, spares
+
     def after_controller_start(self, train_run_context: Any) -> None:
         self._requester = f"train-{train_run_context.run_id}"
+        try:
+            internal_kv._internal_kv_put(tag(self._run_dir).encode(), self._requester.encode(), namespace=NAMESPACE)
+        except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here; this is a convenience
+            _logger.warning("reservations are not on record: %r", error)
         ElasticScalingPolicy._get_reserved_resources = _reserved_where_nodes_stay  # type: ignore
+
+        def decide(policy: Any, worker_group_state: Any, worker_group_status: Any) -> Any:
+            """While a group trains, a node that joined counts once processes stand ready there."""
+            policy.reserved_in_use = lambda reserved: self._in_use_or_warm(policy, worker_group_state, reserved)
+            try:
+                return _decide(policy, worker_group_state, worker_group_status)
+            finally:
+                del policy.reserved_in_use
+
+        ElasticScalingPolicy.make_decision_for_running_worker_group = decide  # type: ignore
+
+    def _in_use_or_warm(self, policy: Any, group: Any, reserved: Any) -> Any:
+        """`reserved` without cold nodes, unless the group would shrink for that.
+
+        Ray may reserve a node that joined in place of one in use.
+        """
+        try:
+            kept = self._in_use_or_warm_nodes(policy, group, reserved)
+        except Exception as error:  # noqa: BLE001 - likewise
+            _logger.warning("cold nodes are not known: %r", error)
+            return reserved
+        return kept if policy._count_possible_workers(kept) >= group.num_workers else reserved
+
+    def _in_use_or_warm_nodes(self, policy: Any, group: Any, reserved: Any) -> Any:
+        used = {worker.metadata.node_id for worker in group.workers}
+        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        wanted = policy.scaling_config._resources_per_worker_not_none
+
+        def counts(node: str, there: dict[str, float]) -> bool:
+            workers = int(min(there.get(name, 0.0) // amount for name, amount in wanted.items() if amount))
+            return node in used or workers == 0 or self._spares.warm(nodes[node], workers)
+
+        return {node: there for node, there in reserved.items() if counts(node, there)}
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         deadline = time.monotonic() + DEATH_S
@@ -43,8 +114,8 @@ class FreshNodes(ControllerCallback):
                 _logger.warning("nodes do not answer, Ray holds them for alive: %s", [n["NodeID"] for n in silent])
                 break
             time.sleep(0.3)
-        book = get_or_create_autoscaling_coordinator()
         try:
+            book = get_or_create_autoscaling_coordinator()
             ray.get(book.get_reserved_resources.remote(self._requester, recompute=True), timeout=10)
         except Exception as error:  # noqa: BLE001 - then Ray's own, slower way
             _logger.warning("reservations are not fresh: %r", error)
@@ -65,7 +136,8 @@ def _reserved_where_nodes_stay(policy: ElasticScalingPolicy) -> Any:
         return None
     leaving = set(_get_draining_nodes() or {})
     staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving
-    return {node: resources for node, resources in reserved.items() if node in staying}
+    there = {node: resources for node, resources in reserved.items() if node in staying}
+    return getattr(policy, "reserved_in_use", lambda reserved: reserved)(there)
 
 
 class Stopwatch:

@@ -52,7 +52,11 @@ class SaveFirst(ControllerCallback):
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         if isinstance(previous_state, RunningState) and isinstance(current_state, ResizingState | PreemptingState):
             began, resize = time.perf_counter(), isinstance(current_state, ResizingState)
-            saved = ask(self.run_dir, HOLD if resize or self.leave else SAVE)
+            try:
+                saved = ask(self.run_dir, HOLD if resize or self.leave else SAVE)
+            except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here; a full disk, say
+                print(f"no checkpoint could be asked for: {error!r}")
+                saved = False
             seconds = round(time.perf_counter() - began, 3)
             ledger.event(self.run_dir, "resize" if resize else "preemption", saved=saved, seconds=seconds)
             if saved and self.leave and isinstance(current_state, PreemptingState):

@@ -218,7 +218,8 @@ class Scribe:
             self._log.flush()
             number = self.generation.number
             made = checkpoint.save(self.job.run_dir, seen, number, tensors, state, fence=self._log.check)
-            checkpoint.prune(self.job.run_dir, self.job.config.checkpoint.keep, number)
+            self._log.check()  # a replaced group's writer takes nothing away either
+            checkpoint.prune(self.job.run_dir, self.job.config.checkpoint.keep, number, self.generation.samples_seen)
             seconds = round(time.perf_counter() - began, 3)
             self.event("checkpoint", name=made.name, bytes=made.bytes, seconds=seconds, **facts)
 

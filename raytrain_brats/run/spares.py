@@ -1,8 +1,8 @@
 """Processes that stand ready for the next worker group: started and with all imports done while this one trains.
 
-In: Ray Train's controller, the nodes its workers run on.
+In: Ray Train's controller, the nodes its workers run on or are about to run on.
 Out: as many idle processes on each node as it has workers; Ray gives them to the next group by itself, for
-they have the same job and runtime environment.
+they have the same job and runtime environment. A node that joins is warmed before the group is stopped for its sake.
 
 Starting a group of two costs some 40 CPU seconds, nearly all of it imports: on two cores that is what one waits for.
 A spare is only ever a gain: when none fits, Ray starts a process as always.
@@ -10,6 +10,7 @@ A spare is only ever a gain: when none fits, Ray starts a process as always.
 
 import importlib
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -18,11 +19,15 @@ from typing import Any
 import ray
 from ray._private.grpc_utils import init_grpc_channel
 from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc, runtime_environment_pb2
+from ray.experimental import internal_kv
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from raytrain_brats.run import ledger
+from raytrain_brats.run.pulse import NAMESPACE
 
 KEEP_S = 24 * 3600
+WARM_S = 60.0
+"""A node that joins is used after this long at the latest, spare or none."""
 WORKER = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{__name__}.warm_worker"}
 """Environment of a worker's process: what it imports before it takes work (Ray's worker_process_setup_hook)."""
 
@@ -39,6 +44,11 @@ def warm_worker() -> None:
     _warm("raytrain_brats.run.loop", "ray.train.v2._internal.execution.worker_group.worker", "ray.train.torch.config")
     _warm("torch._dynamo")  # 2 CPU seconds that torch would spend with the first optimiser
     imported = (began, time.time())
+    try:
+        node = ray.get_runtime_context().get_node_id()
+        internal_kv._internal_kv_put(f"warm/{node}".encode(), b"", namespace=NAMESPACE)
+    except Exception as error:  # noqa: BLE001 - likewise
+        print(f"cannot tell that this process is ready: {error!r}")
 
 
 def _warm(*modules: str) -> None:
@@ -56,7 +66,18 @@ class Spares(WorkerGroupCallback):
         self._run_dir = run_dir
         self._ready: Counter[str] = Counter()
         """Spares on each node, as far as known."""
-        self._group = 0
+        self._group, self._env = 0, ""
+        self._joined: dict[str, float] = {}
+        """When spares were ordered on nodes that no group has used yet."""
+
+    def warm(self, node: dict[str, Any], number: int) -> bool:
+        """Whether a node that joined has a process ready, or was given the time; the first call orders `number`."""
+        name, now = node["NodeID"], time.monotonic()
+        if name not in self._joined and self._env:
+            self._joined[name] = now
+            threading.Thread(target=self._order_on, args=(node, number), daemon=True).start()
+        ready = internal_kv._internal_kv_exists(f"warm/{name}".encode(), namespace=NAMESPACE)
+        return ready or now - self._joined.get(name, -math.inf) > WARM_S
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._group += 1
@@ -64,7 +85,7 @@ class Spares(WorkerGroupCallback):
 
     def _order(self, workers: list[Any], group: int) -> None:
         try:
-            env = ray.get(workers[0].actor.execute.remote(_environment))
+            self._env = ray.get(workers[0].actor.execute.remote(_environment))
             generation = ledger.current(self._run_dir)
             while group == self._group and not _trains(self._run_dir, generation):
                 time.sleep(1)
@@ -73,13 +94,20 @@ class Spares(WorkerGroupCallback):
             needs = Counter(w.metadata.node_id for w in workers)
             for node in ray.nodes():
                 if node["Alive"] and needs[node["NodeID"]]:
-                    self._fill(node, needs[node["NodeID"]], env)
+                    self._fill(node, needs[node["NodeID"]])
         except Exception as error:  # noqa: BLE001 - a lost convenience
             _logger.warning("no spare processes: %r", error)
 
-    def _fill(self, node: dict[str, Any], number: int, env: str) -> None:
+    def _order_on(self, node: dict[str, Any], number: int) -> None:
+        try:
+            _prestart(node, number, self._env)
+            self._ready[node["NodeID"]] = number
+        except Exception as error:  # noqa: BLE001 - likewise
+            _logger.warning("no spare processes: %r", error)
+
+    def _fill(self, node: dict[str, Any], number: int) -> None:
         left = max(0, self._ready[node["NodeID"]] - number)  # the group that has just started took that many
-        _prestart(node, number - left, env)
+        _prestart(node, number - left, self._env)
         self._ready[node["NodeID"]] = max(left, number)
 
 

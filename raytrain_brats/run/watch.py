@@ -26,6 +26,7 @@ from raytrain_brats.run.pulse import NAMESPACE, PHASES
 PATIENCE_S = {"start": 300.0, "load": 300.0, "data": 300.0, "save": 120.0, "validate": 900.0}
 """How long a rank may stay in a phase that is no computation; data come from elsewhere, which has its own retries."""
 FIRST_STEP_S = 300.0
+GONE = "the process is gone"
 SLOWER = 5.0
 """A computing phase may last this many times as long as the longest so far."""
 
@@ -100,7 +101,7 @@ class Watch:
         while not self._done.wait(1.0):
             try:
                 self._look(time.monotonic())
-            except (OSError, ValueError, ray.exceptions.RayError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it was, it must look again
                 print(f"watchdog: cannot look just now: {error}", flush=True)
 
     def _look(self, now_s: float) -> None:
@@ -121,14 +122,17 @@ class Watch:
             life = self._lives[about["rank"]] = news(before, about, now_s)
             if before and before.about["phase"] not in PATIENCE_S and life.moved_s > before.moved_s:
                 self._longest_s = max(self._longest_s, life.moved_s - before.moved_s)
-        if culprits := hung(list(self._lives.values()), now_s, self._timeout_s, self._longest_s):
+        culprits = hung(list(self._lives.values()), now_s, self._timeout_s, self._longest_s)
+        if culprits and self._end(culprits, now_s):
             self._judged = newest
-            self._end(culprits, now_s)
 
-    def _end(self, culprits: Sequence[Life], now_s: float) -> None:
-        """Stacks of all ranks, the culprits last; those are killed: Ray Train then starts the group again."""
+    def _end(self, culprits: Sequence[Life], now_s: float) -> bool:
+        """Stacks of all ranks, the culprits last; those are killed: Ray Train then starts the group again.
+
+        False when it is not known of each culprit that it is gone: then look again.
+        """
         guilty = {life.rank for life in culprits}
-        asked = {}
+        asked, sure = {}, True
         for life in sorted(self._lives.values(), key=lambda life: life.rank in guilty):
             at = NodeAffinitySchedulingStrategy(life.about["node"], soft=False)
             task: Any = _stacks.options(scheduling_strategy=at)
@@ -139,7 +143,10 @@ class Watch:
                 text = ray.get(reference, timeout=0.1)
             except (ray.exceptions.RayError, TimeoutError) as error:
                 text = f"no stack: {' '.join(str(error).split())[:200]}"
+                sure = sure and rank not in guilty
             about = self._lives[rank].about
+            if text == GONE:  # Ray ended it, or will find out: a rank that was killed does not hang
+                continue
             file = storage.join(self._run_dir, "stacks", f"g{about['generation']:04d}-rank{rank}.txt")
             storage.write_bytes(file, text.encode())
             if rank in guilty:
@@ -148,22 +155,28 @@ class Watch:
                 silent = now_s - life.beaten_s > self._timeout_s
                 seconds = round(now_s - (life.beaten_s if silent else life.moved_s), 1)
                 ledger.event(self._run_dir, "hang", **facts, silent=silent, for_s=seconds, stacks=file)
+        return sure
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _stacks(pid: int, file: str, kill: bool) -> str:
     """The stacks of a process of this machine, also of one that was stopped; then its end, if wanted."""
-    if not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
-        return "the process is gone"
-    os.kill(pid, signal.SIGUSR2)
-    os.kill(pid, signal.SIGCONT)
-    deadline = time.monotonic() + 2
+    cmdline = Path(f"/proc/{pid}/cmdline")
+    if not cmdline.exists() or not cmdline.read_bytes().startswith(b"ray::"):
+        return GONE
     text = ""
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        if (now := Path(file).read_text()) and now == text:
-            break
-        text = now
-    if kill:
-        os.kill(pid, signal.SIGKILL)
+    try:
+        os.kill(pid, signal.SIGUSR2)
+        os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            if (now := Path(file).read_text()) and now == text:
+                break
+            text = now
+    except OSError as error:
+        text = text or f"no stack: {error}"
+    finally:
+        if kill:
+            os.kill(pid, signal.SIGKILL)
     return text or "it did not answer"

@@ -59,9 +59,9 @@ class Board:
             with self.during(rank, _FILES.get(uri.rsplit("/", 1)[-1], "ledger")):
                 write_bytes(uri, content)
 
-        def told_prune(run_dir: str, keep: int, generation: int) -> None:
+        def told_prune(run_dir: str, keep: int, generation: int, since: int | None = None) -> None:
             with self.during(rank, "prune"):
-                prune(run_dir, keep, generation)
+                prune(run_dir, keep, generation, since)
 
         def told_put(log: MetricsLog, sync: bool = False) -> None:
             with self.during(rank, "rows"):

@@ -14,10 +14,11 @@ from typing import Any
 
 TITLES = {
     "core": "Kills of the real loop",
+    "ray": "Kills under Ray",
+    "goodput": "Goodput at one kill in ten minutes",
     "controls": "Negative controls: one protection taken away at a time",
     "bits": "Damaged checkpoints",
     "storm": "Resize storm",
-    "ray": "Kills under Ray",
 }
 
 

@@ -18,9 +18,10 @@ from raytrain_brats import verify
 from raytrain_brats.config import Config, parse
 from raytrain_brats.data import plan as plans
 from raytrain_brats.data import store as stores
+from raytrain_brats.data.parcel import parcels
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.phantom import write_set
-from raytrain_brats.data.stream import window_patches
+from raytrain_brats.data.stream import unpacked
 from raytrain_brats.run import checkpoint, job, ledger, loop
 from raytrain_brats.run.job import Job
 from raytrain_brats.run.ledger import Generation
@@ -109,7 +110,7 @@ def stream(todo: Job, generation: Generation, rank: int, world_size: int) -> Cal
         for window in todo.plan.windows(low, high):
             samples = [todo.plan.sample(p) for p in window if (p - low) % world_size == rank]
             items = [(s, None if s.case is None else todo.train_cases[s.case]) for s in samples]
-            yield from window_patches(todo.source, items, todo.cutting)
+            yield from unpacked(parcels(todo.source, items, todo.cutting, world_size=1))
 
     return next_stretch
 

@@ -1,0 +1,66 @@
+"""How far a command is: a bar with the time left on a terminal, plain lines now and then elsewhere."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from raytrain_brats import cli
+
+ROWS = """
+import sys, time
+from raytrain_brats.cli import progress
+
+def rows():
+    for number in range(20):
+        time.sleep(0.1)
+        yield number
+
+sys.exit(list(progress(rows(), "preparing", 20)) != list(range(20)))
+"""
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left() -> None:
+    """rich draws what is done, in per cent, and a time left that becomes known and shrinks."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    process = subprocess.Popen([sys.executable, "-c", ROWS], stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    said = b""
+    try:
+        while part := os.read(ours, 4096):
+            said += part
+    except OSError:  # the other end was closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode())
+    assert "preparing" in text and "100%" in text
+    assert re.search(r"[1-9][0-9]?%.* 0:00:0[1-9]", text), text
+
+
+def test_elsewhere_a_line_comes_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Plain lines, no more often than every LINE_S, with the number done and the time left; none for quick work."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def rows(count: int, each_s: float) -> Iterator[int]:
+        for number in range(count):
+            clock[0] += each_s
+            yield number
+
+    assert list(cli.progress(rows(5, 0.5), "preparing", 5)) == list(range(5))
+    assert capsys.readouterr().out == ""
+    assert list(cli.progress(rows(2560, 1 / 64), "preparing", 2560)) == list(range(2560))
+    assert capsys.readouterr().out.splitlines() == [
+        "preparing: 640 of 2,560, about 30 s left",
+        "preparing: 1,280 of 2,560, about 20 s left",
+        "preparing: 1,920 of 2,560, about 10 s left",
+    ]
