@@ -4,6 +4,7 @@ import dataclasses
 import resource
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,51 @@ def test_requests_are_heard_once_and_by_the_group_they_are_for(place: str, reque
         assert heard == expected
     assert ear.heard() == 0
     ear.close()
+
+
+@pytest.mark.parametrize("wants", [(saving.HOLD, saving.HOLD), (saving.SAVE, saving.HOLD), (saving.HOLD, saving.SAVE)])
+@pytest.mark.parametrize("apart_s", [0.0, 0.3])
+def test_controller_and_driver_may_ask_at_once(wants: tuple[int, int], apart_s: float, tmp_path: Path) -> None:
+    """A resize and Ctrl-C, say: both are told that the group is saved, though it listens to neither once it holds."""
+    run_dir, generation = str(tmp_path), begun(tmp_path)
+    ear = saving.Ear(run_dir, generation.number)
+    ear._every_s = 0.1
+
+    def group() -> None:
+        heard = 0
+        while heard != saving.HOLD and not ear._closed.is_set():
+            if heard := ear.heard():
+                facts = {"request": ear.answered, "hold": heard == saving.HOLD, "generation": generation.number}
+                ledger.event(run_dir, "checkpoint", **facts)
+            time.sleep(0.02)
+
+    with ThreadPoolExecutor(3) as pool:
+        pool.submit(group)
+        first = pool.submit(saving.ask, run_dir, wants[0])
+        time.sleep(apart_s)
+        second = pool.submit(saving.ask, run_dir, wants[1])
+        assert first.result(timeout=10)
+        assert second.result(timeout=10)
+        ear.close()
+
+
+def test_nobody_waits_for_a_group_that_was_replaced(tmp_path: Path) -> None:
+    """The new group does not know of the request: the answer is no, at once."""
+    begun(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(saving.ask, str(tmp_path), saving.SAVE)
+        time.sleep(0.3)
+        ledger.begin_generation(str(tmp_path))
+        assert asked.result(timeout=5) is False
+
+
+def begun(tmp_path: Path) -> ledger.Generation:
+    """A run whose group has applied a step."""
+    generation = ledger.begin_generation(str(tmp_path))
+    log = MetricsLog(str(tmp_path), generation)
+    log.add({"samples_seen": 4, "generation": generation.number})
+    log.flush()
+    return generation
 
 
 def test_rows_of_a_cut_off_write_are_taken_back(tmp_path: Path) -> None:

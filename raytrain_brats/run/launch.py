@@ -122,7 +122,7 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
     callbacks: list[Any] = [
         FailureBook(job.run_dir, lease.token),
         recovery.FreshNodes(job.run_dir, ready),
-        SaveFirst(job.run_dir, leave=needed.low < needed.high),
+        SaveFirst(job.run_dir, needed.low if needed.low < needed.high else 0, resources),
         ready,
     ]
     recovery.free_reservations(job.run_dir)

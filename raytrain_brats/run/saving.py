@@ -13,8 +13,10 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import PreemptingState, ResizingState, RunningState
+from ray.train.v2._internal.execution.preemption import _get_draining_nodes
 
 from raytrain_brats import storage
 from raytrain_brats.run import ledger
@@ -26,18 +28,27 @@ SAVE, HOLD = 1, 2
 
 
 def ask(run_dir: str, what: int) -> bool:
-    """Ask for a checkpoint and wait until it is committed; False when no group trains, or none came in time."""
+    """Ask for a checkpoint and wait until it is committed; False when no group trains, or none came in time.
+
+    Controller and driver may ask at once: whoever comes second asks for no less, and an answer to the later request
+    answers the earlier. A group that holds already is at its checkpoint.
+    """
     generation, (rows, _) = ledger.current(run_dir), ledger.recent(run_dir)
     if generation is None or not rows or rows[-1]["generation"] != generation.number:
         return False
     asked = time.time()
+    other = _read(run_dir)
+    if other.get("generation") == generation.number and other["time"] > asked - TIMEOUT_S:
+        what = max(what, other["what"])
     request = {"generation": generation.number, "what": what, "time": asked}
     storage.write_bytes(_request(run_dir), json.dumps(request).encode())
-    while time.time() < asked + TIMEOUT_S:
-        time.sleep(0.2)
+    while time.time() < asked + TIMEOUT_S and ledger.current(run_dir) == generation:
         for event in ledger.recent(run_dir)[1]:
-            if event["event"] == "checkpoint" and event.get("request") == asked:
-                return True
+            if event["event"] == "checkpoint" and event["generation"] == generation.number and "request" in event:
+                holds = event["hold"] and event["time"] > asked - HOLD_S
+                if holds or (event["request"] >= asked and what == SAVE):
+                    return True
+        time.sleep(0.2)
     return False
 
 
@@ -46,23 +57,36 @@ class SaveFirst(ControllerCallback):
     """Lives in Ray Train's controller: has a group saved before it is resized or its node goes."""
 
     run_dir: str
-    leave: bool
-    """Whether a group goes on with fewer workers at once when a node is to go, rather than use it to its end."""
+    low: int
+    """A group that can be resized goes on with fewer workers at once when a node is to go, if so many find room on the
+    nodes that stay; else, and with 0, it uses the node to its end."""
+    per_worker: dict[str, float]
+    """What a worker needs of a node, as Ray counts."""
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         if isinstance(previous_state, RunningState) and isinstance(current_state, ResizingState | PreemptingState):
             began, resize = time.perf_counter(), isinstance(current_state, ResizingState)
+            saved = leave = False
             try:
-                saved = ask(self.run_dir, HOLD if resize or self.leave else SAVE)
+                leave = not resize and self.low > 0 and _room(self.per_worker) >= self.low
+                saved = ask(self.run_dir, HOLD if resize or leave else SAVE)
             except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here; a full disk, say
                 print(f"no checkpoint could be asked for: {error!r}")
-                saved = False
             seconds = round(time.perf_counter() - began, 3)
             ledger.event(self.run_dir, "resize" if resize else "preemption", saved=saved, seconds=seconds)
-            if saved and self.leave and isinstance(current_state, PreemptingState):
+            if saved and leave and isinstance(current_state, PreemptingState):
                 # Ray would wait for the node's deadline; what is trained until then would be lost with it
                 info = current_state.preemption_info
                 current_state.preemption_info = replace(info, deadline_ms=int(time.time() * 1000))
+
+
+def _room(per_worker: dict[str, float]) -> int:
+    """How many workers the nodes have room for that are up and stay."""
+    leaving = set(_get_draining_nodes() or {})
+    staying = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    return sum(
+        int(min(there.get(name, 0.0) // amount for name, amount in per_worker.items() if amount)) for there in staying
+    )
 
 
 class Ear:
@@ -90,9 +114,16 @@ class Ear:
 
     def _listen(self) -> None:
         while not self._closed.wait(self._every_s):
-            with contextlib.suppress(OSError, ValueError):
-                self._request = json.loads(storage.read_bytes(_request(self._run_dir)))
+            self._request = _read(self._run_dir) or self._request
 
 
 def _request(run_dir: str) -> str:
     return storage.join(run_dir, "save-request.json")
+
+
+def _read(run_dir: str) -> dict[str, Any]:
+    """The last request; empty when there is none or the storage is away."""
+    with contextlib.suppress(OSError, ValueError):
+        found: dict[str, Any] = json.loads(storage.read_bytes(_request(run_dir)))
+        return found
+    return {}

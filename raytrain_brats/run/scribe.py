@@ -183,7 +183,7 @@ class Scribe:
             return
         self._compare(seen, learner)
         if self.rank == 0:
-            self._save(seen, learner, needed, self._ear.answered if self._ear and asked else None)
+            self._save(seen, learner, needed, asked)
         if asked == HOLD:
             until = time.monotonic() + HOLD_S
             while time.monotonic() < until:  # whoever asked ends this process; every step from here would be lost
@@ -200,7 +200,7 @@ class Scribe:
                 self.event("weights_differ", ranks=ranks, samples_seen=seen)
             raise ArithmeticError(f"the weights of ranks {ranks} differ from the others' at sample {seen}")
 
-    def _save(self, seen: int, learner: Learner, needed: bool, request: float | None) -> None:
+    def _save(self, seen: int, learner: Learner, needed: bool, asked: int) -> None:
         began = time.perf_counter()
         if not needed and self._writer.busy():  # the disk is slow or full, the storage away: training goes on
             self.event("checkpoint_left_out", samples_seen=seen)
@@ -210,7 +210,9 @@ class Scribe:
         tensors = checkpoint.snapshot(tensors)
         state = {"samples_seen": seen, "identity": self.job.identity, "learner": values}
         state |= {"metrics_bytes": self._log.bytes, "bad_in_epoch": self._bad_in_epoch}
-        facts: dict[str, Any] = {"samples_seen": seen} | ({} if request is None else {"request": request})
+        facts: dict[str, Any] = {"samples_seen": seen}
+        if asked and self._ear:
+            facts |= {"request": self._ear.answered, "hold": asked == HOLD}
         facts |= {"stall_s": round(time.perf_counter() - began, 4)} | self.clock.mark()
 
         def write() -> None:
