@@ -101,7 +101,7 @@ def write_bytes(uri: str, content: bytes) -> None:
         s3.put(uri, content)
         return
     path = Path(normal(uri))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -111,7 +111,20 @@ def write_bytes(uri: str, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def _make_folder(path: Path) -> None:
+    """With those above it, durably: a file in a folder that a power loss takes is lost with it."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a local folder durable: fsync of a file keeps its content, not its name."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
@@ -125,14 +138,18 @@ def append(uri: str, text: str, start: int | None = None) -> None:
     read, then put on condition that nobody put in between, and again if so.
     """
     if not is_s3(uri):
-        Path(normal(uri)).parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(normal(uri), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        path = Path(normal(uri))
+        _make_folder(path.parent)
+        new = not path.exists()
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             if os.write(file, text.encode()) != len(text.encode()):
                 raise OSError(errno.ENOSPC, "only a part could be written; the disk is full", uri)
             os.fsync(file)
         finally:
             os.close(file)
+        if new:
+            sync_folder(path.parent)
         return
     put: bytes | None = None
     for attempt in range(30):
@@ -177,7 +194,7 @@ def swap(uri: str, before: bytes | None, after: bytes) -> bool:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """Hold the lock of a local file: on a hidden sibling, as the file itself is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     lock, deadline = path.with_name(f".{path.name}.lock"), time.monotonic() + _LOCK_S
     file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -57,8 +57,8 @@ def test_the_file_of_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert row["disk_bytes"] > 1000
         assert {"augmentation", "cache", "output"} <= row.keys()
     ours = found["pipelines"]["store"]["runs"][0]
-    assert {"raylet", "gcs_server", "SplitCoordinator", "RayTrainWorker", "driver"} <= ours["peak_mb"].keys()
-    assert {"ReadPositions", "RayTrainWorker", "SplitCoordinator"} <= ours["cpu_s"].keys()
+    ours_too = {"raylet", "gcs_server", "SplitCoordinator", "RayTrainWorker", "ReadPositions", "driver"}
+    assert ours_too <= ours["peak_mb"].keys()
     assert "patches per CPU s" in capsys.readouterr().out
 
 

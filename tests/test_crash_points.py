@@ -1,7 +1,8 @@
 """Die between any two system calls of a commit or of a start: the old state or the new one, never a torn one.
 
 A forked child does the work and dies before its n-th call that touches the disk, for every n until it gets through.
-Power loss is worse than a kill: a file falls back to what it was at its last fsync, as a disk may do.
+Power loss is worse than a kill: a file falls back to what it was at its last fsync, and a name to what it was at the
+last fsync of its folder, as a disk may do.
 On S3 the child dies before its n-th put or delete; after the n-th is before the next, or the end.
 """
 
@@ -34,18 +35,48 @@ class Disk:
         self.left, self.power_loss = last, power_loss
         self.names: dict[int, str] = {}
         self.unsynced: dict[str, int] = {}  # path -> bytes that a power loss leaves
+        self.unnamed: dict[str, bytes | None] = {}  # path -> what a power loss puts there; None: nothing
+        self.real = {name: getattr(os, name) for name in CALLS}
         for name in CALLS:
-            setattr(os, name, self.counted(name, getattr(os, name)))
+            setattr(os, name, self.counted(name, self.real[name]))
         self.plain_open = builtins.open
         storage.open = ledger.open = self.open  # type: ignore[attr-defined]
 
     def tick(self) -> None:
         if self.left == 0:
-            for path, length in self.unsynced.items() if self.power_loss else ():
-                if os.path.exists(path):
-                    os.truncate(path, length)
+            if self.power_loss:
+                self.lose()
             os._exit(9)
         self.left -= 1
+
+    def lose(self) -> None:
+        for name in CALLS:
+            setattr(os, name, self.real[name])
+        for path, length in self.unsynced.items():
+            if os.path.exists(path):
+                os.truncate(path, length)
+        for path, before in sorted(self.unnamed.items(), reverse=True):  # what is in a folder before the folder
+            if before is not None:
+                with self.plain_open(path, "wb") as file:
+                    file.write(before)
+                    file.flush()
+            elif os.path.isdir(path):
+                shutil.rmtree(path)
+            elif os.path.exists(path):
+                os.unlink(path)
+
+    def named(self, name: str, arguments: Any) -> None:
+        """A name is about to appear, change or go."""
+        path = os.path.abspath(arguments[1] if name == "replace" else arguments[0])
+        if name == "unlink":
+            self.unnamed.pop(path, None)  # that it may come back is not played through
+        elif not os.path.exists(path):
+            self.unnamed.setdefault(path, None)
+        elif name == "replace":
+            with self.plain_open(path, "rb") as file:
+                self.unnamed.setdefault(path, file.read())
+        if name == "replace":
+            self.unnamed.pop(os.path.abspath(arguments[0]), None)
 
     def counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -53,12 +84,18 @@ class Disk:
             if name == "write":
                 path = self.names[arguments[0]]
                 self.unsynced.setdefault(path, os.path.getsize(path))
+            elif name in ("replace", "unlink", "mkdir") or (name == "open" and arguments[1] & os.O_CREAT):
+                self.named(name, arguments)
             result = real(*arguments, **options)
             if name == "open":
                 self.names[result] = os.fspath(arguments[0])
             elif name == "fsync":
                 file = arguments[0] if isinstance(arguments[0], int) else arguments[0].fileno()
-                self.unsynced.pop(self.names.get(file, ""), None)
+                synced = self.names.get(file, "")
+                self.unsynced.pop(synced, None)
+                if os.path.isdir(synced):
+                    here = os.path.abspath(synced)
+                    self.unnamed = {p: b for p, b in self.unnamed.items() if os.path.dirname(p) != here}
             elif name == "replace" and os.fspath(arguments[0]) in self.unsynced:
                 self.unsynced[os.fspath(arguments[1])] = self.unsynced.pop(os.fspath(arguments[0]))
             return result
@@ -69,6 +106,7 @@ class Disk:
         if not set(mode) & set("wa"):
             return self.plain_open(path, mode)
         self.tick()
+        self.named("open", [path])
         file = self.plain_open(path, mode)
         self.names[file.fileno()] = os.fspath(path)
         real = file.write
@@ -156,28 +194,30 @@ def check_every_point(place: Callable[[int], str], work: Any, arm: Callable[[int
     ends = set()
     for last in range(200):
         folder = place(last)
-        begun(folder)
+        if work is not begun:
+            begun(folder)
         code = in_child(partial(arm, last), partial(work, folder))
         assert code in (0, 9)
 
         found, damaged = checkpoint.newest_valid(folder)
-        assert found is not None and not damaged
+        assert not damaged and (found is not None or work is begun)
+        seen = found.samples_seen if found else 0
         generation = ledger.begin_generation(folder)
         ends.add(generation.samples_seen)
-        assert generation.samples_seen == found.samples_seen
-        assert [row["samples_seen"] for row in ledger.read_rows(folder)] == [*range(4, found.samples_seen + 1, 4)]
+        assert generation.samples_seen == seen
+        assert [row["samples_seen"] for row in ledger.read_rows(folder)] == [*range(4, seen + 1, 4)]
         events = storage.read_bytes(storage.join(folder, "events.jsonl")).decode()
         assert all(json.loads(line) for line in events.splitlines() if line[-1:] == "}")
         if not storage.is_s3(folder):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         if code == 0:
             break
-    assert ends == ({8, 16} if work is go_on else {8})
+    assert ends == {begun: {0, 8}, go_on: {8, 16}, start_again: {8}}[work]
     return last
 
 
 @pytest.mark.parametrize("power_loss", [False, True], ids=["kill", "power loss"])
-@pytest.mark.parametrize("work", [go_on, start_again])
+@pytest.mark.parametrize("work", [begun, go_on, start_again])
 def test_every_crash_point_leaves_a_state_to_go_on_from(tmp_path: Path, work: Any, power_loss: bool) -> None:
     """On a local disk, before every call that touches it."""
     assert 8 < check_every_point(lambda n: str(tmp_path / f"{n}"), work, lambda n: Disk(n, power_loss)) < 199

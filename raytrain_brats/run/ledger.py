@@ -283,6 +283,7 @@ class MetricsLog:
                 self._waiting.clear()
                 if sync:
                     os.fsync(file)
+                    storage.sync_folder(Path(self._uri).parent)  # the file may be new
             finally:
                 os.close(file)
 
