@@ -13,7 +13,6 @@ import os
 import shutil
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +43,16 @@ class Disk:
 
     def tick(self) -> None:
         if self.left == 0:
-            if self.power_loss:
-                self.lose()
+            self.lose()
             os._exit(9)
         self.left -= 1
 
     def lose(self) -> None:
+        """The end, before a call or after all of them."""
         for name in CALLS:
             setattr(os, name, self.real[name])
+        if not self.power_loss:
+            return
         for path, length in self.unsynced.items():
             if os.path.exists(path):
                 os.truncate(path, length)
@@ -135,7 +136,7 @@ def state_of(seen: int, length: int) -> dict[str, Any]:
     return {"samples_seen": seen, "metrics_bytes": length, "bad_in_epoch": 0}
 
 
-def die_before_request(last: int) -> None:
+def die_before_request(last: int) -> Callable[[], None]:
     """Die before put or delete number `last` reaches S3."""
     left, real = [last], BaseClient._make_api_call
 
@@ -147,6 +148,7 @@ def die_before_request(last: int) -> None:
         return real(self, operation, arguments)
 
     BaseClient._make_api_call = call
+    return lambda: None
 
 
 def begun(folder: str) -> None:
@@ -175,13 +177,12 @@ def start_again(folder: str) -> None:
     ledger.begin_generation(folder)
 
 
-def in_child(*todo: Callable[[], Any]) -> int:
-    """Exit code of a process of its own that does all this."""
+def in_child(do: Callable[[], Any]) -> int:
+    """Exit code of a process of its own that does this."""
     child = os.fork()
     if child == 0:
         try:
-            for do in todo:
-                do()
+            do()
         except BaseException:  # noqa: BLE001 (or the child would go on with the tests)
             traceback.print_exc()
             os._exit(1)
@@ -189,14 +190,21 @@ def in_child(*todo: Callable[[], Any]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def check_every_point(place: Callable[[int], str], work: Any, arm: Callable[[int], Any]) -> int:
+def check_every_point(place: Callable[[int], str], work: Any, arm: Callable[[int], Callable[[], None]]) -> int:
     """After each death: a valid checkpoint, old or new, whose rows are all there and no others; a start that works."""
-    ends = set()
+    # `arm` sets a death up; what it returns is called when that was not reached
+    ends, wanted = set(), {begun: {0, 8}, go_on: {8, 16}, start_again: {8}}[work]
     for last in range(200):
         folder = place(last)
         if work is not begun:
             begun(folder)
-        code = in_child(partial(arm, last), partial(work, folder))
+
+        def until_death(last: int = last, folder: str = folder) -> None:
+            end = arm(last)
+            work(folder)
+            end()
+
+        code = in_child(until_death)
         assert code in (0, 9)
 
         found, damaged = checkpoint.newest_valid(folder)
@@ -212,7 +220,8 @@ def check_every_point(place: Callable[[int], str], work: Any, arm: Callable[[int
             shutil.rmtree(folder, ignore_errors=True)
         if code == 0:
             break
-    assert ends == {begun: {0, 8}, go_on: {8, 16}, start_again: {8}}[work]
+    assert ends == wanted
+    assert seen == max(wanted), "what was committed is there for good"
     return last
 
 
@@ -220,7 +229,7 @@ def check_every_point(place: Callable[[int], str], work: Any, arm: Callable[[int
 @pytest.mark.parametrize("work", [begun, go_on, start_again])
 def test_every_crash_point_leaves_a_state_to_go_on_from(tmp_path: Path, work: Any, power_loss: bool) -> None:
     """On a local disk, before every call that touches it."""
-    assert 8 < check_every_point(lambda n: str(tmp_path / f"{n}"), work, lambda n: Disk(n, power_loss)) < 199
+    assert 8 < check_every_point(lambda n: str(tmp_path / f"{n}"), work, lambda n: Disk(n, power_loss).lose) < 199
 
 
 @pytest.mark.parametrize("work", [go_on, start_again])

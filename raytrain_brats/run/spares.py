@@ -45,8 +45,7 @@ def warm_worker() -> None:
     _warm("torch._dynamo")  # 2 CPU seconds that torch would spend with the first optimiser
     imported = (began, time.time())
     try:
-        node = ray.get_runtime_context().get_node_id()
-        internal_kv._internal_kv_put(f"warm/{node}".encode(), b"", namespace=NAMESPACE)
+        internal_kv._internal_kv_put(_mark(ray.get_runtime_context().get_node_id()), b"", namespace=NAMESPACE)
     except Exception as error:  # noqa: BLE001 - likewise
         print(f"cannot tell that this process is ready: {error!r}")
 
@@ -76,7 +75,7 @@ class Spares(WorkerGroupCallback):
         if name not in self._joined and self._env:
             self._joined[name] = now
             threading.Thread(target=self._order_on, args=(node, number), daemon=True).start()
-        ready = internal_kv._internal_kv_exists(f"warm/{name}".encode(), namespace=NAMESPACE)
+        ready = internal_kv._internal_kv_exists(_mark(name), namespace=NAMESPACE)
         return ready or now - self._joined.get(name, -math.inf) > WARM_S
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
@@ -109,6 +108,11 @@ class Spares(WorkerGroupCallback):
         left = max(0, self._ready[node["NodeID"]] - number)  # the group that has just started took that many
         _prestart(node, number - left, self._env)
         self._ready[node["NodeID"]] = max(left, number)
+
+
+def _mark(node: str) -> bytes:
+    """Says in Ray's key-value store that a process of this job is ready there."""
+    return f"warm/{ray.get_runtime_context().get_job_id()}/{node}".encode()
 
 
 def _environment() -> str:
