@@ -130,7 +130,7 @@ class Run(_Frozen):
     """Where and on how many machines; may change from one start of a run to the next."""
 
     workers: str = "auto"
-    """MIN:MAX training workers; `auto` is 1 up to the number of GPUs (at least 1) that the cluster has when `train` starts."""
+    """MIN:MAX training workers; `auto` is 1 up to the number of GPUs (at least 1) that are there at the start."""
     cpus_per_worker: PositiveFloat | None = None
     """Logical CPUs of a training worker; by default 1 with a GPU, 0.5 without. Use 0.5, 0.25 or whole numbers."""
     gpus_per_worker: Literal[0, 1] | None = None
