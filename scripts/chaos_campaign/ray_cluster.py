@@ -22,11 +22,12 @@ from raytrain_brats.run import ledger
 
 RAY = str(Path(sys.executable).with_name("ray"))
 SMALL = ["preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]"]
-# A killed node is noticed in some 5 s: for `ray start --head` on spot machines.
+# For `ray start` on spot machines: a killed node is noticed in some 5 s, idle processes stay for the next group.
 NOTICES = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "5",
+    "RAY_num_workers_soft_limit": "16",
 }
 
 

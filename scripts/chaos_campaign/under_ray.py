@@ -37,6 +37,9 @@ OTHERS = ("drain", "pause", "late notice", "stop")
 """In turn, one after every fifth kill: a preemption notice in good time, a rank that is stopped (SIGSTOP), a notice two
 seconds before the node is killed, SIGTERM to the driver. Nodes join in between."""
 NODES = 3
+CALM_S = (2.0, 30.0)
+SOON_S = 20.0
+"""After a recovery the processes that stand ready are made anew; whatever is struck sooner is told apart."""
 HANG_S = 30.0
 GOODPUT = 0.95
 BARS_S = {"worker": 15.0, "node": 30.0, "raylet": 30.0, "join": 20.0}
@@ -62,12 +65,14 @@ class Strikes:
     redone: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     hangs_s: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    back: float = 0.0
+    """When the run had last come back."""
 
     def once(self, kind: str, more: bool = True) -> None:
         """Strike and wait until it trains again; with `more` perhaps strike amid that, perhaps let a node join then."""
         if kind in ("node", "raylet", "drain", "late notice") and len(self.cluster.nodes) < 2:
             self.once("join")
-        before = self.run.generation()
+        before, soon = self.run.generation(), time.time() - self.back < SOON_S
         began = self._strike(kind)
         if more and kind in ("worker", "node", "raylet") and self.rng.random() < 0.2:
             time.sleep(self.rng.uniform(0, 8))
@@ -76,7 +81,7 @@ class Strikes:
             if self.kills.total() > counted:
                 self.amid += 1
                 kind, began, before = f"{second} amid a recovery", struck, now
-        self._back(kind, began, before)
+        self._back(kind + ", soon" * (soon and kind in BARS_S), began, before)
         if kind == "drain":
             self.cluster.kill_node(self.leaving)
         if more and self.rng.random() < 0.25 and len(self.cluster.nodes) < NODES and kind != "join":
@@ -151,9 +156,10 @@ class Strikes:
         told = [e for e in self.run.events("recovered") if e["generation"] == first["generation"]]
         took |= {part: told[0][part] for part in PARTS} if told else {}
         self.seconds[kind].append(took)
+        self.back = first["time"]
         groups = [e for e in self.run.events("group") if e["generation"] > before]
         self.redone[kind].append(sum(e["redone_steps"] for e in groups))
-        if kind in NOTHING_REDONE and self.redone[kind][-1]:
+        if kind.removesuffix(", soon") in NOTHING_REDONE and self.redone[kind][-1]:
             self.failures.append(f"{kind}: {self.redone[kind][-1]} steps were done again")
         if kind == "pause":
             found = [e["time"] - began for e in self.run.events("hang") if e["time"] > began]
@@ -172,9 +178,14 @@ def deck(rng: random.Random, kills: int) -> list[str]:
 
 
 def section(
-    folder: Path, seed: int, kills: int, progress: Progress, kinds: tuple[str, ...] = (), calm_s: float = 16.0
+    folder: Path,
+    seed: int,
+    kills: int,
+    progress: Progress,
+    kinds: tuple[str, ...] = (),
+    calm_s: tuple[float, float] = CALM_S,
 ) -> dict[str, Any]:
-    """The report's entry. `kinds` instead of a drawn order; between two strikes the run trains up to `calm_s`."""
+    """The report's entry. `kinds` instead of a drawn order; between two strikes the run trains for `calm_s`."""
     rng = random.Random(seed)
     with cluster_in(folder, "--num-cpus=1") as cluster:
         cluster.add()
@@ -182,11 +193,11 @@ def section(
         found = Strikes(cluster, ElasticRun(cluster, f"1:{NODES}", *SETTINGS), rng)
         found.run.rows_until(2, 0)
         for number, kind in enumerate(kinds or deck(rng, kills)):
-            time.sleep(rng.uniform(2, calm_s))
+            time.sleep(rng.uniform(*calm_s))
             found.once(kind)
             progress(found.kills.total(), kills or len(kinds), f"{kind}, {len(found.failures)} violations")
             if not kinds and number % 5 == 4:
-                time.sleep(rng.uniform(2, calm_s))
+                time.sleep(rng.uniform(*calm_s))
                 found.once(OTHERS[number // 5 % len(OTHERS)])
         time.sleep(2)
         found.run.interrupt()
@@ -282,8 +293,8 @@ def _judged(found: Strikes) -> dict[str, Any]:
 
 TABLE = (
     "Seconds from the strike (from the new command, where one is needed: driver, controller, head, stop; from the "
-    "decision to resize for join) to the next applied step; below it the medians of its parts as the run's own events "
-    "tell them:"
+    f"decision to resize for join) to the next applied step; 'soon' is within {SOON_S:.0f} s of the recovery before, "
+    "'amid' before its first step; beside them the medians of the parts as the run's own events tell them:"
 )
 
 
