@@ -42,9 +42,9 @@ class Data:
     """Voxels of a generated case across 240 mm."""
     patch: int = 128
     """Voxels along each edge of a patch."""
-    patches: int = 256
+    patches: int = 1024
     """Patches counted in each run, after a warm-up."""
-    warm: int = 64
+    warm: int = 256
     """Patches of our routes before counting begins; peers take 8."""
     seconds: float = 60.0
     """A run that has not got so far ends after this time."""

@@ -5,7 +5,7 @@ Out: one-row Arrow tables that the ranks take in turn; on the rank the `Patch`es
 
 Patches of one case overlap: four of 128^3 are 76 MB, the brain they were cut from is 28. So what travels to a rank is
 the part of each case that its patches cover, once, and the rank cuts them where it needs them: one hop and a third of
-the bytes. On two cores this took the store route from 26 patches per CPU second to XX (docs/benchmarks/data.md).
+the bytes (measured in docs/benchmarks/data.md).
 """
 
 import json
