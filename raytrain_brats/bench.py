@@ -1,4 +1,4 @@
-"""Measure this package against its peers, all processes counted: `raytrain-brats bench data`.
+"""Measure this package, all processes counted: `raytrain-brats bench data` against its peers, `bench prepare`.
 
 In: how many generated cases, patches and rounds; which peers.
 Out: a table on the terminal; with --json a file of every run's figures.
@@ -22,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from raytrain_brats import storage
+from raytrain_brats.benchmark.meter import Meter
 from raytrain_brats.benchmark.pipelines import ABOUT, OURS, PEERS, Order, Run, missing
 from raytrain_brats.cli import entry
 from raytrain_brats.data import manifest as manifests
@@ -89,12 +90,7 @@ def _names(given: str, known: tuple[str, ...], option: str) -> list[str]:
 
 def _generate(args: Data, work: Path) -> Path:
     """The cases, and the store made of them, unless they are there from an earlier time."""
-    source, store = work / "source", work / "store"
-    if not (source / "dataset.json").exists():
-        phantom.write_set(str(source), args.cases, seed=1, grid=args.grid, anatomy="procedural")
-    found = len(list((source / "imagesTr").glob("*.nii.gz")))
-    if found != args.cases:
-        raise UserError(f"--work {work} holds {found} cases, --cases says {args.cases}; give another folder")
+    source, store = _cases(work / "source", args.cases, args.grid), work / "store"
     if not (store / "index.jsonl").exists():
         manifest = manifests.open_manifest(str(source))
         preprocessing = {"spacing_mm": 240 / args.grid}
@@ -102,6 +98,16 @@ def _generate(args: Data, work: Path) -> Path:
         cases = tuple(stores.put(str(store), raw, case, preprocessing) for case in manifest.cases)
         stores.write_index(str(store), replace(manifest, cases=cases), preprocessing)
     return source
+
+
+def _cases(folder: Path, number: int, grid: int) -> Path:
+    """A folder of generated cases, unless it is there."""
+    if not (folder / "dataset.json").exists():
+        phantom.write_set(str(folder), number, seed=1, grid=grid, anatomy="procedural")
+    found = len(list((folder / "imagesTr").glob("*.nii.gz")))
+    if found != number:
+        raise UserError(f"{folder} holds {found} cases, --cases says {number}; give another --work")
+    return folder
 
 
 def _run(args: Data, name: str, work: Path, source: Path) -> Run:
@@ -127,14 +133,7 @@ def _report(
     packages = ("raytrain_brats", "ray", "torch", "monai", "pyarrow", "numpy", "nnunetv2", "mosaicml-streaming")
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {
-            "cpu": _cpu(),
-            "cpus": len(os.sched_getaffinity(0)),
-            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
-            "system": platform.platform(),
-            "load_before": before,
-            "load_after": os.getloadavg(),
-        },
+        "machine": _machine(before),
         "versions": {name: version for name in packages if (version := _version(name))},
         "settings": {name: value for name, value in asdict(args).items() if name not in ("work", "json")}
         | {
@@ -154,6 +153,17 @@ def _report(
             for name, all_runs in runs.items()
         },
         "skipped": skipped,
+    }
+
+
+def _machine(before: tuple[float, float, float]) -> dict[str, Any]:
+    return {
+        "cpu": _cpu(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "system": platform.platform(),
+        "load_before": before,
+        "load_after": os.getloadavg(),
     }
 
 
@@ -188,13 +198,69 @@ def _show(found: dict[str, Any]) -> None:
         print(f"left out: {name}, {why}")
 
 
-BENCHES = {"data": (Data, data)}
+@dataclass(frozen=True)
+class Prepare:
+    """CPU seconds a case that `prepare` takes, all its processes counted; the store's size against the files'."""
+
+    cases: int = 24
+    """Cases generated, each different."""
+    grid: int = 240
+    """Voxels of a generated case across 240 mm."""
+    work: str = ""
+    """Folder for the cases, kept for the next time; by default one that is removed."""
+    json: str = ""
+    """File for the figures."""
+
+
+def prepare(args: Prepare) -> None:
+    """Of one case and of all, each into a new store: the difference is free of Ray's start."""
+    if args.cases < 2:
+        raise UserError("--cases must be 2 at least: one is for the start")
+    before = os.getloadavg()
+    with tempfile.TemporaryDirectory(prefix="bench") as folder:
+        work = Path(args.work or folder).absolute()
+        spent, sizes = {}, {}
+        for name, number in (("one", 1), ("all", args.cases)):
+            source, store = _cases(work / f"{name}-source", number, args.grid), Path(folder, f"{name}-store")
+            command = [sys.executable, "-m", "raytrain_brats.prepare", "--data", str(source), "--store", str(store)]
+            command += ["--set", f"preprocess.spacing_mm={240 / args.grid}"]
+            with Meter() as meter:
+                begun = time.monotonic()
+                environment = os.environ | {"RAY_ADDRESS": "local"}
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+                ended = time.monotonic()
+                time.sleep(0.3)  # the meter's next look
+            if done.returncode:
+                raise RunFailed(f"prepare ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+            spent[name] = sum(s for kind, s in meter.spent(begun, ended).items() if kind != "driver")
+            files = sum(storage.list_files(str(source / "imagesTr")).values())
+            files += sum(storage.list_files(str(source / "labelsTr")).values())
+            sizes[name] = sum(storage.list_files(str(store)).values()), files
+    found = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": _machine(before),
+        "cases": args.cases,
+        "cpu_s_of_one": round(spent["one"], 2),
+        "cpu_s_of_all": round(spent["all"], 2),
+        "cpu_s_per_further_case": round((spent["all"] - spent["one"]) / (args.cases - 1), 3),
+        "store_bytes": sizes["all"][0],
+        "nii_gz_bytes": sizes["all"][1],
+        "store_over_nii_gz": round(sizes["all"][0] / sizes["all"][1], 2),
+    }
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+BENCHES: dict[str, tuple[Any, Any]] = {"data": (Data, data), "prepare": (Prepare, prepare)}
 
 
 def main(argv: list[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: raytrain-brats bench {data} [--help] ...\n\n  data  loading patches, against other libraries")
+        print("usage: raytrain-brats bench {data,prepare} [--help] ...\n")
+        print("  data     loading patches, against other libraries\n  prepare  CPU seconds a case, size of the store")
         return 0
     if name not in BENCHES:
         print(f"error: bench {name!r} is not known; there is {', '.join(BENCHES)}", file=sys.stderr)

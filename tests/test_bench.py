@@ -62,11 +62,24 @@ def test_the_file_of_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "patches per CPU s" in capsys.readouterr().out
 
 
+@pytest.mark.campaign
+def test_what_a_case_costs_to_prepare(tmp_path: Path) -> None:
+    """Two Ray starts; further cases cost less than the first, and the store is the sum of its files."""
+    out = tmp_path / "prepare.json"
+    assert (
+        bench.main(["prepare", "--cases", "4", "--grid", "32", "--work", str(tmp_path / "work"), "--json", str(out)])
+        == 0
+    )
+    found = json.loads(out.read_text())
+    assert 0 < found["cpu_s_per_further_case"] < found["cpu_s_of_one"]
+    assert found["store_bytes"] > 1000
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["data", "--peers", "monia"], "--peers monia: not known; there are monai_dataset"),
-        (["speed"], "bench 'speed' is not known; there is data"),
+        (["speed"], "bench 'speed' is not known; there is data, prepare"),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
