@@ -74,7 +74,15 @@ def data(args: Data) -> None:
         runs: dict[str, list[Run]] = {name: [] for name in pipelines}
         turns = [name for _ in range(args.rounds) for name in pipelines]
         for name in track(turns, "measuring", console=Console(stderr=True), transient=True):
-            runs[name].append(_run(args, name, work, source))
+            if name in skipped:
+                continue
+            try:
+                runs[name].append(_run(args, name, work, source))
+            except RunFailed as error:
+                if name in OURS:
+                    raise
+                skipped[name] = str(error)  # another library's trouble; the figures of the others stay
+        runs = {name: done for name, done in runs.items() if name not in skipped}
         found = _report(args, work, runs, skipped, before)
     _show(found)
     if args.json:
