@@ -31,7 +31,7 @@ NOTICE_S = 120.0
 """What EC2 gives a machine from the notice on; taken where the notice cannot be read."""
 DRAIN_S = 60.0
 """Longest time for one try to reach Ray."""
-_TOKEN, _TTL, _TTL_S = "X-aws-ec2-metadata-token", "X-aws-ec2-metadata-token-ttl-seconds", 300  # noqa: S105
+_TOKEN, _TTL, _TTL_S = "X-aws-ec2-metadata-token", "X-aws-ec2-metadata-token-ttl-seconds", 300
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def drain_apart(notice: Notice, node: str = "") -> bool:
 def drain(notice: Notice, node: str = "") -> None:
     """Tell Ray that this machine's node goes. Exits with 1 when nobody accepts, saying why."""
     from ray._private import services
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
 
     try:

@@ -168,7 +168,7 @@ def test_what_ray_does_not_take_is_tried_again(metadata: Metadata) -> None:
 
 
 def test_the_program_outlives_a_head_that_is_not_up(metadata: Metadata, tmp_path: Path) -> None:
-    """`python -m raytrain_brats.spot` with a notice and no Ray goes on asking; a second one on the machine ends at once."""
+    """With a notice and no Ray it goes on asking; a second one on the machine ends at once."""
     metadata.terminate_in(90)
     environment = os.environ | {
         "AWS_EC2_METADATA_SERVICE_ENDPOINT": metadata.url,
