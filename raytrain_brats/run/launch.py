@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from raytrain_brats import storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import checkpoint, cluster, ledger, recovery, roles, saving, spares
+from raytrain_brats.run import checkpoint, cluster, gauges, ledger, recovery, roles, saving, spares
 from raytrain_brats.run.job import Job, write_config
 from raytrain_brats.run.lease import Lease
 from raytrain_brats.run.loop import train_worker
@@ -80,6 +80,7 @@ class FailureBook(UserCallback):
 
 def check(job: Job) -> cluster.Resources:
     """What the run will use of the connected cluster. Raises UserError when it cannot run there."""
+    gauges.prices()
     needed = cluster.measure(job.config.run, job.plan.global_batch)
     cluster.check_shared({"run folder": job.run_dir}, {"data folder": job.source.root})
     return needed
