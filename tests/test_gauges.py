@@ -63,7 +63,7 @@ def test_the_books_are_told_as_they_stand(told: Told) -> None:
     assert told == {("samples_total", "run"): 100, **{(n, "run"): 0 for n in ("resizes", "recoveries", "quarantined")}}
     gauges.tell(gauges.Gauges("run"), events, [], 100)
     assert told[("resizes", "run")] == told[("quarantined", "run")] == 1
-    assert told[("recoveries", "run")], told[("recovery_s", "run")] == (2, 3.0)
+    assert (told[("recoveries", "run")], told[("recovery_s", "run")]) == (2, 3.0)
     assert {key[2]: value for key, value in told.items() if key[0] == "dice"} == {"WT": 0.9, "TC": 0.8}
 
 

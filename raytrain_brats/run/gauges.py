@@ -93,7 +93,7 @@ def prices() -> dict[str, float]:
     found = {}
     try:
         for part in given.split(",") if given else ():
-            role, _, price = part.rpartition("=")
+            role, price = part.split("=") if "=" in part else ("", part)
             found[role.strip()] = float(price)
     except ValueError:
         found[""] = math.nan

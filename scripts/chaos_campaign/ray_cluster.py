@@ -76,9 +76,9 @@ class Cluster:
         self.port, folder = free_port(), f"{self.place}/ray{self._number}"
         self._start(f"--head --port={self.port} --temp-dir={folder} --include-dashboard=false {self._head}")
 
-    def add(self, before: str = "") -> str:
-        """Start a node with 2 CPUs, wait until it is up; its name. `before` is run in a mount namespace of its own."""
-        name, node = self._start(f"--address=127.0.0.1:{self.port} --num-cpus=2", before)
+    def add(self, before: str = "", options: str = "--num-cpus=2") -> str:
+        """Start a node, wait until it is up; its name. `before` is run in a mount namespace of its own."""
+        name, node = self._start(f"--address=127.0.0.1:{self.port} {options}", before)
         self.nodes[name] = node
         return name
 
@@ -116,6 +116,12 @@ class Cluster:
     def close(self) -> None:
         self.nodes.clear()
         kill([pid for pid, _ in ours(self.place)])
+
+    def where(self, command: str) -> set[str]:
+        """Names of the nodes beside the head that have a process whose command line holds this."""
+        trees = {name: set(family(node.pid)) for name, node in self.nodes.items()}
+        found = [pid for pid, line in ours(self.place) if command in line]
+        return {name for name, tree in trees.items() for pid in found if pid in tree}
 
     def train(self, *arguments: object) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "raytrain_brats", "train", *map(str, arguments)]
