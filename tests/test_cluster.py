@@ -11,8 +11,10 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from raytrain_brats import verify
 from raytrain_brats.data.phantom import write_set
@@ -179,6 +181,44 @@ def test_nodes_do_what_their_labels_say(place: Path) -> None:
         cluster.close()
 
 
+@pytest.mark.campaign
+def test_work_that_waits_is_what_brings_nodes(place: Path) -> None:
+    """From a head alone: Ray's own autoscaler, asked what it would launch, wants training nodes for the workers, then a
+    data node for the tasks that wait; never more than the YAML allows, nor GPUs for want of CPUs."""
+    resources = {"head": {"CPU": 0}, "data": {"CPU": 2}, "train": {"CPU": 2}, "dear": {"CPU": 64, "GPU": 8}}
+    kinds = {
+        name: {"labels": {"role": name}, "resources": amounts, "max_workers": 2 if name != "head" else 0}
+        for name, amounts in resources.items()
+    }
+    (place / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump({"available_node_types": kinds}))
+    cluster = Cluster(place, head="--num-cpus=0 --labels role=head", HOME=str(place))
+    try:
+        run = ElasticRun(cluster)
+        _until(cluster, kinds, {"train": 2})
+        cluster.add(options="--num-cpus=2 --labels role=train")
+        _until(cluster, kinds, {"train": 1, "data": 1})
+        cluster.add(options="--num-cpus=2 --labels role=data")
+        run.rows_until(1, after=0)
+        cluster.add(options="--num-cpus=2 --labels role=train")
+        run.rows_until(2, after=1)
+        for _ in range(20):
+            assert cluster.would_launch(kinds) in ({}, {"data": 1})
+            time.sleep(1)
+        run.interrupt()
+        _until(cluster, kinds, {})
+        assert verify.main(["--run-dir", str(run.folder)]) == 0
+    finally:
+        cluster.close()
+
+
+def _until(cluster: Cluster, kinds: dict[str, Any], wanted: dict[str, int]) -> None:
+    until, found = time.monotonic() + 120, None
+    while found != wanted:
+        assert time.monotonic() < until, f"Ray would launch {found}, not {wanted}"
+        time.sleep(1)
+        found = cluster.would_launch(kinds)
+
+
 def _seen(cluster: Cluster, task: str) -> set[str]:
     """Nodes on which a task is seen at work within some seconds."""
     seen: set[str] = set()
@@ -224,7 +264,7 @@ def test_a_spot_notice_saves_shrinks_and_is_outlived(cluster: Cluster, place: Pa
 
 @pytest.mark.campaign
 def test_prometheus_is_told_of_a_live_run(place: Path) -> None:
-    """Scrape the node's port as Prometheus does: all that the dashboard asks for is there, with the run's own numbers."""
+    """Scrape the node's port as Prometheus does: all that the dashboard asks for is there, with the run's numbers."""
     port = free_port()
     cluster = Cluster(
         place, head=f"--num-cpus=2 --metrics-export-port={port} --labels role=head", **{gauges.PRICES: "head=3.5"}
