@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint, ResourceRequest, ResourceRequestByCount
+from ray.core.generated.common_pb2 import LabelSelector, LabelSelectorConstraint
 from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 
@@ -38,9 +42,9 @@ def nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
     return told
 
 
-def autoscaled(kinds: dict[str, Any]) -> None:
+def autoscaled(kinds: dict[str, Any], **more: Any) -> None:
     """As on the head of a cluster that `ray up` started."""
-    roles.BOOTSTRAP.write_text(yaml.safe_dump({"available_node_types": kinds}))
+    roles.BOOTSTRAP.write_text(yaml.safe_dump({"available_node_types": kinds} | more))
 
 
 def test_alone_one_node_does_everything(nodes: list[dict[str, Any]]) -> None:
@@ -70,6 +74,8 @@ def test_nodes_that_an_autoscaler_may_bring_have_theirs(nodes: list[dict[str, An
     assert roles.part("train") == Part({"role": "train"}, [TRAIN] * 2, True)
     autoscaled(KINDS | {"cpu": KINDS["cpu"] | {"max_workers": 0}})
     assert roles.part("data") == Part({}, [HEAD, TRAIN, TRAIN], True)
+    autoscaled(KINDS, max_workers=1)  # of the whole cluster
+    assert roles.part("train") == Part({"role": "train"}, [TRAIN], True)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +85,46 @@ def test_a_yaml_that_says_nothing_is_none(nodes: list[dict[str, Any]], content: 
     roles.BOOTSTRAP.write_text(content)
     nodes.append(row("head", DATA))
     assert roles.part("train") == Part({}, [DATA], False)
+
+
+def launches(constraint: list[ResourceRequest], waiting: list[ResourceRequest]) -> dict[str, int]:
+    """{kind: number} of nodes that Ray's autoscaler starts for what was asked of it, and for tasks that wait."""
+    kinds = {
+        name: NodeTypeConfig(name, 0, kind["max_workers"], resources=kind["resources"], labels=kind["labels"])
+        for name, kind in KINDS.items()
+    }
+    asked = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=kinds,
+        resource_requests=[ResourceRequestByCount(request=one, count=1) for one in waiting],
+        cluster_resource_constraints=[
+            ClusterResourceConstraint(
+                resource_requests=[ResourceRequestByCount(request=one, count=1) for one in constraint]
+            )
+        ],
+    )
+    return {launch.instance_type: launch.count for launch in ResourceDemandScheduler().schedule(asked).to_launch}
+
+
+def request(amounts: dict[str, float], role: str = "") -> ResourceRequest:
+    wanted = LabelSelectorConstraint(label_key="role", operator="LABEL_OPERATOR_IN", label_values=[role])
+    return ResourceRequest(
+        resources_bundle=amounts, label_selectors=[LabelSelector(label_constraints=[wanted])] if role else []
+    )
+
+
+def test_why_tasks_that_wait_are_what_brings_data_nodes() -> None:
+    """Ray's autoscaler, asked: this is what `roles` is built around, and what an upgrade of Ray may change.
+
+    A task that waits is looked at by itself. What is asked at once is brought whole or not at all, and what Ray Data
+    asks for, a node more of every kind, brings GPUs.
+    """
+    workers, task = [request({"CPU": 1, "GPU": 1}, "train")] * 8, request({"CPU": 1}, "data")
+    assert launches(workers, [task] * 9) == {"gpu": 2, "cpu": 2}
+    assert launches(workers, [task] * 900) == {"gpu": 2, "cpu": 3}
+    assert launches([*workers, workers[0]], []) == {}
+    assert launches([*workers, *[request({"CPU": 8}, "data")] * 4], []) == {}
+    assert launches([request({"CPU": 8}), request({"CPU": 16, "GPU": 4})], []) == {"cpu": 1, "gpu": 1}
 
 
 def test_a_run_is_measured_by_what_may_come(nodes: list[dict[str, Any]]) -> None:

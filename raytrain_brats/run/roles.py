@@ -8,6 +8,7 @@ cease when the stream is full. Its other source, Ray Data asking for one more no
 GPUs for want of CPUs, and what it asks in vain takes the trainer's own request down with it (`connect` turns it off).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,11 +61,11 @@ def has(node: dict[str, Any], selector: dict[str, str]) -> bool:
 def _kinds() -> list[tuple[str, dict[str, float]]]:
     """(role, resources) of each node that the autoscaler may bring; none where there is no autoscaler."""
     try:
-        types = yaml.safe_load(BOOTSTRAP.expanduser().read_bytes())["available_node_types"].values()
+        given = yaml.safe_load(BOOTSTRAP.expanduser().read_bytes())
         return [
             ((kind.get("labels") or {}).get(LABEL, ""), {key: float(value) for key, value in kind["resources"].items()})
-            for kind in types
-            for _ in range(kind.get("max_workers") or 0)
+            for kind in given["available_node_types"].values()
+            for _ in range(min(kind.get("max_workers") or 0, given.get("max_workers", math.inf)))
         ]
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError):
         return []  # not a head by `ray up`; what is up is all there is
