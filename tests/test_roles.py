@@ -79,7 +79,15 @@ def test_nodes_that_an_autoscaler_may_bring_have_theirs(nodes: list[dict[str, An
 
 
 @pytest.mark.parametrize(
-    "content", ["", "- a", "available_node_types: 3", "available_node_types: {a: {max_workers: 1}}", "{"]
+    "content",
+    [
+        "",
+        "- a",
+        "{",
+        "available_node_types: 3",
+        "available_node_types: {a: {max_workers: 1}}",
+        "available_node_types: {local.cluster.node: {resources: {}, max_workers: 3}}",  # `ray up` on own machines
+    ],
 )
 def test_a_yaml_that_says_nothing_is_none(nodes: list[dict[str, Any]], content: str) -> None:
     roles.BOOTSTRAP.write_text(content)

@@ -65,6 +65,7 @@ def _kinds() -> list[tuple[str, dict[str, float]]]:
         return [
             ((kind.get("labels") or {}).get(LABEL, ""), {key: float(value) for key, value in kind["resources"].items()})
             for kind in given["available_node_types"].values()
+            if kind["resources"]  # none: machines of one's own, which are up already
             for _ in range(min(kind.get("max_workers") or 0, given.get("max_workers", math.inf)))
         ]
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError):
