@@ -98,5 +98,8 @@ def keep_apart(data: Part) -> None:
 
         book._refresh_resource_reservations = refresh
 
-    book: Any = get_or_create_autoscaling_coordinator()
-    ray.get(book.__ray_call__.remote(install, data.selector, data.largest_cpus if data.grows else 0.0), timeout=60)
+    try:
+        book: Any = get_or_create_autoscaling_coordinator()
+        ray.get(book.__ray_call__.remote(install, data.selector, data.largest_cpus if data.grows else 0.0), timeout=60)
+    except Exception as error:  # noqa: BLE001 - the work is done all the same
+        print(f"warning: Ray Data counts the CPUs of training nodes as its own ({error!r})", flush=True)
