@@ -77,12 +77,12 @@ def tell(gauges: Gauges, events: Sequence[Mapping[str, Any]], rows: Sequence[Map
     recovered = recoveries(events)
     gauges.set("samples_total", total)
     gauges.set("goodput", account(events, rows).goodput)
-    gauges.set("resizes", sum(e["event"] == "resize" for e in events))
+    gauges.set("resizes", sum(e.get("event") == "resize" for e in events))
     gauges.set("recoveries", len(recovered))
     gauges.set("recovery_s", recovered[-1].total_s if recovered else None)
-    gauges.set("quarantined", len({e["case"] for e in events if e["event"] == "quarantine"}))
-    scored = [e for e in events if e["event"] == "validation"]
-    for region, dice in (scored[-1]["dice"] if scored else {}).items():
+    gauges.set("quarantined", len({e.get("case") for e in events if e.get("event") == "quarantine"}))
+    scored = [e["dice"] for e in events if e.get("event") == "validation" and "dice" in e]
+    for region, dice in (scored[-1] if scored else {}).items():
         gauges.set("dice", dice, region=region)
 
 
