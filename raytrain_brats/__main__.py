@@ -19,6 +19,7 @@ COMMANDS = {
     "predict": "segment NIfTI cases",
     "verify": "prove that every sample was applied once, in order",
     "report": "one page: curves, overlays, time split",
+    "spot": "on a spot machine: drain its Ray node when EC2 gives notice",
     "bench": "measure against other libraries, all processes counted",
     "demo": "all of these on phantoms, in minutes",
 }

@@ -1,21 +1,28 @@
 """Several machines: a second Ray node in a mount namespace of its own, so that it really sees other folders."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from raytrain_brats import verify
 from raytrain_brats.data.phantom import write_set
-from raytrain_brats.run import checkpoint, ledger
+from raytrain_brats.run import checkpoint, gauges, ledger
 from scripts.chaos_campaign import under_ray
-from scripts.chaos_campaign.ray_cluster import SMALL, Cluster, ElasticRun
+from scripts.chaos_campaign.ray_cluster import SMALL, Cluster, ElasticRun, free_port
+from tests.test_gauges import asked
+from tests.test_spot import Metadata
 
 
 @pytest.fixture
@@ -148,5 +155,136 @@ def test_an_object_store_that_is_too_small_slows_the_run_and_does_not_end_it(pla
         run.interrupt()
         assert verify.main(["--run-dir", str(run.folder)]) == 0
         assert not run.events("failure")
+    finally:
+        cluster.close()
+
+
+@pytest.mark.campaign
+def test_nodes_do_what_their_labels_say(place: Path) -> None:
+    """The only worker waits for no data node's CPUs, data tasks for no training node's; both kinds may join later."""
+    cluster = Cluster(place, head="--num-cpus=0 --labels role=head")
+    try:
+        data = cluster.add(options="--num-cpus=2 --labels role=data")
+        train = cluster.add(options="--num-cpus=2 --labels role=train")
+        run = ElasticRun(cluster)
+        run.rows_until(1, after=0)
+        assert cluster.where("ray::RayTrainWorker") == {train}
+        assert _seen(cluster, "ray::ReadPositions") == {data}
+        trains, reads = (cluster.add(options=f"--num-cpus=2 --labels role={role}") for role in ("train", "data"))
+        run.rows_until(2, after=1)
+        assert cluster.where("ray::RayTrainWorker") == {train, trains}
+        assert _seen(cluster, "ray::ReadPositions") == {data, reads}
+        assert run.events("resize")[0]["saved"]
+        run.interrupt()
+        assert verify.main(["--run-dir", str(run.folder)]) == 0
+    finally:
+        cluster.close()
+
+
+@pytest.mark.campaign
+def test_work_that_waits_is_what_brings_nodes(place: Path) -> None:
+    """From a head alone: Ray's own autoscaler, asked what it would launch, wants training nodes for the workers, then a
+    data node for the tasks that wait; never more than the YAML allows, nor GPUs for want of CPUs."""
+    resources = {"head": {"CPU": 0}, "data": {"CPU": 2}, "train": {"CPU": 2}, "dear": {"CPU": 64, "GPU": 8}}
+    kinds = {
+        name: {"labels": {"role": name}, "resources": amounts, "max_workers": 2 if name != "head" else 0}
+        for name, amounts in resources.items()
+    }
+    (place / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump({"available_node_types": kinds}))
+    cluster = Cluster(place, head="--num-cpus=0 --labels role=head", HOME=str(place))
+    try:
+        run = ElasticRun(cluster)
+        _until(cluster, kinds, {"train": 2})
+        cluster.add(options="--num-cpus=2 --labels role=train")
+        _until(cluster, kinds, {"train": 1, "data": 1})
+        cluster.add(options="--num-cpus=2 --labels role=data")
+        run.rows_until(1, after=0)
+        cluster.add(options="--num-cpus=2 --labels role=train")
+        run.rows_until(2, after=1)
+        for _ in range(20):
+            assert cluster.would_launch(kinds) in ({}, {"data": 1})
+            time.sleep(1)
+        run.interrupt()
+        _until(cluster, kinds, {})
+        assert verify.main(["--run-dir", str(run.folder)]) == 0
+    finally:
+        cluster.close()
+
+
+def _until(cluster: Cluster, kinds: dict[str, Any], wanted: dict[str, int]) -> None:
+    until, found = time.monotonic() + 120, None
+    while found != wanted:
+        assert time.monotonic() < until, f"Ray would launch {found}, not {wanted}"
+        time.sleep(1)
+        found = cluster.would_launch(kinds)
+
+
+def _seen(cluster: Cluster, task: str) -> set[str]:
+    """Nodes on which a task is seen at work within some seconds."""
+    seen: set[str] = set()
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        seen |= cluster.where(task)
+        time.sleep(0.05)
+    return seen
+
+
+@pytest.mark.campaign
+def test_a_spot_notice_saves_shrinks_and_is_outlived(cluster: Cluster, place: Path) -> None:
+    """EC2's notice, by way of the watcher on the node: a checkpoint and one worker less long before the deadline; when
+    another machine comes the run grows again, and no step is lost."""
+    run, metadata = ElasticRun(cluster), Metadata()
+    run.rows_until(1, after=0)
+    node = cluster.add()
+    command = [sys.executable, "-m", "raytrain_brats.spot", "--every", "0.5", "--node", node]
+    about = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": metadata.url, "RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+    said = place / "spot.log"
+    with said.open("wb") as log:
+        watcher = subprocess.Popen(command, env=cluster.environment | about | {"TMPDIR": str(place)}, stdout=log)
+    try:
+        run.rows_until(2, after=1)
+        metadata.terminate_in(120)
+        noticed = time.time()
+        shrunk = run.rows_until(1, after=2)
+        assert shrunk["time"] < noticed + 110
+        time.sleep(3)
+        assert said.read_text().count("drained for: spot/instance-action") == 1, said.read_text()
+    finally:
+        watcher.kill()
+        watcher.wait()
+        metadata.shutdown()
+    cluster.kill_node(node)
+    cluster.add()
+    run.rows_until(2, after=run.generation())
+    assert any(e["saved"] for e in (*run.events("preemption"), *run.events("resize")[1:]))
+    assert {e["redone_steps"] for e in run.events("group")} == {0}
+    run.interrupt()
+    assert verify.main(["--run-dir", str(run.folder)]) == 0
+
+
+@pytest.mark.campaign
+def test_prometheus_is_told_of_a_live_run(place: Path) -> None:
+    """Scrape the node's port as Prometheus does: all that the dashboard asks for is there, with the run's numbers."""
+    port = free_port()
+    cluster = Cluster(
+        place, head=f"--num-cpus=2 --metrics-export-port={port} --labels role=head", **{gauges.PRICES: "head=3.5"}
+    )
+    try:
+        run = ElasticRun(cluster, "1", "validate.every_samples=200", "validate.max_cases=1")
+        run.rows_until(1, after=0, rows=100)
+        found: dict[str, float] = {}
+        until = time.monotonic() + 90
+        while time.monotonic() < until and asked() - found.keys():
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                lines = re.findall(r"^(ray_raytrain_brats_\w+)\{(.*)\} (\S+)$", answer.read().decode(), re.MULTILINE)
+            assert all(f'run="{run.folder}"' in tags for _, tags, _ in lines)
+            found |= {name: float(value) for name, _, value in lines}
+            time.sleep(2)
+        assert asked() <= found.keys()
+        told = {name: found[f"ray_raytrain_brats_{name}"] for name in gauges.NAMES}
+        assert (told["world_size"], told["dollars_per_hour"], told["recoveries"], told["quarantined"]) == (1, 3.5, 1, 0)
+        assert 0 < told["goodput"] < 1 and 0 <= told["data_wait_share"] < 1 and told["dice"] <= 1
+        assert 400 <= told["samples_seen"] < told["samples_total"]
+        run.interrupt()
     finally:
         cluster.close()

@@ -16,7 +16,7 @@ from raytrain_brats.config import Run
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.run import checkpoint, cluster, job
+from raytrain_brats.run import checkpoint, cluster, job, roles
 from raytrain_brats.run.step import Learner
 from tests.conftest import write_msd_folder
 
@@ -242,7 +242,7 @@ def test_clusters_that_cannot_do_the_work(
     resources: dict[str, float], run: dict[str, Any], batch: int, fragments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where Ray would wait for ever, the number that does not fit is named, and one that would; which then fits."""
-    monkeypatch.setattr(cluster, "node_resources", lambda: [resources])
+    monkeypatch.setattr(roles, "alive", lambda: [{"Labels": {}, "Resources": resources}])
     with pytest.raises(UserError) as caught:
         cluster.measure(Run(**run), batch)
     assert all(fragment in str(caught.value) for fragment in fragments), caught.value
@@ -254,17 +254,17 @@ def test_clusters_that_cannot_do_the_work(
 @pytest.mark.parametrize(
     ("resources", "workers", "expected"),
     [
-        ({"CPU": 2.0}, "auto", (1, 1, 0.5, 0, 0.5)),
-        ({"CPU": 2.0}, "1:2", (1, 2, 0.5, 0, 0.5)),
-        ({"CPU": 64.0, "GPU": 8.0}, "auto", (1, 4, 1.0, 1, 1.0)),
-        ({"CPU": 64.0, "GPU": 2.0}, "1:4", (1, 4, 1.0, 1, 1.0)),
+        ({"CPU": 2.0}, "auto", (1, 1, 0.5, 0, 0.5, 1)),
+        ({"CPU": 2.0}, "1:2", (1, 2, 0.5, 0, 0.5, 1)),
+        ({"CPU": 64.0, "GPU": 8.0}, "auto", (1, 4, 1.0, 1, 1.0, None)),
+        ({"CPU": 64.0, "GPU": 2.0}, "1:4", (1, 4, 1.0, 1, 1.0, None)),
     ],
 )
 def test_clusters_that_can(
     resources: dict[str, float], workers: str, expected: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """auto takes the GPUs up to the global batch; a range may reach beyond the GPUs of today."""
-    monkeypatch.setattr(cluster, "node_resources", lambda: [resources])
+    monkeypatch.setattr(roles, "alive", lambda: [{"Labels": {}, "Resources": resources}])
     assert dataclasses.astuple(cluster.measure(Run(workers=workers), 4)) == expected
 
 

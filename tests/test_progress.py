@@ -74,20 +74,21 @@ def test_books_that_cannot_be_read_do_not_end_the_picture(error: Exception, monk
     assert "cannot be read just now" in line and str(error) in line
 
 
-def test_goodput_is_measured_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_taken_from_the_books_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From all events, not from the tail that the line needs; at most every ten seconds; nothing when nobody knows."""
-    run, step, told = Run(), ("step", 2.0, 0.5), []
+    run, step, told = Run(), ("step", 2.0, 0.5), dict[str, float]()
     run.group([*[step, ("checkpoint", 0.1, 0.5), ("commit", 0, 0)] * 300, step], "alive")
     job: Any = SimpleNamespace(run_dir=str(tmp_path), plan=SimpleNamespace(total=4000))
-    monkeypatch.setattr(Gauge, "set", lambda _, value, tags: told.append((value, tags)))
+    monkeypatch.setattr(Gauge, "set", lambda gauge, value, tags: told.update({gauge.info["name"]: value}))
     picture = progress.Progress(job)
     picture._look()
-    assert not told
+    assert "raytrain_brats_goodput" not in told
     for name, lines in (("events", run.events), ("metrics", run.rows)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told.clear()
     picture._look()
     assert not told
     picture._next_measure = 0.0
     picture._look()
-    picture._look()
-    assert told == [(pytest.approx(600 / (run.now - 1e6)), {"run": str(tmp_path)})]
+    assert told["raytrain_brats_goodput"] == pytest.approx(600 / (run.now - 1e6))
+    assert told["raytrain_brats_samples_total"] == 4000

@@ -59,14 +59,28 @@ def test_one_event_is_written_for_the_first_step(tmp_path: Path) -> None:
 
 
 def test_workers_are_counted_on_nodes_that_are_up_and_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not on the dead, not on the drained; no answer of Ray's stays no answer."""
-    nodes = [{"NodeID": name, "Alive": name != "dead"} for name in ("here", "dead", "drained")]
+    """Not on the dead, not on the drained; no answer of Ray's stays no answer.
+
+    Where nodes have roles, on those with the right one, all of each: the reservations do not look at labels.
+    """
+    labels = {"here": "data", "other": "train"}
+    nodes = [
+        {
+            "NodeID": name,
+            "Alive": name != "dead",
+            "Labels": {"role": labels.get(name, "train")},
+            "Resources": {"CPU": 4.0},
+        }
+        for name in ("here", "other", "dead", "drained")
+    ]
     monkeypatch.setattr(recovery.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(recovery, "_get_draining_nodes", lambda: {"drained": 0})
     reserved: Any = {name: {"CPU": 2.0} for name in ("here", "dead", "drained")}
     monkeypatch.setattr(recovery, "_reserved", lambda policy: reserved)
-    policy: Any = None
+    policy = SimpleNamespace(scaling_config=SimpleNamespace(label_selector=None))
     assert recovery._reserved_where_nodes_stay(policy) == {"here": {"CPU": 2.0}}
+    policy.scaling_config.label_selector = {"role": "train"}
+    assert recovery._reserved_where_nodes_stay(policy) == {"other": {"CPU": 4.0}}
     reserved = None
     assert recovery._reserved_where_nodes_stay(policy) is None
 

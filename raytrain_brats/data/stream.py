@@ -78,9 +78,10 @@ def dataset(
     cursor: int,
     cpus_per_task: float,
     tasks: int | None = None,
+    nodes: dict[str, str] | None = None,
 ) -> Any:
     """The ordered Ray Dataset of all positions from `cursor` on, read by so many tasks at a time (by default as many
-    as Ray Data finds CPUs and object store for)."""
+    as Ray Data finds CPUs and object store for), on nodes with these labels (by default on any)."""
     positions = PositionSource(plan, cases, source, cutting, cursor)
     windows = len(plan.windows(*plan.stretch(cursor)))
     made = ray.data.read_datasource(
@@ -88,6 +89,7 @@ def dataset(
     )
     made.context.target_max_block_size = 1  # one row a block: the split deals blocks
     made.context.execution_options.preserve_order = True
+    made.context.execution_options.label_selector = nodes or None
     made.context.memory_usage_poll_interval_s = None  # reading a process's memory map costs as much as a patch
     made.context.execution_no_progress_timeout_s = 6 * 3600  # a long validation is no hang of the stream
     return made

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytrain_brats import storage
 from raytrain_brats.config import Run
 from raytrain_brats.errors import UserError
+from raytrain_brats.run import roles
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,6 +42,7 @@ every process some 2 microseconds when it meets it for the first time: 15 ms a c
 # Where S3 is; workers on other nodes inherit their node's environment, not ours. Never credentials: they would show
 # in the dashboard.
 _PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", storage.PATIENCE)
+_JOINED = {"RAY_DATA_CLUSTER_SCALING_UP_UTIL_THRESHOLD": "inf"}  # roles.py says why
 _PATIENCE_S = "180"  # a run outlives an outage of S3 of this length; the command at the door does not wait for it
 
 
@@ -77,6 +79,7 @@ def connect(local_cpus: int | None = None) -> None:
     given = (job.get("runtime_env") or {}).get("env_vars") or {}  # Ray refuses to be given a variable twice
     os.environ.setdefault(storage.PATIENCE, _PATIENCE_S)
     passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ and name not in given}
+    passed |= {name: value for name, value in _JOINED.items() if name not in given}
     joining = quiet | {"runtime_env": {"env_vars": passed}}  # a cluster of our own inherits them, and starts faster
     try:
         if address and address != "local":
@@ -103,8 +106,9 @@ def measure(run: Run, global_batch: int) -> Resources:
 
     Raises UserError where Ray would wait for ever without a word: when `high` workers leave no CPU for data tasks.
     """
-    nodes = node_resources()
-    cpus, gpus = sum(n.get("CPU", 0.0) for n in nodes), int(sum(n.get("GPU", 0) for n in nodes))
+    train, data = roles.part("train"), roles.part("data")
+    cpus = sum(n.get("CPU", 0.0) for n in data.nodes)
+    gpus = int(sum(n.get("GPU", 0) for n in train.nodes))
     low, high = (1, min(global_batch, max(1, gpus))) if run.workers == "auto" else _range(run.workers)
     wanted = run.gpus_per_worker if run.gpus_per_worker is not None else int(gpus > 0)
     if high > global_batch:
@@ -116,9 +120,17 @@ def measure(run: Run, global_batch: int) -> Resources:
         raise UserError(f"run.workers {low}:{high}: the cluster has {gpus} GPUs; lower --workers or add nodes")
     per_worker = run.cpus_per_worker or (1.0 if wanted else 0.5)
     per_task = run.cpus_per_task or (0.5 if cpus <= 4 else 1.0)
-    fitting = max(low, min(high, sum(_workers_on(node, per_worker, wanted) for node in nodes)))
+    room = sum(_workers_on(node, per_worker, wanted) for node in train.nodes)
+    if train.selector and room < (high if train.grows else low):  # the autoscaler brings all that is asked, or nothing
+        raise UserError(
+            f"run.workers {low}:{high}: nodes labelled role: train have room for {room} workers of {per_worker:g} CPUs"
+            f"{' and a GPU' if wanted else ''}; lower --workers, or "
+            f"{'raise max_workers in the YAML of the cluster' if train.grows else 'add nodes'}"
+        )
+    fitting = max(low, min(high, room))
+    taken = 0.0 if train.selector and data.selector else fitting * per_worker
     awaited = wanted and not gpus  # nodes that an autoscaler is to bring have CPUs of their own
-    if fitting * per_worker + per_task > cpus and not awaited:
+    if taken + per_task > cpus and not awaited:
         most = math.floor((cpus - per_task) / per_worker)
         remedy = f"use --workers {min(low, most)}:{most}, or " if most >= 1 else ""
         raise UserError(
@@ -127,13 +139,8 @@ def measure(run: Run, global_batch: int) -> Resources:
         )
     # On a small machine each process counts: 0.25 GB, and pages of the object store that are new to it. One data task
     # a CPU that is not a worker's is enough.
-    tasks = run.data_tasks or (max(1, int(cpus - fitting * per_worker)) if cpus <= 4 else None)
+    tasks = run.data_tasks or (max(1, int(cpus - taken)) if cpus <= 4 and not data.grows else None)
     return Resources(low, high, per_worker, wanted, per_task, tasks)
-
-
-def node_resources() -> list[dict[str, float]]:
-    """{resource: amount} of each node that is up."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _workers_on(node: dict[str, float], cpus: float, gpus: int) -> int:
@@ -186,10 +193,13 @@ def parallel_map(function: Callable[[T], R], items: Iterable[T], on_gpus: bool =
     """
     totals = ray.cluster_resources()
     gpus = int(totals.get("GPU", 0)) if on_gpus else 0
+    where = roles.part("train" if gpus else "data")
     # max_calls 0: a process serves many tasks and keeps its network; with GPUs Ray's default is one task a process
     options: Any = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 2, "max_calls": 0}
+    if where.selector:
+        options["label_selector"] = where.selector
     task: Any = ray.remote(**options)(lambda item: function(item))
-    width = 2 * max(1, gpus or int(totals.get("CPU", 1)))
+    width = 2 * max(1, gpus or int(max(totals.get("CPU", 0), where.largest_cpus)))
     running: list[Any] = []
     try:
         for item in items:
@@ -204,7 +214,10 @@ def parallel_map(function: Callable[[T], R], items: Iterable[T], on_gpus: bool =
 
 def data_map(function: Callable[[dict[str, Any]], dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[Any]:
     """`function` of every row, by Ray Data over the cluster's CPUs; the results as they come, in no order."""
-    cpus = ray.cluster_resources()["CPU"]
+    data = roles.part("data")
+    roles.keep_apart(data)
+    cpus = sum(node.get("CPU", 0.0) for node in data.nodes)
     blocks = min(len(rows), 64 * max(1, int(cpus)))  # enough for an even load, not one task a row
-    made = ray.data.from_items(rows, override_num_blocks=blocks)
-    yield from made.map(function, num_cpus=min(1.0, cpus)).iter_rows()
+    made = ray.data.from_items(rows, override_num_blocks=blocks).map(function, num_cpus=min(1.0, cpus))
+    made.context.execution_options.label_selector = data.selector or None
+    yield from made.iter_rows()

@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from raytrain_brats import storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import checkpoint, cluster, ledger, recovery, saving, spares
+from raytrain_brats.run import checkpoint, cluster, gauges, ledger, recovery, roles, saving, spares
 from raytrain_brats.run.job import Job, write_config
 from raytrain_brats.run.lease import Lease
 from raytrain_brats.run.loop import train_worker
@@ -47,7 +47,7 @@ class StreamFactory:
             raise RunFailed(f"{again} failures in a row at sample {generation.samples_seen}{last}")
         made = stream.dataset(
             job.plan, job.train_cases, job.source, job.cutting, generation.samples_seen,
-            self.needed.cpus_per_task, self.needed.tasks,
+            self.needed.cpus_per_task, self.needed.tasks, roles.part("data").selector,
         )  # fmt: skip
         made.set_name(recovery.tag(job.run_dir))
         return made
@@ -80,6 +80,7 @@ class FailureBook(UserCallback):
 
 def check(job: Job) -> cluster.Resources:
     """What the run will use of the connected cluster. Raises UserError when it cannot run there."""
+    gauges.prices()
     needed = cluster.measure(job.config.run, job.plan.global_batch)
     cluster.check_shared({"run folder": job.run_dir}, {"data folder": job.source.root})
     return needed
@@ -118,14 +119,15 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
     resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
     workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
     place, filesystem = storage.for_ray(storage.join(job.run_dir, "ray"))
-    ready = spares.Spares(job.run_dir)
+    ready, train_nodes = spares.Spares(job.run_dir), roles.part("train").selector
     callbacks: list[Any] = [
         FailureBook(job.run_dir, lease.token),
         recovery.FreshNodes(job.run_dir, ready),
-        SaveFirst(job.run_dir, needed.low if needed.low < needed.high else 0, resources),
+        SaveFirst(job.run_dir, needed.low if needed.low < needed.high else 0, resources, train_nodes),
         ready,
     ]
     recovery.free_reservations(job.run_dir)
+    roles.keep_apart(roles.part("data"))
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "run_id": run_id},
@@ -134,6 +136,7 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
             elastic_resize_monitor_interval_s=job.config.run.resize_check_s,  # type: ignore[call-arg]
             use_gpu=bool(needed.gpus),
             resources_per_worker=resources,
+            label_selector=train_nodes or None,
         ),
         # A name of its own for every launch: Ray's registry of checkpoints loses some around a crash and does not
         # start from a torn file, so it is neither told nor asked.

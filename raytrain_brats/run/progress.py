@@ -1,15 +1,14 @@
 """What a person sees while a run goes on.
 
 In: the run folder, as it fills.
-Out: a live line on a terminal; a plain line every few seconds elsewhere; goodput as a metric of Ray.
+Out: a live line on a terminal; a plain line every few seconds elsewhere; what the books say as metrics of Ray.
 """
 
-import math
 import threading
 import time
 from typing import Any
 
-from ray.util.metrics import Gauge
+from ray.exceptions import RayError
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
@@ -17,8 +16,7 @@ from rich.progress import Progress as Bar
 from raytrain_brats import storage
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS
-from raytrain_brats.run import ledger
-from raytrain_brats.run.accounts import account
+from raytrain_brats.run import gauges, ledger, roles
 from raytrain_brats.run.job import Job
 
 _RECENT, _MEASURE_S = 20, 10.0
@@ -32,8 +30,7 @@ class Progress:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._console = Console(stderr=False)
-        # The one metric that needs the whole run's books; the others come with the monitoring.
-        self._goodput = Gauge("raytrain_brats_goodput", "time in steps that were kept / time the run was up", ("run",))
+        self._gauges, self._prices = gauges.Gauges(job.run_dir), gauges.prices()
         self._next_measure = 0.0
 
     def __enter__(self) -> "Progress":
@@ -66,18 +63,18 @@ class Progress:
         try:
             rows, events = ledger.recent(self._job.run_dir)
             self._measure(rows)
-        except (OSError, ValueError, UserError) as error:  # the picture is not the run: storage may come back
+        except (OSError, ValueError, UserError, RayError) as error:  # the picture is not the run: storage may come back
             return [], f"run folder cannot be read just now: {error}"
         return rows, describe(rows, events, self._job.plan.total)
 
     def _measure(self, rows: list[dict[str, Any]]) -> None:
-        """Goodput so far, from all events: every ten seconds, or less often where that takes more than 1 % of them."""
+        """Metrics out of all events: every ten seconds, or less often where that takes more than 1 % of them."""
         if (began := time.monotonic()) < self._next_measure:
             return
-        self._next_measure = began + _MEASURE_S  # also when the next line fails
-        goodput = account(ledger.read_events(self._job.run_dir), rows).goodput
-        if not math.isnan(goodput):
-            self._goodput.set(goodput, {"run": self._job.run_dir})
+        self._next_measure = began + _MEASURE_S  # also when a next line fails
+        gauges.tell(self._gauges, ledger.read_events(self._job.run_dir), rows, self._job.plan.total)
+        if self._prices:
+            self._gauges.set("dollars_per_hour", gauges.dollars_per_hour(self._prices, roles.alive()))
         self._next_measure = began + max(_MEASURE_S, 100 * (time.monotonic() - began))
 
 

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.preemption import _get_draining_nodes
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from raytrain_brats import storage
-from raytrain_brats.run import ledger, spares
+from raytrain_brats.run import ledger, roles, spares
 from raytrain_brats.run.pulse import NAMESPACE
 from raytrain_brats.run.spares import Spares
 
@@ -135,8 +135,12 @@ def _reserved_where_nodes_stay(policy: ElasticScalingPolicy) -> Any:
     if reserved is None:
         return None
     leaving = set(_get_draining_nodes() or {})
-    staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving
-    there = {node: resources for node, resources in reserved.items() if node in staying}
+    staying = {node["NodeID"]: node for node in roles.alive() if node["NodeID"] not in leaving}
+    labels: Any = policy.scaling_config.label_selector
+    if labels:  # the book does not look at them; these nodes are for us alone
+        there = {name: node["Resources"] for name, node in staying.items() if roles.has(node, labels)}
+    else:
+        there = {node: resources for node, resources in reserved.items() if node in staying}
     return getattr(policy, "reserved_in_use", lambda reserved: reserved)(there)
 
 

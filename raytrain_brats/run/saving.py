@@ -13,13 +13,12 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import PreemptingState, ResizingState, RunningState
 from ray.train.v2._internal.execution.preemption import _get_draining_nodes
 
 from raytrain_brats import storage
-from raytrain_brats.run import ledger
+from raytrain_brats.run import ledger, roles
 
 TIMEOUT_S = 30.0
 HOLD_S = 60.0
@@ -62,13 +61,15 @@ class SaveFirst(ControllerCallback):
     nodes that stay; else, and with 0, it uses the node to its end."""
     per_worker: dict[str, float]
     """What a worker needs of a node, as Ray counts."""
+    nodes: dict[str, str]
+    """Labels of the nodes that workers may run on."""
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         if isinstance(previous_state, RunningState) and isinstance(current_state, ResizingState | PreemptingState):
             began, resize = time.perf_counter(), isinstance(current_state, ResizingState)
             saved = leave = False
             try:
-                leave = not resize and self.low > 0 and _room(self.per_worker) >= self.low
+                leave = not resize and self.low > 0 and _room(self.per_worker, self.nodes) >= self.low
                 saved = ask(self.run_dir, HOLD if resize or leave else SAVE)
             except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here; a full disk, say
                 print(f"no checkpoint could be asked for: {error!r}")
@@ -80,10 +81,11 @@ class SaveFirst(ControllerCallback):
                 current_state.preemption_info = replace(info, deadline_ms=int(time.time() * 1000))
 
 
-def _room(per_worker: dict[str, float]) -> int:
-    """How many workers the nodes have room for that are up and stay."""
+def _room(per_worker: dict[str, float], labels: dict[str, str]) -> int:
+    """How many workers the nodes with these labels have room for that are up and stay."""
     leaving = set(_get_draining_nodes() or {})
-    staying = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    nodes = [node for node in roles.alive() if roles.has(node, labels)]
+    staying = [node["Resources"] for node in nodes if node["NodeID"] not in leaving]
     return sum(
         int(min(there.get(name, 0.0) // amount for name, amount in per_worker.items() if amount)) for there in staying
     )

@@ -16,6 +16,7 @@ import torch
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.run import checkpoint, ledger
 from raytrain_brats.run.checkpoint import Writer
+from raytrain_brats.run.gauges import StepGauges
 from raytrain_brats.run.job import Job
 from raytrain_brats.run.ledger import Generation, MetricsLog
 from raytrain_brats.run.recovery import Stopwatch
@@ -100,7 +101,7 @@ class Scribe:
         self._ear = Ear(job.run_dir, generation.number) if rank == 0 else None
         self._stragglers = Stragglers(world_size)
         self._quarantined: set[str] = set()
-        self._stopwatch = Stopwatch(job.run_dir)
+        self._stopwatch, self._gauges = Stopwatch(job.run_dir), StepGauges(job.run_dir)
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def __enter__(self) -> "Scribe":
@@ -149,6 +150,7 @@ class Scribe:
             about |= {"loss": result.loss, "lr": result.learning_rate, "bad": result.bad, "finite": result.finite}
             self._log.add(about | {"wait_s": round(wait_s, 4), "step_s": round(step_s, 4), "time": time.time()})
             self._stopwatch.stepped(self.generation.number, self.world_size, self.clock.began, wait_s, step_s)
+            self._gauges.stepped(seen - before, seen, self.world_size, result.loss, wait_s, step_s)
             for rank, times in slow:
                 self.event("straggler", rank=rank, times_slower=times, samples_seen=seen)
         if self._bad_in_epoch > self.job.config.data.max_bad_share * plan.epoch_samples:

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ray._raylet import GcsClient
+from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.schema import AutoscalerInstance
+from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.core.generated import autoscaler_pb2
+from ray.core.generated.autoscaler_pb2 import NodeStatus
+from ray.core.generated.instance_manager_pb2 import Instance, NodeKind
 
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import ledger
@@ -77,9 +83,9 @@ class Cluster:
         self.port, folder = free_port(), f"{self.place}/ray{self._number}"
         self._start(f"--head --port={self.port} --temp-dir={folder} --include-dashboard=false {self._head}")
 
-    def add(self, before: str = "") -> str:
-        """Start a node with 2 CPUs, wait until it is up; its name. `before` is run in a mount namespace of its own."""
-        name, node = self._start(f"--address=127.0.0.1:{self.port} --num-cpus=2", before)
+    def add(self, before: str = "", options: str = "--num-cpus=2") -> str:
+        """Start a node, wait until it is up; its name. `before` is run in a mount namespace of its own."""
+        name, node = self._start(f"--address=127.0.0.1:{self.port} {options}", before)
         self.nodes[name] = node
         return name
 
@@ -117,6 +123,46 @@ class Cluster:
     def close(self) -> None:
         self.nodes.clear()
         kill([pid for pid, _ in ours(self.place)])
+
+    def where(self, command: str) -> set[str]:
+        """Names of the nodes beside the head that have a process whose command line holds this."""
+        trees = {name: set(family(node.pid)) for name, node in self.nodes.items()}
+        found = [pid for pid, line in ours(self.place) if command in line]
+        return {name for name, tree in trees.items() for pid in found if pid in tree}
+
+    def would_launch(self, kinds: dict[str, Any]) -> dict[str, int]:
+        """{kind: number} of nodes that Ray's autoscaler would start just now, had it these to start.
+
+        `kinds` is the `available_node_types` of a cluster's YAML; a node that is up is of the kind that its role names.
+        """
+        state = get_cluster_resource_state(GcsClient(address=f"127.0.0.1:{self.port}"))
+        there = [
+            AutoscalerInstance(
+                cloud_instance_id=node.node_id.hex(),
+                ray_node=node,
+                im_instance=Instance(
+                    instance_id=node.node_id.hex(),
+                    node_id=node.node_id.hex(),
+                    instance_type=node.labels["role"],
+                    status=Instance.RAY_RUNNING,
+                    node_kind=NodeKind.HEAD if node.labels["role"] == "head" else NodeKind.WORKER,
+                ),
+            )
+            for node in state.node_states
+            if node.status != NodeStatus.DEAD
+        ]
+        asked = SchedulingRequest(
+            disable_launch_config_check=True,
+            node_type_configs={
+                name: NodeTypeConfig(name, 0, kind["max_workers"], resources=kind["resources"], labels=kind["labels"])
+                for name, kind in kinds.items()
+            },
+            resource_requests=list(state.pending_resource_requests),
+            gang_resource_requests=list(state.pending_gang_resource_requests),
+            cluster_resource_constraints=list(state.cluster_resource_constraints),
+            current_instances=there,
+        )
+        return {launch.instance_type: launch.count for launch in ResourceDemandScheduler().schedule(asked).to_launch}
 
     def train(self, *arguments: object) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "raytrain_brats", "train", *map(str, arguments)]

@@ -1,0 +1,111 @@
+"""A run's numbers for Prometheus, by way of Ray: every node exports what its processes set (docs/monitoring.md).
+
+In: steps as rank 0 writes them down; now and then what the books say, and the nodes that are up.
+Out: gauges `ray_raytrain_brats_<name>`, tagged with the run folder. A gauge whose process ended is gone after 20 s.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray.util.metrics import Gauge
+
+from raytrain_brats.errors import UserError
+from raytrain_brats.run.accounts import account, recoveries
+
+PRICES = "RAYTRAIN_BRATS_DOLLARS_PER_HOUR"
+NAMES = {
+    # from rank 0, with each step
+    "samples_per_s": "samples applied a second, over the last steps",
+    "data_wait_share": "share of the last steps' time that was spent waiting for data",
+    "step_s": "seconds of a step, mean of the last ones",
+    "loss": "loss of the last step",
+    "world_size": "training workers",
+    "samples_seen": "samples applied so far",
+    # from the driver, every ten seconds
+    "samples_total": "samples of the whole run",
+    "dice": "Dice of held-out cases at the last validation, by region",
+    "goodput": "time in steps that were kept / time the run was up",
+    "resizes": "times that the number of workers was changed, so far",
+    "recoveries": "starts of a worker group that came to a step, so far",
+    "recovery_s": "seconds from the last failure, resize or launch to the next step",
+    "quarantined": "cases that cannot be read, so far",
+    "dollars_per_hour": f"price of the nodes that are up (by {PRICES})",
+}
+_STEPS = 20
+
+
+class Gauges:
+    """One run's, as seen from one process."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._tags, self._made = {"run": run_dir}, dict[str, Gauge]()
+
+    def set(self, name: str, value: float | None, **tags: str) -> None:
+        if value is None or not math.isfinite(value):
+            return  # what nobody knows is left out; the value before stays
+        if name not in self._made:
+            self._made[name] = Gauge(f"raytrain_brats_{name}", NAMES[name], ("run", *tags))
+        self._made[name].set(value, self._tags | tags)
+
+
+class StepGauges(Gauges):
+    """Rank 0's, of the steps of its worker group."""
+
+    def __init__(self, run_dir: str) -> None:
+        super().__init__(run_dir)
+        self._recent: deque[tuple[int, float, float]] = deque(maxlen=_STEPS)
+
+    def stepped(
+        self, samples: int, seen: int, world_size: int, loss: float | None, wait_s: float, step_s: float
+    ) -> None:
+        """A step of `samples` was applied in `step_s`, of which `wait_s` went by before its batch was there."""
+        self._recent.append((samples, wait_s, step_s))
+        applied, waited, seconds = (sum(column) for column in zip(*self._recent, strict=True))
+        self.set("samples_per_s", applied / max(seconds, 1e-9))
+        self.set("data_wait_share", waited / max(seconds, 1e-9))
+        self.set("step_s", seconds / len(self._recent))
+        self.set("loss", loss)
+        self.set("world_size", world_size)
+        self.set("samples_seen", seen)
+
+
+def tell(gauges: Gauges, events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], total: int) -> None:
+    """Set what the books say of the run: all its `events`, its last `rows`."""
+    recovered = recoveries(events)
+    gauges.set("samples_total", total)
+    gauges.set("goodput", account(events, rows).goodput)
+    gauges.set("resizes", sum(e.get("event") == "resize" for e in events))
+    gauges.set("recoveries", len(recovered))
+    gauges.set("recovery_s", recovered[-1].total_s if recovered else None)
+    gauges.set("quarantined", len({e.get("case") for e in events if e.get("event") == "quarantine"}))
+    scored = [e["dice"] for e in events if e.get("event") == "validation" and "dice" in e]
+    for region, dice in (scored[-1] if scored else {}).items():
+        gauges.set("dice", dice, region=region)
+
+
+def prices() -> dict[str, float]:
+    """{role: dollars an hour of each such node}, the whole cluster's under "": out of the environment's `12.5` or
+    `head=0.4,data=0.77,train=21.96`. Raises UserError."""
+    given = os.environ.get(PRICES, "")
+    found = {}
+    try:
+        for part in given.split(",") if given else ():
+            role, price = part.split("=") if "=" in part else ("", part)
+            found[role.strip()] = float(price)
+    except ValueError:
+        found[""] = math.nan
+    if not all(0 <= price < math.inf for price in found.values()):
+        raise UserError(
+            f"{PRICES}={given}: write 12.5 for the cluster, or a node's price by role: data=0.77,train=21.96"
+        )
+    return found
+
+
+def dollars_per_hour(prices: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> float | None:
+    """What these nodes cost; None when no price is known."""
+    if not prices:
+        return None
+    return prices.get("", 0.0) + sum(prices.get((node["Labels"] or {}).get("role", "-"), 0.0) for node in nodes)

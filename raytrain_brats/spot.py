@@ -1,0 +1,207 @@
+"""On a spot machine, tell Ray when EC2 is about to take it: `python -m raytrain_brats.spot &`, one on each node.
+
+In: the instance metadata service, version 2 (AWS_EC2_METADATA_SERVICE_ENDPOINT, as in AWS's own SDKs); a running Ray.
+Out: this machine's Ray node drained, once a notice, with the notice's deadline; a line for each thing that happened.
+
+Nothing here ends the watch: a metadata service or a Ray that is away is asked again with the next look.
+"""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http.client import HTTPException
+from pathlib import Path
+from typing import Literal
+
+from raytrain_brats.cli import entry
+from raytrain_brats.errors import UserError
+
+ACTION, REBALANCE = "spot/instance-action", "events/recommendations/rebalance"
+NOTICE_S = 120.0
+"""What EC2 gives a machine from the notice on; taken where the notice cannot be read."""
+DRAIN_S = 60.0
+"""Longest time for one try to reach Ray."""
+_TOKEN, _TTL, _TTL_S = "X-aws-ec2-metadata-token", "X-aws-ec2-metadata-token-ttl-seconds", 300
+
+
+@dataclass(frozen=True)
+class Args:
+    """Watch this machine's spot notices and drain its Ray node when one comes; runs until it is ended.
+
+    A second watcher on the same machine ends at once, with 0.
+    """
+
+    every: float = 5.0
+    """Seconds between two looks."""
+    rebalance: Literal["drain", "note"] = "drain"
+    """What a rebalance recommendation does, which has no deadline and may come long before the end, or for nothing."""
+    node: str = ""
+    """Name of the Ray node to drain, where several run on one machine; by default all at this machine's address."""
+
+
+class Imds:
+    """One machine's metadata service: every question carries a token that was asked for before."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._latest = f"{endpoint.rstrip('/')}/latest"
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # never through a proxy
+        self._token, self._renew_at = "", 0.0
+
+    def get(self, path: str) -> str | None:
+        """What stands below meta-data; None where nothing does. Raises OSError or HTTPException when it is away."""
+        for again in (False, True):
+            if again or time.monotonic() >= self._renew_at:
+                self._token = self._ask("PUT", "api/token", {_TTL: str(_TTL_S)})
+                self._renew_at = time.monotonic() + _TTL_S / 2
+            try:
+                return self._ask("GET", f"meta-data/{path}", {_TOKEN: self._token})
+            except urllib.error.HTTPError as error:
+                if error.code == 404:
+                    return None
+                if error.code != 401 or again:  # 401: the token is not good any more, though its time is not up
+                    raise
+        return None
+
+    def _ask(self, method: str, path: str, headers: dict[str, str]) -> str:
+        request = urllib.request.Request(f"{self._latest}/{path}", method=method, headers=headers)  # noqa: S310
+        with self._open(request, timeout=2) as answer:
+            return str(answer.read().decode())
+
+
+@dataclass(frozen=True)
+class Notice:
+    text: str
+    """What was said, which is also what tells two notices apart."""
+    deadline: float
+    """Unix time at which the machine goes; 0 when none is known."""
+
+
+class Watcher:
+    """What was heard and done so far. `drain` returns whether Ray accepted."""
+
+    def __init__(self, imds: Imds, drain: Callable[[Notice], bool], on_rebalance: str = "drain") -> None:
+        self._imds, self._drain, self._on_rebalance = imds, drain, on_rebalance
+        self._open: dict[str, Notice] = {}
+        """Heard, and not drained for yet."""
+        self._known: set[str] = set()
+        self._going, self._state = False, ""
+
+    def look(self) -> None:
+        """Ask once for each kind of notice; drain for those that are open."""
+        try:
+            for path in (ACTION, REBALANCE):
+                if (body := self._imds.get(path)) is not None:
+                    self._hear(path, body)
+            self._say("watching")
+        except (OSError, HTTPException, ValueError) as error:
+            self._say(f"the metadata service does not answer ({error}); asking on")
+        for text, notice in list(self._open.items()):
+            if self._drain(notice):
+                del self._open[text]
+                _log(f"drained for: {text}")
+
+    def _hear(self, path: str, body: str) -> None:
+        text = f"{path} {' '.join(body.split())}"
+        if text in self._known:
+            return
+        self._known.add(text)
+        _log(f"notice: {text}")
+        if path == ACTION:
+            self._going = True
+            self._open = {text: Notice(text, deadline(body))}  # a recommendation has had its day
+        elif self._on_rebalance == "drain" and not self._going:
+            self._open[text] = Notice(text, 0.0)
+
+    def _say(self, state: str) -> None:
+        if state != self._state:  # an outage of an hour is two lines
+            _log(state)
+        self._state = state
+
+
+def deadline(body: str) -> float:
+    """Unix time of an instance action; what EC2 gives from now on, when it cannot be read."""
+    try:
+        when = datetime.fromisoformat(json.loads(body)["time"])
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, KeyError, TypeError):
+        return time.time() + NOTICE_S
+
+
+def drain_apart(notice: Notice, node: str = "") -> bool:
+    """Drain in a process of its own: Ray's client ends its process when the head is gone, and weighs 100 MB."""
+    child = multiprocessing.get_context("spawn").Process(target=drain, args=(notice, node), daemon=True)
+    child.start()
+    child.join(DRAIN_S)
+    if child.exitcode is None:
+        _log(f"Ray did not answer within {DRAIN_S:.0f} s")
+        child.kill()
+        child.join()
+    return child.exitcode == 0
+
+
+def drain(notice: Notice, node: str = "") -> None:
+    """Tell Ray that this machine's node goes. Exits with 1 when nobody accepts, saying why."""
+    from ray._private import services
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated import autoscaler_pb2
+
+    try:
+        address = services.canonicalize_bootstrap_address_or_die("auto")
+        gcs, here = GcsClient(address=address), services.get_node_ip_address()
+        nodes = {key.hex(): about for key, about in gcs.get_all_node_info().items() if not about.state}
+        ours = [key for key, n in nodes.items() if (n.node_name == node if node else n.node_manager_address == here)]
+        if not ours:
+            raise LookupError(f"no living node {node or 'at ' + here} in the cluster at {address}")
+        reason = vars(autoscaler_pb2)["DrainNodeReason"].Value("DRAIN_NODE_REASON_PREEMPTION")
+        # in the future, or Ray refuses; 0 is no deadline
+        by_ms = int(1000 * max(notice.deadline, time.time() + 1)) if notice.deadline else 0
+        for key in ours:
+            accepted, why = gcs.drain_node(key, reason, notice.text, by_ms)
+            if not accepted:
+                raise RuntimeError(f"refused: {why}")
+    except Exception as error:  # noqa: BLE001 - whatever Ray raises: the watcher tries again
+        _log(f"cannot drain yet: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        sys.exit(1)
+
+
+def work(args: Args) -> None:
+    endpoint = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
+    if not endpoint.startswith(("http://", "https://")):
+        raise UserError(f"AWS_EC2_METADATA_SERVICE_ENDPOINT={endpoint} is no http:// address")
+    # `ray up` runs start commands again on every update: they need no `pgrep`, which finds its own shell
+    with Path(tempfile.gettempdir(), "raytrain_brats-spot.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log("another watcher is at work here")
+            return
+        _log(f"asking {endpoint} every {args.every:g} s on {socket.gethostname()}")
+        watcher = Watcher(Imds(endpoint), lambda notice: drain_apart(notice, args.node), args.rebalance)
+        while True:
+            try:
+                watcher.look()
+            except Exception as error:  # noqa: BLE001 - no memory for a process, say: that passes, or the machine goes
+                _log(f"this look failed: {error!r}")
+            time.sleep(args.every)
+
+
+def _log(line: str) -> None:
+    print(f"{time.strftime('%F %T')} {line}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return entry(Args, work, "spot", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
