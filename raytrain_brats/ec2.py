@@ -28,7 +28,7 @@ NO_SPOT = {
 class SpotFirst(AWSNodeProvider):
     """Ray's AWS provider; a node type that asks for spot gets on-demand nodes when there is none."""
 
-    def _create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
+    def _create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> Any:
         try:
             return super()._create_node(node_config, tags, count)
         except NodeLaunchException as error:
