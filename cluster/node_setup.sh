@@ -7,7 +7,7 @@ set -euo pipefail
 . ~/raytrain_brats.env
 apt() { sudo DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -yqq "$@"; }
 
-# The instance's own NVMe disks as one, for Ray's spilling and for caches; a folder of the root volume where there are none.
+# The instance's own NVMe disks as one, for Ray's spilling and for caches; a folder of the root volume where none are.
 if mountpoint -q /opt/dlami/nvme; then # AWS's Deep Learning image has joined them already
   sudo ln -sfnT /opt/dlami/nvme /mnt/fast
 elif ! mountpoint -q /mnt/fast; then

@@ -51,12 +51,18 @@ def allowed(*codes: str) -> Any:
 
 def check_address(cidr: str) -> str:
     try:
-        network = ipaddress.ip_network(cidr)
+        wide = too_wide(cidr)
+        ipaddress.IPv4Network(cidr)
     except ValueError as error:
         raise UserError(f"--ssh-from {cidr!r}: {error}; your own address alone is A.B.C.D/32") from error
-    if network.version != 4 or network.prefixlen < 16:
-        raise UserError(f"--ssh-from {cidr} lets {network.num_addresses:,} addresses in; give your own, A.B.C.D/32")
+    if wide:
+        raise UserError(f"--ssh-from {cidr} lets more than 65,536 addresses in; give your own, A.B.C.D/32")
     return cidr
+
+
+def too_wide(cidr: str) -> bool:
+    network = ipaddress.ip_network(cidr)
+    return network.max_prefixlen - network.prefixlen > 16
 
 
 def check_offered(ec2: Any, kind: str, zone: str) -> None:
@@ -151,8 +157,8 @@ def security_group(ec2: Any, vpc: str, ssh_from: str) -> str:
     rules = ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"][0]["IpPermissions"]
     ranges = {r["CidrIp"] for rule in rules for r in rule["IpRanges"]}
     ranges |= {r["CidrIpv6"] for rule in rules for r in rule.get("Ipv6Ranges", [])}
-    if others := sorted(ranges - {ssh_from}):
-        raise UserError(f"security group {group} also lets {', '.join(others)} in; take that away, or the group")
+    if wide := sorted(r for r in ranges if too_wide(r)):  # addresses of yours and your colleagues' may add up
+        raise UserError(f"security group {group} lets {', '.join(wide)} in; take that away, or the group")
     return str(group)
 
 

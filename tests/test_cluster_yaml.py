@@ -287,7 +287,7 @@ def test_the_security_group_is_closed(account: Account, tmp_path: Path) -> None:
 
 
 REFUSALS = {
-    "ssh from everywhere": (["--ssh-from", "0.0.0.0/0"], "lets 4,294,967,296 addresses in"),
+    "ssh from everywhere": (["--ssh-from", "0.0.0.0/0"], "lets more than 65,536 addresses in"),
     "no address": (["--ssh-from", "home"], "your own address alone is A.B.C.D/32"),
     "a zone without p4d": (["--zone", "eu-north-1a"], "p4d.24xlarge is not offered in eu-north-1a"),
     "no such bucket": (["--data", "s3://other/x"], "bucket other: S3 says 404"),
@@ -325,7 +325,7 @@ def test_an_account_that_is_not_ready_is_refused(
     rendered("p4d", tmp_path / "before.yaml")
     account.ec2.authorize_security_group_ingress(GroupId=account.group()["GroupId"], IpPermissions=[opened])
     assert render.main(command) == 2
-    assert "also lets 0.0.0.0/0 in" in capsys.readouterr().err
+    assert "lets 0.0.0.0/0 in" in capsys.readouterr().err
     account.ec2.revoke_security_group_ingress(GroupId=account.group()["GroupId"], IpPermissions=[opened])
 
     boto3.client("iam").delete_instance_profile(InstanceProfileName="raytrain-brats-node")
