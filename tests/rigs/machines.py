@@ -1,7 +1,7 @@
 """Machines for rigs: every instance that a moto EC2 runs gets a body made of Linux namespaces.
 
-In: root, iproute2, sshd, rsync; a moto server inside the rig's own network.
-Out: machines that answer by SSH at the addresses EC2 reports, with IMDSv2 and the role's credentials; what EC2 ends dies
+In: root, iproute2, sshd, rsync; a folder.
+Out: machines that answer by SSH where EC2 says they are, with IMDSv2 and their role's credentials; what EC2 ends dies
 at once. The network is a namespace without a way out: nothing in it reaches this machine's network, or is reached.
 """
 
