@@ -27,10 +27,11 @@ def listen(host: str, port: str, folder: Path) -> None:
     answer, run = BaseResponse.call_action, InstanceResponse.run_instances
 
     def note(self: Any) -> Any:
-        with (folder / "calls.jsonl").open("a") as log:
+        if self.service_name != "s3":
             who = self.access_key_regex.search(self.headers.get("Authorization", ""))
-            action = f"{self.service_name}:{self._get_action()}"
-            log.write(json.dumps({"who": who and who["access_key"], "action": action}) + "\n")
+            line = {"who": who and who["access_key"], "action": f"{self.service_name}:{self._get_action()}"}
+            with (folder / "calls.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
         return answer(self)
 
     def run_instances(self: Any) -> Any:
