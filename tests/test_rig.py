@@ -1,6 +1,6 @@
 """The whole way on EC2 and over SSH, with machines made of namespaces: the unmodified `ray up`, jobs, a spot reclaim.
 
-Marked `campaign`: minutes, and it needs root, namespaces and sshd; skipped with the reason where they are missing.
+Marked `rig` (`scripts/test -m rig`): minutes; needs root, namespaces and sshd, and is skipped, saying why, without.
 """
 
 import json
@@ -24,7 +24,7 @@ from tests.rigs.machines import GATEWAY, ROOT, Machines, missing, own_network, t
 
 WHY_NOT = missing()
 pytestmark = [
-    pytest.mark.campaign,
+    pytest.mark.rig,
     pytest.mark.skipif(bool(WHY_NOT), reason=f"the EC2 rig cannot run here: {WHY_NOT}"),
 ]
 ZONE, RUN = "us-west-2b", "s3://the-runs/brats/first"
