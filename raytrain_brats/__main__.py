@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "prove that every sample was applied once, in order",
     "report": "one page: curves, overlays, time split",
     "bench": "measure against other libraries, all processes counted",
+    "sagemaker": "the same run as a SageMaker job: launch, process, status, logs, stop",
     "demo": "all of these on phantoms, in minutes",
 }
 
