@@ -181,10 +181,10 @@ def test_an_isolated_container_uses_what_the_service_copies(dry: Capture) -> Non
 def test_cases_on_fsx(dry: Capture) -> None:
     """The file system is mounted, and the cases are a folder below it."""
     vpc = ("--subnets", "subnet-1", "--security-groups", "sg-1")
-    request = dry("launch", *SMALL[:4], "--run-dir", "s3://brats/run", "--data", "brats", "--fsx", "fs-1:/mnt/x", *vpc)
+    request = dry("launch", *SMALL[:4], "--run-dir", "s3://brats/run", "--data", "brats", "--fsx", "fs-0123456789:/mnt/x", *vpc)
     assert request["HyperParameters"]["data"] == "/opt/ml/input/data/data/brats"
     assert request["InputDataConfig"][0]["DataSource"]["FileSystemDataSource"] == {
-        "FileSystemId": "fs-1",
+        "FileSystemId": "fs-0123456789",
         "FileSystemType": "FSxLustre",
         "FileSystemAccessMode": "ro",
         "DirectoryPath": "/mnt/x",

@@ -10,11 +10,13 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from types import SimpleNamespace
 from typing import Any
 
 import boto3
+import botocore.session
 import yaml
 from botocore import exceptions as aws
 
@@ -91,8 +93,7 @@ def environment(options: JobOptions) -> dict[str, str]:
 def instances(given: str, option: str, kind: str = "TrainingInstanceType") -> tuple[str, int]:
     """(type, number) of TYPE:N. Raises UserError for a type that the service does not have."""
     name, _, number = given.partition(":")
-    shapes = boto3.session.Session(region_name="us-east-1")._session.get_service_model("sagemaker")
-    known = shapes.shape_for(kind).enum
+    known = _known_types(kind)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -100,6 +101,12 @@ def instances(given: str, option: str, kind: str = "TrainingInstanceType") -> tu
     if not (number or "1").isdigit() or int(number or 1) < 1:
         raise UserError(f"--{option} {given}: write it as TYPE:NUMBER, such as {name}:2")
     return name, int(number or 1)
+
+
+@lru_cache
+def _known_types(kind: str) -> list[str]:
+    shapes = botocore.session.get_session().get_service_model("sagemaker")
+    return list(shapes.shape_for(kind).enum)
 
 
 def cost(groups: Instances, spot: bool = False) -> str:
