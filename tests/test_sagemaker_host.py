@@ -273,7 +273,9 @@ def test_the_model_is_a_run_folder_with_its_newest_checkpoint(tmp_path: Path) ->
     host.export(run, tmp_path / "model")
     found = set(storage.list_files(str(tmp_path / "model")))
     newest = {name for name in found if name.startswith("checkpoints/")}
-    assert newest == {f"checkpoints/000000000008-g0001/{n}" for n in ("MANIFEST.json", "state.json", "tensors.safetensors")}
+    assert newest == {
+        f"checkpoints/000000000008-g0001/{n}" for n in ("MANIFEST.json", "state.json", "tensors.safetensors")
+    }
     assert found - newest == {"config.yaml", "report.html", "validation/000000000008.csv"}
     assert checkpoint.newest_valid(str(tmp_path / "model"))[0] is not None
     with pytest.raises(RunFailed, match="no valid checkpoint"):

@@ -24,7 +24,18 @@ IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/raytrain-brats:1"
 KEY = "arn:aws:kms:us-east-1:123456789012:key/11111111-2222-3333-4444-555555555555"
 SMALL = ("--role", ROLE, "--image", IMAGE, "--data", "s3://brats/cases", "--run-dir", "s3://brats/run")
 WHOLE = (
-    *("--role", ROLE, "--image", IMAGE, "--store", "s3://brats/store/", "--run-dir", "s3://brats/run", "--name", "exp7"),
+    *(
+        "--role",
+        ROLE,
+        "--image",
+        IMAGE,
+        "--store",
+        "s3://brats/store/",
+        "--run-dir",
+        "s3://brats/run",
+        "--name",
+        "exp7",
+    ),
     *("--train-instances", "ml.p4d.24xlarge:2", "--data-instances", "ml.m5.4xlarge:4", "--spot"),
     *("--max-hours", "10", "--max-wait-hours", "30", "--volume-gb", "500", "--kms-key", KEY, "--encrypt-traffic"),
     *("--subnets", "subnet-1", "subnet-2", "--security-groups", "sg-1", "--tag", "project=brats", "--tag", "who=me"),
@@ -158,7 +169,11 @@ def test_the_smallest_request(dry: Capture) -> None:
     request = dry("launch", *SMALL)
     assert request["ResourceConfig"] == {"InstanceType": "ml.g5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 100}
     assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 86_400}
-    assert request["HyperParameters"] == {"data": "s3://brats/cases", "run_dir": "s3://brats/run", "recipe": "segresnet"}
+    assert request["HyperParameters"] == {
+        "data": "s3://brats/cases",
+        "run_dir": "s3://brats/run",
+        "recipe": "segresnet",
+    }
     assert not request["EnableManagedSpotTraining"]
     assert not request.keys() & {"InputDataConfig", "VpcConfig", "Tags"}
     kept = dry("launch", *SMALL, "--keep-alive-minutes", "30", "--spot")
@@ -181,7 +196,9 @@ def test_an_isolated_container_uses_what_the_service_copies(dry: Capture) -> Non
 def test_cases_on_fsx(dry: Capture) -> None:
     """The file system is mounted, and the cases are a folder below it."""
     vpc = ("--subnets", "subnet-1", "--security-groups", "sg-1")
-    request = dry("launch", *SMALL[:4], "--run-dir", "s3://brats/run", "--data", "brats", "--fsx", "fs-0123456789:/mnt/x", *vpc)
+    request = dry(
+        "launch", *SMALL[:4], "--run-dir", "s3://brats/run", "--data", "brats", "--fsx", "fs-0123456789:/mnt/x", *vpc
+    )
     assert request["HyperParameters"]["data"] == "/opt/ml/input/data/data/brats"
     assert request["InputDataConfig"][0]["DataSource"]["FileSystemDataSource"] == {
         "FileSystemId": "fs-0123456789",
@@ -202,7 +219,9 @@ def test_code_is_shipped_to_images_of_aws(sent: Capture) -> None:
     assert {"requirements.txt", "raytrain_brats/sagemaker/host.py", "raytrain_brats/recipes/demo.yaml"} <= names
     assert not any("__pycache__" in name for name in names)
     place = channels["sm_drivers"]["DataSource"]["S3DataSource"]["S3Uri"].removeprefix("s3://brats/")
-    script = boto3.client("s3").get_object(Bucket="brats", Key=f"{place.rstrip('/')}/sm_train.sh")["Body"].read().decode()
+    script = (
+        boto3.client("s3").get_object(Bucket="brats", Key=f"{place.rstrip('/')}/sm_train.sh")["Body"].read().decode()
+    )
     assert launch.COMMAND in script
 
 
@@ -283,9 +302,7 @@ def test_mistakes_are_told_before_anything_is_paid_for(
     assert said.out == ""
 
 
-def test_without_the_sdk_the_way_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_the_sdk_the_way_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sagemaker.core.helper.session_helper", None)
     assert sagemaker.main(["launch", *SMALL, "--dry-run"]) == 2
     assert "scripts/venv sagemaker" in capsys.readouterr().err

@@ -215,7 +215,7 @@ def start_ray(cluster: Cluster, deadline: float) -> str:
         f"--labels=role={cluster.group},sagemaker-host={cluster.me}",
         *shlex.split(os.environ.get("RAYTRAIN_BRATS_RAY_START", "")),
     ]
-    said = subprocess.run(started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = subprocess.run(started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
     if said.returncode:
         raise RunFailed(f"Ray did not start on {cluster.me}: {' '.join(said.stdout.split())[-600:]}")
     print(f"host: Ray runs on {cluster.me} ({cluster.group})", flush=True)
@@ -311,7 +311,8 @@ class Host:
     def _run_command(self, arguments: list[str], lines: dict[str, Line]) -> tuple[int, str]:
         name, *rest = arguments
         tail: deque[str] = deque(maxlen=40)
-        self._driver = subprocess.Popen([*program(name), *rest], stderr=subprocess.PIPE, text=True, errors="replace")
+        ran = [*program(name), *rest]
+        self._driver = subprocess.Popen(ran, stderr=subprocess.PIPE, text=True, errors="replace")  # noqa: S603
 
         def tee(stream: Any) -> None:
             for line in stream:

@@ -77,7 +77,9 @@ class Args(JobOptions):
 def work(args: Args) -> None:
     request = Request.of(args)
     service.tell(service.cost(request.groups, args.spot))
-    service.send(args, service.bucket_of(request.run_dir), "CreateTrainingJob", lambda session: _train(request, session))
+    service.send(
+        args, service.bucket_of(request.run_dir), "CreateTrainingJob", lambda session: _train(request, session)
+    )
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ def check(options: JobOptions) -> None:
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given; docs/sagemaker.md says where they come from")
     if not options.role.startswith("arn:"):
-        raise UserError(f"--role {options.role}: give the role's whole ARN, such as arn:aws:iam::123456789012:role/NAME")
+        raise UserError(
+            f"--role {options.role}: give the role's whole ARN, such as arn:aws:iam::123456789012:role/NAME"
+        )
     if bool(options.subnets) != bool(options.security_groups):
         raise UserError("--subnets and --security-groups go together")
 
@@ -182,7 +184,9 @@ def bucket_of(uri: str) -> str:
 def s3_place(uri: str, option: str) -> str:
     """The URI in its one spelling. Raises UserError unless it is on S3."""
     if not storage.is_s3(uri) or not bucket_of(uri):
-        raise UserError(f"--{option} {uri or '(nothing)'}: a SageMaker job reads and writes s3://BUCKET/...; give such a place")
+        raise UserError(
+            f"--{option} {uri or '(nothing)'}: a SageMaker job reads and writes s3://BUCKET/...; give such a place"
+        )
     return storage.normal(uri)
 
 
