@@ -1,4 +1,4 @@
-"""The containers' entry: who leads, who waits for whom, how a job ends on all hosts alike. Hosts are loopback addresses."""
+"""The containers' entry: who leads, who waits for whom, how a job ends. Hosts are loopback addresses."""
 
 import json
 import os
@@ -18,15 +18,15 @@ from raytrain_brats import sagemaker, storage
 from raytrain_brats.config import load
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint
-from raytrain_brats.sagemaker import host
-from raytrain_brats.sagemaker.host import Cluster, Line
+from raytrain_brats.sagemaker import host, meeting
+from raytrain_brats.sagemaker.meeting import Cluster, Line
 
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 
 FAKE = """
 import os, sys, time
 from pathlib import Path
-from raytrain_brats.sagemaker import host
+from raytrain_brats.sagemaker import host, meeting
 
 def start_ray(cluster, deadline):
     Path(os.environ["RAYTRAIN_BRATS_ML"], "joined").touch()
@@ -35,7 +35,7 @@ def start_ray(cluster, deadline):
     return "127.0.0.1:6379"
 
 host.start_ray = start_ray
-host.PORT = int(os.environ["FAKE_PORT"])
+meeting.PORT = int(os.environ["FAKE_PORT"])
 host.program = lambda name: [sys.executable, "-u", "-c", os.environ["FAKE_" + name.upper()]]
 host.export = lambda run_dir, model: (model.mkdir(), (model / "exported").write_text(run_dir))
 sys.exit(host.main("host", ["train"]))
@@ -60,11 +60,11 @@ def test_all_hosts_choose_the_same_head(tmp_path: Path) -> None:
     hosts = ("algo-10", "algo-2", "algo-1", "algo-3")
     groups = {"train": ("algo-1", "algo-2"), "data": ("algo-10", "algo-3")}
     for me in hosts:
-        cluster = host.read_cluster(lay_out(tmp_path / me, me, hosts, groups))
+        cluster = meeting.read_cluster(lay_out(tmp_path / me, me, hosts, groups))
         assert (cluster.me, cluster.head) == (me, "algo-3")
         assert cluster.group == ("train" if me in groups["train"] else "data")
         assert cluster.peers == ("algo-1", "algo-2", "algo-10")
-    alone = host.read_cluster(lay_out(tmp_path / "one", "algo-2", ("algo-2", "algo-1"), {}))
+    alone = meeting.read_cluster(lay_out(tmp_path / "one", "algo-2", ("algo-2", "algo-1"), {}))
     assert (alone.head, alone.group) == ("algo-1", "all")
 
 
@@ -76,8 +76,8 @@ def test_a_place_that_is_no_container_is_told(tmp_path: Path, monkeypatch: pytes
     signal.signal(signal.SIGTERM, restored)
     assert "at home use `train` itself" in capfd.readouterr().err
     (lay_out(tmp_path / "x", "a", ("a",), {}) / "input/config/resourceconfig.json").write_text('{"hosts": 3}')
-    with pytest.raises(RunFailed, match='is not as expected .*"hosts": 3'):
-        host.read_cluster(tmp_path / "x")
+    with pytest.raises(RunFailed, match=r'is not as expected .*"hosts": 3'):
+        meeting.read_cluster(tmp_path / "x")
 
 
 def test_hyperparameters_become_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_hyperparameters_become_the_command(tmp_path: Path, monkeypatch: pytest.
 def test_the_token_is_made_once(tmp_path: Path) -> None:
     """Hosts that ask at the same time get the same secret, and so does the next attempt."""
     found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(host.shared_token(str(tmp_path)))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(meeting.shared_token(str(tmp_path)))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -128,7 +128,7 @@ def test_strangers_are_not_taken_for_hosts(server: socket.socket) -> None:
 
     threading.Thread(target=visit).start()
     lines: dict[str, Line] = {}
-    host.gather(cluster, "secret", server, time.monotonic() + 20, lines)
+    meeting.gather(cluster, "secret", server, time.monotonic() + 20, lines)
     assert lines.keys() == {"b"}
 
 

@@ -1,4 +1,4 @@
-"""What `sagemaker launch` and `process` send: captured on its way to a local AWS, field by field; and how jobs are seen."""
+"""What `sagemaker launch` and `process` send, captured on its way to a local AWS; how jobs are seen."""
 
 import json
 import re

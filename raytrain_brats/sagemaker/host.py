@@ -9,10 +9,8 @@ it ended; nobody polls, sleeps and hopes, or goes on without the others.
 """
 
 import contextlib
-import hmac
 import json
 import os
-import secrets
 import select
 import shlex
 import signal
@@ -23,14 +21,15 @@ import threading
 import time
 import traceback
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raytrain_brats import storage
 from raytrain_brats.errors import RunFailed, UserError
+from raytrain_brats.sagemaker import meeting
+from raytrain_brats.sagemaker.meeting import Cluster, Line
 
-RAY_PORT, PORT = 6379, 6380
+RAY_PORT = 6379
 STOPPED = 143
 """Exit code after SIGTERM, as a shell would give it: never 0, which would call a job done that is not."""
 PARTING_S = 10.0
@@ -40,44 +39,6 @@ LOGS_BYTES = 5_000_000
 
 class Stopped(Exception):  # noqa: N818 - not an error
     """SIGTERM before there was anything to save."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Who takes part; the same on every host but for `me`."""
-
-    me: str
-    hosts: tuple[str, ...]
-    head: str
-    group: str
-    """Of this host: `data`, `train`, or what SageMaker calls a job's only group."""
-    interface: str
-
-    @property
-    def peers(self) -> tuple[str, ...]:
-        return tuple(host for host in self.hosts if host != self.head)
-
-
-def read_cluster(root: Path) -> Cluster:
-    """From resourceconfig.json of a training (or else processing) job. Raises RunFailed where it is none."""
-    paths = [root / "input/config/resourceconfig.json", root / "config/resourceconfig.json"]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
-        raise RunFailed(f"{paths[0]} is not there: `host` runs in a SageMaker container; at home use `train` itself")
-    try:
-        found = json.loads(path.read_text())
-        me, hosts = found["current_host"], sorted(found["hosts"], key=_number)
-        groups = found.get("instance_groups") or []
-        group = {host: part["instance_group_name"] for part in groups for host in part["hosts"]}
-        # A CPU host has time for the cluster's own processes; and every host must come to the same choice.
-        head = min(hosts, key=lambda host: (group.get(host) != "data", _number(host)))
-        return Cluster(me, tuple(hosts), head, group.get(me, "all"), found.get("network_interface_name") or "eth0")
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunFailed(f"{path} is not as expected ({error!r}): {path.read_text()[:500]}") from error
-
-
-def _number(host: str) -> tuple[int, str]:
-    return len(host), host  # algo-2 before algo-10
 
 
 def command(root: Path, given: list[str]) -> list[str]:
@@ -110,108 +71,14 @@ def program(name: str) -> list[str]:
     return [sys.executable, "-u", "-m", f"raytrain_brats.{name}"]
 
 
-class Line:
-    """One connection, line by line: JSON out, JSON in."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that vanishes says nothing
-        for name, seconds in ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):
-            connection.setsockopt(socket.IPPROTO_TCP, name, seconds)
-        self.socket = connection
-        self._read = b""
-
-    @property
-    def pending(self) -> bool:
-        """Whether a message was read already that nobody has received."""
-        return b"\n" in self._read
-
-    def send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # who is gone is noticed where it is read
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self, timeout_s: float | None = None) -> Any:
-        """The next message; None when the other side is gone. Raises TimeoutError."""
-        self.socket.settimeout(timeout_s)
-        try:
-            while b"\n" not in self._read:
-                part = self.socket.recv(65536)
-                if not part or len(self._read) > 65536:
-                    return None
-                self._read += part
-        except TimeoutError:
-            raise
-        except OSError:
-            return None
-        message, _, self._read = self._read.partition(b"\n")
-        try:
-            return json.loads(message)
-        except ValueError:
-            return None
-
-
-def gather(cluster: Cluster, token: str, server: socket.socket, deadline: float, lines: dict[str, Line]) -> None:
-    """Put a line to every peer into `lines`. Raises RunFailed, naming who is missing, at the deadline (monotonic)."""
-    began = time.monotonic()
-    while missing := [host for host in cluster.peers if host not in lines]:
-        if (left_s := deadline - time.monotonic()) <= 0:
-            raise RunFailed(_missing(missing, time.monotonic() - began))
-        server.settimeout(left_s)
-        with contextlib.suppress(TimeoutError):
-            line = Line(server.accept()[0])
-            hello = line.receive(min(left_s, 10))
-            host, said = (hello.get("host"), hello.get("token")) if isinstance(hello, dict) else (None, None)
-            if host in missing and isinstance(said, str) and hmac.compare_digest(said.encode(), token.encode()):
-                lines[host] = line
-                print(f"host: {host} is here, {len(missing) - 1} still missing", flush=True)
-
-
-def _missing(hosts: list[str], after_s: float) -> str:
-    return f"{', '.join(hosts)} did not come up within {after_s:.0f} s: no container there, or it failed; see its log"
-
-
-def call(cluster: Cluster, token: str, deadline: float) -> Line:
-    """A line to the head. Raises RunFailed when it does not answer before the deadline."""
-    while True:
-        try:
-            line = Line(socket.create_connection((cluster.head, PORT), timeout=5))
-            break
-        except OSError as error:  # no name yet, or nobody listens yet
-            if time.monotonic() > deadline:
-                raise RunFailed(f"{cluster.head}, the head, did not come up in time ({error})") from error
-            time.sleep(0.5)
-    line.send({"host": cluster.me, "token": token})
-    return line
-
-
-def address_of(host: str, deadline: float) -> str:
-    """Its IP address. Raises RunFailed when it has no name before the deadline."""
-    while True:
-        try:
-            return socket.gethostbyname(host)
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise RunFailed(f"host {host} has no address ({error})") from error
-            time.sleep(0.5)
-
-
-def shared_token(folder: str) -> str:
-    """The secret of this run's clusters, which only those can read that may read its folder; made by who is first.
-
-    Not in the request: whoever may describe the job would read it there.
-    """
-    place = storage.join(folder, "sagemaker", "ray_token")
-    storage.swap(place, None, secrets.token_hex(32).encode())
-    return storage.read_bytes(place).decode()
-
-
 def start_ray(cluster: Cluster, deadline: float) -> str:
     """Start this host's part of the Ray cluster; its head's address. Raises RunFailed."""
-    head = f"{address_of(cluster.head, deadline)}:{RAY_PORT}"
+    head = f"{meeting.address_of(cluster.head, deadline)}:{RAY_PORT}"
     part = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
     part = part if cluster.me == cluster.head else [f"--address={head}"]
     started = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", *part),
-        f"--node-ip-address={address_of(cluster.me, deadline)}",
+        f"--node-ip-address={meeting.address_of(cluster.me, deadline)}",
         f"--labels=role={cluster.group},sagemaker-host={cluster.me}",
         *shlex.split(os.environ.get("RAYTRAIN_BRATS_RAY_START", "")),
     ]
@@ -249,13 +116,13 @@ class Host:
         return code
 
     def _run(self) -> tuple[int, str]:
-        cluster = self._cluster = read_cluster(self._root)
+        cluster = self._cluster = meeting.read_cluster(self._root)
         deadline = time.monotonic() + float(os.environ.get("RAYTRAIN_BRATS_JOIN_S", "900"))
         arguments = command(self._root, self._arguments)
         place = option(arguments, "run-dir") or option(arguments, "store")
         if not place:
             raise UserError("`host` runs `train` or `prepare`, with a --run-dir or --store that all containers see")
-        token = shared_token(place)
+        token = meeting.shared_token(place)
         os.environ |= {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": token,
@@ -271,9 +138,9 @@ class Host:
 
     def _lead(self, cluster: Cluster, token: str, deadline: float, arguments: list[str]) -> tuple[int, str]:
         lines: dict[str, Line] = {}
-        with socket.create_server(("", PORT), reuse_port=False) as server:
+        with socket.create_server(("", meeting.PORT), reuse_port=False) as server:
             try:
-                gather(cluster, token, server, deadline, lines)
+                meeting.gather(cluster, token, server, deadline, lines)
                 os.environ["RAY_ADDRESS"] = start_ray(cluster, deadline)
                 for line in lines.values():
                     line.send("join")
@@ -351,7 +218,7 @@ class Host:
                     pass
 
     def _follow(self, cluster: Cluster, token: str, deadline: float, arguments: list[str]) -> tuple[int, str]:
-        line = call(cluster, token, deadline)
+        line = meeting.call(cluster, token, deadline)
         self._to_head = line
         if self._stopping:
             line.send("stop")

@@ -121,7 +121,7 @@ def main(name: str, argv: list[str] | None = None) -> int:
 
     def work(args: Any) -> None:
         try:
-            step(args)  # type: ignore[operator]
+            step(args)
         except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.NoRegionError) as error:
             raise UserError(f"{error}; run aws configure, or aws sso login") from error
         except aws.ClientError as error:

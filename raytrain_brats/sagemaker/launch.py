@@ -1,4 +1,4 @@
-"""Train as a SageMaker training job: `raytrain-brats sagemaker launch --role ARN --image URI --data s3://... --run-dir s3://...`.
+"""Train as a SageMaker training job: `raytrain-brats sagemaker launch --role ARN --image URI --data URI --run-dir URI`.
 
 In: what `train` takes, instances, an execution role, a container image.
 Out: a training job; with `--dry-run` its CreateTrainingJob request as JSON. Its price on standard error.

@@ -1,4 +1,4 @@
-"""Prepare as a SageMaker Processing job: `raytrain-brats sagemaker process --role ARN --image URI --data s3://... --store s3://...`.
+"""Prepare as a SageMaker Processing job: `raytrain-brats sagemaker process --role ARN --image URI --data URI ...`.
 
 In: what `prepare` takes, CPU instances, an execution role, a container image.
 Out: a processing job that fills the store, over all its instances by Ray; with `--dry-run` its CreateProcessingJob

@@ -184,9 +184,7 @@ def bucket_of(uri: str) -> str:
 def s3_place(uri: str, option: str) -> str:
     """The URI in its one spelling. Raises UserError unless it is on S3."""
     if not storage.is_s3(uri) or not bucket_of(uri):
-        raise UserError(
-            f"--{option} {uri or '(nothing)'}: a SageMaker job reads and writes s3://BUCKET/...; give such a place"
-        )
+        raise UserError(f"--{option} {uri or '(nothing)'}: a SageMaker job reads and writes s3://; give such a place")
     return storage.normal(uri)
 
 
