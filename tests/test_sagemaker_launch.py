@@ -1,8 +1,11 @@
 """What `sagemaker launch` and `process` send, captured on its way to a local AWS; how jobs are seen."""
 
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable
@@ -225,6 +228,21 @@ def test_code_is_shipped_to_images_of_aws(sent: Capture) -> None:
     assert launch.COMMAND in script
 
 
+def test_the_bash_that_aws_starts_hands_sigterm_on(tmp_path: Path) -> None:
+    """AWS's images make bash PID 1: the run still hears SIGTERM, may take its time, and its exit code is the job's."""
+    run = tmp_path / "python3"
+    run.write_text(
+        '#!/bin/bash\ntrap "sleep 1; echo saved; exit 143" TERM\necho training\nwhile :; do sleep 0.1; done\n'
+    )
+    run.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    bash = subprocess.Popen(["bash", "-ec", launch.COMMAND], env=environment, stdout=subprocess.PIPE, text=True)
+    assert bash.stdout
+    assert bash.stdout.readline() == "training\n"
+    bash.terminate()
+    assert (bash.wait(30), bash.stdout.read()) == (143, "saved\n")
+
+
 def test_a_recipe_file_travels_in_the_request(dry: Capture, tmp_path: Path) -> None:
     """The containers have no such file: its content goes along, on one line as the service wants it."""
     recipe = tmp_path / "mine.yaml"
@@ -303,7 +321,7 @@ def test_mistakes_are_told_before_anything_is_paid_for(
 
 
 def test_without_the_sdk_the_way_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "sagemaker.core.helper.session_helper", None)
+    monkeypatch.setitem(sys.modules, "sagemaker.core.helper.session_helper", None)
     assert sagemaker.main(["launch", *SMALL, "--dry-run"]) == 2
     assert "scripts/venv sagemaker" in capsys.readouterr().err
 

@@ -103,12 +103,8 @@ class Host:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             code, cause = self._run()
-        except Stopped:
-            code, cause = STOPPED, "stopped before the run began"
-        except (RunFailed, UserError, OSError) as error:
-            code, cause = 1, str(error)
-        except Exception:  # noqa: BLE001 - whatever it is, the job's owner must read it in the console
-            code, cause = 1, traceback.format_exc()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the job's owner must read it in the console
+            code, cause = _verdict(error)
         self._keep_logs()
         if code and code != STOPPED:
             _write_failure(self._root, cause)
@@ -147,10 +143,8 @@ class Host:
                 for host, line in lines.items():
                     self._await_join(host, line, deadline)
                 verdict = self._work(lines, arguments)
-            except Stopped:
-                verdict = STOPPED, "stopped before the run began"
-            except (RunFailed, OSError) as error:
-                verdict = 1, str(error)
+            except Exception as error:  # noqa: BLE001 - the peers must hear of it
+                verdict = _verdict(error)
             self._part(lines, *verdict)
         return verdict
 
@@ -278,6 +272,14 @@ def export(run_dir: str, model: Path) -> None:
         if name in wanted or name.startswith(("validation/", f"checkpoints/{found.name}/")):
             (model / name).parent.mkdir(parents=True, exist_ok=True)
             (model / name).write_bytes(storage.read_bytes(storage.join(run_dir, name)))
+
+
+def _verdict(error: Exception) -> tuple[int, str]:
+    """(exit code, cause) of what was raised, by itself or while it was handled."""
+    if isinstance(error, Stopped):
+        return STOPPED, "stopped before the run began"
+    told = isinstance(error, RunFailed | UserError | OSError)
+    return 1, str(error) if told else "".join(traceback.format_exception(error))
 
 
 def _write_failure(root: Path, cause: str) -> None:

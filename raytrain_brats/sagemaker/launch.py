@@ -88,6 +88,10 @@ class Request:
 
     args: Args
     run_dir: str
+    kind: str
+    """`data` or `store`."""
+    source: str
+    """Where the cases are, on S3 or below the file system."""
     groups: Instances
     hyperparameters: dict[str, str]
 
@@ -101,14 +105,15 @@ class Request:
             raise UserError("no cases given; name an s3:// place with --data or --store")
         groups = [service.instances(args.data_instances, "data-instances")] if args.data_instances else []
         groups.append(service.instances(args.train_instances, "train-instances"))
-        kind, place = ("store", store) if store else ("data", data)
+        kind, source = ("store", store) if store else ("data", data)
+        mounted = f"{LOCAL}/input/data/{kind}"
         if args.fsx:
             if not args.subnets or args.fsx.partition(":")[2][:1] != "/":
                 raise UserError("--fsx ID:/MOUNT/PATH also needs --subnets and --security-groups of its VPC")
-            place = f"{LOCAL}/input/data/{kind}/{place.strip('/')}".rstrip("/")
+            place = f"{mounted}/{source.strip('/')}"
         else:
-            place = service.s3_place(place, kind)
-            place = place if args.input == "direct" else f"{LOCAL}/input/data/{kind}"
+            source = service.s3_place(source, kind)
+            place = source if args.input == "direct" else mounted
         if args.network_isolation and (sum(n for _, n in groups) > 1 or (args.input == "direct" and not args.fsx)):
             # The run folder is then the synchronised /opt/ml/checkpoints, which several hosts do not share.
             raise UserError("--network-isolation: S3 cannot be reached; use one instance and --input file or fastfile")
@@ -127,7 +132,7 @@ class Request:
         }
         if long := [key for key, value in values.items() if len(value) > 2500]:
             raise UserError(f"{long[0]}: longer than the 2,500 characters of a hyperparameter; shorten it")
-        return Request(args, run_dir, groups, {key: value for key, value in values.items() if value})
+        return Request(args, run_dir, kind, source, groups, {key: value for key, value in values.items() if value})
 
 
 def _train(request: Request, session: Any) -> None:
@@ -207,7 +212,6 @@ def _channels(request: Request) -> Any:
     from sagemaker.core.training import configs
 
     args = request.args
-    name = "store" if "store" in request.hyperparameters else "data"
     if args.fsx:
         file_system, _, path = args.fsx.partition(":")
         source: Any = configs.FileSystemDataSource(
@@ -216,18 +220,19 @@ def _channels(request: Request) -> Any:
             file_system_access_mode="ro",
             directory_path=path,
         )
-        return [configs.InputData(channel_name=name, data_source=source)]
+        return [configs.InputData(channel_name=request.kind, data_source=source)]
     if args.input == "direct":
         return None
     groups = {"instance_group_names": ["data", "train"]} if len(request.groups) > 1 else {}
     source = configs.S3DataSource(
         s3_data_type="S3Prefix",
-        s3_uri=default(args.store if name == "store" else args.data, name.upper()),
+        s3_uri=f"{request.source}/",
         s3_data_distribution_type="FullyReplicated",
         **groups,
     )
     mode = {"file": "File", "fastfile": "FastFile"}[args.input]
-    return [configs.Channel(channel_name=name, data_source=configs.DataSource(s3_data_source=source), input_mode=mode)]
+    place = configs.DataSource(s3_data_source=source)
+    return [configs.Channel(channel_name=request.kind, data_source=place, input_mode=mode)]
 
 
 def _code(folder: Path) -> Any:
