@@ -1,6 +1,6 @@
-"""SageMaker's part around the containers of a training job, on this machine: runs a CreateTrainingJob request.
+"""SageMaker's part around the containers of a job, on this machine: runs a Create{Training,Processing}Job request.
 
-In: a request, as `sagemaker launch` sends it; S3 at an endpoint that the containers reach; root.
+In: a request, as `sagemaker launch` or `process` sends it; S3 at an endpoint that the containers reach; root.
 Out: the job's status, the containers' exit codes, logs and failure files; what they left on S3.
 
 Every instance is one "container": namespaces of its own (`boot_container.sh`), an address on a bridge, a name that the
@@ -80,6 +80,10 @@ class Job:
     def __init__(
         self, request: dict[str, Any], folder: Path, network: Network, endpoint: str, absent: tuple[str, ...] = ()
     ) -> None:
+        self._processing = "ProcessingJobName" in request
+        if self._processing:
+            resources = request["ProcessingResources"]["ClusterConfig"]
+            request = request | {"TrainingJobName": request["ProcessingJobName"], "ResourceConfig": resources}
         self._request, self._folder, self._copied = request, folder, dict[Path, tuple[int, int]]()
         self._s3 = boto3.client("s3")
         self._spaces: list[str] = []
@@ -100,9 +104,10 @@ class Job:
 
     def _lay_out(self, host: str, groups: list[dict[str, Any]], endpoint: str) -> None:
         request, folder = self._request, self._folder / host
-        config = folder / "ml/input/config"
-        for part in ("input/config", "input/data", "output/data", "model", "checkpoints"):
-            (folder / "ml" / part).mkdir(parents=True)
+        config = folder / ("ml/config" if self._processing else "ml/input/config")
+        parts = ["output"] if self._processing else ["input/data", "output/data", "model", "checkpoints"]
+        for path in (config, *(folder / "ml" / part for part in parts)):
+            path.mkdir(parents=True)
         mine = next(group for group in groups if host in group["hosts"])
         about = {
             "current_host": host,
@@ -113,12 +118,13 @@ class Job:
             "network_interface_name": "eth0",
         }
         (config / "resourceconfig.json").write_text(json.dumps(about))
-        (config / "hyperparameters.json").write_text(json.dumps(request.get("HyperParameters", {})))
+        if not self._processing:
+            (config / "hyperparameters.json").write_text(json.dumps(request.get("HyperParameters", {})))
+            self._download(request["CheckpointConfig"]["S3Uri"], folder / "ml/checkpoints")
         for channel in request.get("InputDataConfig", []):
             source = channel["DataSource"]["S3DataSource"]
             if mine["instance_group_name"] in source.get("InstanceGroupNames", [mine["instance_group_name"]]):
                 self._download(source["S3Uri"], folder / "ml/input/data" / channel["ChannelName"])
-        self._download(request["CheckpointConfig"]["S3Uri"], folder / "ml/checkpoints")
         names = "".join(f"{NETWORK}{10 + at} {name}\n" for at, name in enumerate(self.hosts))
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
         environment = {
@@ -153,7 +159,7 @@ class Job:
         return (self._folder / host / "log").read_text(errors="replace")
 
     def failure(self, host: str) -> str:
-        path = self._folder / host / "ml/output/failure"
+        path = self._folder / host / "ml/output" / ("message" if self._processing else "failure")
         return path.read_text() if path.exists() else ""
 
     def sigterm(self) -> None:
@@ -177,9 +183,10 @@ class Job:
                     process.kill()
             time.sleep(0.5)
         self._copy()
-        output = f"{self._request['OutputDataConfig']['S3OutputPath']}/{self._request['TrainingJobName']}/output/model"
-        for host in self.hosts:
-            self._upload(self._folder / host / "ml/model", output)
+        if not self._processing:
+            output = f"{self._request['OutputDataConfig']['S3OutputPath']}/{self._request['TrainingJobName']}/output"
+            for host in self.hosts:
+                self._upload(self._folder / host / "ml/model", f"{output}/model")
         codes = {host: process.wait() for host, process in self.processes.items()}
         return ("Stopped" if stopping else "Failed" if any(codes.values()) else "Completed"), codes
 
@@ -191,7 +198,7 @@ class Job:
             _sh("ip", "netns", "del", space, check=False)
 
     def _copy(self) -> None:
-        for host in self.hosts:
+        for host in [] if self._processing else self.hosts:
             self._upload(self._folder / host / "ml/checkpoints", self._request["CheckpointConfig"]["S3Uri"])
 
     def _upload(self, folder: Path, uri: str) -> None:
@@ -214,10 +221,10 @@ class Job:
 
 def _entry(request: dict[str, Any]) -> list[str]:
     """The image's ENTRYPOINT, with the argument that SageMaker gives; or what the request asks for instead."""
-    specification = request["AlgorithmSpecification"]
+    specification = request.get("AlgorithmSpecification") or request["AppSpecification"]
     if "ContainerEntrypoint" in specification:
         return [*specification["ContainerEntrypoint"], *specification.get("ContainerArguments", [])]
     dockerfile = (ROOT / "cluster/sagemaker/Dockerfile").read_text()
     found = re.search(r"^ENTRYPOINT (.*)$", dockerfile, re.MULTILINE)
     assert found
-    return [*json.loads(found[1]), "train"]
+    return [*json.loads(found[1]), *specification.get("ContainerArguments", ["train"])]

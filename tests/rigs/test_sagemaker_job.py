@@ -1,6 +1,6 @@
-"""A SageMaker training job end to end: two data hosts and two train hosts as containers, S3 on this machine.
+"""SageMaker jobs end to end: two data hosts and two train hosts as containers, S3 on this machine.
 
-The request is what `sagemaker launch` prints; the entry is the image's. Needs root, the SDK and some minutes.
+The requests are what `sagemaker launch` and `process` print; the entry is the image's. Needs root, the SDK, some minutes.
 """
 
 import json
@@ -61,13 +61,13 @@ def start(endpoint: tuple[str, Network], tmp_path: Path, capsys: pytest.CaptureF
     pytest.importorskip("sagemaker.train.model_trainer", reason="the SageMaker SDK is an extra: scripts/venv sagemaker")
     jobs: list[Job] = []
 
-    def run(*options: str, absent: tuple[str, ...] = ()) -> Job:
-        given = ("--role", "arn:aws:iam::123456789012:role/brats", "--image", "raytrain-brats:1", "--dry-run", "--spot")
-        sizes = ("--data-instances", "ml.m5.xlarge:2", "--train-instances", "ml.c5.xlarge:2", "--recipe", "demo")
-        settings = [f"--set={change}" for change in SMALL]
+    def run(*options: str, step: str = "launch", absent: tuple[str, ...] = ()) -> Job:
+        given = ("--role", "arn:aws:iam::123456789012:role/brats", "--image", "raytrain-brats:1", "--dry-run")
+        given += ("--recipe", "demo", "--env", f"RAYTRAIN_BRATS_RAY_START={RAY}")
+        sizes = ("--spot", "--data-instances", "ml.m5.xlarge:2", "--train-instances", "ml.c5.xlarge:2")
+        training = (*sizes, *(f"--set={change}" for change in SMALL)) if step == "launch" else ()
         capsys.readouterr()
-        ran = ("--env", f"RAYTRAIN_BRATS_RAY_START={RAY}", *options)
-        assert sagemaker.main(["launch", *given, *sizes, *settings, *ran]) == 0
+        assert sagemaker.main([step, *given, *training, *options]) == 0
         request: dict[str, Any] = json.loads(capsys.readouterr().out)
         jobs.append(Job(request, tmp_path / f"attempt{len(jobs) + 1}", endpoint[1], endpoint[0], absent))
         return jobs[-1]
@@ -145,3 +145,14 @@ def test_a_host_that_never_comes_up_ends_the_job(start: Start) -> None:
     assert status == "Failed" and set(codes.values()) == {1}, job.log(HEAD)[-4000:]
     assert time.monotonic() - began < 60
     assert all("algo-3 did not come up within" in job.failure(name) for name in codes)
+
+
+def test_a_processing_job_fills_the_store_with_all_its_hosts(start: Start, tmp_path: Path) -> None:
+    """`prepare` over two instances: every case in the store, which `train --store` would read."""
+    data = put_cases(tmp_path / "cases")
+    job = start("--data", data, "--store", "s3://rig-bucket/store", "--instances", "ml.m5.xlarge:2", step="process")
+    status, codes = job.wait(400)
+    assert (status, codes) == ("Completed", {"algo-1": 0, "algo-2": 0}), job.log(HEAD)[-4000:]
+    assert "10 cases prepared, 0 set aside" in job.log(HEAD)
+    assert "Ray runs on algo-2" in job.log("algo-2")
+    assert len([name for name in storage.list_files("s3://rig-bucket/store") if name.startswith("objects/")]) == 10
