@@ -1,6 +1,6 @@
 """SageMaker jobs end to end: two data hosts and two train hosts as containers, S3 on this machine.
 
-The requests are what `sagemaker launch` and `process` print; the entry is the image's. Needs root, the SDK, some minutes.
+The requests are what `sagemaker launch` and `process` print; the entry is the image's. Needs root, the SDK, minutes.
 """
 
 import json
