@@ -46,7 +46,6 @@ sys.exit(host.main("host", ["train"]))
 def lay_out(root: Path, me: str, hosts: tuple[str, ...], groups: dict[str, tuple[str, ...]], **hyper: str) -> Path:
     """/opt/ml of one container."""
     (root / "input/config").mkdir(parents=True)
-    (root / "checkpoints").mkdir()
     named = [{"instance_group_name": n, "instance_type": "ml.m5.xlarge", "hosts": h} for n, h in groups.items()]
     about = {"current_host": me, "hosts": hosts, "network_interface_name": "lo"}
     about |= {"instance_groups": named} if groups else {}

@@ -125,7 +125,7 @@ class Host:
             "GLOO_SOCKET_IFNAME": cluster.interface,
             "NCCL_SOCKET_IFNAME": cluster.interface,
             # workers on all hosts import what this process runs, wherever it lies
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])),
             "RAY_health_check_period_ms": "1000",  # a host that is lost is noticed in seconds
             "RAY_health_check_timeout_ms": "2000",
         }
@@ -190,12 +190,13 @@ class Host:
             readable, _, _ = select.select(list(sockets), [], [], 0.5)
             for there in [at for at, (_, line) in sockets.items() if at in readable or line.pending]:
                 host, line = sockets[there]
-                said = line.receive(1.0)
-                if said == "stop":  # any host's SIGTERM stops the job: the service takes all of them
-                    self._on_sigterm()
-                elif said is None:  # Ray and the run notice that by themselves, and may go on
-                    print(f"host: {host} is gone", flush=True)
-                    del sockets[there]
+                with contextlib.suppress(TimeoutError):
+                    said = line.receive(1.0)
+                    if said == "stop":  # any host's SIGTERM stops the job: the service takes all of them
+                        self._on_sigterm()
+                    elif said is None:  # Ray and the run notice that by themselves, and may go on
+                        print(f"host: {host} is gone", flush=True)
+                        del sockets[there]
         reader.join(5)
         code, self._driver = self._driver.returncode, None
         told = [line.strip() for line in tail if line.startswith(("failed:", "error:"))]
