@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ NETWORK = "10.97.0."
 GRACE_S, FAILED_S = 120.0, 30.0
 
 
+@lru_cache
 def missing() -> str:
     """Why containers cannot be made here; empty when they can."""
     if os.geteuid() != 0:
@@ -52,6 +54,7 @@ class Network:
 
     def __enter__(self) -> "Network":
         self.name = f"brsm{os.getpid() % 100_000}"
+        self._joined = 0
         _sh("ip", "link", "add", self.name, "type", "bridge")
         _sh("ip", "addr", "add", f"{NETWORK}1/24", "dev", self.name)
         _sh("ip", "link", "set", self.name, "up")
@@ -62,7 +65,8 @@ class Network:
 
     def join(self, space: str, number: int) -> None:
         """A network namespace with the address NETWORK<10 + number>."""
-        outside, inside = f"{self.name}o{number}", f"{self.name}i{number}"
+        self._joined += 1  # the kernel takes its time to remove those of an attempt before
+        outside, inside = f"{self.name}o{self._joined}", f"{self.name}i{self._joined}"
         _sh("ip", "netns", "add", space)
         _sh("ip", "link", "add", outside, "type", "veth", "peer", "name", inside)
         _sh("ip", "link", "set", outside, "master", self.name, "up")
@@ -141,7 +145,7 @@ class Job:
         (folder / "env").write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
 
     def _start(self, host: str, at: int, network: Network) -> None:
-        folder, space = self._folder / host, f"{network.name}-{host}"
+        folder, space = self._folder / host, f"{network.name}-{self._folder.name}-{host}"
         network.join(space, at)
         self._spaces.append(space)
         isolated = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]

@@ -26,8 +26,8 @@ pytestmark = [
 ]
 HEAD = "algo-1"
 SMALL = (
-    *("preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]", "train.epochs=12", "validate.every_samples=200"),
-    *("checkpoint.every_samples=80", "run.cpus_per_worker=0.5", "run.workers=2", "validate.max_cases=1"),
+    *("preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]", "train.epochs=40", "validate.every_samples=640"),
+    *("checkpoint.every_samples=160", "run.cpus_per_worker=0.5", "run.workers=2", "validate.max_cases=1"),
 )
 RAY = "--num-cpus=1 --object-store-memory=150000000"  # four containers share two cores
 
