@@ -177,12 +177,13 @@ def start_again(folder: str) -> None:
     ledger.begin_generation(folder)
 
 
-def in_child(do: Callable[[], Any]) -> int:
-    """Exit code of a process of its own that does this."""
+def in_child(*todo: Callable[[], Any]) -> int:
+    """Exit code of a process of its own that does all this."""
     child = os.fork()
     if child == 0:
         try:
-            do()
+            for do in todo:
+                do()
         except BaseException:  # noqa: BLE001 (or the child would go on with the tests)
             traceback.print_exc()
             os._exit(1)

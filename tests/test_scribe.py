@@ -192,9 +192,11 @@ def test_controller_and_driver_may_ask_at_once(wants: tuple[int, int], apart_s: 
         first = pool.submit(saving.ask, run_dir, wants[0])
         time.sleep(apart_s)
         second = pool.submit(saving.ask, run_dir, wants[1])
-        assert first.result(timeout=10)
-        assert second.result(timeout=10)
-        ear.close()
+        try:
+            assert first.result(timeout=20)
+            assert second.result(timeout=20)
+        finally:
+            ear.close()
 
 
 def test_nobody_waits_for_a_group_that_was_replaced(tmp_path: Path) -> None:

@@ -36,11 +36,14 @@ def ask(run_dir: str, what: int) -> bool:
     if generation is None or not rows or rows[-1]["generation"] != generation.number:
         return False
     asked = time.time()
-    other = _read(run_dir)
-    if other.get("generation") == generation.number and other["time"] > asked - TIMEOUT_S:
-        what = max(what, other["what"])
-    request = {"generation": generation.number, "what": what, "time": asked}
-    storage.write_bytes(_request(run_dir), json.dumps(request).encode())
+    for _ in range(20):  # as often as another is quicker
+        before = _content(run_dir)
+        other = _parsed(before)
+        if other.get("generation") == generation.number and other["time"] > asked - TIMEOUT_S:
+            what = max(what, other["what"])
+        request = {"generation": generation.number, "what": what, "time": asked}
+        if storage.swap(_request(run_dir), before, json.dumps(request).encode()):
+            break
     while time.time() < asked + TIMEOUT_S and ledger.current(run_dir) == generation:
         for event in ledger.recent(run_dir)[1]:
             if event["event"] == "checkpoint" and event["generation"] == generation.number and "request" in event:
@@ -116,16 +119,24 @@ class Ear:
 
     def _listen(self) -> None:
         while not self._closed.wait(self._every_s):
-            self._request = _read(self._run_dir) or self._request
+            with contextlib.suppress(OSError):  # storage may be away for a while
+                self._request = _parsed(_content(self._run_dir)) or self._request
 
 
 def _request(run_dir: str) -> str:
     return storage.join(run_dir, "save-request.json")
 
 
-def _read(run_dir: str) -> dict[str, Any]:
-    """The last request; empty when there is none or the storage is away."""
-    with contextlib.suppress(OSError, ValueError):
-        found: dict[str, Any] = json.loads(storage.read_bytes(_request(run_dir)))
+def _content(run_dir: str) -> bytes | None:
+    try:
+        return storage.read_bytes(_request(run_dir))
+    except FileNotFoundError:
+        return None
+
+
+def _parsed(content: bytes | None) -> dict[str, Any]:
+    """A request; empty when there is none."""
+    with contextlib.suppress(ValueError):
+        found: dict[str, Any] = json.loads(content or b"{}")
         return found
     return {}
