@@ -44,6 +44,8 @@ def ask(run_dir: str, what: int) -> bool:
         request = {"generation": generation.number, "what": what, "time": asked}
         if storage.swap(_request(run_dir), before, json.dumps(request).encode()):
             break
+    else:
+        return False
     while time.time() < asked + TIMEOUT_S and ledger.current(run_dir) == generation:
         for event in ledger.recent(run_dir)[1]:
             if event["event"] == "checkpoint" and event["generation"] == generation.number and "request" in event:
