@@ -4,9 +4,10 @@ In: the name of a command and its arguments.
 Out: the command's exit code.
 """
 
-import difflib
 import importlib
 import sys
+
+from raytrain_brats.cli import choose
 
 COMMANDS = {
     "phantom": "write labelled BraTS-like cases",
@@ -27,17 +28,10 @@ COMMANDS = {
 
 
 def main() -> int:
-    name, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
-    if name in ("-h", "--help"):
-        print("usage: raytrain-brats COMMAND [--help] ...\n")
-        print("\n".join(f"  {command:10} {what}" for command, what in COMMANDS.items()))
-        return 0
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        print(f"error: command {name!r} is not known; {hint}", file=sys.stderr)
-        return 2
-    return int(importlib.import_module(f"raytrain_brats.{name}").main(arguments))
+    name = choose("raytrain-brats", "command", sys.argv[1:], COMMANDS)
+    if isinstance(name, int):
+        return name
+    return int(importlib.import_module(f"raytrain_brats.{name}").main(sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from rich.table import Table
 from raytrain_brats import storage
 from raytrain_brats.benchmark.meter import Meter
 from raytrain_brats.benchmark.pipelines import ABOUT, OURS, PEERS, Order, Run, missing
-from raytrain_brats.cli import entry
+from raytrain_brats.cli import choose, entry
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import phantom
 from raytrain_brats.data import store as stores
@@ -261,20 +261,17 @@ def prepare(args: Prepare) -> None:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 
 
-BENCHES: dict[str, tuple[Any, Any]] = {"data": (Data, data), "prepare": (Prepare, prepare)}
+WHAT = {"data": "loading patches, against other libraries", "prepare": "CPU seconds a case, size of the store"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: raytrain-brats bench {data,prepare} [--help] ...\n")
-        print("  data     loading patches, against other libraries\n  prepare  CPU seconds a case, size of the store")
-        return 0
-    if name not in BENCHES:
-        print(f"error: bench {name!r} is not known; there is {', '.join(BENCHES)}", file=sys.stderr)
-        return 2
-    options, work = BENCHES[name]
-    return entry(options, work, f"bench {name}", rest)
+    given = sys.argv[1:] if argv is None else argv
+    name = choose("raytrain-brats bench", "benchmark", given, WHAT)
+    if isinstance(name, int):
+        return name
+    if name == "data":
+        return entry(Data, data, "bench data", given[1:])
+    return entry(Prepare, prepare, "bench prepare", given[1:])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Out: parsed options; how far it is; the exit code: 0 done, 1 failed, 2 a mistake
 """
 
 import contextlib
+import difflib
 import io
 import os
 import re
@@ -71,6 +72,21 @@ def show_refused(refused: list[dict[str, str]]) -> None:
         for row in refused[:20]:
             table.add_row(row["case"], row["reason"], row["detail"])
         Console().print(table)
+
+
+def choose(program: str, kind: str, given: list[str], choices: dict[str, str]) -> int | str:
+    """The first of what was given, when it is one of the choices {name: what it does}; else the exit code, all said."""
+    name = given[0] if given else "--help"
+    if name in choices:
+        return name
+    if name in ("-h", "--help"):
+        print(f"usage: {program} {kind.upper()} [--help] ...\n")
+        print("\n".join(f"  {choice:{max(map(len, choices))}} {what}" for choice, what in choices.items()))
+        return 0
+    near = difflib.get_close_matches(name, choices, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(choices)}"
+    print(f"error: {kind} {name!r} is not known; {hint}", file=sys.stderr)
+    return 2
 
 
 def entry(options: type[Options], work: Callable[[Options], None], name: str, argv: list[str] | None) -> int:

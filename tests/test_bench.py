@@ -58,7 +58,7 @@ def test_the_file_of_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert {"augmentation", "cache", "output"} <= row.keys()
     ours = found["pipelines"]["store"]["runs"][0]
     ours_too = {"raylet", "gcs_server", "SplitCoordinator", "RayTrainWorker", "ReadPositions", "driver"}
-    assert ours_too <= ours["peak_mb"].keys()
+    assert ours_too <= ours["peak_mb"].keys() | ours["cpu_s"].keys()  # none need be there when memory is at its peak
     assert "patches per CPU s" in capsys.readouterr().out
 
 
@@ -79,7 +79,7 @@ def test_what_a_case_costs_to_prepare(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (["data", "--peers", "monia"], "--peers monia: not known; there are monai_dataset"),
-        (["speed"], "bench 'speed' is not known; there is data, prepare"),
+        (["speed"], "benchmark 'speed' is not known; there are data, prepare"),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

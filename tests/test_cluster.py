@@ -22,6 +22,7 @@ from raytrain_brats.run import checkpoint, gauges, ledger
 from scripts.chaos_campaign import under_ray
 from scripts.chaos_campaign.ray_cluster import SMALL, Cluster, ElasticRun, free_port
 from tests.test_gauges import asked
+from tests.test_outage import Proxy
 from tests.test_spot import Metadata
 
 
@@ -63,13 +64,13 @@ def test_a_node_that_joins_is_used_and_no_step_is_lost(cluster: Cluster) -> None
     run.rows_until(2, after=1)
     run.interrupt()
 
-    rows = ledger.read_rows(str(run.folder))
+    rows = ledger.read_rows(run.folder)
     assert [row["world_size"] for row in rows] == sorted(row["world_size"] for row in rows)
     assert run.events("resize")[0]["saved"]
     assert [e["redone_steps"] for e in run.events("group")] == [0, 0]
     # Ctrl-C saved as well: what is on record is what the next start goes on from
-    assert checkpoint.newest_valid(str(run.folder))[0].samples_seen == rows[-1]["samples_seen"]
-    assert verify.main(["--run-dir", str(run.folder)]) == 0
+    assert checkpoint.newest_valid(run.folder)[0].samples_seen == rows[-1]["samples_seen"]
+    assert verify.main(["--run-dir", run.folder]) == 0
 
 
 @pytest.mark.campaign
@@ -101,7 +102,7 @@ def test_a_node_that_is_drained_leaves_a_checkpoint_behind(cluster: Cluster) -> 
     assert run.events("group")[-1]["redone_steps"] == 0
     cluster.kill_node(node)
     run.interrupt()
-    assert verify.main(["--run-dir", str(run.folder)]) == 0
+    assert verify.main(["--run-dir", run.folder]) == 0
 
 
 @pytest.mark.campaign
@@ -117,7 +118,7 @@ def test_a_node_that_is_lost_is_not_waited_for(cluster: Cluster) -> None:
     run.interrupt()
     assert (told["cause"], told["world_size"]) == ("failure", 1)
     assert told["reschedule_s"] < 20  # Ray's own start timeout: a group of two was not asked for
-    assert verify.main(["--run-dir", str(run.folder)]) == 0
+    assert verify.main(["--run-dir", run.folder]) == 0
 
 
 @pytest.mark.campaign
@@ -138,7 +139,7 @@ def test_workers_killed_for_want_of_memory_cost_the_run_nothing(place: Path) -> 
         assert run.events("failure") or run.events("launch")[1:], "nothing was killed: the test proves nothing"
         run.rows_until(None, after=1)
         run.interrupt()
-        assert verify.main(["--run-dir", str(run.folder)]) == 0
+        assert verify.main(["--run-dir", run.folder]) == 0
         causes = " ".join(e["error"] for e in run.events("failure")) + run.said.read_text()
         assert "memory" in causes
     finally:
@@ -153,10 +154,34 @@ def test_an_object_store_that_is_too_small_slows_the_run_and_does_not_end_it(pla
         run = ElasticRun(cluster, "2", "run.cpus_per_worker=0.5", "data.patch_xyz=[64, 64, 64]", "run.prefetch=16")
         run.rows_until(2, after=0)
         run.interrupt()
-        assert verify.main(["--run-dir", str(run.folder)]) == 0
+        assert verify.main(["--run-dir", run.folder]) == 0
         assert not run.events("failure")
     finally:
         cluster.close()
+
+
+@pytest.mark.campaign
+def test_a_minute_without_s3_is_outlived(place: Path, s3_server: str) -> None:
+    """Cases, rows and checkpoints are in S3, which refuses for 60 s: the same group goes on, no step is lost."""
+    proxy = Proxy(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]))
+    cluster = Cluster(place, AWS_ENDPOINT_URL=f"http://127.0.0.1:{proxy.port}")
+    try:
+        run = ElasticRun(cluster, "2", "run.cpus_per_worker=0.5", root=s3_server)
+        run.rows_until(2, after=0)
+        proxy.set("refuse")
+        time.sleep(60)
+        proxy.set("pass")
+        back = len(ledger.read_rows(run.folder))
+        until = time.monotonic() + 120
+        while len(ledger.read_rows(run.folder)) < back + 100:
+            assert time.monotonic() < until and run.driver.poll() is None, run.said.read_text()[-2000:]
+            time.sleep(1)
+        run.interrupt()
+        assert run.generation() == 1 and not run.events("failure")
+        assert verify.main(["--run-dir", run.folder]) == 0
+    finally:
+        cluster.close()
+        proxy.server.close()
 
 
 @pytest.mark.campaign
@@ -176,7 +201,7 @@ def test_nodes_do_what_their_labels_say(place: Path) -> None:
         assert _seen(cluster, "ray::ReadPositions") == {data, reads}
         assert run.events("resize")[0]["saved"]
         run.interrupt()
-        assert verify.main(["--run-dir", str(run.folder)]) == 0
+        assert verify.main(["--run-dir", run.folder]) == 0
     finally:
         cluster.close()
 
@@ -206,7 +231,7 @@ def test_work_that_waits_is_what_brings_nodes(place: Path) -> None:
             time.sleep(1)
         run.interrupt()
         _until(cluster, kinds, {})
-        assert verify.main(["--run-dir", str(run.folder)]) == 0
+        assert verify.main(["--run-dir", run.folder]) == 0
     finally:
         cluster.close()
 
@@ -259,7 +284,7 @@ def test_a_spot_notice_saves_shrinks_and_is_outlived(cluster: Cluster, place: Pa
     assert any(e["saved"] for e in (*run.events("preemption"), *run.events("resize")[1:]))
     assert {e["redone_steps"] for e in run.events("group")} == {0}
     run.interrupt()
-    assert verify.main(["--run-dir", str(run.folder)]) == 0
+    assert verify.main(["--run-dir", run.folder]) == 0
 
 
 @pytest.mark.campaign

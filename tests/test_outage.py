@@ -70,7 +70,7 @@ class Proxy:
         passed = 0
         with contextlib.suppress(OSError):
             while data := server.recv(1 << 14):
-                if self.lost_answers and b"PUT " in asked and data.startswith(b"HTTP/1.1 200"):
+                if self.lost_answers and b"PUT " in asked and b"HTTP/1.1 200" in data:
                     self.lost_answers -= 1
                     break
                 client.sendall(data)

@@ -198,47 +198,57 @@ def _condensed(
     image_czyx: npt.NDArray[Any], extent: Extent
 ) -> tuple[npt.NDArray[Any], tuple[float, ...], tuple[float, ...], float]:
     """(the image in 16 bits, mean and standard deviation per channel, the greatest absolute error)."""
-    integers = _integers(image_czyx, extent)
-    if integers is not None:
-        return integers, *_statistics(integers), 0.0
-    image = np.ascontiguousarray(image_czyx)
-    mean, std = _statistics(image)
+    if whole := _integers(image_czyx, extent):
+        return *whole, 0.0
+    image, moments = np.ascontiguousarray(image_czyx), [_Moments() for _ in image_czyx]
+    for channel, found in zip(image, moments, strict=True):
+        found.add(channel.reshape(-1))
+    mean, std = _statistics(moments)
     halves, max_error = _halves(image, extent, min(std))
     return halves, mean, std, max_error
 
 
-def _integers(image_czyx: npt.NDArray[Any], extent: Extent) -> npt.NDArray[np.int16] | None:
-    """The image as int16 if that changes no value."""
+def _integers(
+    image_czyx: npt.NDArray[Any], extent: Extent
+) -> tuple[npt.NDArray[np.int16], tuple[float, ...], tuple[float, ...]] | None:
+    """The image as int16 with its statistics, if that changes no value."""
     if min(extent.low) < -32768 or max(extent.high) > 32767:
         return None
     integers = np.empty(image_czyx.shape, np.int16)
     same = np.empty(image_czyx.shape[2:], bool)
+    moments = []
     for source, target in zip(image_czyx, integers, strict=True):
+        moments.append(_Moments())
         for source_yx, target_yx in zip(source, target, strict=True):  # a plane fits the processor's cache
             np.copyto(target_yx, source_yx, casting="unsafe")
             if source.dtype.kind == "f" and not np.equal(target_yx, source_yx, out=same).all():
                 return None
-    return integers
+            moments[-1].add(target_yx.reshape(-1))
+    return integers, *_statistics(moments)
 
 
-def _statistics(image_czyx: npt.NDArray[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and population standard deviation of the non-zero voxels of each channel (1 where it would be 0)."""
-    means, stds, values = [], [], np.empty(_CHUNK)
-    for channel in image_czyx:
-        flat = channel.reshape(-1)
-        count, total, squares = 0, 0.0, 0.0  # zeros add nothing to either sum
-        for start in range(0, flat.size, _CHUNK):
-            chunk = flat[start : start + _CHUNK]
-            wide = values[: chunk.size]
+class _Moments:
+    """Sums over the non-zero voxels of a channel, in float64; zeros add nothing to either."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.squares = 0, 0.0, 0.0
+        self._wide = np.empty(_CHUNK)
+
+    def add(self, voxels: npt.NDArray[Any]) -> None:
+        for start in range(0, voxels.size, _CHUNK):
+            chunk = voxels[start : start + _CHUNK]
+            wide = self._wide[: chunk.size]
             wide[:] = chunk
-            count += int(np.count_nonzero(chunk))
-            total += float(wide.sum())
-            squares += float(np.einsum("i,i->", wide, wide))  # not np.dot: BLAS would start threads
-        mean = total / max(1, count)
-        variance = max(0.0, squares / max(1, count) - mean * mean)
-        means.append(mean)
-        stds.append(variance**0.5 or 1.0)
-    return tuple(means), tuple(stds)
+            self.count += int(np.count_nonzero(chunk))
+            self.total += float(wide.sum())
+            self.squares += float(np.einsum("i,i->", wide, wide))  # not np.dot: BLAS would start threads
+
+
+def _statistics(channels: list[_Moments]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population standard deviation of the non-zero voxels of each channel (1 where it would be 0)."""
+    means = [moments.total / max(1, moments.count) for moments in channels]
+    variances = [m.squares / max(1, m.count) - mean * mean for m, mean in zip(channels, means, strict=True)]
+    return tuple(means), tuple(max(0.0, variance) ** 0.5 or 1.0 for variance in variances)
 
 
 def _halves(image: npt.NDArray[Any], extent: Extent, least_std: float) -> tuple[npt.NDArray[np.float16], float]:

@@ -11,7 +11,6 @@ import os
 import signal
 import tempfile
 import threading
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -34,14 +33,14 @@ class Pulse:
             "world_size": world_size,
             "pid": os.getpid(),
             "node": ray.get_runtime_context().get_node_id(),
-            "stacks": str(Path(tempfile.gettempdir()) / f"raytrain-brats-stacks-{os.getpid()}"),
         }
         self._samples_seen, self._phase, self._marks, self._updates = 0, "start", 0, 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
     def __enter__(self) -> "Pulse":
-        self._stacks = open(self._about["stacks"], "w")  # open for as long as the signal may come
+        self._stacks = tempfile.TemporaryFile("w")  # without a name: nothing is left of a rank that is killed
+        self._about["stacks"] = f"/proc/{os.getpid()}/fd/{self._stacks.fileno()}"
         faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
         self._thread.start()
         return self
@@ -52,7 +51,6 @@ class Pulse:
         self._thread.join(2 * BEAT_S)
         faulthandler.unregister(signal.SIGUSR2)
         self._stacks.close()
-        Path(self._about["stacks"]).unlink(missing_ok=True)
 
     def mark(self, phase: str, samples_seen: int | None = None) -> None:
         """Enter a phase; costs nothing."""

@@ -4,9 +4,10 @@ In: the name of a step and its options; on the launching machine AWS credentials
 Out: the step's exit code.
 """
 
-import difflib
 import importlib
 import sys
+
+from raytrain_brats.cli import choose
 
 STEPS = {
     "launch": ("launch", "train as a SageMaker training job; --dry-run prints the request"),
@@ -19,14 +20,8 @@ STEPS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: raytrain-brats sagemaker STEP [--help] ...\n")
-        print("\n".join(f"  {step:8} {what}" for step, (_, what) in STEPS.items()))
-        return 0
-    if name not in STEPS:
-        near = difflib.get_close_matches(name, STEPS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(STEPS)}"
-        print(f"error: sagemaker {name!r} is not known; {hint}", file=sys.stderr)
-        return 2
-    return int(importlib.import_module(f"raytrain_brats.sagemaker.{STEPS[name][0]}").main(name, arguments))
+    given = sys.argv[1:] if argv is None else argv
+    name = choose("raytrain-brats sagemaker", "step", given, {step: what for step, (_, what) in STEPS.items()})
+    if isinstance(name, int):
+        return name
+    return int(importlib.import_module(f"raytrain_brats.sagemaker.{STEPS[name][0]}").main(name, given[1:]))

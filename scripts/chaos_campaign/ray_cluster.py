@@ -174,10 +174,10 @@ class Cluster:
 class ElasticRun:
     """A run of one or two workers that lasts until it is stopped."""
 
-    def __init__(self, cluster: Cluster, workers: str = "1:2", *settings: str) -> None:
-        self.cluster = cluster
-        self.folder, self.data = cluster.place / "run", cluster.place / "data"
-        write_set(str(self.data), cases=6, seed=0, grid=32, anatomy="procedural")
+    def __init__(self, cluster: Cluster, workers: str = "1:2", *settings: str, root: str = "") -> None:
+        self.cluster, root = cluster, root or str(cluster.place)
+        self.folder, self.data = f"{root}/run", f"{root}/data"
+        write_set(self.data, cases=6, seed=0, grid=32, anatomy="procedural")
         self.said = cluster.place / "train.log"
         options = ["train.epochs=4000", "checkpoint.every_samples=400", "validate.every_samples=10000000"]
         options += ["run.cpus_per_worker=1.5", "run.cpus_per_task=0.5", "run.resize_check_s=2"]
@@ -189,14 +189,14 @@ class ElasticRun:
         self.driver = self.cluster.train("--data", self.data, "--run-dir", self.folder, *sets)
 
     def generation(self) -> int:
-        now = ledger.current(str(self.folder))
+        now = ledger.current(self.folder)
         return now.number if now else 0
 
     def rows_until(self, world_size: int | None, after: int, rows: int = 20, timeout_s: float = 300) -> dict[str, Any]:
         """Wait for so many rows of one worker group later than `after` (and of that size); the first of them."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            recent = [r for r in ledger.recent(str(self.folder))[0] if r["generation"] > after]
+            recent = [r for r in ledger.recent(self.folder)[0] if r["generation"] > after]
             for found in (recent, [r for r in recent if r["generation"] == recent[-1]["generation"]]):
                 wanted = [r for r in found if world_size in (None, r["world_size"])]
                 if len(wanted) >= rows:
@@ -211,7 +211,7 @@ class ElasticRun:
         assert "goes on from the newest checkpoint" in self.said.read_text()
 
     def events(self, kind: str = "") -> list[dict[str, Any]]:
-        return [e for e in ledger.read_events(str(self.folder)) if not kind or e["event"] == kind]
+        return [e for e in ledger.read_events(self.folder) if not kind or e["event"] == kind]
 
     def workers(self) -> list[int]:
         """Process ids of the ranks of the newest group that came to life, by rank."""

@@ -140,7 +140,7 @@ class Strikes:
         """Wait for the first step of a later group; note what it took."""
         until, first, restarts = time.monotonic() + 240, None, 0
         while first is None:
-            rows = [r for r in ledger.recent(str(self.run.folder))[0] if r["generation"] > before]
+            rows = [r for r in ledger.recent(self.run.folder)[0] if r["generation"] > before]
             first = rows[0] if rows and rows[-1]["time"] > began else None
             if self.run.driver.poll() is not None:
                 restarts += 1
@@ -223,7 +223,7 @@ def goodput(folder: Path, seed: int, minutes: float, progress: Progress) -> dict
         time.sleep(max(0.0, began + 60 * minutes - time.monotonic()))
         run.interrupt()
         cluster.close()
-        rows, events = ledger.read_rows(str(run.folder)), run.events()
+        rows, events = ledger.read_rows(run.folder), run.events()
     books = accounts.account(events, rows)
     saves = [e for e in events if e["event"] == "checkpoint"]
     figures = {
@@ -258,7 +258,7 @@ def cluster_in(folder: Path, head: str) -> Iterator[Cluster]:
 
 def _judged(found: Strikes) -> dict[str, Any]:
     """Hold the run against the seed and against one worker undisturbed."""
-    run_dir, failures = str(found.run.folder), found.failures
+    run_dir, failures = found.run.folder, found.failures
     if verify.main(["--run-dir", run_dir]):
         failures.append("verify: the rows are not each position once")
     rows, events = ledger.read_rows(run_dir), ledger.read_events(run_dir)
