@@ -174,7 +174,7 @@ def _bounds(planes: npt.NDArray[Any]) -> tuple[float, float, npt.NDArray[np.bool
 
 def _along(better: np.ufunc, planes: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A plane with the least or greatest of each column of planes; `reduce` would be three times slower."""
-    best = planes[0].copy()
+    best: npt.NDArray[Any] = planes[0].copy()
     for plane in planes[1:]:
         better(best, plane, out=best)
     return best
