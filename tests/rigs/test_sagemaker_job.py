@@ -5,6 +5,7 @@ The requests are what `sagemaker launch` and `process` print; the entry is the i
 
 import json
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Network]]:
         s3.client.cache_clear()
         yield url, network
         s3.client.cache_clear()
+        # what the stand-in holds outlives its server, in this process
+        urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST"), timeout=10).close()
         server.stop()
 
 
