@@ -95,13 +95,18 @@ def account(machines: Machines) -> None:
     iam, ec2 = machines.client("iam"), machines.ec2
     for role in ("head", "node"):
         iam.create_instance_profile(InstanceProfileName=f"raytrain-brats-{role}")
-    public = ec2.describe_subnets(Filters=[{"Name": "availability-zone", "Values": [ZONE]}])["Subnets"][0]
+    public = public_subnet(machines)
     private = ec2.create_subnet(VpcId=public["VpcId"], CidrBlock="172.31.96.0/20", AvailabilityZone=ZONE)["Subnet"]
     gateway = ec2.create_nat_gateway(SubnetId=public["SubnetId"])["NatGateway"]["NatGatewayId"]
     table = ec2.create_route_table(VpcId=public["VpcId"])["RouteTable"]["RouteTableId"]
     ec2.create_route(RouteTableId=table, DestinationCidrBlock="0.0.0.0/0", NatGatewayId=gateway)
     ec2.associate_route_table(RouteTableId=table, SubnetId=private["SubnetId"])
     ec2.modify_subnet_attribute(SubnetId=private["SubnetId"], MapPublicIpOnLaunch={"Value": True})
+
+
+def public_subnet(machines: Machines) -> dict[str, Any]:
+    found: dict[str, Any] = machines.ec2.describe_subnets(Filters=[{"Name": "availability-zone", "Values": [ZONE]}])
+    return dict(found["Subnets"][0])
 
 
 def upload_phantoms(machines: Machines) -> None:
@@ -204,7 +209,9 @@ def test_local_machines_by_ssh(rig: Machines) -> None:
     private = rig.folder / "home" / ".ssh" / "id_ed25519"
     private.write_text(key)
     private.chmod(0o600)
-    rig.ec2.run_instances(ImageId="ami-12c6146b", MinCount=3, MaxCount=3, InstanceType="m6i.4xlarge", KeyName="own")
+    subnet = public_subnet(rig)["SubnetId"]  # without one, moto gives addresses of no network
+    about = {"ImageId": "ami-12c6146b", "InstanceType": "m6i.4xlarge", "KeyName": "own", "SubnetId": subnet}
+    rig.ec2.run_instances(MinCount=3, MaxCount=3, **about)
     wait(lambda: len(rig.live) == 3, 60, "machines")
     head, *workers = [node["PrivateIpAddress"] for node in rig.instances()]
     text = (ROOT / "cluster" / "local.yaml").read_text()
@@ -212,10 +219,11 @@ def test_local_machines_by_ssh(rig: Machines) -> None:
         text = text.replace(f"FILL_{name}", value)
     settings = small(yaml.safe_load(text))
     settings["worker_start_ray_commands"][1] += " --num-cpus=1"
+    settings["auth"]["ssh_private_key"] = str(private)  # to ssh, "~" is not HOME but the user's home
     config = rig.folder / "local.yaml"
     config.write_text(yaml.safe_dump(settings, sort_keys=False))
-    own = {"RAY_UP_enable_autoscaler_v2": "0", "RAY_TMPDIR": str(rig.folder)}
-    run(rig, f"ray up -y --no-config-cache {config}", **own)
+    rig.environment |= {"RAY_UP_enable_autoscaler_v2": "0", "RAY_TMPDIR": str(rig.folder)}  # where it knows nodes from
+    run(rig, f"ray up -y --no-config-cache {config}")
 
     with tunnel(rig, config):
         api = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8265"}
@@ -223,4 +231,4 @@ def test_local_machines_by_ssh(rig: Machines) -> None:
     assert "rank 0" in said and "rank 1" in said and "all-reduce of 256 MiB over 2" in said
     names = {line.split(": ")[1] for line in said.splitlines() if "rank " in line and ": CPU" in line}
     assert len(names) == 2
-    run(rig, f"ray down -y {config}", **own)
+    run(rig, f"ray down -y {config}")
