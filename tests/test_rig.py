@@ -1,6 +1,6 @@
 """The whole way on EC2 and over SSH, with machines made of namespaces: the unmodified `ray up`, jobs, a spot reclaim.
 
-Marked `rig` (`scripts/test -m rig`): minutes; needs root, namespaces and sshd, and is skipped, saying why, without.
+Eight minutes; needs root, namespaces and sshd, and is skipped, saying why, without.
 """
 
 import json
@@ -24,7 +24,7 @@ from tests.rigs.machines import GATEWAY, ROOT, Machines, missing, own_network, t
 
 WHY_NOT = missing()
 pytestmark = [
-    pytest.mark.rig,
+    pytest.mark.campaign,
     pytest.mark.skipif(bool(WHY_NOT), reason=f"the EC2 rig cannot run here: {WHY_NOT}"),
 ]
 ZONE, RUN = "us-west-2b", "s3://the-runs/brats/first"
@@ -121,7 +121,7 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     """The shipped YAML for machines of one CPU without GPUs: nothing else is changed."""
     for name, kind in config["available_node_types"].items():
         if name != "head":
-            kind["resources"] = {"CPU": 1}
+            kind["resources"] = {"CPU": 1, "GPU": 0}  # else Ray fills in what the instance type has
     config["available_node_types"]["data"]["max_workers"] = 1
     return small(config)
 
@@ -176,8 +176,10 @@ def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.Capt
         run(rig, "ray job stop rig", **api)
         logs = run(rig, "ray job logs rig", **api)
         assert "goes on from the newest checkpoint" in logs, logs[-3000:]
-    told = [event for event in ledger.read_events(RUN) if event["event"] == "preemption"]
-    assert told and all(event["saved"] for event in told)
+    events = ledger.read_events(RUN)
+    told = [event for event in events if event["event"] in ("preemption", "resize", "failure", "group")]
+    assert any(event["saved"] for event in told if event["event"] in ("preemption", "resize")), told
+    assert {event["redone_steps"] for event in told if event["event"] == "group"} == {0}, told
     assert verify.main(["--run-dir", RUN]) == 0
     assert "each once, in order" in capsys.readouterr().out
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+from botocore.exceptions import ClientError
 
 ROOT = Path(__file__).parents[2]
 GATEWAY, PORT = "172.31.0.1", 5000
@@ -131,9 +132,13 @@ class Machines:
         """A spot interruption notice; the machine goes when its time is up."""
         when = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=within_s)
         self._tell(instance, spot_action={"action": "terminate", "time": f"{when:%Y-%m-%dT%H:%M:%SZ}"})
-        end = threading.Timer(within_s, self.ec2.terminate_instances, kwargs={"InstanceIds": [instance]})
+        end = threading.Timer(within_s, self._take, [instance])
         end.daemon = True
         end.start()
+
+    def _take(self, instance: str) -> None:
+        with contextlib.suppress(ClientError):  # Ray, whose node was drained, has ended it already
+            self.ec2.terminate_instances(InstanceIds=[instance])
 
     def _tell(self, instance: str, **facts: Any) -> None:
         path = self.live[instance].folder / "state.json"
