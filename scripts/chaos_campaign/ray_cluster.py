@@ -207,7 +207,10 @@ class ElasticRun:
 
     def interrupt(self, with_signal: int = signal.SIGINT) -> None:
         self.driver.send_signal(with_signal)
-        assert self.driver.wait(120) == 130
+        try:
+            assert self.driver.wait(120) == 130
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"still there: {self.said.read_text()[-3000:]}\n{self.events()[-8:]}") from error
         assert "goes on from the newest checkpoint" in self.said.read_text()
 
     def events(self, kind: str = "") -> list[dict[str, Any]]:
