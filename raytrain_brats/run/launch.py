@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ from raytrain_brats.run.progress import Progress
 from raytrain_brats.run.saving import SaveFirst
 from raytrain_brats.run.spilling import Spilling
 from raytrain_brats.run.watch import Watch
+
+LAST_WORDS_S = 10.0
+"""How long Ray's call may take to notice that Ray was shut down; a thread it holds for ever holds no driver up."""
 
 
 @dataclass(frozen=True)
@@ -152,25 +155,32 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
         dataset_config=stream.OrderedSplit(),
     )
     # In a thread, so that Ctrl-C reaches us: on the main thread Ray's own handler ends the process without a word.
-    with ThreadPoolExecutor(1) as pool:
-        fitting = pool.submit(trainer.fit)
-        try:
-            while not fitting.done():
-                time.sleep(0.2)
-                if lease.lost:
-                    ray.shutdown()
-                    raise RunFailed(f"the run was taken over by {lease.lost}; this driver ends")
-        except KeyboardInterrupt:
-            print("saving a checkpoint ...", flush=True)
-            try:
-                saved = saving.ask(job.run_dir, saving.HOLD)
-                print(f"{'saved' if saved else 'not saved now'}: the same command goes on from the newest checkpoint")
-            finally:
-                ray.shutdown()  # ends the workers, also on a second Ctrl-C
-            raise
+    fitting: Future[Any] = Future()
+    threading.Thread(target=_settle, args=(fitting, trainer), name="fit", daemon=True).start()
+    try:
+        while not fitting.done():
+            time.sleep(0.2)
+            if lease.lost:
+                raise RunFailed(f"the run was taken over by {lease.lost}; this driver ends")
+    except KeyboardInterrupt:
+        print("saving a checkpoint ...", flush=True)
+        saved = saving.ask(job.run_dir, saving.HOLD)
+        print(f"{'saved' if saved else 'not saved now'}: the same command goes on from the newest checkpoint")
+        raise
+    finally:
+        if not fitting.done():
+            ray.shutdown()  # ends the workers, also on a second Ctrl-C
+            wait([fitting], LAST_WORDS_S)
     error = fitting.exception()
     if isinstance(error, ray.train.TrainingFailedError):
         return " ".join(str(error).split()).removeprefix("Training failed due to controller error: ")[:800]
     if error:
         raise error
     return ""
+
+
+def _settle(fitting: "Future[Any]", trainer: TorchTrainer) -> None:
+    try:
+        fitting.set_result(trainer.fit())
+    except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+        fitting.set_exception(error)

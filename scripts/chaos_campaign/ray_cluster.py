@@ -23,6 +23,7 @@ from ray.core.generated import autoscaler_pb2
 from ray.core.generated.autoscaler_pb2 import NodeStatus
 from ray.core.generated.instance_manager_pb2 import Instance, NodeKind
 
+from raytrain_brats import storage
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import ledger
 
@@ -175,9 +176,12 @@ class ElasticRun:
     """A run of one or two workers that lasts until it is stopped."""
 
     def __init__(self, cluster: Cluster, workers: str = "1:2", *settings: str, root: str = "") -> None:
-        self.cluster, root = cluster, root or str(cluster.place)
+        self.cluster, cases = cluster, cluster.place / "data"
+        write_set(str(cases), cases=6, seed=0, grid=32, anatomy="procedural")
+        for path in cases.rglob("*.*") if root else ():
+            storage.write_bytes(f"{root}/data/{path.relative_to(cases)}", path.read_bytes())
+        root = root or str(cluster.place)
         self.folder, self.data = f"{root}/run", f"{root}/data"
-        write_set(self.data, cases=6, seed=0, grid=32, anatomy="procedural")
         self.said = cluster.place / "train.log"
         options = ["train.epochs=4000", "checkpoint.every_samples=400", "validate.every_samples=10000000"]
         options += ["run.cpus_per_worker=1.5", "run.cpus_per_task=0.5", "run.resize_check_s=2"]
