@@ -210,8 +210,10 @@ def _show(found: dict[str, Any]) -> None:
 class Prepare:
     """CPU seconds a case that `prepare` takes, all its processes counted; the store's size against the files'."""
 
-    cases: int = 24
+    cases: int = 8
     """Cases generated, each different."""
+    copies: int = 12
+    """Files of each case in the longer run, of the same voxels and of different checksums: all are prepared."""
     grid: int = 240
     """Voxels of a generated case across 240 mm."""
     work: str = ""
@@ -221,44 +223,73 @@ class Prepare:
 
 
 def prepare(args: Prepare) -> None:
-    """Of one case and of all, each into a new store: the difference is free of Ray's start."""
-    if args.cases < 2:
-        raise UserError("--cases must be 2 at least: one is for the start")
+    """Of the cases once and of all their copies, each into a new store: the difference is free of Ray's start."""
+    if args.copies < 2:
+        raise UserError("--copies must be 2 at least: the first of each is for the start")
     before = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
         work = Path(args.work or folder).absolute()
-        spent, sizes = {}, {}
-        for name, number in (("one", 1), ("all", args.cases)):
-            source, store = _cases(work / f"{name}-source", number, args.grid), Path(folder, f"{name}-store")
-            command = [sys.executable, "-m", "raytrain_brats.prepare", "--data", str(source), "--store", str(store)]
-            command += ["--set", f"preprocess.spacing_mm={240 / args.grid}"]
-            with Meter() as meter:
-                begun = time.monotonic()
-                environment = os.environ | {"RAY_ADDRESS": "local"}
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
-                ended = time.monotonic()
-                time.sleep(0.3)  # the meter's next look
-            if done.returncode:
-                raise RunFailed(f"prepare ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-            spent[name] = sum(s for kind, s in meter.spent(begun, ended).items() if kind != "driver")
-            files = sum(storage.list_files(str(source / "imagesTr")).values())
-            files += sum(storage.list_files(str(source / "labelsTr")).values())
-            sizes[name] = sum(storage.list_files(str(store)).values()), files
+        once = _cases(work / "source", args.cases, args.grid)
+        few, _, _ = _prepared(once, Path(folder, "few"), args.grid)
+        many, stored, files = _prepared(_copies(once, work, args.copies), Path(folder, "many"), args.grid)
+    further = args.cases * (args.copies - 1)
     found = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": _machine(before),
         "cases": args.cases,
-        "cpu_s_of_one": round(spent["one"], 2),
-        "cpu_s_of_all": round(spent["all"], 2),
-        "cpu_s_per_further_case": round((spent["all"] - spent["one"]) / (args.cases - 1), 3),
-        "store_bytes": sizes["all"][0],
-        "nii_gz_bytes": sizes["all"][1],
-        "store_over_nii_gz": round(sizes["all"][0] / sizes["all"][1], 2),
+        "copies": args.copies,
+        "cpu_s_once": few,
+        "cpu_s_all_copies": many,
+        "cpu_s_per_further_case": {
+            kind: round((many.get(kind, 0.0) - few.get(kind, 0.0)) / further, 4) for kind in few | many
+        },
+        "cpu_s_per_further_case_in_all": round((sum(many.values()) - sum(few.values())) / further, 3),
+        "store_bytes": stored,
+        "nii_gz_bytes": files,
+        "store_over_nii_gz": round(stored / files, 2),
     }
     for name, value in found.items():
         print(f"{name}: {value}")
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _copies(once: Path, work: Path, number: int) -> Path:
+    """A folder with `number` files of each image and label, which differ in the time that gzip's header tells."""
+    folder = work / f"source-x{number}"
+    if (folder / "dataset.json").exists():
+        return folder
+    about = json.loads((once / "dataset.json").read_text())
+    pairs = about["training"]
+    about["training"] = []
+    for pair in pairs:
+        for copy in range(number):
+            named = {kind: path.replace(".nii.gz", f"_{copy:03d}.nii.gz") for kind, path in pair.items()}
+            about["training"].append(named)
+            for kind, path in pair.items():
+                content, target = (once / path).read_bytes(), folder / named[kind]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content[:4] + copy.to_bytes(4, "little") + content[8:])
+    (folder / "dataset.json").write_text(json.dumps(about))
+    return folder
+
+
+def _prepared(source: Path, store: Path, grid: int) -> tuple[dict[str, float], int, int]:
+    """(CPU seconds by kind of process, bytes of the store, bytes of the files) of one `prepare`."""
+    command = [sys.executable, "-m", "raytrain_brats.prepare", "--data", str(source), "--store", str(store)]
+    command += ["--set", f"preprocess.spacing_mm={240 / grid}"]
+    with Meter() as meter:
+        begun = time.monotonic()
+        environment = os.environ | {"RAY_ADDRESS": "local"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+        ended = time.monotonic()
+        time.sleep(0.3)  # the meter's next look
+    if done.returncode:
+        raise RunFailed(f"prepare ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    spent = {kind: s for kind, s in meter.spent(begun, ended).items() if kind != "driver"}  # that is this process
+    files = [storage.list_files(str(source / kind)) for kind in ("imagesTr", "labelsTr")]
+    objects = storage.list_files(str(store))
+    return spent, sum(objects.values()), sum(sum(found.values()) for found in files)
 
 
 WHAT = {"data": "loading patches, against other libraries", "prepare": "CPU seconds a case, size of the store"}

@@ -140,8 +140,9 @@ class Run(_Frozen):
     data_tasks: PositiveInt | None = None
     """Data tasks at a time; by default, on machines of up to 4 CPUs, one a CPU that no worker has, else as many as
     CPUs and object store allow."""
-    prefetch: PositiveInt = 4
-    """Parcels of the stream a worker fetches ahead, of up to `data.patches_per_case` patches each."""
+    prefetch: PositiveInt | None = None
+    """Parcels of the stream a worker fetches ahead, of up to `data.patches_per_case` patches each; by default 4 with
+    GPUs and 1 without, where a step takes seconds and each parcel 30 MB of a small object store."""
     resize_check_s: PositiveFloat = 30.0
     """How often a running group is compared with what the cluster could give."""
     hang_timeout_s: PositiveFloat = 20.0
@@ -257,6 +258,13 @@ def _read_yaml(text: str | bytes) -> Any:
         return loader.get_single_data()
     finally:
         loader.dispose()
+
+
+def patch_divisor(config: Config) -> int:
+    """Patch edges must be multiples of this: the network halves them at every level."""
+    options = config.network
+    levels = len(options.filters) if isinstance(options, DynUNetOptions) else len(options.blocks_down)
+    return int(2 ** (levels - 1))
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -12,8 +12,7 @@ from raytrain_brats import config, storage
 from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import checkpoint, cluster, job, launch, lease
-from raytrain_brats.run.validate import validated
+from raytrain_brats.run import checkpoint, cluster, job, launch, lease, ledger
 
 HOME = "~/raytrain_brats"
 PHANTOM_CASES = 20
@@ -57,7 +56,7 @@ def work(args: Args) -> None:
     todo = job.build(settings, run_dir, data, store)
     storage.check_writable(todo.run_dir)
     found, _ = checkpoint.newest_valid(todo.run_dir)
-    scored = not todo.held_out_cases or validated(todo.run_dir, todo.plan.total)
+    scored = not todo.held_out_cases or ledger.validated(todo.run_dir, todo.plan.total)
     if found and found.samples_seen >= todo.plan.total and scored:
         print(f"{todo.run_dir} is finished: {todo.plan.total:,} samples; evaluate it, or give another --run-dir")
         return

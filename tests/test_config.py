@@ -8,9 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from raytrain_brats import config
-from raytrain_brats.config import load, parse
+from raytrain_brats.config import load, parse, patch_divisor
 from raytrain_brats.errors import UserError
-from raytrain_brats.learn.model import patch_divisor
 
 DYNUNET = ("network={name: dynunet, filters: [8, 16, 16]}",)
 

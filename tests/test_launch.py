@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +33,26 @@ def test_ctrl_c_ends_a_driver_whose_call_of_ray_never_returns(tmp_path: Path, mo
     free.daemon = True
     free.start()
     with pytest.raises(KeyboardInterrupt):
-        launch._fit(job, Resources(1, 1, 1.0, 0, 1.0, None), lease, "run")
+        launch._fit(job, Resources(1, 1, 1.0, 0, 1.0, None, 1), lease, "run")
     assert shut and not stuck.is_set()
     free.cancel()
     stuck.set()
+
+
+def test_no_call_after_the_end_starts_a_ray_of_its_own() -> None:
+    """The thread in `trainer.fit` outlives `ray.shutdown`; its next call of Ray must fail, not begin a new cluster."""
+    script = """
+import ray
+from raytrain_brats.run import cluster
+cluster.connect()
+ray.shutdown()
+try:
+    ray.put(1)
+except Exception as error:
+    print("refused:", error)
+print("initialized:", ray.is_initialized())
+"""
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=90)
+    assert "Ray has not been started yet" in done.stdout, done.stdout + done.stderr
+    assert "initialized: False" in done.stdout

@@ -10,7 +10,7 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from raytrain_brats import labels
-from raytrain_brats.config import Augment, Config, Optimiser, parse
+from raytrain_brats.config import Augment, Config, Optimiser, parse, patch_divisor
 from raytrain_brats.learn import metrics, model
 from raytrain_brats.learn.augment import DRAWS, augment, normalise, to_regions
 from raytrain_brats.learn.inference import probabilities
@@ -63,7 +63,7 @@ def test_initial_weights_are_a_function_of_the_seed(name: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_network_does_not_couple_samples(name: str, training: bool) -> None:
     """(b, 4, z, y, x) becomes (b, 3, z, y, x), and a sample's logits are the same alone and in a batch."""
-    assert model.patch_divisor(config(name)) == 4
+    assert patch_divisor(config(name)) == 4
     network, batch = model.build_network(config(name)).train(training), torch.randn(3, 4, 8, 12, 16)
     batch[1] *= 50
     with torch.no_grad():

@@ -71,7 +71,7 @@ def measure(order: Order) -> Run:
         out = str(Path(folder) / "counted.json")
         TorchTrainer(
             consume,
-            train_loop_config={"order": order, "prefetch": config.run.prefetch, "out": out},
+            train_loop_config={"order": order, "prefetch": needed.prefetch, "out": out},
             scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": needed.cpus}),
             run_config=RunConfig(storage_path=folder),
             datasets={

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
-from scipy import ndimage
 
 from raytrain_brats.data.nifti import MAX_BYTES, Extent, Refused, Volume, survey
 
@@ -157,6 +156,8 @@ def resample(
         nearest = [np.rint(x.round(9)).clip(0, n - 1).astype(int) for x, n in zip(at, array.shape[-3:], strict=True)]
         picked: npt.NDArray[Any] = array[(..., *np.ix_(*nearest))]
         return picked
+    from scipy import ndimage  # 15 MB in each of Ray's processes that hear of this module
+
     output: npt.NDArray[Any] = np.empty((*leading, *shape), array.dtype)
     options: dict[str, Any] = {"offset": offset, "output_shape": tuple(shape), "order": order, "mode": "nearest"}
     for index in np.ndindex(*leading):

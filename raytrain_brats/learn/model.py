@@ -51,13 +51,6 @@ def build_network(config: Config) -> nn.Module:
     return network
 
 
-def patch_divisor(config: Config) -> int:
-    """Patch edges must be multiples of this: the network halves them at every level."""
-    options = config.network
-    levels = len(options.filters) if isinstance(options, DynUNetOptions) else len(options.blocks_down)
-    return int(2 ** (levels - 1))
-
-
 _dice = DiceLoss(sigmoid=True, squared_pred=True, smooth_nr=1e-5, smooth_dr=1e-5, reduction="none", batch=False)
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import ray
 import ray.data  # sets its logger up, which `connect` quiets
+from ray._private import auto_init_hook
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain_brats import storage
@@ -31,11 +32,12 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is noticed, and report() returns, this fast
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # after a node loss Ray asks for too many workers this long
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+    "RAY_prestart_worker_first_driver": "0",  # a process a CPU, of an environment that none of ours has: 43 MB each
     "RAY_num_workers_soft_limit": "16",  # else idle processes beyond one a CPU are ended and started anew all the time
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning
 }
 
-STORE_BYTES_PER_CPU = 320_000_000
+STORE_BYTES_PER_CPU = 160_000_000
 """Object store of a cluster of our own. Ray would take 30 % of the memory, use all of it in turn, and each page costs
 every process some 2 microseconds when it meets it for the first time: 15 ms a case more until all are met."""
 
@@ -49,7 +51,7 @@ _PATIENCE_S = "180"  # a run outlives an outage of S3 of this length; the comman
 @dataclass(frozen=True)
 class Resources:
     """What a run uses: workers from `low` to `high`, each `cpus` and `gpus`; data tasks of `cpus_per_task` each,
-    `tasks` of them at a time (None: as many as find room, also on nodes that join later)."""
+    `tasks` of them at a time (None: as many as find room, also on nodes that join later); `prefetch` parcels ahead."""
 
     low: int
     high: int
@@ -57,6 +59,7 @@ class Resources:
     gpus: int
     cpus_per_task: float
     tasks: int | None
+    prefetch: int
 
 
 def connect(local_cpus: int | None = None) -> None:
@@ -67,6 +70,7 @@ def connect(local_cpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
+    auto_init_hook.enable_auto_connect = False  # else a thread that outlives `ray.shutdown` starts a Ray of its own
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS", "")
@@ -140,7 +144,7 @@ def measure(run: Run, global_batch: int) -> Resources:
     # On a small machine each process counts: 0.25 GB, and pages of the object store that are new to it. One data task
     # a CPU that is not a worker's is enough.
     tasks = run.data_tasks or (max(1, int(cpus - taken)) if cpus <= 4 and not data.grows else None)
-    return Resources(low, high, per_worker, wanted, per_task, tasks)
+    return Resources(low, high, per_worker, wanted, per_task, tasks, run.prefetch or (4 if wanted else 1))
 
 
 def _workers_on(node: dict[str, float], cpus: float, gpus: int) -> int:
@@ -217,7 +221,8 @@ def data_map(function: Callable[[dict[str, Any]], dict[str, Any]], rows: list[di
     data = roles.part("data")
     roles.keep_apart(data)
     cpus = sum(node.get("CPU", 0.0) for node in data.nodes)
-    blocks = min(len(rows), 64 * max(1, int(cpus)))  # enough for an even load, not one task a row
+    blocks = min(len(rows), 16 * max(1, int(cpus)))  # enough for an even load, not one task a row
     made = ray.data.from_items(rows, override_num_blocks=blocks).map(function, num_cpus=min(1.0, cpus))
     made.context.execution_options.label_selector = data.selector or None
+    made.context.memory_usage_poll_interval_s = None  # reading a process's memory map costs milliseconds a task
     yield from made.iter_rows()

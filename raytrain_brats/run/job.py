@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from raytrain_brats import storage
-from raytrain_brats.config import Config, differences, parse
+from raytrain_brats.config import Config, differences, parse, patch_divisor
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.manifest import Case, Manifest, Progress
@@ -19,7 +19,6 @@ from raytrain_brats.data.plan import Plan
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import allowed_values
-from raytrain_brats.learn.model import patch_divisor
 
 
 @dataclass(frozen=True)

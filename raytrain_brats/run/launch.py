@@ -22,7 +22,6 @@ from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint, cluster, gauges, ledger, recovery, roles, saving, spares
 from raytrain_brats.run.job import Job, write_config
 from raytrain_brats.run.lease import Lease
-from raytrain_brats.run.loop import train_worker
 from raytrain_brats.run.progress import Progress
 from raytrain_brats.run.saving import SaveFirst
 from raytrain_brats.run.spilling import Spilling
@@ -81,6 +80,13 @@ class FailureBook(UserCallback):
         ledger.event(self.run_dir, "failure", generation=number, rank=rank, error=cause, **last)
 
 
+def _work(arguments: dict[str, Any]) -> None:
+    """What the workers run. Imported there: neither the driver nor Ray Train's controller needs MONAI for it."""
+    from raytrain_brats.run.loop import train_worker
+
+    train_worker(arguments)
+
+
 def check(job: Job) -> cluster.Resources:
     """What the run will use of the connected cluster. Raises UserError when it cannot run there."""
     gauges.prices()
@@ -132,8 +138,8 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
     recovery.free_reservations(job.run_dir)
     roles.keep_apart(roles.part("data"))
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job, "run_id": run_id},
+        _work,
+        train_loop_config={"job": job, "run_id": run_id, "prefetch": needed.prefetch},
         scaling_config=ScalingConfig(
             num_workers=workers,
             elastic_resize_monitor_interval_s=job.config.run.resize_check_s,  # type: ignore[call-arg]

@@ -309,3 +309,8 @@ class MetricsLog:
             raise RuntimeError(f"another worker group has written: {error}") from error
         with self._lock:
             del self._waiting[: len(lines)]
+
+
+def validated(run_dir: str, seen: int) -> bool:
+    """Whether the validation at `seen` samples is on record: a kill may have come between it and the checkpoint."""
+    return storage.exists(storage.join(run_dir, "validation", f"{seen:012d}.csv"))

@@ -23,7 +23,7 @@ from raytrain_brats.run.ledger import Generation
 from raytrain_brats.run.pulse import Pulse
 from raytrain_brats.run.scribe import Scribe
 from raytrain_brats.run.step import Learner
-from raytrain_brats.run.validate import validate, validated
+from raytrain_brats.run.validate import validate
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -38,10 +38,11 @@ def train_worker(arguments: dict[str, Any]) -> None:
     generation = ledger.current(job.run_dir)
     assert generation is not None, "the dataset factory writes it before workers start"
     with Pulse(arguments["run_id"], generation.number, rank, world_size) as pulse:
-        train_rank(job, generation, rank, world_size, device, pulse.mark, open_ahead(job, generation.samples_seen))
+        stream = open_ahead(job, generation.samples_seen, arguments["prefetch"])
+        train_rank(job, generation, rank, world_size, device, pulse.mark, stream)
 
 
-def open_ahead(job: Job, seen: int) -> Callable[[], Iterator[Patch]]:
+def open_ahead(job: Job, seen: int, prefetch: int) -> Callable[[], Iterator[Patch]]:
     """The rank's stream, one stretch a call; the first is begun in a thread, while the model is being set up."""
     opened: Future[tuple[Any, Iterator[Patch]]] = Future()
     begun: list[Any] = []
@@ -49,7 +50,7 @@ def open_ahead(job: Job, seen: int) -> Callable[[], Iterator[Patch]]:
     def begin() -> None:
         try:
             shard = ray.train.get_dataset_shard("train")
-            stream = patches(shard, job.config.run.prefetch)
+            stream = patches(shard, prefetch)
             first = list(islice(stream, 1)) if seen < job.plan.total else []
             opened.set_result((shard, chain(first, stream)))
         except BaseException as error:  # noqa: BLE001 - raised where the stream is asked for
@@ -58,7 +59,7 @@ def open_ahead(job: Job, seen: int) -> Callable[[], Iterator[Patch]]:
     def next_stretch() -> Iterator[Patch]:
         shard, stream = opened.result()
         begun.append(shard)
-        return stream if len(begun) == 1 else patches(shard, job.config.run.prefetch)
+        return stream if len(begun) == 1 else patches(shard, prefetch)
 
     threading.Thread(target=begin, name="stream", daemon=True).start()
     return next_stretch
@@ -111,7 +112,7 @@ def train_rank(
 
 def score(job: Job, learner: Learner, scribe: Scribe, seen: int, mark: Callable[..., None]) -> None:
     """Validate over all ranks, unless that was done before."""
-    if seen == 0 or not job.held_out_cases or validated(job.run_dir, seen):
+    if seen == 0 or not job.held_out_cases or ledger.validated(job.run_dir, seen):
         return
     mark("validate")
     means = validate(job, learner.network, learner.device, scribe.rank, scribe.world_size, seen, mark)

@@ -111,11 +111,6 @@ def table(scores: list[Score]) -> bytes:
     return text.getvalue().encode()
 
 
-def validated(run_dir: str, seen: int) -> bool:
-    """Whether the validation at `seen` samples is on record: a kill may have come between it and the checkpoint."""
-    return storage.exists(storage.join(run_dir, "validation", f"{seen:012d}.csv"))
-
-
 def validate(
     job: Job,
     network: nn.Module,
