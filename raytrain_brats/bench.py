@@ -212,8 +212,8 @@ class Prepare:
 
     cases: int = 8
     """Cases generated, each different."""
-    copies: int = 12
-    """Files of each case in the longer run, of the same voxels and of different checksums: all are prepared."""
+    copies: int = 16
+    """Files of each case, of the same voxels and of different checksums: all are prepared."""
     grid: int = 240
     """Voxels of a generated case across 240 mm."""
     work: str = ""
@@ -223,23 +223,23 @@ class Prepare:
 
 
 def prepare(args: Prepare) -> None:
-    """Of the cases once and of all their copies, each into a new store: the difference is free of Ray's start."""
-    if args.copies < 2:
-        raise UserError("--copies must be 2 at least: the first of each is for the start")
+    """Of a quarter of the copies and of all, each into a new store: the difference is free of the processes' start."""
+    if args.copies < 4:
+        raise UserError("--copies must be 4 at least: a quarter of them is for the start")
     before = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
         work = Path(args.work or folder).absolute()
         once = _cases(work / "source", args.cases, args.grid)
-        few, _, _ = _prepared(once, Path(folder, "few"), args.grid)
+        few, _, _ = _prepared(_copies(once, work, args.copies // 4), Path(folder, "few"), args.grid)
         many, stored, files = _prepared(_copies(once, work, args.copies), Path(folder, "many"), args.grid)
-    further = args.cases * (args.copies - 1)
+    further = args.cases * (args.copies - args.copies // 4)
     found = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": _machine(before),
         "cases": args.cases,
         "copies": args.copies,
-        "cpu_s_once": few,
-        "cpu_s_all_copies": many,
+        "cpu_s_of_a_quarter": few,
+        "cpu_s_of_all": many,
         "cpu_s_per_further_case": {
             kind: round((many.get(kind, 0.0) - few.get(kind, 0.0)) / further, 4) for kind in few | many
         },
