@@ -15,8 +15,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
+import nibabel as nib
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -41,6 +42,8 @@ class Data:
     """Cases generated; each is different, all are read again and again."""
     grid: int = 240
     """Voxels of a generated case across 240 mm."""
+    voxels: Literal["float32", "int16"] = "float32"
+    """Data type of the generated images: MSD's files hold float32, those of BraTS int16."""
     patch: int = 128
     """Voxels along each edge of a patch."""
     patches: int = 1024
@@ -98,7 +101,7 @@ def _names(given: str, known: tuple[str, ...], option: str) -> list[str]:
 
 def _generate(args: Data, work: Path) -> Path:
     """The cases, and the store made of them, unless they are there from an earlier time."""
-    source, store = _cases(work / "source", args.cases, args.grid), work / "store"
+    source, store = _cases(work / "source", args.cases, args.grid, args.voxels), work / "store"
     if not (store / "index.jsonl").exists():
         manifest = manifests.open_manifest(str(source))
         preprocessing = {"spacing_mm": 240 / args.grid}
@@ -108,13 +111,15 @@ def _generate(args: Data, work: Path) -> Path:
     return source
 
 
-def _cases(folder: Path, number: int, grid: int) -> Path:
+def _cases(folder: Path, number: int, grid: int, voxels: str = "float32") -> Path:
     """A folder of generated cases, unless it is there."""
     if not (folder / "dataset.json").exists():
-        phantom.write_set(str(folder), number, seed=1, grid=grid, anatomy="procedural")
-    found = len(list((folder / "imagesTr").glob("*.nii.gz")))
-    if found != number:
-        raise UserError(f"{folder} holds {found} cases, --cases says {number}; give another --work")
+        phantom.write_set(str(folder), number, seed=1, grid=grid, anatomy="procedural", voxels=voxels)
+    found: list[Any] = [nib.load(path) for path in (folder / "imagesTr").glob("*.nii.gz")]  # headers alone
+    if {(image.shape[0], image.get_data_dtype().name) for image in found} != {(grid, voxels)} or len(found) != number:
+        raise UserError(
+            f"{folder} does not hold {number} cases of {grid} voxels across as {voxels}; give another --work"
+        )
     return folder
 
 

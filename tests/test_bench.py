@@ -66,24 +66,8 @@ def test_the_file_of_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_what_a_case_costs_to_prepare(tmp_path: Path) -> None:
     """All copies are prepared, each counts, and further cases cost less than the first, which bear Ray's start."""
     out = tmp_path / "prepare.json"
-    assert (
-        bench.main(
-            [
-                "prepare",
-                "--cases",
-                "2",
-                "--copies",
-                "8",
-                "--grid",
-                "32",
-                "--work",
-                str(tmp_path / "work"),
-                "--json",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    small = ["--cases", "2", "--copies", "8", "--grid", "32"]
+    assert bench.main(["prepare", *small, "--work", str(tmp_path / "work"), "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert 0 < found["cpu_s_per_further_case_in_all"] < sum(found["cpu_s_of_a_quarter"].values()) / 4
     assert found["store_over_nii_gz"] == pytest.approx(found["store_bytes"] / found["nii_gz_bytes"], abs=0.01)

@@ -89,6 +89,14 @@ def test_record_names_the_files_and_their_size(tmp_path: Path) -> None:
     assert record["label_bytes"] == (tmp_path / "labelsTr" / "BRATS_012.nii.gz").stat().st_size
 
 
+def test_voxels_may_be_stored_as_int16(tmp_path: Path, folder: Path) -> None:
+    """The same values, as BraTS's own files have them."""
+    phantom.write_case(str(tmp_path), 1, SEED, GRID, "procedural", "int16")
+    short, usual = (nib.load(where / "imagesTr" / "BRATS_001.nii.gz") for where in (tmp_path, folder))
+    assert short.get_data_dtype() == np.int16
+    assert np.array_equal(short.dataobj, usual.dataobj)
+
+
 def test_dataset_json_says_synthetic_and_lists_the_cases(folder: Path) -> None:
     """dataset.json has MSD's keys in case order, says the data are no patient data, and how to make them again."""
     content = json.loads((folder / "dataset.json").read_text())

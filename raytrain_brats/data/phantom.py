@@ -298,15 +298,20 @@ def _write(path: Path, content: bytes) -> int:
     return hidden.replace(path).stat().st_size
 
 
-def write_case(folder: str, number: int, seed: int, grid: int, anatomy: str) -> dict[str, object]:
-    """Write case `number` (from 1) as imagesTr/BRATS_001.nii.gz and so on, whatever other cases exist; its record."""
+def write_case(
+    folder: str, number: int, seed: int, grid: int, anatomy: str, voxels: str = "float32"
+) -> dict[str, object]:
+    """Write case `number` (from 1) as imagesTr/BRATS_001.nii.gz and so on, whatever other cases exist; its record.
+
+    `voxels` is the images' data type: MSD's files hold whole numbers as float32, those of BraTS as int16.
+    """
     if number < 1 or seed < 0:
         raise ValueError(f"case number {number}, seed {seed}: numbers count from 1, seeds from 0")
     case = make_case(int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]), grid, anatomy)
     name = f"BRATS_{number:03d}.nii.gz"
     record: dict[str, object] = {"file": name, **case.facts}
-    for kind, voxels in (("image", case.image_xyzc), ("label", case.label_xyz)):
-        image: Any = nib.Nifti1Image(voxels, np.diag([case.spacing_mm] * 3 + [1.0]))
+    for kind, array in (("image", case.image_xyzc.astype(voxels, copy=False)), ("label", case.label_xyz)):
+        image: Any = nib.Nifti1Image(array, np.diag([case.spacing_mm] * 3 + [1.0]))
         image.header.set_xyzt_units("mm", "sec")
         packed = gzip.compress(image.to_bytes(), 6, mtime=0)  # neither name nor time: the voxels decide the bytes
         record[f"{kind}_bytes"] = _write(Path(folder, f"{kind}sTr", name), packed)
@@ -333,14 +338,20 @@ def write_dataset_json(folder: str, numbers: Iterable[int], seed: int, grid: int
 
 
 def write_set(
-    folder: str, cases: int, seed: int, grid: int, anatomy: str, parallel_map: Callable[[Any, Any], Iterable[Any]] = map
+    folder: str,
+    cases: int,
+    seed: int,
+    grid: int,
+    anatomy: str,
+    parallel_map: Callable[[Any, Any], Iterable[Any]] = map,
+    voxels: str = "float32",
 ) -> int:
     """Write `cases` cases and dataset.json; the bytes written. `parallel_map(function, numbers)` may be a cluster's."""
-    write = partial(_write_numbered, folder, seed, grid, _resolve(anatomy))
+    write = partial(_write_numbered, folder, seed, grid, _resolve(anatomy), voxels)
     records = list(parallel_map(write, range(1, cases + 1)))
     write_dataset_json(folder, range(1, cases + 1), seed, grid, anatomy)
     return sum(int(r["image_bytes"]) + int(r["label_bytes"]) for r in records)
 
 
-def _write_numbered(folder: str, seed: int, grid: int, anatomy: str, number: int) -> dict[str, object]:
-    return write_case(folder, number, seed, grid, anatomy)
+def _write_numbered(folder: str, seed: int, grid: int, anatomy: str, voxels: str, number: int) -> dict[str, object]:
+    return write_case(folder, number, seed, grid, anatomy, voxels)
