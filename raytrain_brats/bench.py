@@ -125,8 +125,8 @@ def _cases(folder: Path, number: int, grid: int, voxels: str = "float32") -> Pat
 
 def _run(args: Data, name: str, work: Path, source: Path) -> Run:
     """One measurement, in a process of its own."""
-    ours = name in OURS
-    where, warm = (work / "store" if name == "store" else source), (args.warm if ours else min(8, args.warm))
+    ours, route = name in OURS, name.removesuffix("_alone")
+    where, warm = (work / "store" if route == "store" else source), (args.warm if route in OURS else min(8, args.warm))
     order = Order(name, str(where), args.patch, args.patches, warm, args.seconds, 240 / args.grid, str(work))
     module = f"raytrain_brats.benchmark.{'routes' if ours else 'peers'}"
     with tempfile.TemporaryDirectory() as folder:

@@ -76,6 +76,7 @@ def test_real_cases_go_through_every_command_by_both_routes(tmp_path: Path) -> N
         assert set(np.unique(np.asarray(made.dataobj))) <= {0, 1, 2, 3}
 
 
+@pytest.mark.campaign
 def test_a_full_size_volume_streams_raw_in_patches_of_96(tmp_path: Path) -> None:
     """A 240x240x155x4 phantom is decoded and preprocessed by Ray Data while a worker trains on 96^3 patches."""
     write_set(str(tmp_path / "data"), cases=2, seed=1, grid=240, anatomy="procedural")

@@ -1,4 +1,4 @@
-"""The loaders of other libraries on the same cases, each as its own tutorial sets it up, measured likewise.
+"""The loaders of other libraries on the same cases, each as its own tutorial sets it up, and ours without Ray.
 
 In: the generated cases, how many patches to count. Out: a `Run`.
 
@@ -20,6 +20,7 @@ import monai.transforms
 import torch
 
 from raytrain_brats.benchmark import prepared_peers
+from raytrain_brats.benchmark.alone import alone
 from raytrain_brats.benchmark.meter import Meter
 from raytrain_brats.benchmark.pipelines import Order, Run, counted
 
@@ -84,6 +85,7 @@ def measure(order: Order) -> Run:
     torch.set_num_threads(1)
     with Meter() as meter:
         makers = {"nnunet": prepared_peers.nnunet, "mosaic": prepared_peers.mosaic}
+        makers |= dict.fromkeys(("raw_alone", "store_alone"), alone)
         batches = makers.get(order.pipeline, monai_loader)(order)
         patches, begun = -order.warm, time.monotonic()
         for count in batches:

@@ -16,6 +16,8 @@ _MONAI = {"output": "float32, 3 label channels", "augmentation": "flip, scale, s
 ABOUT: dict[str, dict[str, str]] = {
     "raw": _OURS | {"cache": "none; .nii.gz, page cache warm", "disk": "source"},
     "store": _OURS | {"cache": "prepared Parquet, page cache warm", "disk": "store"},
+    "raw_alone": _OURS | {"cache": "none; .nii.gz, page cache warm; one process, no Ray", "disk": "source"},
+    "store_alone": _OURS | {"cache": "prepared Parquet, page cache warm; one process, no Ray", "disk": "store"},
     "monai_dataset": _MONAI | {"cache": "none; .nii.gz, page cache warm", "disk": "source"},
     "monai_cache": _MONAI | {"cache": "all cases in memory, filled before counting", "disk": "source"},
     "monai_persistent": _MONAI | {"cache": "on disk, filled before counting", "disk": "monai_persistent"},

@@ -156,7 +156,7 @@ def resample(
         nearest = [np.rint(x.round(9)).clip(0, n - 1).astype(int) for x, n in zip(at, array.shape[-3:], strict=True)]
         picked: npt.NDArray[Any] = array[(..., *np.ix_(*nearest))]
         return picked
-    from scipy import ndimage  # 15 MB in each of Ray's processes that hear of this module
+    from scipy import ndimage  # 8 MB in each of the processes of Ray that hear of this module
 
     output: npt.NDArray[Any] = np.empty((*leading, *shape), array.dtype)
     options: dict[str, Any] = {"offset": offset, "output_shape": tuple(shape), "order": order, "mode": "nearest"}
