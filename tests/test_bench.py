@@ -59,7 +59,7 @@ def test_the_file_of_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert row["disk_bytes"] > 1000
         assert {"augmentation", "cache", "output"} <= row.keys()
     ours = found["pipelines"]["store"]["runs"][0]
-    ours_too = {"raylet", "gcs_server", "SplitCoordinator", "RayTrainWorker", "ReadPositions", "driver"}
+    ours_too = {"raylet", "gcs_server", "SplitCoordinator", "RayTrainWorker", "driver"}  # a task is too short to be met
     assert ours_too <= ours["peak_mb"].keys() | ours["cpu_s"].keys()  # none need be there when memory is at its peak
     assert "patches per CPU s" in capsys.readouterr().out
 
