@@ -4,6 +4,7 @@ Plain functions are imported as `from tests.conftest import write_msd_folder`; f
 """
 
 import json
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from moto.server import ThreadedMotoServer
 
 from raytrain_brats import s3
 from raytrain_brats.data.nifti import Volume
+
+# A suite in the background of a script ignores Ctrl-C, and so would every driver that it starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHAPE = (24, 20, 18)
 LPS = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
