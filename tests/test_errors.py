@@ -254,10 +254,10 @@ def test_clusters_that_cannot_do_the_work(
 @pytest.mark.parametrize(
     ("resources", "workers", "expected"),
     [
-        ({"CPU": 2.0}, "auto", (1, 1, 0.5, 0, 0.5, 1)),
-        ({"CPU": 2.0}, "1:2", (1, 2, 0.5, 0, 0.5, 1)),
-        ({"CPU": 64.0, "GPU": 8.0}, "auto", (1, 4, 1.0, 1, 1.0, None)),
-        ({"CPU": 64.0, "GPU": 2.0}, "1:4", (1, 4, 1.0, 1, 1.0, None)),
+        ({"CPU": 2.0}, "auto", (1, 1, 0.5, 0, 0.5, 1, 1)),
+        ({"CPU": 2.0}, "1:2", (1, 2, 0.5, 0, 0.5, 1, 1)),
+        ({"CPU": 64.0, "GPU": 8.0}, "auto", (1, 4, 1.0, 1, 1.0, None, 4)),
+        ({"CPU": 64.0, "GPU": 2.0}, "1:4", (1, 4, 1.0, 1, 1.0, None, 4)),
     ],
 )
 def test_clusters_that_can(
