@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 
+from raytrain_brats.benchmark.meter import Meter
 from raytrain_brats.data.manifest import Case, open_manifest
 from raytrain_brats.data.parcel import Cutting
 from raytrain_brats.data.patch import Patch
@@ -106,8 +107,8 @@ class Endless(Source):
 
 
 def test_a_slow_trainer_holds_the_stream_back(tmp_path: Path) -> None:
-    """While nobody takes patches, loading stops before the object store is full and nothing goes to disk; afterwards
-    the stream goes on where it stood."""
+    """While nobody takes patches, loading stops before the object store is full, nothing goes to disk, and Ray Data's
+    loop rests (it would turn without a pause); afterwards the stream goes on where it stood."""
     cases = tuple(Case(str(n), str(n), (), None, 0) for n in range(400))
     plan = Plan(seed=0, cases=400, global_batch=1, patches_per_case=4, window_cases=2, epochs=1)
     before = spilled_bytes()
@@ -123,6 +124,10 @@ def test_a_slow_trainer_holds_the_stream_back(tmp_path: Path) -> None:
         if calm == 6:
             break
     assert calm == 6, f"still loading after {seen} cases"
+    with Meter() as meter:
+        begun = time.monotonic()
+        time.sleep(4)
+    assert 0 < meter.spent(begun, begun + 4)["SplitCoordinator"] < 1.6
     assert seen * 4.6e6 < STORE_BYTES
     assert spilled_bytes() == before
     assert [next(stream).position for _ in range(200)] == list(range(1, 201))
