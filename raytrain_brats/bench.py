@@ -26,8 +26,7 @@ from raytrain_brats import storage
 from raytrain_brats.benchmark.meter import Meter
 from raytrain_brats.benchmark.pipelines import ABOUT, OURS, PEERS, Order, Run, missing
 from raytrain_brats.cli import choose, entry
-from raytrain_brats.data import manifest as manifests
-from raytrain_brats.data import phantom
+from raytrain_brats.data import phantom, scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
@@ -103,7 +102,7 @@ def _generate(args: Data, work: Path) -> Path:
     """The cases, and the store made of them, unless they are there from an earlier time."""
     source, store = _cases(work / "source", args.cases, args.grid, args.voxels), work / "store"
     if not (store / "index.jsonl").exists():
-        manifest = manifests.open_manifest(str(source))
+        manifest = scan.open_manifest(str(source))
         preprocessing = {"spacing_mm": 240 / args.grid}
         raw = Source(manifest.root, manifest.convention, preprocessing["spacing_mm"])
         cases = tuple(stores.put(str(store), raw, case, preprocessing) for case in manifest.cases)

@@ -11,15 +11,18 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, TypeVar
 
 import tyro
 
+from raytrain_brats.data.manifest import Skipped
 from raytrain_brats.errors import RunFailed, UserError
 
 Options = TypeVar("Options")
 T = TypeVar("T")
+MOST_NAMED = 10
 LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal to draw a bar on."""
 
@@ -72,6 +75,21 @@ def show_refused(refused: list[dict[str, str]]) -> None:
         for row in refused[:20]:
             table.add_row(row["case"], row["reason"], row["detail"])
         Console().print(table)
+
+
+def show_skipped(skipped: Sequence[Skipped], strict: bool = False) -> None:
+    """What a scan did not take: counted by cause, up to ten by name. Raises UserError when `strict`."""
+    if not skipped:
+        return
+    for cause, count in Counter(row.cause for row in skipped).items():
+        rows = [row for row in skipped if row.cause == cause]
+        print(f"not taken, {cause}: {count}", file=sys.stderr)
+        for row in rows[:MOST_NAMED]:
+            print(f"  {row.case or row.path}: {row.detail}", file=sys.stderr)
+        if count > MOST_NAMED:
+            print(f"  and {count - MOST_NAMED} more", file=sys.stderr)
+    if strict:
+        raise UserError(f"--strict: {len(skipped)} cases or files of the folder would not be used, as named above")
 
 
 def choose(program: str, kind: str, given: list[str], choices: dict[str, str]) -> int | str:

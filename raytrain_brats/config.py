@@ -39,8 +39,10 @@ class Preprocess(_Frozen):
 
 
 class Data(_Frozen):
-    convention: Literal["auto", "msd", "brats2017_2021", "brats2023", "brats2024_gli", "article"] = "auto"
-    """How label values are read; `auto` follows the folder's layout."""
+    convention: Literal[
+        "auto", "msd", "brats2017_2021", "brats2023", "brats2024_gli", "brats2024_met", "brats2024_ped", "article"
+    ] = "auto"
+    """How label values are read; `auto` follows what the data state; another than they state is refused."""
     fold: int = Field(default=0, ge=0, le=4)
     """The one of five folds that is held out for validation."""
     patch_xyz: tuple[PositiveInt, PositiveInt, PositiveInt] = (128, 128, 128)
@@ -182,6 +184,16 @@ class Config(_Frozen):
 def recipe_names() -> list[str]:
     folder = resources.files("raytrain_brats") / "recipes"
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+
+
+def described(recipe: str, config: "Config") -> str:
+    """A recipe in one line: what it makes of the scans and how it trains."""
+    edges = config.data.patch_xyz
+    patch = f"{edges[0]}^3" if len(set(edges)) == 1 else "x".join(map(str, edges))
+    return (
+        f"{recipe or 'recipe'}: {config.network.name}, {config.preprocess.spacing_mm:g} mm, patch {patch}, "
+        f"{config.train.epochs} epochs, global batch {config.train.global_batch}"
+    )
 
 
 def load(recipe: str, overrides: tuple[str, ...] = ()) -> Config:

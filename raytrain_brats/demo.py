@@ -22,7 +22,7 @@ from rich.table import Table
 
 from raytrain_brats import config, storage
 from raytrain_brats.cli import Changes, Uri, entry
-from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data import scan
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import REGIONS
 from raytrain_brats.run import cluster, ledger
@@ -72,7 +72,7 @@ def work(args: Args) -> None:
     config.load(args.recipe, args.set)  # a slip is told before anything is cleared
     out = Path(args.out).absolute()
     if args.data:
-        manifests.scan(args.data)
+        scan.scan(args.data)
         if Path(storage.normal(args.data)).is_relative_to(out) or out.is_relative_to(storage.normal(args.data)):
             raise UserError(f"--data {args.data} and --out {args.out} lie within each other; give another --out")
     elif args.cases < 5:

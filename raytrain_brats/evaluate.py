@@ -24,7 +24,7 @@ from raytrain_brats.data.nifti import Refused
 from raytrain_brats.data.preprocess import restore, to_ras
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.labels import REGIONS, to_regions
+from raytrain_brats.labels import REGIONS, comparable, described, to_regions
 from raytrain_brats.run import cluster, job
 from raytrain_brats.run.validate import Score, means, newest_weights, score, segment, shared_network, table
 
@@ -49,9 +49,15 @@ def work(args: Args) -> None:
     if not (run_dir := default(args.run_dir, "RUN_DIR")):
         raise UserError("no run folder given; name one with --run-dir")
     run_dir = storage.normal(run_dir)
-    settings, _, identity = job.open_run(run_dir)
+    settings, convention, identity = job.open_run(run_dir)
     manifest, source = job.open_cases(settings, *cases_from(args.data, args.store), run_dir)
-    same = manifests.identity(manifest.cases, job.preprocessing(settings)) == identity
+    if not comparable(convention, source.convention):
+        raise UserError(
+            f"{run_dir} learned labels read as {described(convention)}, {manifest.root} holds "
+            f"{described(source.convention)}: "
+            "WT, TC and ET are other tissues there; evaluate on data of the run's own convention"
+        )
+    same = manifests.identity(manifest.cases, job.preprocessing(settings), source.convention) == identity
     if not same and args.split != "all":
         raise UserError(
             f"{manifest.root} is not what {run_dir} was trained on, so its folds do not say what was held out; "

@@ -17,13 +17,13 @@ from typing import Any
 
 from raytrain_brats import storage
 from raytrain_brats.cli import Uri, default, entry, progress, show_refused
-from raytrain_brats.data import deform
+from raytrain_brats.data import deform, scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Manifest
 from raytrain_brats.data.nifti import Refused
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.labels import names
+from raytrain_brats.labels import MODALITIES, names
 from raytrain_brats.run import cluster
 
 VERSION = 1  # of the way copies are made; files of another are not mixed with ours
@@ -50,7 +50,7 @@ def work(args: Args) -> None:
         raise UserError("no data given; name a folder with --data")
     if args.copies < 1 or args.seed < 0:
         raise UserError(f"--copies {args.copies} --seed {args.seed}: at least 1 copy, and a seed from 0 up")
-    manifest = manifests.open_manifest(data, lambda rows, total: progress(rows, "checksums", total))
+    manifest = scan.open_manifest(data, lambda rows, total: progress(rows, "checksums", total))
     files = storage.list_files(out)
     _check_same_set(out, files, args.seed, manifest)
     storage.sweep(out)
@@ -140,7 +140,7 @@ def _dataset_json(manifest: Manifest, copies: int, seed: int) -> dict[str, Any]:
         "name": "BRATS-EXPANDED",
         "description": f"{copies} random deformations of each of {len(manifest.cases)} cases, made by a program",
         "tensorImageSize": "4D",
-        "modality": dict(enumerate(manifests.MODALITIES)),
+        "modality": dict(enumerate(MODALITIES)),
         "labels": names(manifest.convention),
         "convention": manifest.convention,
         "expanded": {"copies": copies, "seed": seed, "version": VERSION},

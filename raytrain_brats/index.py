@@ -1,17 +1,17 @@
 """Find, checksum and deal the cases of a folder: `raytrain-brats index --data URI --out FILE`.
 
-In: a folder in MSD or BraTS 2018-2021 layout, local or s3://.
-Out: a manifest (JSON lines); copies of equal content are named and kept on one side of every split.
+In: a folder in one of the layouts of docs/data.md, local or s3://; a file of folds, where they are given.
+Out: a manifest (JSON lines); what was not taken is named, and stands in it; copies of equal content are kept on one
+side of every split.
 """
 
 import sys
 from collections import Counter
 from dataclasses import dataclass
 
-from rich.progress import track
-
-from raytrain_brats import storage
-from raytrain_brats.cli import Uri, default, entry
+from raytrain_brats import labels, storage
+from raytrain_brats.cli import Uri, default, entry, progress, show_skipped
+from raytrain_brats.data import folds, scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.errors import UserError
 
@@ -23,25 +23,61 @@ class Args:
     out: Uri
     """The manifest to write, ending in .jsonl (local or s3://)."""
     data: Uri = ""
-    """Folder in MSD or BraTS 2018-2021 layout (local or s3://); by default RAYTRAIN_BRATS_DATA."""
+    """Folder in MSD, nnU-Net or BraTS layout (local or s3://); by default RAYTRAIN_BRATS_DATA."""
+    convention: str = "auto"
+    """What label values mean, where the data do not say: msd, brats2017_2021, brats2023, brats2024_gli, brats2024_met,
+    brats2024_ped, article."""
+    folds: Uri = ""
+    """nnU-Net's splits_final.json or FeTS's partitioning_*.csv, instead of folds dealt by subject."""
+    strict: bool = False
+    """Refuse a folder of which anything would not be used."""
+    overwrite: bool = False
+    """Replace a manifest of other data."""
 
 
 def work(args: Args) -> None:
     data = default(args.data, "DATA")
     if not data:
         raise UserError("no data given; name a folder with --data")
+    if data.endswith(".jsonl"):
+        raise UserError(f"--data {data} is a manifest already; name the folder that it was made of")
     if not args.out.endswith(".jsonl"):
         raise UserError(f"--out {args.out}: a manifest's name ends in .jsonl")
-    storage.check_writable(storage.normal(args.out).rpartition("/")[0])
-    found = manifests.open_manifest(
-        data, lambda rows, total: track(rows, "checksums", total, disable=not sys.stdout.isatty())
-    )
-    manifests.write(found, storage.normal(args.out))
-    folds = Counter(case.fold for case in found.cases)
-    print(f"{len(found.cases)} cases, {sum(c.bytes for c in found.cases) / 1e6:,.1f} MB, {found.layout} layout")
-    print(f"folds of {', '.join(str(folds[fold]) for fold in range(manifests.FOLDS))} cases -> {args.out}")
+    if args.convention != "auto":
+        labels.known(args.convention)
+    out = storage.normal(args.out)
+    found = scan.scan(data, args.convention)
+    _check_replaceable(out, found.root, args.overwrite)
+    storage.check_writable(out.rpartition("/")[0])
+    if args.strict:
+        show_skipped(found.skipped, strict=True)
+    found = scan.checksummed(found, lambda rows, total: progress(rows, "checksums", total))
+    if args.folds:
+        found = folds.dealt(found, args.folds)
+    manifests.write(found, out)
+    counts = Counter(case.fold for case in found.cases)
+    subjects = len({case.subject for case in found.cases})
+    print(f"{len(found.cases)} cases of {subjects} subjects, {sum(c.bytes for c in found.cases) / 1e6:,.1f} MB")
+    print(f"layout: {found.layout}; labels: {labels.described(found.convention)}")
+    print(f"folds of {', '.join(str(counts[fold]) for fold in range(manifests.FOLDS))} cases -> {args.out}")
     for copies in manifests.duplicates(found):
         print(f"equal content, kept in one fold: {', '.join(copies)}")
+    show_skipped(found.skipped)
+
+
+def _check_replaceable(out: str, root: str, overwrite: bool) -> None:
+    """Raises UserError when a file is there that this command did not make of the same folder."""
+    if not storage.exists(out):
+        return
+    remedy = "give another --out"
+    try:
+        before = manifests.read(out)
+    except UserError:
+        raise UserError(f"{out} is no manifest, and is not replaced; {remedy}") from None
+    if before.cases and before.cases[0].object:
+        raise UserError(f"{out} is the index of a store, and is not replaced; {remedy}")
+    if storage.normal(before.root) != root and not overwrite:
+        raise UserError(f"{out} is the manifest of {before.root}; {remedy}, or say --overwrite")
 
 
 def main(argv: list[str] | None = None) -> int:

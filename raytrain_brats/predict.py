@@ -16,8 +16,8 @@ import ray
 from rich.progress import track
 
 from raytrain_brats import storage
-from raytrain_brats.cli import Uri, default, entry
-from raytrain_brats.data import manifest as manifests
+from raytrain_brats.cli import Uri, default, entry, show_skipped
+from raytrain_brats.data import scan
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import Refused
 from raytrain_brats.data.store import Source
@@ -37,6 +37,8 @@ class Args:
     """Where the label volumes go (local or s3://)."""
     run_dir: Uri = ""
     """The run; by default RAYTRAIN_BRATS_RUN_DIR."""
+    strict: bool = False
+    """Refuse places of which anything would not be used."""
 
 
 def work(args: Args) -> None:
@@ -44,9 +46,10 @@ def work(args: Args) -> None:
         raise UserError("no run folder given; name one with --run-dir")
     run_dir, out = storage.normal(run_dir), storage.normal(args.out)
     settings, convention, _ = job.open_run(run_dir)
-    found = [item for uri in args.images for item in manifests.scan_images(uri)]
-    if not found:
+    if not args.images:
         raise UserError("no images given; name files or folders with --images")
+    found, skipped = scan.scan_images(args.images)
+    show_skipped(skipped, args.strict)
     targets = [storage.join(out, f"{case.id}.nii.gz") for _, case in found]
     for number, ((root, case), target) in enumerate(zip(found, targets, strict=True)):
         if target in targets[:number]:

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrain_brats import config, storage
-from raytrain_brats.cli import Changes, Uri, default, entry, progress, show_refused
+from raytrain_brats.cli import Changes, Uri, default, entry, progress, show_refused, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
-from raytrain_brats.data.manifest import Case
+from raytrain_brats.data.layouts import QUARANTINED
+from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import Refused
 from raytrain_brats.data.store import Codec, Source
 from raytrain_brats.errors import RunFailed, UserError
+from raytrain_brats.labels import described
 from raytrain_brats.run import cluster, job
 
 
@@ -34,14 +36,16 @@ class Args:
     """Folder in MSD or BraTS layout, or a manifest; by default RAYTRAIN_BRATS_DATA."""
     store: Uri = ""
     """Where the store goes (local or s3://); by default RAYTRAIN_BRATS_STORE."""
-    recipe: str = "demo"
-    """Recipe whose `preprocess` section counts."""
+    recipe: str = ""
+    """Recipe whose `preprocess` section counts; by default RAYTRAIN_BRATS_RECIPE, and `demo` for phantoms."""
     set: Changes = ()
     """Change a setting of the recipe: key=value, such as preprocess.spacing_mm=1.0."""
     codec: Codec = "zstd"
     """How new objects are packed: zstd is smaller, lz4 faster; those already there stay as they are."""
     strict: bool = False
-    """Stop at the first case that cannot be used, instead of setting it aside."""
+    """Refuse a folder of which anything is not taken; stop at the first case that cannot be used."""
+    overwrite: bool = False
+    """Replace the index of a store that was prepared otherwise or from other data."""
     verify: bool = False
     """Read all that is there again and make damaged objects anew, instead of trusting names and sizes."""
 
@@ -51,17 +55,26 @@ def work(args: Args) -> None:
     if not data or not store:
         missing = "store" if data else "data"
         raise UserError(f"no {missing} given; name it with --{missing}")
-    settings = config.load(args.recipe, args.set)
+    recipe, settings = _settings(args, data)
     store, options = storage.normal(store), job.preprocessing(settings)
-    before = "" if args.verify else store
+    new = stores.begun(store) is None
+    before = "" if args.verify or new else store
     manifest, source = job.open_cases(
         settings, data, run_dir=before, progress=lambda rows, total: progress(rows, "checksums", total)
     )
+    about = stores.About(options, source.convention, manifest.root)
+    _check_same_store(store, about, manifest, args.overwrite)
+    print(config.described(recipe, settings) if recipe else f"voxels of {settings.preprocess.spacing_mm:g} mm")
+    print(f"{len(manifest.cases)} cases, {manifest.layout}; labels: {described(source.convention)}")
+    if new and (warning := job.warning_of_coarse_voxels(settings, manifest, source)):
+        print(warning, file=sys.stderr)
+    show_skipped(manifest.skipped, args.strict)
     storage.check_writable(store)
     storage.sweep(store)
+    stores.begin(store, about)
     manifests.write(manifest, storage.join(store, "manifest.jsonl"))
 
-    keys = {case.id: stores.key(case, options) for case in manifest.cases}
+    keys = {case.id: stores.key(case, options, source.convention) for case in manifest.cases}
     first_of: dict[str, Case] = {}  # equal content is prepared once
     for case in manifest.cases:
         first_of.setdefault(keys[case.id], case)
@@ -72,18 +85,19 @@ def work(args: Args) -> None:
     results = _prepare_all(store, source, todo, options, args.codec) if todo else iter(())
     for row in progress(results, "preparing", len(todo)):
         if row["reason"]:
-            verdicts[keys[row["id"]]] = {"reason": row["reason"], "detail": row["detail"]}
+            verdicts[keys[row["id"]]] = {name: row[name] for name in ("uri", "reason", "detail")}
             if args.strict:
                 break
         else:
             done[keys[row["id"]]] = row["object"]
 
-    refused = [
-        {"case": case.id, "uri": storage.join(source.root, case.images[0]), **verdicts[keys[case.id]]}
-        for case in manifest.cases
-        if keys[case.id] in verdicts
+    refused = [{"case": c.id, **verdicts[keys[c.id]]} for c in manifest.cases if keys[c.id] in verdicts]
+    lacking = [
+        {"case": row.case, "uri": storage.join(source.root, row.path), "reason": reason, "detail": row.detail}
+        for row in manifest.skipped
+        if row.case and (reason := QUARANTINED.get(row.cause))
     ]
-    storage.write_bytes(storage.join(store, "quarantine.json"), json.dumps(refused, indent=1).encode())
+    storage.write_bytes(storage.join(store, "quarantine.json"), json.dumps(refused + lacking, indent=1).encode())
     if args.strict and refused:
         raise RunFailed("case {case} ({uri}): {reason}, {detail}".format(**refused[0]))
     show_refused(refused)
@@ -92,17 +106,49 @@ def work(args: Args) -> None:
         raise RunFailed(f"none of {len(refused)} cases could be used; see {storage.join(store, 'quarantine.json')}")
     stores.write_index(store, dataclasses.replace(manifest, cases=good, convention=source.convention), options)
     size = sum(storage.list_files(storage.join(store, "objects")).values())
-    print(f"{len(good)} cases prepared, {len(refused)} set aside, {size / 1e6:,.1f} MB in {store}")
+    aside = f"{len(refused) + len(lacking)} set aside"
+    print(f"{len(good)} cases prepared, {aside}, {size / 1e6:,.1f} MB in {store}")
+
+
+def _settings(args: Args, data: str) -> tuple[str, config.Config]:
+    """(the recipe's name, the settings). A voxel edge that is given needs no recipe: nothing else of it counts here."""
+    given = default(args.recipe, "RECIPE")
+    if not given and any(change.startswith("preprocess.spacing_mm=") for change in args.set):
+        return "", config.load("demo", args.set)
+    recipe = job.recipe_for(given, data, "")
+    return recipe, config.load(recipe, args.set)
+
+
+def _check_same_store(store: str, about: stores.About, manifest: Manifest, overwrite: bool) -> None:
+    """Raises UserError when the folder holds a store prepared otherwise, or from other cases, unless `overwrite`."""
+    before = stores.begun(store)
+    if before is None or overwrite:
+        return
+    was, now = ((a.preprocess, a.convention) for a in (before, about))
+    remedy = "give another --store, or say --overwrite"
+    if was != now:
+        raise UserError(
+            f"store {store} was prepared with {was[0]} from labels read as {described(was[1])}; now it would be "
+            f"{now[0]} and {described(now[1])}; {remedy}"
+        )
+    index = storage.join(store, "index.jsonl")
+    if before.data != about.data and storage.exists(index):
+        ids = {case.sha256 for case in manifest.cases}
+        if lost := [case.id for case in manifests.read(index).cases if case.sha256 not in ids]:
+            raise UserError(
+                f"store {store} was prepared from {before.data} and holds {len(lost)} cases that {about.data} has not, "
+                f"such as {lost[0]}; {remedy}"
+            )
 
 
 def _prepare_all(
     store: str, source: Source, todo: list[dict[str, Any]], options: dict[str, Any], codec: Codec
 ) -> Iterator[dict[str, Any]]:
-    """{id, object, reason, detail} of every row {case, object}, over the cluster; an object that is intact stays."""
+    """{id, object, uri, reason, detail} of every row {case, object}, over the cluster; an object that is intact stays."""
 
     def one(row: dict[str, Any]) -> dict[str, Any]:  # a closure, so that workers import `data` alone and not torch
         case = manifests.case_from(json.loads(row["case"]))
-        about = {"id": case.id, "object": row["object"], "reason": "", "detail": ""}
+        about = {"id": case.id, "object": row["object"], "uri": "", "reason": "", "detail": ""}
         if about["object"]:
             if stores.intact(store, about["object"]):
                 return about
@@ -110,7 +156,8 @@ def _prepare_all(
         try:
             about["object"] = stores.put(store, source, case, options, codec).object
         except Refused as error:
-            about |= {"reason": error.reason, "detail": error.detail}
+            uri = storage.join(source.root, error.file or case.images[0])
+            about |= {"uri": uri, "reason": error.reason, "detail": error.detail}
         return about
 
     cluster.connect()

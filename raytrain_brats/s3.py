@@ -208,17 +208,17 @@ def exists(uri: str) -> bool:
 
 
 @patient
-def list_below(uri: str) -> dict[str, int]:
-    """{key relative to `uri`: bytes} of every object below a prefix."""
+def list_below(uri: str) -> dict[str, tuple[int, str]]:
+    """{key relative to `uri`: (bytes, ETag)} of every object below a prefix."""
     at, bucket, key = locate(uri)
     prefix = f"{key.rstrip('/')}/" if key else ""
-    found: dict[str, int] = {}
+    found: dict[str, tuple[int, str]] = {}
     with translated(uri):
         for page in at.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             if "IsTruncated" not in page:  # boto3 takes an answer that broke off after its head for an empty one
                 raise OutageError(f"{uri}: the listing broke off")
             rows = [row for row in page.get("Contents", []) if not row["Key"].endswith("/")]  # consoles' folders
-            found |= {row["Key"][len(prefix) :]: row["Size"] for row in rows}
+            found |= {row["Key"][len(prefix) :]: (row["Size"], row.get("ETag", "").strip('"')) for row in rows}
     return found
 
 

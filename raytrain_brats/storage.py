@@ -16,11 +16,14 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raytrain_brats import s3
 from raytrain_brats.errors import UserError
+
+T = TypeVar("T")
 
 PATIENCE = s3.PATIENCE
 _LOCK_S = 30.0
@@ -221,26 +224,79 @@ def exists(uri: str) -> bool:
     return s3.exists(uri) if is_s3(uri) else Path(normal(uri)).exists()
 
 
-def list_files(uri: str) -> dict[str, int]:
-    """{path relative to `uri`: bytes} of every object below a folder; empty when there is none.
+def is_folder(uri: str) -> bool:
+    """Whether a local place is a folder."""
+    return not is_s3(uri) and Path(normal(uri)).is_dir()
 
-    Hidden names (`.x`, macOS's `._x`) are left out.
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies below a folder, by path relative to it; hidden names (`.x`, macOS's `._x`) are left out.
+
+    `files`: {path: (bytes, version)}; the version is the time of the last change in nanoseconds, on S3 the ETag: when
+    both are as before nobody has put other bytes there. `unreadable`: {path: why} of what can be seen, not opened.
     """
-    found: dict[str, int] = {}
+
+    files: dict[str, tuple[int, str]]
+    unreadable: dict[str, str]
+
+
+def listing(uri: str) -> Listing:
+    """Everything below a folder, for the price of one listing."""
+    found: dict[str, tuple[int, str]] = {}
+    unreadable: dict[str, str] = {}
     if is_s3(uri):
         found = s3.list_below(uri)
     else:
         root = Path(normal(uri))
         been = {os.path.realpath(root)}
-        for folder, subfolders, names in os.walk(root, followlinks=True):
+
+        def closed(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                unreadable[os.path.relpath(error.filename, root)] = f"cannot be opened ({error.strerror})"
+
+        for folder, subfolders, names in os.walk(root, onerror=closed, followlinks=True):
             paths = {name: os.path.realpath(os.path.join(folder, name)) for name in subfolders}
             subfolders[:] = [name for name, path in paths.items() if path not in been]  # links may go round in a ring
             been.update(paths.values())
             for name in names:
-                with contextlib.suppress(FileNotFoundError):  # a file may go while we look
-                    path = Path(folder) / name
-                    found[path.relative_to(root).as_posix()] = path.stat().st_size
-    return {n: size for n, size in sorted(found.items()) if not any(p.startswith(".") for p in n.split("/"))}
+                path = Path(folder) / name
+                try:
+                    about = path.stat()
+                    found[path.relative_to(root).as_posix()] = about.st_size, str(about.st_mtime_ns)
+                except FileNotFoundError:  # a file may go while we look; a link that leads nowhere stays
+                    if path.is_symlink():
+                        unreadable[path.relative_to(root).as_posix()] = "is a link that leads nowhere"
+                except OSError as error:
+                    unreadable[path.relative_to(root).as_posix()] = f"cannot be opened ({error.strerror})"
+    for name in [name for name in found if not _is_utf8(name)]:
+        del found[name]
+        unreadable[name] = "has a name that is no UTF-8; rename it"
+    shown = {os.fsencode(path).decode(errors="backslashreplace"): why for path, why in unreadable.items()}
+    return Listing(_unhidden(found), _unhidden(shown))
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _unhidden(rows: dict[str, T]) -> dict[str, T]:
+    parts = {path: path.split("/") for path in sorted(rows)}
+    return {
+        path: rows[path] for path, names in parts.items() if path == "." or not any(p.startswith(".") for p in names)
+    }
+
+
+def list_files(uri: str) -> dict[str, int]:
+    """{path relative to `uri`: bytes} of every object below a folder; empty when there is none.
+
+    Hidden names and what cannot be opened are left out.
+    """
+    return {path: size for path, (size, _) in listing(uri).files.items()}
 
 
 def delete(uri: str) -> None:

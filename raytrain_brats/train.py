@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytrain_brats import config, storage
-from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry
+from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry, show_skipped
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.errors import UserError
 from raytrain_brats.run import checkpoint, cluster, job, launch, lease, ledger
@@ -33,8 +33,8 @@ class Args:
     """Store made by `prepare`: read instead of --data."""
     run_dir: Uri = ""
     """Where the run lives (local or s3://)."""
-    recipe: str = "demo"
-    """Name of a recipe, or a YAML file."""
+    recipe: str = ""
+    """Name of a recipe, or a YAML file; by default RAYTRAIN_BRATS_RECIPE, and `demo` for phantoms."""
     workers: Workers = ""
     """Training workers; the run goes on with any number in between."""
     set: Changes = ()
@@ -43,8 +43,9 @@ class Args:
 
 def work(args: Args) -> None:
     overrides = args.set + ((f"run.workers={args.workers!r}",) if args.workers else ())
-    settings = config.load(args.recipe, overrides)
     data, store = cases_from(args.data, args.store)
+    recipe = job.recipe_for(default(args.recipe, "RECIPE"), data, store)
+    settings = config.load(recipe, overrides)
     run_dir = default(args.run_dir, "RUN_DIR")
     if not run_dir:
         if data or store:
@@ -53,7 +54,11 @@ def work(args: Args) -> None:
     if not data and not store:
         data = str(Path(HOME).expanduser() / "phantoms")
         _make_phantoms(data)
-    todo = job.build(settings, run_dir, data, store)
+    todo = job.build(settings, run_dir, data, store, recipe)
+    print(config.described(recipe, settings))
+    if warning := job.warning_of_coarse_voxels(settings, todo.manifest, todo.source):
+        print(warning, file=sys.stderr)
+    show_skipped(todo.manifest.skipped)
     storage.check_writable(todo.run_dir)
     found, _ = checkpoint.newest_valid(todo.run_dir)
     scored = not todo.held_out_cases or ledger.validated(todo.run_dir, todo.plan.total)

@@ -31,9 +31,9 @@ def work(args: Args) -> None:
     if not (run_dir := default(args.run_dir, "RUN_DIR")):
         raise UserError("no run folder given; name one with --run-dir")
     run_dir = storage.normal(run_dir)
-    settings, _, identity = job.open_run(run_dir)
+    settings, convention, identity = job.open_run(run_dir)
     manifest = manifests.read(storage.join(run_dir, "manifest.jsonl"))
-    if manifests.identity(manifest.cases, job.preprocessing(settings)) != identity:
+    if manifests.identity(manifest.cases, job.preprocessing(settings), convention) != identity:
         raise RunFailed(f"{run_dir}/manifest.jsonl is not the data that config.yaml names ({identity})")
     cases, _ = manifest.split(settings.data.fold)
     plan, rows = job.plan_of(settings, len(cases)), ledger.read_rows(run_dir)

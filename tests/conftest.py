@@ -4,6 +4,7 @@ Plain functions are imported as `from tests.conftest import write_msd_folder`; f
 """
 
 import json
+import os
 import signal
 import uuid
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from moto.server import ThreadedMotoServer
 
 from raytrain_brats import s3
 from raytrain_brats.data.nifti import Volume
+
+os.environ.setdefault("RAYTRAIN_BRATS_RECIPE", "demo")  # the tests' own cases do not say that they are phantoms
 
 # A suite in the background of a script ignores Ctrl-C, and so would every driver that it starts
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -30,7 +30,7 @@ from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 from raytrain_brats import s3
-from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.phantom import write_set
@@ -103,7 +103,7 @@ def reads(cases: int, rates: dict[str, float], seed: int = 0, epochs: int = 1) -
 
 def _read_all(root: str, store: str, epochs: int) -> list[str]:
     """A digest of all that each load gave."""
-    found = manifests.open_manifest(f"{root}/data")
+    found = scan.open_manifest(f"{root}/data")
     raw, options = Source(f"{root}/data", found.convention, 7.5), {"spacing_mm": 7.5}
 
     def load(job: tuple[Source, Case]) -> str:

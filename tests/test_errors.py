@@ -13,7 +13,7 @@ import torch
 
 from raytrain_brats import __main__, cli, config
 from raytrain_brats.config import Run
-from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.run import checkpoint, cluster, job, roles
@@ -164,7 +164,7 @@ def test_a_run_is_not_mixed_with_another(fails: Call, data: Path, run_dir: Path,
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_stores_that_do_not_fit(command: str, fails: Call, data: Path, run_dir: Path, tmp_path: Path) -> None:
     """A store that is missing, unfinished or prepared otherwise is named."""
-    store, found = tmp_path / "store", manifests.open_manifest(str(data))
+    store, found = tmp_path / "store", scan.open_manifest(str(data))
     target = tmp_path / "run" if command == "train" else run_dir
     run = (command, "--store", store, "--run-dir", target)
     assert f"{store} is not a finished store" in fails(*run)
@@ -332,7 +332,7 @@ def test_the_demo_never_clears_what_it_did_not_make(fails: Call, data: Path, tmp
 def test_a_store_is_not_read_in_another_convention(fails: Call, data: Path, tmp_path: Path) -> None:
     """Its labels would silently mean something else; one of equal values (article) may be asked for."""
     settings = config.load("demo", ("data.convention=brats2017_2021",))
-    manifest = manifests.open_manifest(str(data))
+    manifest = scan.open_manifest(str(data))
     stores.write_index(str(tmp_path / "store"), manifest, job.preprocessing(settings))
     train = ("train", "--store", tmp_path / "store", "--run-dir", tmp_path / "run")
     assert "convention msd" in fails(*train, "--set", "data.convention=brats2017_2021")

@@ -18,7 +18,10 @@ def test_regions_come_back_as_labels(convention: str) -> None:
 
     assert regions.shape == (3, 5, 6, 7)
     assert regions.dtype == bool
-    expected = np.where(label == 4, 0, label) if convention == "brats2024_gli" else label
+    tissue = labels.known(convention).tissue
+    expected = label.copy()
+    for value, name in tissue.items():  # what three regions cannot tell apart
+        expected[label == value] = {"cavity": 0, "cyst": 2}.get(name, value)
     assert np.array_equal(from_regions(regions, convention), expected)
     assert (enhancing <= core).all()
     assert (core <= whole).all()
@@ -32,6 +35,8 @@ def test_regions_come_back_as_labels(convention: str) -> None:
         ("brats2017_2021", {1: "110", 2: "100", 3: "000", 4: "111"}),
         ("brats2023", {1: "110", 2: "100", 3: "111"}),
         ("brats2024_gli", {1: "110", 2: "100", 3: "111", 4: "000"}),
+        ("brats2024_met", {1: "110", 2: "100", 3: "111", 4: "000"}),
+        ("brats2024_ped", {1: "111", 2: "110", 3: "110", 4: "100"}),
         ("article", {1: "100", 2: "111", 3: "110"}),
     ],
 )
@@ -55,3 +60,63 @@ def test_an_unknown_convention_is_the_users_mistake() -> None:
         with pytest.raises(UserError, match="'brats' is not known; choose one of msd"):
             function("brats")
     assert labels.REGIONS == ("WT", "TC", "ET")
+
+
+@pytest.mark.parametrize(
+    ("stated", "convention"),
+    [
+        ({"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}, "msd"),
+        ({"0": "background", "1": "necrotic and non-enhancing tumor core", "2": "peritumoral edema", "3": "ET"}, "brats2023"),
+        ({"0": "background", "1": "NCR/NET", "2": "ED", "4": "GD-enhancing tumor"}, "brats2017_2021"),
+        ({"0": "background", "1": "NETC", "2": "SNFH", "3": "ET", "4": "RC"}, "brats2024_gli"),
+        ({"0": "background", "1": "ET", "2": "NET", "3": "CC", "4": "ED"}, "brats2024_ped"),
+        ({"background": 0, "edema": 1, "core": 2, "ET": 3}, "msd"),
+        ({"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": [3]}, "msd"),
+        ({"background": 0, "whole tumor": [1, 2, 3], "tumor core": [1, 3], "enhancing tumor": 3}, "brats2023"),
+        ({"0": "background", "1": "edema", "2": "enhancing tumour", "3": "necrosis"}, "article"),
+        ({}, None),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_names_decide_the_convention(stated: object, convention: str | None) -> None:
+    """The words of MSD, of each BraTS year and of nnU-Net (by value and by region) name the same tissues."""
+    assert labels.stated_convention(stated, "dataset.json") == convention
+
+
+@pytest.mark.parametrize(
+    ("stated", "named"),
+    [
+        ({"0": "background", "1": "tumour"}, "'tumour' is not understood"),
+        ({"0": "edema", "1": "background"}, "not understood"),
+        ({"0": "background", "1": "ET", "2": "core", "3": "edema"}, "no convention known here: msd"),
+        ([1], "no table"),
+        ({"a": "b"}, "no table"),
+    ],
+)
+def test_names_that_say_no_known_meaning_are_refused(stated: object, named: str) -> None:
+    """Nothing is guessed: the file and the name that is not understood are told."""
+    with pytest.raises(UserError, match=f"dataset.json: .*{named}"):
+        labels.stated_convention(stated, "dataset.json")
+
+
+def test_modalities_in_usual_spellings() -> None:
+    """Whatever the case and signs; FLAIR, T1w, T1gd, T2w by number."""
+    for number, words in enumerate(
+        (
+            "FLAIR flair T2-FLAIR t2f T2w_FLAIR",
+            "T1 t1w T1n T1-weighted native_T1",
+            "T1gd t1Gd T1ce t1c T1-Gd T1wCE T1_post_contrast T1C",
+            "T2 t2w T2-weighted",
+        )
+    ):
+        assert {labels.modality(word) for word in words.split()} == {number}
+    assert labels.modality("PD") is None
+    assert labels.stated_modalities({"0": "T1w", "1": "t1gd", "2": "T2w", "3": "FLAIR"}, "x") == (3, 0, 1, 2)
+    for stated, named in (
+        ({"0": "PD"}, "'PD' is not understood"),
+        ({"0": "T1", "1": "T1", "2": "T2", "3": "FLAIR"}, "each once"),
+        ({"0": "FLAIR"}, "each once"),
+        ({"a": "FLAIR"}, "no table"),
+    ):
+        with pytest.raises(UserError, match=f"dataset.json: .*{named}"):
+            labels.stated_modalities(stated, "dataset.json")

@@ -21,6 +21,7 @@ import pytest
 
 from raytrain_brats import prepare, storage
 from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.run import cluster
 from tests.conftest import write_msd_folder
@@ -176,7 +177,7 @@ def check_every_point(data: Path, store: Callable[[int], str], arm: Callable[[in
         assert code in (0, 9)
         there = set(stores.objects(home).values())
         ended, worked = run(data, home)
-        keys = {stores.key(c, {"spacing_mm": 1.0}): c.id for c in manifests.open_manifest(str(data)).cases}
+        keys = {stores.key(c, {"spacing_mm": 1.0}, "msd"): c.id for c in scan.open_manifest(str(data)).cases}
         assert ended == 0 and not {keys[name[8:40]] for name in there} & set(worked)
         names = [name for name in storage.list_files(home) if name != "index.jsonl"]
         found: dict[str, Any] = {name: storage.read_bytes(storage.join(home, name)) for name in names}
@@ -191,7 +192,7 @@ def check_every_point(data: Path, store: Callable[[int], str], arm: Callable[[in
 def test_a_kill_at_any_point_costs_nothing_but_time(run: Prepare, tmp_path: Path) -> None:
     """On a local disk, before every call that touches it."""
     data = write_msd_folder(tmp_path / "data", 2, shape=(10, 9, 8))
-    manifests.write(manifests.open_manifest(str(data)), str(tmp_path / "m.jsonl"))
+    manifests.write(scan.open_manifest(str(data)), str(tmp_path / "m.jsonl"))
     deaths = check_every_point(
         tmp_path / "m.jsonl", lambda n: str(tmp_path / f"{n}"), lambda n: Disk(n, power_loss=False), run
     )
@@ -199,9 +200,9 @@ def test_a_kill_at_any_point_costs_nothing_but_time(run: Prepare, tmp_path: Path
 
 
 def test_a_kill_at_any_point_on_s3(run: Prepare, tmp_path: Path, s3_server: str) -> None:
-    """On S3, before every request that changes something: probe twice, manifest, two objects, three books."""
+    """On S3, before every request that changes something: probe twice, settings, manifest, two objects, three books."""
     data = write_msd_folder(tmp_path / "data", 2, shape=(10, 9, 8))
-    assert check_every_point(data, lambda n: f"{s3_server}/{n}", die_before_request, run) == 8
+    assert check_every_point(data, lambda n: f"{s3_server}/{n}", die_before_request, run) == 9
 
 
 @pytest.mark.campaign

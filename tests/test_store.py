@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from raytrain_brats.data import store
-from raytrain_brats.data.manifest import Case, open_manifest
+from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import Refused, Volume
 from raytrain_brats.data.preprocess import Prepared, preprocess
+from raytrain_brats.data.scan import open_manifest
 from raytrain_brats.data.store import Source, decode, encode, open_index, put, write_index
 from raytrain_brats.errors import UserError
 from tests.conftest import make_affine, make_volume, write_msd_folder
@@ -104,8 +105,8 @@ def test_an_object_is_told_by_its_name(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "store/objects/0.parquet").write_bytes(b"foreign")
 
     there = store.objects(home)
-    assert there == {store.key(c, OPTIONS): c.object for c in made}
-    assert [store.with_object(c, there[store.key(c, OPTIONS)]) for c in manifest.cases[:2]] == made
+    assert there == {store.key(c, OPTIONS, "msd"): c.object for c in made}
+    assert [store.with_object(c, there[store.key(c, OPTIONS, "msd")]) for c in manifest.cases[:2]] == made
     assert put(home, source, manifest.cases[0], OPTIONS) == made[0]
     written = tmp_path / "store" / made[0].object
     content = written.read_bytes()
@@ -133,7 +134,7 @@ def test_codecs_hold_the_same_case(folder: Path, tmp_path: Path) -> None:
     assert put(str(tmp_path / "zstd"), source, case, OPTIONS) == packed["zstd"]
     stored = [Source(str(tmp_path / codec), "msd", 1.0).load(packed[codec]) for codec in packed]
     assert same(*stored) and same(stored[0], source.load(case))
-    assert [list(store.objects(str(tmp_path / codec))) for codec in packed] == [[store.key(case, OPTIONS)]] * 2
+    assert [list(store.objects(str(tmp_path / codec))) for codec in packed] == [[store.key(case, OPTIONS, "msd")]] * 2
 
 
 def test_equal_content_shares_one_object(folder: Path, tmp_path: Path) -> None:

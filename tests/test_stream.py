@@ -13,11 +13,12 @@ import pytest
 import ray
 
 from raytrain_brats.benchmark.meter import Meter
-from raytrain_brats.data.manifest import Case, open_manifest
+from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.parcel import Cutting
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.plan import Plan
 from raytrain_brats.data.preprocess import Prepared, preprocess
+from raytrain_brats.data.scan import open_manifest
 from raytrain_brats.data.store import Source, put
 from raytrain_brats.data.stream import OrderedSplit, dataset, patches
 from raytrain_brats.run import cluster, ledger

@@ -23,13 +23,15 @@ import pyarrow.parquet as pq
 
 from raytrain_brats import storage
 from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data import nifti
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import Refused, Volume, decode_case
 from raytrain_brats.data.preprocess import Geometry, Prepared, preprocess
 from raytrain_brats.errors import UserError
-from raytrain_brats.labels import allowed_values
+from raytrain_brats.labels import allowed_values, described
 
 FORMAT = 1
+_ABOUT, _MAKER = "preprocess.json", "raytrain-brats prepare"
 Codec = Literal["zstd", "lz4"]
 _OBJECT = re.compile(r"objects/(?P<key>[0-9a-f]{32})-(?P<bytes>[0-9]+)-(?P<sha256>[0-9a-f]{64})\.parquet")
 
@@ -54,6 +56,15 @@ class Source:
             return decode(content, verified=True)
         return preprocess(self.volume(case), self.spacing_mm)
 
+    def native_spacing_mm(self, case: Case) -> tuple[float, ...]:
+        """Voxel edges of the scan itself. Raises as `load` does."""
+        if case.object:
+            affine = np.array(self.load(case).geometry.affine)
+        else:
+            affine = nifti.decode(storage.read_bytes(storage.join(self.root, case.images[0])), case.images[0])[1]
+        edges: list[float] = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+        return tuple(edges)
+
     def volume(self, case: Case) -> Volume:
         """The case as its NIfTI files have it. Raises as `load` does."""
         try:
@@ -65,7 +76,7 @@ class Source:
             raise Refused("changed", f"{error}, by the manifest") from error
         images = len(case.images)
         label = files[images] if case.label else None
-        return decode_case(files[:images], label, allowed_values(self.convention))
+        return decode_case(files[:images], label, allowed_values(self.convention))  # CHANNELS
 
 
 def binary_column(array: npt.NDArray[Any]) -> pa.Array:
@@ -148,9 +159,10 @@ def decode(content: bytes, verified: bool = False) -> Prepared:
         raise Refused("changed", f"not a store object of format {FORMAT}: {error}") from error
 
 
-def key(case: Case, preprocessing: dict[str, Any]) -> str:
-    """Name of a case's object: what went in decides it."""
-    text = json.dumps([FORMAT, case.sha256, preprocessing], sort_keys=True)
+def key(case: Case, preprocessing: dict[str, Any], convention: str) -> str:
+    """Name of a case's object: what went in decides it, and what that means."""
+    about = [FORMAT, case.sha256, list(case.channels), preprocessing, manifests.meaning(convention)]
+    text = json.dumps(about, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -158,7 +170,7 @@ def put(store: str, source: Source, case: Case, preprocessing: dict[str, Any], c
     """Prepare one case into the store; the case, with its object. Raises Refused."""
     content = encode(source.load(case), codec)
     checksum = hashlib.sha256(content).hexdigest()
-    name = f"objects/{key(case, preprocessing)}-{len(content)}-{checksum}.parquet"
+    name = f"objects/{key(case, preprocessing, source.convention)}-{len(content)}-{checksum}.parquet"
     storage.write_bytes(storage.join(store, name), content)
     return with_object(case, name)
 
@@ -188,31 +200,73 @@ def intact(store: str, name: str) -> bool:
     return f"-{hashlib.sha256(content).hexdigest()}." in name
 
 
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What makes a store what it is: its preprocessing, and what its voxels mean; `data`: where they came from."""
+
+    preprocess: dict[str, Any]
+    convention: str
+    data: str
+
+
+def begun(store: str) -> About | None:
+    """What `prepare` began in this folder; None where it began nothing.
+
+    Raises UserError when the folder holds other things, or a damaged beginning.
+    """
+    where = storage.join(store, _ABOUT)
+    try:
+        about = json.loads(storage.read_bytes(where))
+        if about.get("maker") == _MAKER:
+            return About(dict(about["preprocess"]), str(about["convention"]), str(about["data"]))
+        index = manifests.read(storage.join(store, "index.jsonl"))  # by an earlier version: settings alone
+        return About(about, index.convention, "")
+    except FileNotFoundError:
+        others = [
+            name for name in storage.list_files(store) if not name.startswith("objects/") and name != storage.PROBE
+        ]
+        if others:
+            raise UserError(f"{store} holds other files ({others[0]}); give an empty or new folder") from None
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} is damaged; give an empty or new folder") from error
+
+
+def begin(store: str, about: About) -> None:
+    """Say what is being prepared here, before anything is put; an index of something else goes first."""
+    where = storage.join(store, _ABOUT)
+    text = json.dumps(
+        {"maker": _MAKER} | dataclasses.asdict(about) | manifests.meaning(about.convention), indent=1
+    ).encode()
+    if storage.exists(where) and storage.read_bytes(where) != text:
+        storage.delete(storage.join(store, "index.jsonl"))  # a kill right here must not leave it under other settings
+    storage.write_bytes(where, text)
+
+
 def write_index(store: str, manifest: Manifest, preprocessing: dict[str, Any]) -> None:
     """Make the store usable; the last thing `prepare` does."""
-    settings, index = storage.join(store, "preprocess.json"), storage.join(store, "index.jsonl")
-    text = json.dumps(preprocessing).encode()
-    if storage.exists(settings) and storage.read_bytes(settings) != text:
-        storage.delete(index)  # or a kill right here would leave the old objects under the new settings
-    storage.write_bytes(settings, text)
-    manifests.write(dataclasses.replace(manifest, root=store), index)
+    begin(store, About(preprocessing, manifest.convention, manifest.root))
+    manifests.write(dataclasses.replace(manifest, root=store), storage.join(store, "index.jsonl"))
 
 
-def open_index(store: str, preprocessing: dict[str, Any]) -> Manifest:
+def open_index(store: str, preprocessing: dict[str, Any], convention: str = "auto") -> Manifest:
     """The store's manifest. Raises UserError when it is no finished store, or one prepared otherwise."""
     store = storage.normal(store)
-    index, unfinished = storage.join(store, "index.jsonl"), f"{store} is not a finished store"
     try:
-        found = json.loads(storage.read_bytes(storage.join(store, "preprocess.json")))
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{unfinished}; make it with `raytrain-brats prepare`") from error
-    if not storage.exists(index):
-        raise UserError(f"{unfinished}; make it with `raytrain-brats prepare`")
-    manifest = manifests.read(index)
-    if found != preprocessing:
+        about, manifest = begun(store), manifests.read(storage.join(store, "index.jsonl"))
+    except UserError as error:
+        raise UserError(f"{store} is not a finished store; make it with `raytrain-brats prepare` ({error})") from error
+    if about is None:
+        raise UserError(f"{store} is not a finished store; make it with `raytrain-brats prepare`")
+    if about.preprocess != preprocessing:
         raise UserError(
-            f"store {store} was prepared with {found}, the recipe wants {preprocessing}; "
+            f"store {store} was prepared with {about.preprocess}, the recipe wants {preprocessing}; "
             "prepare another store, or set the recipe's `preprocess` section alike"
+        )
+    if convention not in ("auto", manifest.convention):
+        raise UserError(
+            f"store {store} was prepared as {described(manifest.convention)}, data.convention says "
+            f"{described(convention)}; leave it at auto, or prepare another store"
         )
     return dataclasses.replace(manifest, root=store)  # a store may have been moved
 

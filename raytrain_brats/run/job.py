@@ -4,21 +4,26 @@ In: a config, a data folder or store, a run folder.
 Out: a `Job`: cases, plan, source, identity; refused when it cannot be what the run folder began.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from raytrain_brats import storage
-from raytrain_brats.config import Config, differences, parse, patch_divisor
+from raytrain_brats.config import Config, differences, load, parse, patch_divisor, recipe_names
+from raytrain_brats.config import described as described_recipe
 from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
-from raytrain_brats.data.manifest import Case, Manifest, Progress
+from raytrain_brats.data.manifest import Case, Manifest
+from raytrain_brats.data.nifti import Refused
 from raytrain_brats.data.parcel import Cutting
 from raytrain_brats.data.plan import Plan
+from raytrain_brats.data.scan import Progress
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
-from raytrain_brats.labels import allowed_values
+from raytrain_brats.labels import described
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Job:
     plan: Plan
     identity: str
     manifest: Manifest
+    recipe: str = ""
+    """What the config was made from, for people."""
 
     @property
     def cutting(self) -> Cutting:
@@ -52,22 +59,58 @@ def open_cases(
     far that is.
     """
     if store:
-        manifest = stores.open_index(store, preprocessing(config))
+        manifest = stores.open_index(store, preprocessing(config), config.data.convention)
     elif data:
         known = storage.join(storage.normal(run_dir), "manifest.jsonl") if run_dir else None
-        manifest = manifests.open_manifest(data, progress, known)
+        manifest = scan.open_manifest(data, progress, known, config.data.convention)
     else:
         raise UserError("no data given; name a folder with --data or a prepared store with --store")
-    convention = manifest.convention if config.data.convention == "auto" else config.data.convention
-    if store and allowed_values(convention) != allowed_values(manifest.convention):
-        raise UserError(
-            f"store {store} holds labels of convention {manifest.convention}, data.convention says {convention}; "
-            "leave it at auto, or prepare the data anew"
-        )
+    convention = read_as(config, manifest)
     return manifest, Source(manifest.root, convention, config.preprocess.spacing_mm)
 
 
-def build(config: Config, run_dir: str, data: str, store: str) -> Job:
+def read_as(config: Config, manifest: Manifest) -> str:
+    """The convention by which label values are read: that of the data, or `article` where it was asked for."""
+    return manifest.convention if config.data.convention == "auto" else config.data.convention
+
+
+def recipe_for(given: str, data: str, store: str) -> str:
+    """The recipe to use: the one given, else `demo` for phantoms. Raises UserError when real cases come without one.
+
+    The demo's 4 mm voxels and small network must never be a user's result by default.
+    """
+    if given or not (data or store):
+        return given or "demo"
+    index = storage.join(storage.normal(store), "index.jsonl") if store else ""
+    if store and not storage.exists(index):
+        return "demo"  # refused as unfinished soon
+    if manifests.read(index).synthetic if store else scan.is_synthetic(data):
+        return "demo"
+    lines = "; ".join(config_line(name) for name in recipe_names())
+    raise UserError(
+        f"{store or data} holds no phantoms, so name a recipe with --recipe (or RAYTRAIN_BRATS_RECIPE): {lines}"
+    )
+
+
+def config_line(recipe: str) -> str:
+    return described_recipe(recipe, load(recipe))
+
+
+def warning_of_coarse_voxels(config: Config, manifest: Manifest, source: Source) -> str:
+    """A line when the recipe's voxels are coarser than the scans' own, by the first case; else ""."""
+    case = manifest.cases[0]
+    with contextlib.suppress(Refused, OSError):  # told where the case is used
+        native_mm = source.native_spacing_mm(case)
+        if config.preprocess.spacing_mm > 1.01 * min(native_mm):
+            edges = " x ".join(f"{edge:.3g}" for edge in native_mm)
+            return (
+                f"warning: voxels of {config.preprocess.spacing_mm:g} mm are coarser than the scans' own ({edges} mm "
+                f"in {case.id}); small structures are lost"
+            )
+    return ""
+
+
+def build(config: Config, run_dir: str, data: str, store: str, recipe: str = "") -> Job:
     """The job, checked as far as it can be before Ray starts. Raises UserError."""
     divisor = patch_divisor(config)
     if any(edge % divisor or edge < 2 * divisor for edge in config.data.patch_xyz):
@@ -80,7 +123,7 @@ def build(config: Config, run_dir: str, data: str, store: str) -> Job:
             f"{manifest.root}: none of its {len(manifest.cases)} cases is left to train on; more are needed"
         )
     plan = plan_of(config, len(train))
-    identity = manifests.identity(manifest.cases, preprocessing(config))
+    identity = manifests.identity(manifest.cases, preprocessing(config), source.convention)
     job = Job(
         config,
         storage.normal(run_dir),
@@ -91,6 +134,7 @@ def build(config: Config, run_dir: str, data: str, store: str) -> Job:
         plan,
         identity,
         manifest,
+        recipe,
     )
     _check_same_run(job)
     return job
@@ -105,9 +149,14 @@ def plan_of(config: Config, cases: int) -> Plan:
 def _check_same_run(job: Job) -> None:
     """Raises UserError when the run folder holds a run of other data or of another config."""
     try:
-        config, _, identity = read_config(job.run_dir)
+        config, convention, identity = read_config(job.run_dir)
     except FileNotFoundError:
         return
+    if convention != job.source.convention:
+        raise UserError(
+            f"{job.run_dir} was begun on labels read as {described(convention)}, now they would be read as "
+            f"{described(job.source.convention)}; give the data and convention it was begun with, or another --run-dir"
+        )
     if identity != job.identity:
         raise UserError(
             f"{job.run_dir} was begun on other data or preprocessing (identity {identity}, now {job.identity}); "
@@ -123,8 +172,9 @@ def _check_same_run(job: Job) -> None:
 def write_config(job: Job) -> None:
     """Record what the run is, for resumes, `evaluate` and the reader."""
     about = {
+        "recipe": job.recipe,
         "identity": job.identity,
-        "convention": job.source.convention,
+        **manifests.meaning(job.source.convention),
         "data": job.source.root,
         "route": job.route,
         "synthetic": job.manifest.synthetic,

@@ -13,6 +13,7 @@ from typing import Any
 import ray.util
 import torch
 
+from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.run import checkpoint, ledger
 from raytrain_brats.run.checkpoint import Writer
@@ -211,6 +212,7 @@ class Scribe:
         tensors, values = learner.state()
         tensors = checkpoint.snapshot(tensors)
         state = {"samples_seen": seen, "identity": self.job.identity, "learner": values}
+        state |= {"meaning": manifests.meaning(self.job.source.convention)}
         state |= {"metrics_bytes": self._log.bytes, "bad_in_epoch": self._bad_in_epoch}
         facts: dict[str, Any] = {"samples_seen": seen}
         if asked and self._ear:

@@ -1,0 +1,319 @@
+"""Which cases a folder holds: found, checksummed, their label convention settled, dealt to folds. Runs in the driver.
+
+In: a root URI (local or s3://) in one of the layouts of docs/data.md, or a manifest file written before.
+Out: a `Manifest`. A file that changed since it was read is noticed by its size or time, and read again.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from raytrain_brats import labels, storage
+from raytrain_brats.data import dataset_json, layouts, nifti
+from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data.dataset_json import Stated
+from raytrain_brats.data.layouts import NIFTI, Found
+from raytrain_brats.data.manifest import FOLDS, Case, Manifest, Skipped
+from raytrain_brats.errors import UserError
+from raytrain_brats.storage import Listing
+
+T = TypeVar("T")
+
+Progress = Callable[[Iterator[Case], int], Iterable[Case]]
+"""Hands so many cases on and shows how far it is."""
+
+
+def open_manifest(
+    data: str, progress: Progress | None = None, known: str | None = None, convention: str = "auto"
+) -> Manifest:
+    """The manifest of a data folder (scanned and checksummed now) or of a manifest file.
+
+    With `known`, a manifest of the same data written before, only files are read that are new or whose size or time
+    differs. Raises UserError when the folder is missing, holds no case, or means something else than `convention`; when
+    files of a manifest file have another content by now.
+    """
+    data, before = storage.normal(data), None
+    if known and storage.exists(known):
+        with contextlib.suppress(UserError):  # a damaged copy is no loss
+            before = manifests.read(known)
+    if not data.endswith(".jsonl"):
+        return checksummed(scan(data, convention), progress, before)
+    manifest = manifests.read(data)
+    _agree(convention, manifest.convention, data)
+    return _unchanged(manifest, data, before)
+
+
+def scan(root: str, convention: str = "auto") -> Manifest:
+    """Find the labelled cases below `root` without reading any volume; no checksums, fold 0 unless another is stated.
+
+    Raises UserError as `open_manifest` does.
+    """
+    root, listing, stated = _open(root)
+    asked = None if convention == "auto" else convention
+    if stated:
+        found = layouts.listed(stated, listing, need_labels=True)
+        read_as = _agree(convention, stated.convention or "msd", stated.where)
+        found = dataclasses.replace(found, candidates=(read_as,))
+        if not stated.convention:
+            found = dataclasses.replace(found, layout=f"{found.layout}, labels not stated")
+    else:
+        found = layouts.by_names(listing, True, asked, root.rsplit("/", 1)[-1])
+        if asked and found.cases and asked not in found.candidates:
+            _agree(convention, found.candidates[0], f"{root}: the names of its files")
+    if not found.cases:
+        raise UserError(_nothing(root, listing, found))
+    candidates = (asked,) if asked else found.candidates
+    settled = candidates[0] if len(candidates) == 1 else ""
+    cases, synthetic = tuple(sorted(found.cases, key=lambda c: c.id)), bool(stated and stated.synthetic)
+    return Manifest(root, found.layout, settled, cases, synthetic, found.skipped, candidates)
+
+
+def is_synthetic(data: str) -> bool:
+    """Whether a folder or manifest holds phantoms. Raises UserError as `scan` does."""
+    data = storage.normal(data)
+    if data.endswith(".jsonl"):
+        return manifests.read(data).synthetic
+    where = storage.join(data, "dataset.json")
+    if storage.exists(where):  # no need to list it all
+        return dataset_json.parse(storage.read_bytes(where), where, data).synthetic
+    return scan(data).synthetic
+
+
+def _open(root: str) -> tuple[str, Listing, Stated | None]:
+    """(the data set's own root, what lies there, its dataset.json): it may lie below the folder given."""
+    root = storage.normal(root)
+    listing = storage.listing(root)
+    if not listing.files:
+        why = listing.unreadable.get(".") or (None if storage.exists(root) else "does not exist")
+        raise UserError(f"data folder {root} {why or 'holds no files'}; give a folder in MSD or BraTS layout")
+    there = [path for path in listing.files if path.rsplit("/", 1)[-1] == "dataset.json" and path.count("/") <= 3]
+    if "dataset.json" not in there and there:
+        if len(there) > 1:
+            some = ", ".join(path.rpartition("/")[0] for path in there[:5])
+            raise UserError(f"{root} holds {len(there)} data sets ({some}); give one of them")
+        below = there[0].rpartition("/")[0]
+        root = storage.join(root, below)
+        rest = {path for path in listing.files if NIFTI.search(path) and not path.startswith(f"{below}/")}
+        listing = Listing(_below(listing.files, below), _below(listing.unreadable, below))
+        if rest:
+            raise UserError(
+                f"{root} has a dataset.json, but {len(rest)} images lie beside that folder, such as {min(rest)}; "
+                "give the folder that is wanted"
+            )
+    if "dataset.json" not in listing.files:
+        return root, listing, None
+    where = storage.join(root, "dataset.json")
+    return root, listing, dataset_json.parse(storage.read_bytes(where), where, root)
+
+
+def _below(rows: dict[str, T], folder: str) -> dict[str, T]:
+    return {path[len(folder) + 1 :]: row for path, row in rows.items() if path.startswith(f"{folder}/")}
+
+
+def _agree(asked: str, stated: str, where: str) -> str:
+    """The convention to read by. Raises UserError when the one asked for contradicts what the data say."""
+    if stated == "article" and asked != "article":
+        raise UserError(
+            f"{where} takes value 2 for the enhancing tumour; on MSD's files that is a known mistake (3 enhances): "
+            "mend its `labels`, or read it so on purpose with the convention `article`"
+        )
+    if asked in ("auto", stated) or (asked == "article" and stated == "msd"):
+        return stated if asked == "auto" else asked
+    if labels.known(asked).tissue == labels.known(stated).tissue:
+        return asked
+    raise UserError(
+        f"{where} says the labels are {labels.described(stated)}, asked for is {labels.described(asked)}; leave the "
+        "convention away, or mend what is wrong"
+    )
+
+
+def _nothing(root: str, listing: Listing, found: Found) -> str:
+    """Why no case was found, with the nearest layout."""
+    cases = [row for row in found.skipped if row.case]
+    if cases:
+        causes = "; ".join(
+            f"{cause} in {len(rows)}, such as {rows[0].case} ({rows[0].detail})"
+            for cause in dict.fromkeys(row.cause for row in cases)
+            if (rows := [row for row in cases if row.cause == cause])
+        )
+        return f"{root}: found {len(cases)} cases, none of which can be used: {causes}"
+    images = [path for path in listing.files if NIFTI.search(path)]
+    if images:
+        return (
+            f"{root} holds {len(images)} NIfTI files, but no case: the names tell no modality, such as {images[0]}. "
+            "Known are MSD and nnU-Net (with a dataset.json) and names that end in _flair, _t1, _t1ce, _t2, _seg or "
+            "-t2f, -t1n, -t1c, -t2w, -seg (docs/data.md)"
+        )
+    dicom = sum(path.lower().endswith((".dcm", ".ima")) for path in listing.files)
+    hint = (
+        f"{dicom} of them DICOM: convert them with dcm2niix first" if dicom else f"such as {next(iter(listing.files))}"
+    )
+    return f"{root} holds no case: no NIfTI file is among its {len(listing.files)} files ({hint})"
+
+
+def scan_images(uris: Iterable[str]) -> tuple[list[tuple[str, Case]], list[Skipped]]:
+    """((root, case) of what is to be segmented, what was not taken): of folders, of 4D files, of patients' 3D files.
+
+    Labels are neither needed nor read. Raises UserError when a place holds nothing to segment.
+    """
+    found: list[tuple[str, Case]] = []
+    skipped: list[Skipped] = []
+    files: dict[str, list[str]] = {}
+    for uri in map(storage.normal, uris):
+        if NIFTI.search(uri) and (storage.is_s3(uri) or not storage.is_folder(uri)):
+            folder, _, name = uri.rpartition("/")
+            files.setdefault(folder, []).append(name)
+            continue
+        root, listing, stated = _open(uri)
+        some = _images(root, listing, stated)
+        found += [(root, case) for case in some.cases]
+        skipped += some.skipped
+    for folder, names in files.items():
+        here = storage.listing(folder)
+        for name in names:
+            if name not in here.files:
+                raise UserError(f"image {storage.join(folder, name)} {here.unreadable.get(name, 'does not exist')}")
+        some = _images(folder, Listing({name: here.files[name] for name in names}, {}), None)
+        found += [(folder, case) for case in some.cases]
+        skipped += some.skipped
+    return found, skipped
+
+
+def _images(root: str, listing: Listing, stated: Stated | None) -> Found:
+    """The cases of a place. Raises UserError when it holds none."""
+    if stated:
+        found = layouts.listed(stated, listing, need_labels=False)
+        found = dataclasses.replace(found, cases=(*found.cases, *found.tests))
+    else:
+        found = layouts.by_names(listing, False, root_name=root.rsplit("/", 1)[-1])
+        if not any(row.case for row in found.skipped) and not found.cases:
+            found = layouts.loose(listing, _beside(root))
+    if not found.cases:
+        raise UserError(_nothing(root, listing, found))
+    return found
+
+
+def _beside(root: str) -> Stated | None:
+    """What the dataset.json in a folder or above it says: images of imagesTr have the set's channels."""
+    for folder in (root, root.rpartition("/")[0]):
+        where = storage.join(folder, "dataset.json")
+        if folder.strip("/") and storage.exists(where):
+            return dataset_json.parse(storage.read_bytes(where), where, folder)
+    return None
+
+
+def checksummed(manifest: Manifest, progress: Progress | None = None, before: Manifest | None = None) -> Manifest:
+    """Read every file once, fill in `sha256`, settle the convention where values must, and deal the cases to folds.
+
+    What `before` has with the same sizes and times is not read again. Folds that are stated stay. Raises UserError
+    where the values leave the convention open.
+    """
+    known = {(c.id, case_versions(c)): c for c in before.cases if c.versions} if before else {}
+    same = before is not None and all((case.id, case_versions(case)) in known for case in manifest.cases)
+    settled = manifest.convention or (before.convention if before and same else "")
+    if settled not in (manifest.convention, *manifest.candidates):
+        settled = ""
+    values: set[int] = set()
+
+    def read(case: Case) -> Case:
+        there = known.get((case.id, case_versions(case)))
+        if there and settled:
+            return dataclasses.replace(case, sha256=there.sha256)
+        digest, content = hashlib.sha256(), b""
+        for path in manifests.case_files(case):
+            content = storage.read_bytes(storage.join(manifest.root, path))
+            digest.update(content)
+        if not settled:  # the label comes last
+            values.update(_values(content))
+        return dataclasses.replace(case, sha256=digest.hexdigest())
+
+    with ThreadPoolExecutor(8) as pool:
+        rows = pool.map(read, manifest.cases)
+        cases = list(progress(rows, len(manifest.cases)) if progress else rows)
+    manifest = dataclasses.replace(manifest, convention=settled or _by_values(manifest, values), candidates=())
+    if any(case.fold for case in cases):  # stated
+        return dataclasses.replace(manifest, cases=tuple(cases))
+    one = _as_one(cases)
+    groups = sorted(set(one.values()), key=lambda s: hashlib.sha256(s.encode()).hexdigest())
+    fold_of = {subject: number % FOLDS for number, subject in enumerate(groups)}
+    dealt = tuple(dataclasses.replace(c, fold=fold_of[one[c.subject]]) for c in cases)
+    return dataclasses.replace(manifest, cases=dealt)
+
+
+def case_versions(case: Case) -> tuple[tuple[str, str], ...]:
+    """(path, size and time) of each of a case's files."""
+    return tuple(zip(manifests.case_files(case), case.versions, strict=True))
+
+
+def _values(label: bytes) -> set[int]:
+    """The values of a label file; none of one that cannot be read, which is refused later with its reason."""
+    with contextlib.suppress(nifti.Refused):
+        return {int(value) for value in np.unique(nifti.decode(label, "label")[0]) if value == int(value)}
+    return set()
+
+
+def _by_values(manifest: Manifest, values: set[int]) -> str:
+    """The one of the candidates that the values allow. Raises UserError where they leave it open and it matters."""
+    allowed = {c: set(labels.allowed_values(c)) for c in manifest.candidates}
+    values &= set[int]().union(*allowed.values())  # others are their cases' fault, and refused there
+    fitting = [c for c in manifest.candidates if values <= allowed[c]]
+    tissue = {tuple((v, t) for v, t in labels.known(c).tissue.items() if v in values) for c in fitting}
+    if len(tissue) == 1:
+        return fitting[0]
+    told = " or ".join(labels.described(c) for c in manifest.candidates)
+    raise UserError(
+        f"{manifest.root}: by its names ({manifest.layout}) and its values ({sorted(values)}) it may be {told}, in "
+        "which the same values mean other tissues; state which: index --convention, or --set data.convention="
+    )
+
+
+def _unchanged(manifest: Manifest, uri: str, before: Manifest | None) -> Manifest:
+    """The manifest with its files' times as they are now. Raises UserError when a file has another content.
+
+    Only what differs in size or time from both the manifest and `before` is read.
+    """
+    here = storage.listing(manifest.root).files
+    if not here and manifest.cases:
+        raise UserError(f"the data of {uri}, {manifest.root}, are not there; mount them, or index them where they are")
+    both = (*manifest.cases, *(before.cases if before else ()))
+    known = {(c.id, case_versions(c)): c.sha256 for c in both if c.versions}
+
+    def look(case: Case) -> Case:
+        files = manifests.case_files(case)
+        if any(path not in here for path in files):  # refused as `missing` when it is read
+            return case
+        now = dataclasses.replace(case, versions=tuple(f"{here[path][0]}:{here[path][1]}" for path in files))
+        if known.get((case.id, case_versions(now))) == case.sha256:
+            return now
+        digest = hashlib.sha256()
+        for path in files:
+            digest.update(storage.read_bytes(storage.join(manifest.root, path)))
+        if digest.hexdigest() != case.sha256:
+            raise UserError(
+                f"the files of case {case.id} below {manifest.root} changed since {uri} was written; write it anew "
+                "with `raytrain-brats index`"
+            )
+        return now
+
+    with ThreadPoolExecutor(8) as pool:
+        return dataclasses.replace(manifest, cases=tuple(pool.map(look, manifest.cases)))
+
+
+def _as_one(cases: list[Case]) -> dict[str, str]:
+    """{subject: the first of those that share content, directly or by way of others}."""
+    parent = {case.subject: case.subject for case in cases}
+    first_of: dict[str, str] = {}
+
+    def first(subject: str) -> str:
+        while parent[subject] != subject:
+            subject = parent[subject]
+        return subject
+
+    for case in cases:
+        parent[first(case.subject)] = first(first_of.setdefault(case.sha256, case.subject))
+    return {subject: first(subject) for subject in parent}
