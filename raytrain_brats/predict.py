@@ -1,17 +1,14 @@
 """Segment cases: `raytrain-brats predict --run-dir URI --images ... --out DIR`.
 
 In: a run folder; 4D NIfTI files, or folders in MSD or BraTS layout or of 4D files; no labels needed.
-Out: `<out>/<case>.nii.gz`, uint8 labels of the run's convention on each case's own grid and affine.
+Out: `<out>/<case>.nii.gz`, uint8 labels of the run's convention on each case's own grid, with the scan's own geometry.
 """
 
-import gzip
 import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import ray
 from rich.progress import track
 
@@ -19,7 +16,8 @@ from raytrain_brats import storage
 from raytrain_brats.cli import Uri, default, entry, show_skipped
 from raytrain_brats.data import scan
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.nifti import Refused
+from raytrain_brats.data.nifti import Refused, label_file
+from raytrain_brats.data.preprocess import preprocess
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import from_regions
@@ -73,14 +71,14 @@ def work(args: Args) -> None:
 def _one(shared: ray.ObjectRef[Any], out: str, item: tuple[Source, Case]) -> str:
     source, case = item
     try:
-        prepared = source.load(case)
+        volume = source.volume(case)
+        header, prepared = volume.header, preprocess(volume, source.spacing_mm)
+        del volume
     except Refused as error:
         return f"case {case.id}: {error.reason}, {error.detail}"
     network, settings, device = shared_network(shared)
     label = from_regions(segment(prepared, network, settings, device), source.convention)
-    image = nib.Nifti1Image(label, np.array(prepared.geometry.affine))
-    image.header.set_xyzt_units("mm")
-    storage.write_bytes(storage.join(out, f"{case.id}.nii.gz"), gzip.compress(image.to_bytes(), 6, mtime=0))
+    storage.write_bytes(storage.join(out, f"{case.id}.nii.gz"), label_file(label, header))
     return ""
 
 

@@ -1,14 +1,18 @@
 """Decoding equals nibabel on good files, and refuses every bad one with a reason, never in another way."""
 
 import gzip
+import pickle
 import random
 import re
 import struct
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from raytrain_brats.data.nifti import REASONS, Refused, decode, decode_case
@@ -55,7 +59,7 @@ def test_decode_equals_nibabel_over_many_headers() -> None:
         plain = nifti(array, affine, codes, endian, dice.choice([bytes(4), comment]), **fields)
         peer = nib.Nifti1Image.from_bytes(plain)
 
-        found, found_affine = decode(dice.choice(wrappings)(plain), "x")
+        found, found_affine, *_ = decode(dice.choice(wrappings)(plain), "x")
 
         expected = np.asarray(peer.dataobj)
         expected = expected[..., 0] if shape[-1] == 1 and len(shape) == 4 else expected
@@ -82,10 +86,112 @@ def test_one_4d_file_and_four_3d_files_give_the_same_case() -> None:
     assert decode_case([nifti(IMAGE)], None, MSD).label_xyz is None
 
 
+@pytest.mark.parametrize("ones", [(), (1,), (1, 1)])
+def test_the_components_of_a_vector_are_four_channels(ones: tuple[int, ...]) -> None:
+    """SimpleITK's vector images (x, y, z, 1, 4) are read as (x, y, z, 4), also with dimensions of 1 after it."""
+    vector = IMAGE.reshape(*IMAGE.shape[:3], 1, 4, *ones, order="F")
+    volume = decode_case([nifti(vector)], nifti(LABEL), MSD)
+    assert np.array_equal(volume.image_cxyz, np.moveaxis(IMAGE, 3, 0))
+
+
+def test_channels_in_another_order_are_put_in_ours() -> None:
+    """`channels` names the file's channel of FLAIR, T1w, T1gd, T2w; in our order already, nothing is copied."""
+    content, there = nifti(IMAGE[..., [1, 2, 3, 0]]), (3, 0, 1, 2)  # T1w, T1gd, T2w, FLAIR
+    volume = decode_case([content], nifti(LABEL), MSD, channels=there)
+    assert np.array_equal(volume.image_cxyz, np.moveaxis(IMAGE, 3, 0))
+    assert volume.extent == decode_case([nifti(IMAGE)], None, MSD).extent
+    plain = nifti(IMAGE)
+    for same in (None, (0, 1, 2, 3)):
+        found = decode_case([plain], None, MSD, channels=same).image_cxyz
+        assert np.shares_memory(found, np.frombuffer(plain, np.uint8))
+
+
+def scaled_by_nibabel(values: npt.NDArray[Any]) -> bytes:
+    """Numbers under a header of integers, as nibabel saves them: scaled, so that 1 comes back as 1.00001."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    return nib.Nifti1Image(values, np.eye(4), header).to_bytes()
+
+
 def test_a_scaled_label_counts_by_its_scaled_values() -> None:
-    """Labels stored as 10, 20, 30 with slope 0.1 are 1, 2, 3."""
-    volume = decode_case([nifti(IMAGE)], nifti(LABEL * 10, scl_slope=0.1, scl_inter=0), MSD)
-    assert np.array_equal(volume.label_xyz, LABEL)
+    """Labels stored as 10, 20, 30 with slope 0.1 are 1, 2, 3; so are those that scaling left within 0.001 of them."""
+    artefact = LABEL * 1.0
+    artefact[0, 0, 0] = 9e-4  # without a fraction nibabel does not scale
+    by_nibabel = scaled_by_nibabel(artefact)
+    assert not set(np.unique(decode(by_nibabel, "x").array)) <= set(MSD)
+    for label in (nifti(LABEL * 10, scl_slope=0.1, scl_inter=0), by_nibabel):
+        assert np.array_equal(decode_case([nifti(IMAGE)], label, MSD).label_xyz, LABEL)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1e-2, np.nan])
+def test_fractions_in_a_scaled_label_stay_refused(fraction: float) -> None:
+    """What is no rounding is named alone, with what to do; and without scaling 0.001 is a fraction too."""
+    values = LABEL * np.float32(1.00001)
+    values[0, 0, 0] = fraction
+    with pytest.raises(Refused, match="nearest voxel") as caught:
+        decode_case([nifti(IMAGE)], nifti(values / 2, scl_slope=2, scl_inter=0), MSD)
+    assert "1.00001" not in caught.value.detail and str(fraction)[:3] in caught.value.detail
+    assert refusal([nifti(IMAGE)], nifti(LABEL * np.float32(1.001))) == "label_values"
+
+
+NAMES = ["p/p_flair.nii.gz", "p/p_t1.nii.gz", "p/p_t1ce.nii.gz", "p/p_t2.nii.gz", "p/p_seg.nii.gz"]
+MODALITY_OF = dict(zip(NAMES, ("FLAIR", "T1w", "T1gd", "T2w"), strict=False))
+
+
+def _with(array: npt.NDArray[Any], value: float) -> bytes:
+    return nifti(np.where(np.arange(array.size).reshape(array.shape) == 99, value, array).astype(np.float32))
+
+
+SPOILT: dict[str, Callable[[npt.NDArray[Any]], bytes]] = {
+    "gzip_damaged": lambda a: gzip.compress(nifti(a))[:-9],
+    "size": lambda a: nifti(a)[:-1],
+    "not_nifti": lambda a: b"",
+    "header": lambda a: nifti(a, xyzt_units=3),
+    "affine": lambda a: nifti(a, srow_x=0),
+    "extension": lambda a: nifti(a, extension=b"\1\0\0\0"),
+    "mismatch": lambda a: nifti(a, SHIFTED),
+    "not_finite": lambda a: _with(a, np.nan),
+    "constant": lambda a: nifti(a * 0 + 7),
+    "empty": lambda a: nifti(a * 0),
+}
+
+
+@pytest.mark.parametrize("reason", SPOILT)
+@pytest.mark.parametrize("number", range(5))
+def test_the_file_at_fault_is_named(reason: str, number: int) -> None:
+    """Whichever of a case's files is spoilt is `file`, and in the detail; for voxels also its modality."""
+    arrays = [*(IMAGE[..., channel] for channel in range(4)), LABEL]
+    contents = [nifti(array) for array in arrays]
+    contents[number] = SPOILT[reason](arrays[number])
+    if number == 4 and reason in ("constant", "empty", "not_finite"):
+        return  # a label may be empty, and has values of its own to be refused for
+    with pytest.raises(Refused) as caught:
+        decode_case(contents[:4], contents[4], MSD, NAMES)
+    assert (caught.value.reason, caught.value.file) == (reason, NAMES[number])
+    assert caught.value.detail.startswith(f"{NAMES[number]}: ")
+    if reason in ("constant", "empty", "not_finite"):
+        assert MODALITY_OF[NAMES[number]] in caught.value.detail
+    assert pickle.loads(pickle.dumps(caught.value)).file == NAMES[number]
+
+
+def test_a_modality_of_a_4d_file_is_named() -> None:
+    """There the file is one, so only its channel's name tells what to look at; also with channels in another order."""
+    content = nifti(IMAGE * np.array([1, 0, 1, 1], np.int16))
+    for channels, name in ((None, "T1w"), ((3, 2, 1, 0), "T1gd")):
+        with pytest.raises(Refused) as caught:
+            decode_case([content], None, MSD, ["i/a.nii"], channels)
+        assert caught.value.file == "i/a.nii"
+        assert caught.value.detail == f"i/a.nii: {name} is 0 everywhere"
+
+
+@pytest.mark.parametrize("endian", "<>")
+def test_the_header_comes_along(endian: str) -> None:
+    """A volume has the first file's header as it stands, in either byte order, and still travels."""
+    plain = [nifti(IMAGE[..., c], make_affine(degrees=c / 1e4), endian=endian) for c in range(4)]
+    volume = pickle.loads(pickle.dumps(decode_case([gzip.compress(p) for p in plain], None, MSD, NAMES)))
+    assert volume.header == plain[0][:348]
+    assert volume.files == tuple(NAMES[:4])
+    assert decode_case([nifti(IMAGE)], None, MSD, ["a"]).files == ("a",) * 4
 
 
 def test_voxels_may_begin_at_any_byte() -> None:

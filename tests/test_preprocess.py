@@ -1,6 +1,8 @@
 """Preprocessing is MONAI's chain with exact integers, and `restore` is its exact inverse."""
 
+import hashlib
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,14 @@ from raytrain_brats.data.nifti import Refused, Volume, decode_case, survey
 from raytrain_brats.data.preprocess import Prepared, preprocess, restore
 from tests.conftest import make_affine, make_arrays, make_volume, save
 
+GOLDEN = {
+    "int16": "62a49d6962ce2882",
+    "float32, whole": "62a49d6962ce2882",
+    "uint16": "361b11851bbfa802",
+    "fractions": "402da056262bb826",
+    "z-scored": "626e4280ed100efb",
+    "0 to 1": "d1d1935d472bdba4",
+}
 ORIENTATIONS = list(itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)))
 
 
@@ -230,16 +240,87 @@ def test_fractions_fall_back_to_float16_with_the_error_recorded() -> None:
     assert 0 < prepared.max_error <= np.abs(image).max() * 2**-11
 
 
-@pytest.mark.parametrize(
-    ("factor", "kind"), [(1e3, "f4"), (-1e3, "f8"), (1e-9, "f4"), (-(2**31), "i4")], ids=["big", "low", "fine", "int32"]
-)
-def test_intensities_that_16_bits_cannot_hold_are_refused(factor: float, kind: str) -> None:
-    """Neither overflow to infinity nor a contrast lost in rounding goes by in silence."""
+@pytest.mark.parametrize("factor", [1e3, -1e3, 1e-9, 1e-30, 1e30, [1e4, 1, 1e-8, 1]])
+@pytest.mark.parametrize("wanted_mm", [1.0, 1.7])
+def test_intensities_beyond_float16_are_stored_times_a_power_of_two(factor: Any, wanted_mm: float) -> None:
+    """Normalised voxels are those of the image as it is, up to float16's rounding, and the box is the same."""
     volume = make_volume(dtype=np.float64)
-    image = np.sign(volume.image_cxyz).clip(0) * factor if kind == "i4" else volume.image_cxyz * factor
-    with pytest.raises(Refused) as caught:
-        preprocess(Volume(image.astype(kind), volume.label_xyz, volume.affine), 1.0)
-    assert caught.value.reason == "range"
+    image = volume.image_cxyz * 1.0625 + 9.9 * (volume.image_cxyz != 0)
+    plain = preprocess(Volume(image, volume.label_xyz, volume.affine), wanted_mm)
+    scaled = image * np.reshape(factor, (-1, 1, 1, 1))
+    prepared = preprocess(Volume(scaled.astype(np.float32), volume.label_xyz, volume.affine), wanted_mm)
+
+    assert prepared.image_czyx.dtype == np.float16
+    assert prepared.geometry == plain.geometry
+    assert np.array_equal(prepared.image_czyx != 0, plain.image_czyx != 0)
+    signs = np.reshape(np.sign(factor), (-1, 1, 1, 1))
+    assert np.abs(normalised(prepared) - signs * normalised(plain)).max() < 6e-3  # half a step at 1600 is 0.5 of 430
+    fitting = np.broadcast_to(np.reshape(factor, -1) == 1, 4)
+    assert np.array_equal(prepared.image_czyx[fitting], plain.image_czyx[fitting])
+    for ours, theirs in ((prepared.mean, plain.mean), (prepared.std, plain.std)):
+        exponents = np.log2(np.abs(np.divide(ours, theirs) / np.reshape(factor, -1)))
+        assert np.allclose(exponents, np.rint(exponents), atol=1e-4)
+        assert np.allclose(exponents[fitting], 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted_mm", [1.0, 1.7])
+@pytest.mark.parametrize(("kind", "top"), [("u2", 65535), ("i4", 2**31 - 1), ("u4", 2**32 - 1), ("f8", 2.0**100)])
+def test_integers_beyond_int16_are_prepared_too(kind: str, top: float, wanted_mm: float) -> None:
+    """The case of nibabel's and ITK's wide integers: the error is at most half a step of float16 at the top."""
+    volume = make_volume()
+    image = (np.abs(volume.image_cxyz) / 1500.0 * top).astype(kind)
+    prepared = preprocess(Volume(image, volume.label_xyz, volume.affine), wanted_mm)
+    if wanted_mm == 1:
+        found = restore(prepared.image_czyx.astype(np.float64), prepared.geometry)
+        factor = prepared.std[0] / image[0][image[0] != 0].astype(np.float64).std()
+        assert np.abs(found / factor - image.astype(np.float64)).max() <= top * 2**-11
+    assert np.isfinite(prepared.image_czyx).all()
+
+
+REFUSED_RANGES: dict[str, Callable[[Any], Any]] = {
+    "offset of 1e6": lambda x: 1e6 + x / 1500,
+    "offset below 60,000": lambda x: 30000.25 + x / 1500,
+    "one voxel far out": lambda x: np.where(x == x.max(), 1e20, x / 1e20),
+    "more than float32": lambda x: x * 1e300,
+    "less than float32": lambda x: x * 1e-300,
+}
+
+
+@pytest.mark.parametrize("wanted_mm", [1.0, 1.7])
+@pytest.mark.parametrize("name", REFUSED_RANGES)
+def test_what_16_bits_cannot_tell_apart_is_refused_with_the_remedy(name: str, wanted_mm: float) -> None:
+    """A contrast lost in rounding does not go by in silence: file, modality, values, and what to do."""
+    volume = make_volume(dtype=np.float64)
+    image = volume.image_cxyz * 1.375
+    image[2] = REFUSED_RANGES[name](image[2])
+    files = ("p_flair.nii.gz", "p_t1.nii.gz", "p_t1ce.nii.gz", "p_t2.nii.gz")
+    for known, start in ((files, "p_t1ce.nii.gz: T1gd: values "), ((), "T1gd: values ")):
+        with pytest.raises(Refused) as caught:
+            preprocess(Volume(image, volume.label_xyz, volume.affine, None, b"", known), wanted_mm)
+        assert (caught.value.reason, caught.value.file) == ("range", known[2] if known else "")
+        assert caught.value.detail.startswith(start)
+        assert "; subtract the offset or rescale" in caught.value.detail
+
+
+def ordinary() -> dict[str, npt.NDArray[Any]]:
+    """Images (c, x, y, z) as data sets have them."""
+    x = np.asarray(make_volume().image_cxyz)
+    mean, std = (np.array([f(c[c != 0]) for c in x]).reshape(4, 1, 1, 1) for f in (np.mean, np.std))
+    return {
+        "int16": x,
+        "float32, whole": x.astype(np.float32),
+        "uint16": (np.abs(x) * 30).astype(np.uint16),
+        "fractions": x * np.float32(1.2345),
+        "z-scored": np.where(x != 0, (x - mean) / std, 0).astype(np.float32),
+        "0 to 1": (x / x.max((1, 2, 3), keepdims=True)).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("name", ordinary())
+def test_ordinary_images_are_stored_as_ever(name: str) -> None:
+    """The voxels of a store made before are those made now: checksums taken before channels could be scaled."""
+    stored = preprocess(Volume(ordinary()[name], None, np.eye(4)), 1.0).image_czyx
+    assert hashlib.sha256(f"{stored.dtype}{stored.shape}".encode() + stored.tobytes()).hexdigest()[:16] == GOLDEN[name]
 
 
 def test_a_grid_beyond_memory_is_refused() -> None:

@@ -1,22 +1,26 @@
-"""Decode: the bytes of a case's NIfTI files, checked, as arrays with geometry.
+"""Decode: the bytes of a case's NIfTI files, checked, as arrays with geometry; and a label's file on the same grid.
 
 In: bytes of .nii or .nii.gz (NIfTI-1, https://nifti.nimh.nih.gov/nifti-1).
-Out: a `Volume`, or `Refused` with a reason code (docs/refusals.md). Nothing is half-used: nibabel alone reads
-cut-off and bit-flipped files without a word, because it never reaches the gzip checksum.
+Out: a `Volume`, or `Refused` with a reason code (docs/refusals.md) and the file at fault. Nothing is half-used:
+nibabel alone reads cut-off and bit-flipped files without a word, because it never reaches the gzip checksum.
 
 The arrays are views of buffers that this thread uses again as soon as nobody holds them (`inflate.take`).
 """
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import deflate
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from nibabel.spatialimages import HeaderDataError
 
 from raytrain_brats.data import inflate
+from raytrain_brats.data.manifest import MODALITIES
 
 REASONS = {
     "missing": "a file of the case is not there",
@@ -39,15 +43,19 @@ _KINDS = {"u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"}
 MAX_BYTES = 4 << 30
 _PLAUSIBLE_BYTES, _PLAUSIBLE_RATIO = 1 << 30, 100  # real images shrink 5 to 20 times, labels of a few MB 1,000 times
 _CHUNK = 1 << 15  # voxels worked on at a time, so that they stay in the processor's cache
+_NEARLY_WHOLE = 1e-3
+# What says where a file's voxels lie, by whichever of the standard's methods a program goes
+_PLACE = ("dim_info", "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
+          "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")  # fmt: skip
 
 
 class Refused(Exception):  # noqa: N818 (a verdict on a file, not a fault of ours)
-    """A case that cannot be used; `reason` is a key of REASONS."""
+    """A case that cannot be used; `reason` is a key of REASONS, `file` the one at fault ("": the case as a whole)."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, file: str = "") -> None:
         assert reason in REASONS
         super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.file = reason, detail, file
 
 
 @dataclass(frozen=True)
@@ -67,65 +75,125 @@ class Volume:
     """A decoded case on its native grid.
 
     `image_cxyz`: (4, x, y, z), native dtype unless the header scales it; `label_xyz` uint8 or None;
-    `affine`: 4x4 voxel-to-world, mm; `extent` of the image, where it is known already.
+    `affine`: 4x4 voxel-to-world, mm; `extent` of the image, where it is known already; `header`: the 348 bytes of the
+    first file's, for `label_file`; `files`: the names of those that hold MODALITIES. Both empty where there is no file.
     """
 
     image_cxyz: npt.NDArray[Any]
     label_xyz: npt.NDArray[np.uint8] | None
     affine: npt.NDArray[np.float64]
     extent: Extent | None = None
+    header: bytes = b""
+    files: tuple[str, ...] = ()
 
 
-def decode_case(images: list[bytes], label: bytes | None, allowed: tuple[int, ...]) -> Volume:
-    """Decode one 4D image or four 3D images, and the label if given. Raises Refused."""
-    parts = [decode(content, f"image {number}") for number, content in enumerate(images)]
-    first, affine = parts[0]
-    if len(parts) == 1:
-        if first.ndim != 4 or first.shape[3] != 4:
-            raise Refused("header", f"image has shape {first.shape}, expected (x, y, z, 4)")
-        image_cxyz = np.moveaxis(first, 3, 0)
-    else:
-        for array, other in parts:
-            _same_grid(array.shape, other, first.shape, affine, "modalities")
-        if first.ndim != 3:
-            raise Refused("header", f"a modality has shape {first.shape}, expected (x, y, z)")
-        # (c, z, y, x) in memory like a 4D file, seen as (c, x, y, z)
-        kind, shape = np.result_type(*(array for array, _ in parts)), (len(parts), *first.shape[::-1])
-        whole = inflate.take(kind.itemsize * math.prod(shape)).view(kind).reshape(shape)
-        image_cxyz = np.stack([array.T for array, _ in parts], out=whole).transpose(0, 3, 2, 1)
+class File(NamedTuple):
+    """One decoded file: `array` in file order (x, y, z[, c]); `scaled`: its header has a slope or an intercept."""
+
+    array: npt.NDArray[Any]
+    affine: npt.NDArray[np.float64]
+    header: bytes
+    scaled: bool
+    name: str
+
+
+def decode_case(
+    images: list[bytes],
+    label: bytes | None,
+    allowed: tuple[int, ...],
+    names: Sequence[str] = (),
+    channels: tuple[int, ...] | None = None,
+) -> Volume:
+    """Decode one 4D image or four 3D images, and the label if given. Raises Refused.
+
+    `names` are those of the files in this order, for refusals; `channels` says which channel of a 4D file holds each
+    of MODALITIES (None: they stand in that order).
+    """
+    names = names or [*(f"image {number}" for number in range(len(images))), "label"]
+    parts = [decode(content, name) for content, name in zip(images, names, strict=False)]
+    first, files = parts[0], tuple(part.name for part in parts) * (1 if len(parts) > 1 else len(MODALITIES))
+    image_cxyz = _four_files(parts) if len(parts) > 1 else _one_file(first, channels)
     extent = survey(image_cxyz)
-    for number, (low, high) in enumerate(zip(extent.low, extent.high, strict=True)):
+    for name, file, low, high in zip(MODALITIES, files, extent.low, extent.high, strict=True):
         if not math.isfinite(low) or not math.isfinite(high):
-            raise Refused("not_finite", f"modality {number}")
+            raise Refused("not_finite", f"{file}: {name} has a voxel that is NaN or infinite", file)
         if low == high:
-            raise Refused("constant" if low else "empty", f"modality {number} is {low} everywhere")
-    if label is None:
-        return Volume(image_cxyz, None, affine, extent)
-    array, label_affine = decode(label, "label")
-    _same_grid(array.shape, label_affine, image_cxyz.shape[1:], affine, "image and label")
-    return Volume(image_cxyz, _label(array, allowed), affine, extent)
+            raise Refused("constant" if low else "empty", f"{file}: {name} is {low} everywhere", file)
+    found = None
+    if label is not None:
+        last = decode(label, names[len(images)])
+        with _about(last.name):
+            _same_grid(last, image_cxyz.shape[1:], first.affine, first.name)
+            found = _label(_nearly_whole(last.array) if last.scaled else last.array, allowed)
+    return Volume(image_cxyz, found, first.affine, extent, first.header, files)
 
 
-def decode(content: bytes, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    """(array in file order (x, y, z[, c]), affine) of one file. Raises Refused."""
+def _one_file(file: File, channels: tuple[int, ...] | None) -> npt.NDArray[Any]:
+    """The image (c, x, y, z) of a 4D file: a view, but for channels in another order."""
+    if file.array.ndim != 4 or file.array.shape[3] != len(MODALITIES):
+        shape = file.array.shape
+        raise Refused("header", f"{file.name}: image has shape {shape}, expected (x, y, z, 4)", file.name)
+    if channels is None or channels == tuple(range(len(MODALITIES))):
+        return np.moveaxis(file.array, 3, 0)
+    assert sorted(channels) == list(range(len(MODALITIES))), channels
+    return _stacked([file.array[..., channel] for channel in channels])
+
+
+def _four_files(parts: list[File]) -> npt.NDArray[Any]:
+    """The image (c, x, y, z) of 3D files on one grid."""
+
+    def agree(one: File, other: File) -> bool:
+        return one.array.shape == other.array.shape and np.allclose(one.affine, other.affine, atol=1e-3)
+
+    first = parts[0]
+    if first.array.ndim == 3 and not any(agree(part, first) for part in parts[1:]):
+        first = parts[1]  # the first one differs from all others: it is at fault
+    for part in parts:
+        with _about(part.name):
+            _same_grid(part, first.array.shape, first.affine, first.name)
+            if part.array.ndim != 3:
+                raise Refused("header", f"a modality has shape {part.array.shape}, expected (x, y, z)")
+    return _stacked([part.array for part in parts])
+
+
+def _stacked(arrays_xyz: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """(c, z, y, x) in memory like a 4D file, seen as (c, x, y, z)."""
+    kind, shape = np.result_type(*arrays_xyz), (len(arrays_xyz), *arrays_xyz[0].shape[::-1])
+    whole = inflate.take(kind.itemsize * math.prod(shape)).view(kind).reshape(shape)
+    return np.stack([array.T for array in arrays_xyz], out=whole).transpose(0, 3, 2, 1)
+
+
+@contextlib.contextmanager
+def _about(name: str) -> Iterator[None]:
+    """What is refused inside is refused because of this file, and says so."""
     try:
-        packed = content[:2] == b"\x1f\x8b"
-        header, offset, wanted = _header(inflate.head(content, 352) if packed else content[:352], name)
-        if packed and wanted > max(_PLAUSIBLE_BYTES, _PLAUSIBLE_RATIO * len(content)):
-            raise Refused("limit", f"{name}: header asks for {wanted} bytes out of {len(content)}")
-        if not packed and len(content) != wanted:
-            raise Refused("size", f"{name}: {len(content)} bytes, header says {wanted}")
-        raw: Any = inflate.unpack(content, wanted) if packed else content  # never more memory than the header says
+        yield
     except inflate.Damaged as error:
-        raise Refused("gzip_damaged", f"{name}: {error}") from error
+        raise Refused("gzip_damaged", f"{name}: {error}", name) from error
     except inflate.WrongLength as error:
-        raise Refused("size", f"{name}: {error}") from error
-    _check_extensions(bytes(raw[348:offset]), header.endianness, name)
-    affine = _affine(header, name)
+        raise Refused("size", f"{name}: {error}", name) from error
+    except Refused as error:
+        raise Refused(error.reason, f"{name}: {error.detail}", name) from error
+
+
+def decode(content: bytes, name: str) -> File:
+    """One file. Raises Refused."""
+    with _about(name):
+        packed = content[:2] == b"\x1f\x8b"
+        start = inflate.head(content, 352) if packed else content[:352]
+        header, offset, wanted = _header(start)
+        if packed and wanted > max(_PLAUSIBLE_BYTES, _PLAUSIBLE_RATIO * len(content)):
+            raise Refused("limit", f"header asks for {wanted} bytes out of {len(content)}")
+        if not packed and len(content) != wanted:
+            raise Refused("size", f"{len(content)} bytes, header says {wanted}")
+        raw: Any = inflate.unpack(content, wanted) if packed else content  # never more memory than the header says
+        _check_extensions(bytes(raw[348:offset]), header.endianness)
+        affine = _affine(header)
     shape = tuple(int(n) for n in header.get_data_shape())
     voxels = np.frombuffer(raw, header.get_data_dtype(), math.prod(shape), offset)
     slope, inter = header.get_slope_inter()
-    if slope is not None and (slope, inter) != (1.0, 0.0):
+    scaled = slope is not None and (slope, inter) != (1.0, 0.0)
+    if scaled:
         voxels = _scaled(voxels, slope, inter)
     elif not voxels.dtype.isnative:
         native = inflate.take(voxels.nbytes).view(voxels.dtype.newbyteorder("="))
@@ -133,7 +201,25 @@ def decode(content: bytes, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.
         voxels = native
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    return voxels.reshape(shape, order="F"), affine
+    if len(shape) == 5 and shape[3] == 1:  # components of a vector have the fifth dimension, as ITK writes them
+        shape = (*shape[:3], shape[4])
+    return File(voxels.reshape(shape, order="F"), affine, start[:348], scaled, name)
+
+
+def label_file(label_xyz: npt.NDArray[np.uint8], header: bytes) -> bytes:
+    """The .nii.gz of a label (x, y, z) on the grid of the scan whose `Volume.header` is given; always the same bytes.
+
+    The scan's geometry is copied field by field, also codes of 0 and transforms that contradict each other: a program
+    that places the scan in its own way then places the label in the same. Nothing else of the scan is taken over.
+    """
+    scan, ours = nib.Nifti1Header(header, check=False), nib.Nifti1Header(endianness="<")
+    ours.set_data_shape(label_xyz.shape)
+    ours.set_data_dtype(np.uint8)
+    for field in _PLACE:
+        ours[field] = scan[field]
+    ours["scl_slope"], ours["scl_inter"], ours["vox_offset"], ours["magic"] = 1, 0, 352, b"n+1"
+    assert label_xyz.dtype == np.uint8, label_xyz.dtype
+    return bytes(deflate.gzip_compress(ours.binaryblock + bytes(4) + label_xyz.tobytes("F"), 6))
 
 
 def survey(image_cxyz: npt.NDArray[Any]) -> Extent:
@@ -192,78 +278,89 @@ def _scaled(voxels: npt.NDArray[Any], slope: float, inter: float) -> npt.NDArray
     return scaled
 
 
+def _nearly_whole(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Whole numbers where they are so to 0.001: what a program that scales integers makes of 1 is 1.00001."""
+    with np.errstate(invalid="ignore"):
+        whole = np.rint(array)
+        return np.where(np.abs(array - whole) <= _NEARLY_WHOLE, whole, array)
+
+
 def _label(array: npt.NDArray[Any], allowed: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     with np.errstate(invalid="ignore"):
         label: npt.NDArray[np.uint8] = array.astype(np.uint8, copy=False)
     sound = label is array or np.array_equal(label, array)
     if not sound or any((label == value).any() for value in range(int(label.max()) + 1) if value not in allowed):
-        strange = [value.item() for value in np.unique(array) if value not in allowed][:5]
-        raise Refused("label_values", f"{strange} not in {list(allowed)}")
+        strange = [value.item() for value in np.unique(array) if value not in allowed]
+        remedy = "map them to the convention's, or name the convention that the labels follow"
+        if any(value != np.rint(value) for value in strange):
+            remedy = "labels are whole numbers: resample by the nearest voxel, save as integers and run again"
+        raise Refused("label_values", f"{strange[:5]} not in {list(allowed)}; {remedy}")
     return label
 
 
-def _header(start: bytes, name: str) -> tuple[nib.Nifti1Header, int, int]:
+def _header(start: bytes) -> tuple[nib.Nifti1Header, int, int]:
     """(header, offset of the voxels, whole length in bytes), or Refused."""
     if len(start) < 352 or start[344:348] != b"n+1\0":
-        raise Refused("not_nifti", name)
+        raise Refused("not_nifti", "no single-file NIfTI-1 header")
     header = nib.Nifti1Header(start[:348], check=False)
     if int(header["sizeof_hdr"]) != 348:
-        raise Refused("not_nifti", f"{name}: sizeof_hdr is {int(header['sizeof_hdr'])}")
+        raise Refused("not_nifti", f"sizeof_hdr is {int(header['sizeof_hdr'])}")
     dims = [int(n) for n in header["dim"]]
     if not 3 <= dims[0] <= 7 or min(dims[1 : dims[0] + 1]) < 1:
-        raise Refused("header", f"{name}: dim is {dims}")
+        raise Refused("header", f"dim is {dims}")
     try:
         kind = header.get_data_dtype().str[1:]
         header.get_slope_inter()
     except (KeyError, HeaderDataError) as error:
-        raise Refused("header", f"{name}: datatype or scaling: {error}") from error
+        raise Refused("header", f"datatype or scaling: {error}") from error
     slope, inter, units = float(header["scl_slope"]), float(header["scl_inter"]), int(header["xyzt_units"]) & 7
     if math.isinf(slope) or (math.isnan(slope) and not (math.isnan(inter) or inter == 0)):
-        raise Refused("header", f"{name}: scl_slope {slope}, scl_inter {inter}")
+        raise Refused("header", f"scl_slope {slope}, scl_inter {inter}")
     if units not in (0, 2):
-        raise Refused("header", f"{name}: the unit of length is not mm (xyzt_units {int(header['xyzt_units'])})")
+        raise Refused("header", f"the unit of length is not mm (xyzt_units {int(header['xyzt_units'])})")
     codes = int(header["qform_code"]), int(header["sform_code"])
     if min(codes) < 0 or max(codes) > 5:
-        raise Refused("header", f"{name}: qform_code and sform_code are {codes}")
+        raise Refused("header", f"qform_code and sform_code are {codes}")
     offset, bits = float(header["vox_offset"]), int(header["bitpix"])
     if kind not in _KINDS or bits != 8 * int(kind[1:]) or not (352 <= offset < 2**31) or offset % 1:
-        raise Refused("header", f"{name}: datatype {int(header['datatype'])}, bitpix {bits}, vox_offset {offset}")
+        raise Refused("header", f"datatype {int(header['datatype'])}, bitpix {bits}, vox_offset {offset}")
     wanted = int(offset) + math.prod(dims[1 : dims[0] + 1]) * int(kind[1:])
     if wanted > MAX_BYTES:
-        raise Refused("limit", f"{name}: header asks for {wanted} bytes")
+        raise Refused("limit", f"header asks for {wanted} bytes")
     return header, int(offset), wanted
 
 
-def _check_extensions(block: bytes, endian: str, name: str) -> None:
+def _check_extensions(block: bytes, endian: str) -> None:
     """`block` is what lies between the header and the voxels: a flag, and after it extensions that fill it."""
     position, order = 4, "little" if endian == "<" else "big"
     while block[0] and (position == 4 or block[position:].strip(b"\0")):
         size = int.from_bytes(block[position : position + 4], order, signed=True)  # type: ignore[arg-type]
         if size < 8 or position + size > len(block):
-            raise Refused("extension", f"{name}: {size} bytes, {len(block) - position} are left before the voxels")
+            raise Refused("extension", f"{size} bytes, {len(block) - position} are left before the voxels")
         position += size
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused
-def _affine(header: nib.Nifti1Header, name: str) -> npt.NDArray[np.float64]:
+def _affine(header: nib.Nifti1Header) -> npt.NDArray[np.float64]:
     if header["pixdim"][0] == 0:
         header["pixdim"][0] = 1  # as the standard says
     try:
         affine = np.asarray(header.get_best_affine(), np.float64)
     except (ValueError, HeaderDataError) as error:  # a quaternion longer than 1, a qfac other than 1 or -1
-        raise Refused("affine", f"{name}: {error}") from error
+        raise Refused("affine", str(error)) from error
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
     # Edges outside 0.01 to 100 mm: metres, microns or damage; resampling would ask for a grid of any size
     sound = np.isfinite(affine).all() and spacing_mm.min() >= 0.01 and spacing_mm.max() <= 100
     if not sound or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * spacing_mm.prod():
-        raise Refused("affine", f"{name}: {affine[:3].round(6).tolist()}")
+        raise Refused("affine", f"{affine[:3].round(6).tolist()}")
     if not np.allclose(spacing_mm, header.get_zooms()[:3], rtol=1e-2):
-        raise Refused("affine", f"{name}: affine says {spacing_mm.round(4)} mm, pixdim {header.get_zooms()[:3]}")
+        raise Refused("affine", f"affine says {spacing_mm.round(4)} mm, pixdim {header.get_zooms()[:3]}")
     return affine
 
 
-def _same_grid(shape: Any, affine: Any, other_shape: Any, other_affine: Any, what: str) -> None:
-    if tuple(shape) != tuple(other_shape):
-        raise Refused("mismatch", f"{what}: shapes {tuple(other_shape)} and {tuple(shape)}")
-    if not np.allclose(affine, other_affine, atol=1e-3):
-        raise Refused("mismatch", f"{what}: affines differ by up to {np.abs(affine - other_affine).max():.3g}")
+def _same_grid(file: File, shape: tuple[int, ...], affine: npt.NDArray[np.float64], other: str) -> None:
+    if file.array.shape != shape:
+        raise Refused("mismatch", f"shape {file.array.shape}, that of {other} is {shape}")
+    if not np.allclose(file.affine, affine, atol=1e-3):
+        apart = np.abs(file.affine - affine).max()
+        raise Refused("mismatch", f"its affine differs from that of {other} by up to {apart:.3g}")

@@ -16,11 +16,17 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
+from raytrain_brats.data.manifest import MODALITIES
 from raytrain_brats.data.nifti import MAX_BYTES, Extent, Refused, Volume, survey
 
 FOREGROUND_VOXELS = 512
 """Voxels remembered per label value, for crops centred on tumour."""
 _CHUNK = 1 << 15  # voxels worked on at a time, so that they stay in the processor's cache
+# float16 goes to 65,504 in steps of 2**-24 at least, and holds 11 bits
+_LEAST_PEAK, _GREATEST_PEAK = 2.0**-10, 60000.0
+_LEAST_STD = 2.0**-18
+_OFFSET_STDS = 256  # a mean this many deviations from zero leaves steps of an eighth to a quarter of a deviation
+_ROUNDED_TO_ZERO = 2.0**-25
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,9 @@ class Geometry:
 class Prepared:
     """A case ready for cropping, in memory order (c, z, y, x).
 
-    `image_czyx`: int16 where that is exact, else float16 (`max_error` is what the rounding cost);
-    `mean`, `std`: per channel over non-zero voxels, float64-accumulated;
+    `image_czyx`: int16 where that is exact, else float16 (`max_error` is what the rounding cost). A channel whose
+    values float16 cannot hold, or only coarsely, is stored times a power of two;
+    `mean`, `std`: of what is stored, per channel over non-zero voxels, float64-accumulated;
     `foreground`: flat indices into the (z, y, x) box, FOREGROUND_VOXELS at most per label value, and per value
     its (value, count);
     `native_label_xyz`: only where the prepared label cannot be restored to it (after resampling, or with label
@@ -80,7 +87,11 @@ class Prepared:
 
 
 def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
-    """The prepared case at `spacing_mm`. Raises Refused("empty") when nothing but zeros is left."""
+    """The prepared case at `spacing_mm`.
+
+    Raises Refused: "empty" when nothing but zeros is left, "range" for values that 16 bits cannot tell apart, "affine"
+    for a grid beyond memory.
+    """
     orientation = ornt_transform(io_orientation(volume.affine), axcodes2ornt("RAS"))
     axes = np.argsort(orientation[:, 0]).astype(int)
     flips = orientation[axes, 1].astype(int)
@@ -93,8 +104,9 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
     if (ratio != 1).any():
         if 4 * image.shape[0] * math.prod(grid_shape) > MAX_BYTES:
             raise Refused("affine", f"voxels of {native_mm.round(3)} mm resampled to {spacing_mm} mm: {grid_shape}")
+        traces = _traces(volume)
         image = resample(image.astype(np.float32), ratio, grid_shape, 1, offset)
-        image[np.abs(image) <= 2.0**-25] = 0  # rounded coordinates leave 1e-13 beside the brain; float16 holds it as 0
+        image[np.abs(image) <= traces] = 0  # rounded coordinates leave 1e-13 beside the brain; float16 holds it as 0
         label = None if label is None else resample(label, ratio, grid_shape, 0, offset)
         extent = survey(image)
         box = extent.box
@@ -108,7 +120,7 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
         raise Refused("empty", "no voxel left that is not zero")
     crop = tuple(slice(low, high) for low, high in box)
     label_zyx = None if label is None else np.ascontiguousarray(label[crop].T)
-    stored, mean, std, max_error = _condensed(image[(slice(None), *crop)].transpose(0, 3, 2, 1), extent)
+    stored, mean, std, max_error = _condensed(image[(slice(None), *crop)].transpose(0, 3, 2, 1), extent, volume.files)
     foreground, counts = _foreground_index(label_zyx)
     geometry = Geometry(
         native_shape=_triple(volume.image_cxyz.shape[1:]),
@@ -196,17 +208,55 @@ def to_ras(array: npt.NDArray[Any], axes: Any, flips: Any) -> npt.NDArray[Any]:
 
 
 def _condensed(
-    image_czyx: npt.NDArray[Any], extent: Extent
+    image_czyx: npt.NDArray[Any], extent: Extent, files: tuple[str, ...] = ()
 ) -> tuple[npt.NDArray[Any], tuple[float, ...], tuple[float, ...], float]:
-    """(the image in 16 bits, mean and standard deviation per channel, the greatest absolute error)."""
+    """(the image in 16 bits, mean and standard deviation per channel, the greatest absolute error), all as stored."""
     if whole := _integers(image_czyx, extent):
         return *whole, 0.0
     image, moments = np.ascontiguousarray(image_czyx), [_Moments() for _ in image_czyx]
     for channel, found in zip(image, moments, strict=True):
         found.add(channel.reshape(-1))
-    mean, std = _statistics(moments)
-    halves, max_error = _halves(image, extent, min(std))
-    return halves, mean, std, max_error
+    means, stds = _statistics(moments)
+    peaks = _peaks(extent, files)
+    factors = tuple(_factor(peak, std) for peak, std in zip(peaks, stds, strict=True))
+    halves, max_error = _halves(image, factors)
+    for number, (peak, factor, mean, std) in enumerate(zip(peaks, factors, means, stds, strict=True)):
+        lost = moments[number].count - np.count_nonzero(halves[number]) if factor != 1 else 0
+        if std * factor < _LEAST_STD or abs(mean) > _OFFSET_STDS * std or lost > moments[number].count / 100:
+            what = f"values around {mean:.5g} with a standard deviation of {std:.3g}, up to {peak:.5g} from zero"
+            raise _beyond(number, files, f"{what}, are more than 16 bits can tell apart")
+    means, stds = (tuple(v * f for v, f in zip(values, factors, strict=True)) for values in (means, stds))
+    return halves, means, stds, max_error
+
+
+def _peaks(extent: Extent, files: tuple[str, ...]) -> list[float]:
+    """The greatest absolute value of each channel. Raises Refused when float32 does not hold it."""
+    peaks = [max(-low, high) for low, high in zip(extent.low, extent.high, strict=True)]
+    single = np.finfo(np.float32)
+    for number, peak in enumerate(peaks):
+        if peak and not float(single.tiny) <= peak <= float(single.max):
+            raise _beyond(number, files, f"values up to {peak:.3g} from zero are beyond float32")
+    return peaks
+
+
+def _factor(peak: float, std: float = 1.0) -> float:
+    """The power of two by which a channel is stored: 1, but for values that float16 holds badly or not at all."""
+    if not peak or (_LEAST_PEAK <= peak <= _GREATEST_PEAK and std >= _LEAST_STD):
+        return 1.0
+    return math.ldexp(1, 15 - math.frexp(peak)[1])  # up to 2**15
+
+
+def _traces(volume: Volume) -> npt.NDArray[np.float32]:
+    """What is nothing but a trace of rounding in each channel of the resampled image: float16 will hold it as 0."""
+    extent = volume.extent or survey(volume.image_cxyz)
+    traces = [_ROUNDED_TO_ZERO / _factor(peak) for peak in _peaks(extent, volume.files)]
+    return np.array(traces, np.float32).reshape(-1, 1, 1, 1)
+
+
+def _beyond(channel: int, files: tuple[str, ...], what: str) -> Refused:
+    file = files[channel] if files else ""
+    place = f"{file}: {MODALITIES[channel]}" if file else MODALITIES[channel]
+    return Refused("range", f"{place}: {what}; subtract the offset or rescale the image, and run again", file)
 
 
 def _integers(
@@ -252,18 +302,16 @@ def _statistics(channels: list[_Moments]) -> tuple[tuple[float, ...], tuple[floa
     return tuple(means), tuple(max(0.0, variance) ** 0.5 or 1.0 for variance in variances)
 
 
-def _halves(image: npt.NDArray[Any], extent: Extent, least_std: float) -> tuple[npt.NDArray[np.float16], float]:
-    """The image as float16, and the greatest absolute error."""
-    if max(-min(extent.low), max(extent.high)) > 60000:
-        raise Refused("range", "intensities beyond 60,000 do not fit the store's 16 bits")
-    if least_std < 2**-18:  # float16 resolves 2**-24: finer contrast than 1 % of a deviation would be lost
-        raise Refused("range", f"standard deviation {least_std:.3g} is finer than the store's 16 bits")
+def _halves(image: npt.NDArray[Any], factors: tuple[float, ...]) -> tuple[npt.NDArray[np.float16], float]:
+    """The channels, each times its factor, as float16, and the greatest absolute error."""
     halves, worst = np.empty(image.shape, np.float16), 0.0
-    source, target = image.reshape(-1), halves.reshape(-1)
-    for start in range(0, source.size, _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        target[chunk] = source[chunk]
-        worst = max(worst, float(np.abs(target[chunk].astype(np.float32) - source[chunk]).max()))
+    for channel, out, factor in zip(image, halves, factors, strict=True):
+        source, target = channel.reshape(-1), out.reshape(-1)
+        for start in range(0, source.size, _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            values = source[chunk] if factor == 1 else np.multiply(source[chunk], factor, dtype=np.float64)
+            target[chunk] = values
+            worst = max(worst, float(np.abs(target[chunk].astype(np.float32) - values).max()))
     return halves, worst
 
 

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 
 from raytrain_brats import storage
 from raytrain_brats.data import manifest as manifests
-from raytrain_brats.data import nifti
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import Refused, Volume, decode_case
+from raytrain_brats.data.nifti import decode as decode_file
 from raytrain_brats.data.preprocess import Geometry, Prepared, preprocess
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import allowed_values, described
@@ -61,22 +61,38 @@ class Source:
         if case.object:
             affine = np.array(self.load(case).geometry.affine)
         else:
-            affine = nifti.decode(storage.read_bytes(storage.join(self.root, case.images[0])), case.images[0])[1]
+            affine = decode_file(storage.read_bytes(storage.join(self.root, case.images[0])), case.images[0]).affine
         edges: list[float] = np.linalg.norm(affine[:3, :3], axis=0).tolist()
         return tuple(edges)
 
     def volume(self, case: Case) -> Volume:
         """The case as its NIfTI files have it. Raises as `load` does."""
+        paths = manifests.case_files(case)
+        uris = [storage.join(self.root, path) for path in paths]
         try:
-            uris = [storage.join(self.root, path) for path in manifests.case_files(case)]
             files = storage.read_checked(uris, case.sha256 or None, case.bytes)
         except FileNotFoundError as error:
-            raise Refused("missing", str(error.filename or error)) from error
+            gone = str(error.filename or error)
+            file = next((path for path, uri in zip(paths, uris, strict=True) if uri == gone), "")
+            raise Refused("missing", file or gone, file) from error
         except storage.ChangedError as error:
-            raise Refused("changed", f"{error}, by the manifest") from error
+            fault = self._damaged(paths)
+            file, what = (fault.file, f"; {fault.detail} ({fault.reason})") if fault else ("", "")
+            raise Refused("changed", f"{error}, by the manifest{what}", file) from error
         images = len(case.images)
         label = files[images] if case.label else None
-        return decode_case(files[:images], label, allowed_values(self.convention))  # CHANNELS
+        return decode_case(files[:images], label, allowed_values(self.convention), paths, case.channels or None)
+
+    def _damaged(self, paths: tuple[str, ...]) -> Refused | None:
+        """The verdict on the first of these files that cannot be decoded: the manifest sums up all files of a case."""
+        for path in paths:
+            try:
+                decode_file(storage.read_bytes(storage.join(self.root, path)), path)
+            except Refused as error:
+                return error
+            except OSError:  # it went just now
+                return None
+        return None
 
 
 def binary_column(array: npt.NDArray[Any]) -> pa.Array:
