@@ -1,7 +1,7 @@
 """Write labelled BraTS-like cases: `raytrain-brats phantom --out DIR --cases N`.
 
 In: how many, on which grid, from which seed.
-Out: a folder in MSD layout; the same arguments give the same bytes.
+Out: a folder in MSD layout; the same arguments give the same bytes. What is there of the same phantoms stays.
 """
 
 import sys
@@ -13,7 +13,7 @@ from rich.progress import track
 
 from raytrain_brats import storage
 from raytrain_brats.cli import Uri, entry
-from raytrain_brats.data.phantom import write_set
+from raytrain_brats.data.phantom import missing, write_set
 from raytrain_brats.errors import UserError
 from raytrain_brats.run import cluster
 
@@ -23,7 +23,7 @@ class Args:
     """Draw synthetic gliomas in four contrasts, over all CPUs. They are for trying things out: no patient data."""
 
     out: Uri
-    """Folder to write, in MSD Task01 layout (local)."""
+    """Folder to write, in MSD Task01 layout (local): empty, new, or of the same phantoms, then more are added."""
     cases: int = 20
     """Number of cases; a larger set begins with the same ones."""
     grid: int = 60
@@ -40,17 +40,22 @@ def work(args: Args) -> None:
     if storage.is_s3(args.out):
         raise UserError(f"--out {args.out}: phantoms are written to a local folder; copy them from there")
     out = storage.normal(args.out)
-    storage.check_writable(out)
-    cluster.connect()
-    cluster.check_shared({"output folder": out})
-    show = partial(track, description="drawing", total=args.cases, disable=not sys.stdout.isatty())
     try:
+        todo, unlisted = missing(out, args.cases, args.seed, args.grid, args.anatomy)
+        if not todo and not unlisted:
+            print(f"{out} holds these {args.cases} phantoms already: synthetic, not patient data")
+            return
+        storage.check_writable(out)
+        cluster.connect()
+        cluster.check_shared({"output folder": out})
+        show = partial(track, description="drawing", total=len(todo), disable=not sys.stdout.isatty())
         size = write_set(
             out, args.cases, args.seed, args.grid, args.anatomy, lambda f, n: show(cluster.parallel_map(f, n))
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    print(f"{args.cases} phantoms ({size / 1e6:,.1f} MB) in {out}: synthetic, not patient data")
+    there = f", {args.cases - len(todo)} were there already" if len(todo) < args.cases else ""
+    print(f"{len(todo)} phantoms ({size / 1e6:,.1f} MB) in {out}{there}: synthetic, not patient data")
 
 
 def main(argv: list[str] | None = None) -> int:

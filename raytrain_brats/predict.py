@@ -1,26 +1,33 @@
 """Segment cases: `raytrain-brats predict --run-dir URI --images ... --out DIR`.
 
-In: a run folder; 4D NIfTI files, or folders in MSD or BraTS layout or of 4D files; no labels needed.
-Out: `<out>/<case>.nii.gz`, uint8 labels of the run's convention on each case's own grid, with the scan's own geometry.
+In: a run folder; 4D NIfTI files, patients' 3D files or folders, data sets (docs/data.md); no labels needed.
+Out: `<out>/<case>.nii.gz`, uint8 labels of the run's convention on each case's own grid, with the scan's own geometry;
+`made-by.json` beside them: by which run and checkpoint, from which files, what the values mean. What is there from an
+earlier time, made from the same, is not made again.
 """
 
+import hashlib
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
 from rich.progress import track
+from safetensors.torch import save as tensors_to_bytes
 
-from raytrain_brats import storage
+from raytrain_brats import config, outputs, storage
 from raytrain_brats.cli import Uri, default, entry, show_skipped
+from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import scan
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import Refused, label_file
 from raytrain_brats.data.preprocess import preprocess
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.labels import from_regions
+from raytrain_brats.labels import comparable, described, from_regions
 from raytrain_brats.run import cluster, job
 from raytrain_brats.run.validate import newest_weights, segment, shared_network
 
@@ -30,42 +37,98 @@ class Args:
     """Write a label volume for every case given, by the run's newest checkpoint."""
 
     images: tuple[str, ...]
-    """4D NIfTI files, or folders of cases (local or s3://)."""
+    """4D NIfTI files, the four files of a patient, or folders of these (local or s3://)."""
     out: Uri
     """Where the label volumes go (local or s3://)."""
     run_dir: Uri = ""
     """The run; by default RAYTRAIN_BRATS_RUN_DIR."""
+    convention: str = ""
+    """Write the label values of another convention, such as brats2023; by default those that the run learned."""
     strict: bool = False
     """Refuse places of which anything would not be used."""
+    overwrite: bool = False
+    """Also replace label volumes in --out that another checkpoint or another program made; never images or labels."""
+
+
+RUN_FOLDERS = ("checkpoints", "validation", "evaluation", "evaluations", "ray")
 
 
 def work(args: Args) -> None:
     if not (run_dir := default(args.run_dir, "RUN_DIR")):
         raise UserError("no run folder given; name one with --run-dir")
     run_dir, out = storage.normal(run_dir), storage.normal(args.out)
-    settings, convention, _ = job.open_run(run_dir)
+    settings, learned, _ = job.open_run(run_dir)
+    convention = args.convention or learned
+    if not comparable(convention, learned):
+        raise UserError(
+            f"{run_dir} learned {described(learned)}, asked for is {described(convention)}, in which WT, TC and ET are "
+            "other tissues; leave --convention away"
+        )
     if not args.images:
         raise UserError("no images given; name files or folders with --images")
     found, skipped = scan.scan_images(args.images)
     show_skipped(skipped, args.strict)
-    targets = [storage.join(out, f"{case.id}.nii.gz") for _, case in found]
-    for number, ((root, case), target) in enumerate(zip(found, targets, strict=True)):
-        if target in targets[:number]:
-            raise UserError(f"two images would be written to {target}; predict them into folders of their own")
-        if target in (storage.join(root, path) for path in case.images):
-            raise UserError(f"{target} is an image given; choose another --out, or it would be overwritten")
-    items = [(Source(root, convention, settings.preprocess.spacing_mm), case) for root, case in found]
-    storage.check_writable(out)
-    _, weights = newest_weights(run_dir)
+    print(f"{config.described('run', settings)}; label values written: {described(convention)}")
+    checkpoint, weights = newest_weights(run_dir)
+    digest = hashlib.sha256(tensors_to_bytes(weights)).hexdigest()[:8]
+    made_with = f"checkpoint {checkpoint} ({digest}), labels {convention}"
+    there = _claimed(args, found, run_dir, made_with, convention)
+    items = [
+        (Source(root, convention, settings.preprocess.spacing_mm), case)
+        for root, case in found
+        if _name(case) not in there
+    ]
+    told = f", {len(there)} were there already" if there else ""
+    if not items:
+        print(f"0 label volumes made{told}, in {out}")
+        return
     cluster.connect()
     network = ray.put((settings, weights))
     written = cluster.parallel_map(partial(_one, network, out), items, on_gpus=True)
     refusals = [r for r in track(written, "predicting", len(items), disable=not sys.stdout.isatty()) if r]
     for message in refusals:
         print(f"refused: {message}", file=sys.stderr)
-    print(f"{len(items) - len(refusals)} label volumes in {out}")
+    print(f"{len(items) - len(refusals)} label volumes{told and f' made{told},'} in {out}")
     if refusals:
         raise RunFailed(f"{len(refusals)} of {len(items)} cases could not be read")
+
+
+def _name(case: Case) -> str:
+    return f"{case.id}.nii.gz"
+
+
+def _claimed(args: Args, found: list[tuple[str, Case]], run_dir: str, made_with: str, convention: str) -> set[str]:
+    """Names of what need not be made again; notes down what the others are made from. Raises UserError."""
+    out = storage.normal(args.out)
+    images = [[storage.join(root, path) for path in case.images] for root, case in found]
+    given = [uri for uris in images for uri in uris]
+    number = Counter(_name(case) for _, case in found)
+    if twice := [name for name in number if number[name] > 1]:
+        target = storage.join(out, twice[0])
+        raise UserError(f"two images would be written to {target}; predict them into folders of their own")
+    _check_folder(out, {root: uris[0] for (root, _), uris in zip(found, images, strict=True)}, given, run_dir)
+    with ThreadPoolExecutor(16) as pool:  # on S3 each is a request
+        stamps = dict(zip(given, pool.map(outputs.stamp, given), strict=True))
+    origins = {
+        _name(case): f"{made_with}, " + ", ".join(f"{uri.rpartition('/')[2]} ({stamps[uri]})" for uri in uris)
+        for (_, case), uris in zip(found, images, strict=True)
+    }
+    about = {
+        "run": outputs.place(run_dir),
+        "made_with": made_with,
+    } | manifests.meaning(convention)
+    return outputs.claim(out, "predict", origins, settings=about, protected=given, overwrite=args.overwrite)
+
+
+def _check_folder(out: str, roots: dict[str, str], images: list[str], run_dir: str) -> None:
+    """Raises UserError where label volumes have no place: among images or labels, among a run's own files."""
+    for folder, image in (roots | {image.rpartition("/")[0]: image for image in images}).items():
+        if outputs.same(out, folder):
+            raise UserError(f"--out {out} is the folder of images given, such as {image}; give another --out")
+    if (kind := outputs.place(out).rpartition("/")[2]).lower() in outputs.DATA_FOLDERS:
+        raise UserError(f"--out {out}: predictions in {kind} would pass for the data set's own; give another --out")
+    if outputs.same(out, run_dir) or any(outputs.within(out, storage.join(run_dir, name)) for name in RUN_FOLDERS):
+        raise UserError(f"--out {out} holds the run's own files; give another --out")
 
 
 def _one(shared: ray.ObjectRef[Any], out: str, item: tuple[Source, Case]) -> str:

@@ -144,7 +144,7 @@ def _check_same_store(store: str, about: stores.About, manifest: Manifest, overw
 def _prepare_all(
     store: str, source: Source, todo: list[dict[str, Any]], options: dict[str, Any], codec: Codec
 ) -> Iterator[dict[str, Any]]:
-    """{id, object, uri, reason, detail} of every row {case, object}, over the cluster; an object that is intact stays."""
+    """{id, object, uri, reason, detail} of every row {case, object}, over the cluster; intact objects stay."""
 
     def one(row: dict[str, Any]) -> dict[str, Any]:  # a closure, so that workers import `data` alone and not torch
         case = manifests.case_from(json.loads(row["case"]))

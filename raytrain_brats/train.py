@@ -4,18 +4,22 @@ In: a folder of NIfTI cases or a prepared store; a recipe; a run folder.
 Out: the run folder: checkpoints, metrics.jsonl, events.jsonl, validation tables.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raytrain_brats import config, storage
 from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry, show_skipped
-from raytrain_brats.data.phantom import write_set
+from raytrain_brats.data.phantom import missing, write_set
 from raytrain_brats.errors import UserError
 from raytrain_brats.run import checkpoint, cluster, job, launch, lease, ledger
 
 HOME = "~/raytrain_brats"
 PHANTOM_CASES = 20
+_LEFT_BY_A_START = re.compile(r"lease\.json|generation\.json|write-probe|probe-[0-9a-f]{32}|(ray-logs|sagemaker)/.*")
+"""What may lie in a run folder before its config.yaml: a start of ours was killed, or SageMaker's own files."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ def work(args: Args) -> None:
         if data or store:
             raise UserError("no run folder given; name one with --run-dir (local or s3://)")
         run_dir = str(Path(HOME).expanduser() / "run")
+    _check_run_dir(run_dir)
     if not data and not store:
         data = str(Path(HOME).expanduser() / "phantoms")
         _make_phantoms(data)
@@ -78,13 +83,27 @@ def work(args: Args) -> None:
     print(f"done: {todo.run_dir}")
 
 
+def _check_run_dir(run_dir: str) -> None:
+    """Raises UserError when the folder holds something that is no run of ours. That its config.yaml is one, and of the
+    same data and settings, `job.build` asks."""
+    if storage.exists(storage.join(storage.normal(run_dir), "config.yaml")):
+        return
+    strange = [name for name in storage.list_files(run_dir) if not _LEFT_BY_A_START.fullmatch(name)]
+    if strange:
+        raise UserError(
+            f"--run-dir {run_dir} holds {strange[0]} and no config.yaml of a run; give an empty or new folder, "
+            "or restore the run's config.yaml"
+        )
+
+
 def _make_phantoms(folder: str) -> None:
-    if storage.exists(storage.join(folder, "dataset.json")):
+    what: Any = {"seed": 0, "grid": 60, "anatomy": "procedural"}
+    if not any(missing(folder, PHANTOM_CASES, **what)):
         return
     cluster.connect()
     cluster.check_shared({"data folder": folder})
     print(f"no data given: writing {PHANTOM_CASES} phantoms to {folder}")
-    write_set(folder, PHANTOM_CASES, seed=0, grid=60, anatomy="procedural", parallel_map=cluster.parallel_map)
+    write_set(folder, PHANTOM_CASES, **what, parallel_map=cluster.parallel_map)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -66,7 +66,7 @@ def test_an_unknown_convention_is_the_users_mistake() -> None:
     ("stated", "convention"),
     [
         ({"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}, "msd"),
-        ({"0": "background", "1": "necrotic and non-enhancing tumor core", "2": "peritumoral edema", "3": "ET"}, "brats2023"),
+        ({"0": "background", "1": "necrotic and non-enhancing tumor core", "2": "edema", "3": "ET"}, "brats2023"),
         ({"0": "background", "1": "NCR/NET", "2": "ED", "4": "GD-enhancing tumor"}, "brats2017_2021"),
         ({"0": "background", "1": "NETC", "2": "SNFH", "3": "ET", "4": "RC"}, "brats2024_gli"),
         ({"0": "background", "1": "ET", "2": "NET", "3": "CC", "4": "ED"}, "brats2024_ped"),

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from nibabel.spatialimages import HeaderDataError
 
 from raytrain_brats.data import inflate
-from raytrain_brats.data.manifest import MODALITIES
+from raytrain_brats.labels import MODALITIES
 
 REASONS = {
     "missing": "a file of the case is not there",

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.interpolate import BSpline
 
+from raytrain_brats.data import phantom_set
+
 Floats = NDArray[np.float32]
 Points = NDArray[np.float64]
 Random = np.random.Generator
@@ -290,8 +292,10 @@ def make_case(seed: int, grid: int = 240, anatomy: str = "procedural") -> Phanto
     return PhantomCase(image_xyzc, label_xyz, head.voxel_mm, facts)
 
 
-def _write(path: Path, content: bytes) -> int:
-    """Write under a hidden name and rename, so that a reader never sees half a file. Returns the bytes written."""
+def _write(path: Path, content: bytes, keep: bool = False) -> int:
+    """Write under a hidden name and rename, so that a reader never sees half a file. Returns the bytes there."""
+    if keep and path.exists():
+        return path.stat().st_size
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
     hidden.write_bytes(content)
@@ -299,11 +303,12 @@ def _write(path: Path, content: bytes) -> int:
 
 
 def write_case(
-    folder: str, number: int, seed: int, grid: int, anatomy: str, voxels: str = "float32"
+    folder: str, number: int, seed: int, grid: int, anatomy: str, voxels: str = "float32", keep: bool = False
 ) -> dict[str, object]:
     """Write case `number` (from 1) as imagesTr/BRATS_001.nii.gz and so on, whatever other cases exist; its record.
 
-    `voxels` is the images' data type: MSD's files hold whole numbers as float32, those of BraTS as int16.
+    `voxels` is the images' data type: MSD's files hold whole numbers as float32, those of BraTS as int16. With `keep`
+    a file that is there stays.
     """
     if number < 1 or seed < 0:
         raise ValueError(f"case number {number}, seed {seed}: numbers count from 1, seeds from 0")
@@ -314,13 +319,26 @@ def write_case(
         image: Any = nib.Nifti1Image(array, np.diag([case.spacing_mm] * 3 + [1.0]))
         image.header.set_xyzt_units("mm", "sec")
         packed = gzip.compress(image.to_bytes(), 6, mtime=0)  # neither name nor time: the voxels decide the bytes
-        record[f"{kind}_bytes"] = _write(Path(folder, f"{kind}sTr", name), packed)
+        record[f"{kind}_bytes"] = _write(Path(folder, f"{kind}sTr", name), packed, keep)
     return record
 
 
-def write_dataset_json(folder: str, numbers: Iterable[int], seed: int, grid: int, anatomy: str) -> None:
-    """Write MSD's dataset.json for these cases, with what it takes to make them again."""
-    names = [f"BRATS_{number:03d}.nii.gz" for number in sorted(set(numbers))]
+def _recipe(seed: int, grid: int, anatomy: str, voxels: str) -> dict[str, object]:
+    recipe: dict[str, object] = {"seed": seed, "grid": grid, "anatomy": _resolve(anatomy)}
+    return recipe if voxels == "float32" else recipe | {"voxels": voxels}
+
+
+def write_dataset_json(
+    folder: str,
+    numbers: Iterable[int],
+    seed: int,
+    grid: int,
+    anatomy: str,
+    voxels: str = "float32",
+    before: dict[str, Any] | None = None,
+) -> None:
+    """Write MSD's dataset.json for these cases and those it lists `before`, with what it takes to make them again."""
+    rows = phantom_set.rows(numbers, (before or {}).get("training", []))
     content = {
         "name": "BRATS-PHANTOM",
         "description": "SYNTHETIC gliomas drawn by a program; not patient data, of no clinical meaning",
@@ -328,13 +346,26 @@ def write_dataset_json(folder: str, numbers: Iterable[int], seed: int, grid: int
         "tensorImageSize": "4D",
         "modality": dict(enumerate(MODALITIES)),
         "labels": dict(enumerate(LABELS)),
-        "synthetic": {"seed": seed, "grid": grid, "anatomy": _resolve(anatomy)},
-        "numTraining": len(names),
+        "synthetic": _recipe(seed, grid, anatomy, voxels),
         "numTest": 0,
-        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names],
         "test": [],
     }
+    content |= (before or {}) | {"numTraining": len(rows), "training": rows}
     _write(Path(folder, "dataset.json"), json.dumps(content, indent=1).encode())
+
+
+def missing(
+    folder: str, cases: int, seed: int, grid: int, anatomy: str, voxels: str = "float32"
+) -> tuple[list[int], list[int]]:
+    """Numbers of cases 1 to `cases` whose files are not there, and of all that dataset.json does not list.
+
+    Raises UserError, naming a file, when the folder holds anything but these phantoms.
+    """
+    about, there = phantom_set.present(folder, _recipe(seed, grid, anatomy, voxels))
+    wanted = there | set(range(1, cases + 1))
+    listed = {row["image"] for row in about.get("training", [])}
+    unlisted = [n for n in sorted(wanted) if phantom_set.rows([n])[0]["image"] not in listed]
+    return sorted(wanted - there), unlisted
 
 
 def write_set(
@@ -346,12 +377,22 @@ def write_set(
     parallel_map: Callable[[Any, Any], Iterable[Any]] = map,
     voxels: str = "float32",
 ) -> int:
-    """Write `cases` cases and dataset.json; the bytes written. `parallel_map(function, numbers)` may be a cluster's."""
+    """Write cases 1 to `cases` and dataset.json; the bytes written. `parallel_map(function, numbers)` may be a
+    cluster's.
+
+    What is there of the same phantoms stays, also cases beyond. Raises UserError as `missing` does, before the first
+    byte.
+    """
+    todo, unlisted = missing(folder, cases, seed, grid, anatomy, voxels)
+    about, _ = phantom_set.present(folder, _recipe(seed, grid, anatomy, voxels))
+    if not about:  # a set that is stopped is then known for ours; without cases it is none for others
+        write_dataset_json(folder, (), seed, grid, anatomy, voxels)
     write = partial(_write_numbered, folder, seed, grid, _resolve(anatomy), voxels)
-    records = list(parallel_map(write, range(1, cases + 1)))
-    write_dataset_json(folder, range(1, cases + 1), seed, grid, anatomy)
+    records = list(parallel_map(write, todo)) if todo else []
+    if unlisted:
+        write_dataset_json(folder, unlisted, seed, grid, anatomy, voxels, about)
     return sum(int(r["image_bytes"]) + int(r["label_bytes"]) for r in records)
 
 
 def _write_numbered(folder: str, seed: int, grid: int, anatomy: str, voxels: str, number: int) -> dict[str, object]:
-    return write_case(folder, number, seed, grid, anatomy, voxels)
+    return write_case(folder, number, seed, grid, anatomy, voxels, keep=True)

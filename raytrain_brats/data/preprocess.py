@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from raytrain_brats.data.manifest import MODALITIES
 from raytrain_brats.data.nifti import MAX_BYTES, Extent, Refused, Volume, survey
+from raytrain_brats.labels import MODALITIES
 
 FOREGROUND_VOXELS = 512
 """Voxels remembered per label value, for crops centred on tumour."""
