@@ -4,4 +4,22 @@ In: BraTS or MSD Task01 cases as .nii.gz, on a local disk or on S3.
 Out: a trained network, its scores, predictions and a report; see README.md.
 """
 
+import sys
+
 __version__ = "0.1.0"
+
+
+def _is_command() -> bool:
+    """Whether `python -m raytrain_brats.NAME` starts just now: runpy has put "-m" for the name of the program."""
+    given = getattr(sys, "argv", [])
+    name = sys.orig_argv[-len(given)].removeprefix("-m") if given[:1] == ["-m"] else ""
+    return name.startswith("raytrain_brats") and name.count(".") < 2
+
+
+if _is_command():  # before anything is imported that takes a while or that a file of the same name hides
+    from raytrain_brats import interrupt, shadow
+
+    interrupt.install()
+    if not sys.flags.safe_path and (_told := shadow.clash(sys.path[0] or ".")):
+        print(f"error: {_told}", file=sys.stderr)
+        sys.exit(2)

@@ -4,8 +4,14 @@ In: the name of a command and its arguments.
 Out: the command's exit code.
 """
 
-import importlib
 import sys
+
+from raytrain_brats import interrupt
+
+if __name__ == "__main__" or sys.argv[0].endswith("raytrain-brats"):  # the command; not who imports this module
+    interrupt.install()
+
+import importlib
 
 from raytrain_brats.cli import choose
 

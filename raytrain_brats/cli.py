@@ -16,7 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, TypeVar
 
 import tyro
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
+from raytrain_brats import interrupt
 from raytrain_brats.data.manifest import Skipped
 from raytrain_brats.errors import RunFailed, UserError
 
@@ -68,13 +72,20 @@ def progress(rows: Iterable[T], what: str, total: int) -> Iterator[T]:
 def show_refused(refused: list[dict[str, str]]) -> None:
     """A table of the cases that were set aside, the first twenty: {case, uri, reason, detail}."""
     if refused:
-        from rich.console import Console
-        from rich.table import Table
-
         table = Table("case", "reason", "detail", title=f"{len(refused)} cases set aside")
         for row in refused[:20]:
             table.add_row(row["case"], row["reason"], row["detail"])
-        Console().print(table)
+        show(table)
+
+
+def show(table: Table) -> None:
+    """Print a table with nothing cut: on a terminal long names go on in a second line, elsewhere lines are long."""
+    for column in table.columns:
+        column.overflow = "fold"
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, Measurement.get(console, console.options, table).maximum))
+    console.print(table)
 
 
 def show_skipped(skipped: Sequence[Skipped], strict: bool = False) -> None:
@@ -122,7 +133,8 @@ def entry(options: type[Options], work: Callable[[Options], None], name: str, ar
             print(f"error: {told}; see raytrain-brats {name} --help", file=sys.stderr)
         return int(stop.code or 0)
     try:
-        work(parsed)
+        with interrupt.gracefully():
+            work(parsed)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -130,8 +142,7 @@ def entry(options: type[Options], work: Callable[[Options], None], name: str, ar
         print(f"failed: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return interrupt.leave()
     except Exception as error:
         if os.environ.get("RAYTRAIN_BRATS_VERBOSE"):
             raise

@@ -15,7 +15,10 @@ SOURCES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
-LEAVES = {f"raytrain_brats.{name}" for name in ("errors", "s3", "storage", "outputs", "labels", "config")}
+LEAVES = {
+    f"raytrain_brats.{name}"
+    for name in ("errors", "s3", "storage", "outputs", "labels", "config", "interrupt", "shadow")
+}
 ENTRIES = {
     name
     for name, tree in TREES.items()

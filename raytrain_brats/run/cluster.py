@@ -18,10 +18,10 @@ import ray.data  # sets its logger up, which `connect` quiets
 from ray._private import auto_init_hook
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytrain_brats import storage
+from raytrain_brats import interrupt, storage
 from raytrain_brats.config import Run
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import roles
+from raytrain_brats.run import roles, surroundings
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -66,14 +66,21 @@ def connect(local_cpus: int | None = None) -> None:
     """Join the cluster of RAY_ADDRESS or of `ray start` on this machine; else start one inside this process.
 
     `local_cpus` is the number of logical CPUs of a started one (by default the machine's, 2 at least).
-    Raises UserError when RAY_ADDRESS answers nobody.
+    Raises UserError when nothing answers at RAY_ADDRESS, or when Ray cannot run from here.
     """
     if ray.is_initialized():
         return
+    surroundings.check_folder()
+    with interrupt.gracefully(0):  # nothing is ours yet, and Ray's start may hold the main thread for long
+        _connect(surroundings.address(), local_cpus)
+
+
+def _connect(address: str, local_cpus: int | None) -> None:
+    if interrupt.installed():
+        ray._private.utils.set_sigterm_handler = lambda _: None  # Ray's own ends the process with 15, or never
     auto_init_hook.enable_auto_connect = False  # else a thread that outlives `ray.shutdown` starts a Ray of its own
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS", "")
     verbose = bool(os.environ.get("RAYTRAIN_BRATS_VERBOSE"))
     for handler in [] if verbose else logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):  # the console; its log file stays
@@ -85,24 +92,19 @@ def connect(local_cpus: int | None = None) -> None:
     passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ and name not in given}
     passed |= {name: value for name, value in _JOINED.items() if name not in given}
     joining = quiet | {"runtime_env": {"env_vars": passed}}  # a cluster of our own inherits them, and starts faster
-    try:
-        if address and address != "local":
-            ray.init(**joining)
-            return
-        if not address and os.path.exists("/tmp/ray/ray_current_cluster"):  # noqa: S108 - Ray's own fixed place
-            try:
-                ray.init(address="auto", **joining)
-                return
-            except ConnectionError:
-                pass  # left behind by a cluster that is gone
-        cpus = local_cpus or max(2, os.cpu_count() or 1)
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # 110 MB; nobody drains a node of ours
-        memory = min(int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), cpus * STORE_BYTES_PER_CPU)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **quiet)
-    except (ConnectionError, TimeoutError) as error:
-        if not address or address == "local":
-            raise
-        raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address}; start it, or unset RAY_ADDRESS") from error
+    if address:
+        try:
+            ray.init(address=address, **joining)
+        except (ConnectionError, TimeoutError) as error:
+            raise UserError(
+                f"cannot join the Ray cluster at {address} from here ({error}); run the command on one of its nodes"
+            ) from error
+        return
+    surroundings.make_room()
+    cpus = local_cpus or max(2, os.cpu_count() or 1)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # 110 MB; nobody drains a node of ours
+    memory = min(int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), cpus * STORE_BYTES_PER_CPU)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **quiet)
 
 
 def measure(run: Run, global_batch: int) -> Resources:

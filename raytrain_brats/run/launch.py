@@ -16,7 +16,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
-from raytrain_brats import storage
+from raytrain_brats import interrupt, storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint, cluster, gauges, ledger, recovery, roles, saving, spares
@@ -27,7 +27,7 @@ from raytrain_brats.run.saving import SaveFirst
 from raytrain_brats.run.spilling import Spilling
 from raytrain_brats.run.watch import Watch
 
-LAST_WORDS_S = 10.0
+LAST_WORDS_S = 3.0
 """How long Ray's call may take to notice that Ray was shut down; a thread it holds for ever holds no driver up."""
 
 
@@ -108,7 +108,7 @@ def train(job: Job, needed: cluster.Resources, lease: Lease) -> None:
         "dataset_identity": job.identity,
     }
     ledger.event(job.run_dir, "launch", **facts)
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and not interrupt.installed():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and schedulers: as Ctrl-C
     launched, began = time.time(), time.perf_counter()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
@@ -169,11 +169,14 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
             if lease.lost:
                 raise RunFailed(f"the run was taken over by {lease.lost}; this driver ends")
     except KeyboardInterrupt:
-        print("saving a checkpoint ...", flush=True)
-        saved = saving.ask(job.run_dir, saving.HOLD)
-        print(f"{'saved' if saved else 'not saved now'}: the same command goes on from the newest checkpoint")
+        interrupt.allow(saving.TIMEOUT_S + interrupt.GRACE_S)
+        if saving.training(job.run_dir):
+            print("saving a checkpoint ...", flush=True)
+            saved = saving.ask(job.run_dir, saving.HOLD)
+            print(f"{'saved' if saved else 'not saved now'}: the same command goes on from the newest checkpoint")
         raise
     finally:
+        interrupt.allow(interrupt.GRACE_S)
         if not fitting.done():
             ray.shutdown()  # ends the workers, also on a second Ctrl-C
             wait([fitting], LAST_WORDS_S)

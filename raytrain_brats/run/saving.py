@@ -26,14 +26,19 @@ SAVE, HOLD = 1, 2
 """What ranks agree on: save and train on; save, then wait to be ended."""
 
 
+def training(run_dir: str) -> ledger.Generation | None:
+    """The worker group that has come to a step; None while none trains."""
+    generation, (rows, _) = ledger.current(run_dir), ledger.recent(run_dir)
+    return generation if generation and rows and rows[-1]["generation"] == generation.number else None
+
+
 def ask(run_dir: str, what: int) -> bool:
     """Ask for a checkpoint and wait until it is committed; False when no group trains, or none came in time.
 
     Controller and driver may ask at once: whoever comes second asks for no less, and an answer to the later request
     answers the earlier. A group that holds already is at its checkpoint.
     """
-    generation, (rows, _) = ledger.current(run_dir), ledger.recent(run_dir)
-    if generation is None or not rows or rows[-1]["generation"] != generation.number:
+    if (generation := training(run_dir)) is None:
         return False
     asked = time.time()
     for _ in range(20):  # as often as another is quicker

@@ -1,0 +1,154 @@
+"""Ctrl-C and SIGTERM end a command soon whenever they come: one line, one exit code, nothing left running.
+
+In: signals, from the first import of a command on; how long the work at hand may take to end by itself.
+Out: KeyboardInterrupt in the main thread; where that does not end the process in time, its end and its children's.
+
+Python runs a handler between two of its own instructions in the main thread. While that thread is inside Ray's start
+or an import, for seconds or for minutes, no handler runs, and an exception would come up in the midst of foreign code.
+So a thread hears of the signals too, from the pipe that Python's signal module writes to at once.
+"""
+
+import contextlib
+import math
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+EXIT_CODE = 130
+GRACE_S = 8.0
+"""How long our own work may take to clean up behind itself."""
+_TWICE_S = 1.0
+"""A signal this soon after the first is the same one: `timeout` and terminals send it to a process and to its group."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _State:
+    installed = said = raised = False
+    grace_s = 0.0
+    """0: end at once, there is nothing of ours to clean up."""
+    depth = 0
+    first, deadline = 0.0, math.inf
+
+
+_state = _State()
+
+
+def install() -> None:
+    """Take over SIGINT and SIGTERM for this process, unless somebody else has them or they are ignored.
+
+    For commands alone: a program that imports the package keeps its own handlers.
+    """
+    if _state.installed or threading.current_thread() is not threading.main_thread():
+        return
+    ours = [s for s in _SIGNALS if signal.getsignal(s) in (signal.SIG_DFL, signal.default_int_handler)]
+    hearing, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    for number in ours:
+        signal.signal(number, _raise)
+    os.register_at_fork(after_in_child=_forget)
+    threading.Thread(target=_watch, args=(hearing,), name="interrupt", daemon=True).start()
+    _state.installed = True
+
+
+def installed() -> bool:
+    return _state.installed
+
+
+@contextlib.contextmanager
+def gracefully(grace_s: float = GRACE_S) -> Iterator[None]:
+    """Within, a signal raises KeyboardInterrupt, and the process has this long to end by itself; 0: it ends at once."""
+    before, _state.grace_s = _state.grace_s, grace_s
+    _state.depth += 1
+    try:
+        yield
+    finally:
+        _state.depth -= 1
+        _state.grace_s = before
+
+
+def allow(seconds: float) -> None:
+    """After a signal: the process may take so long from now on."""
+    if _state.first:
+        _state.deadline = time.monotonic() + seconds
+
+
+def leave() -> int:
+    """Say that a command was interrupted, once, and end this process where that is a command's; else the exit code."""
+    if not _state.depth:  # else it is for the command around this one to say
+        if _state.installed:
+            _end()
+        print("interrupted", file=sys.stderr)
+    return EXIT_CODE
+
+
+def _raise(number: int, frame: Any) -> None:
+    if _state.grace_s and not _state.raised:
+        _state.raised = True
+        raise KeyboardInterrupt
+
+
+def _forget() -> None:
+    """In a forked child, which has no such thread: its signals are not ours."""
+    signal.set_wakeup_fd(-1)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _raise:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _watch(hearing: int) -> None:
+    while True:
+        if select.select([hearing], [], [], 0.2 if _state.first else None)[0]:
+            heard = {n for n in os.read(hearing, 64) if n in _SIGNALS and signal.getsignal(n) is _raise}
+            now = time.monotonic()
+            if heard and not _state.first:
+                _state.first, _state.deadline = now, now + _state.grace_s
+            elif heard and now > _state.first + _TWICE_S:
+                _state.deadline = now
+        if time.monotonic() >= _state.deadline:
+            _end()
+
+
+def _end() -> None:
+    """End this process and all that it started, such as a Ray of its own."""
+    if not _state.said:
+        _state.said = True
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        shown = b"\x1b[?25h" if os.isatty(2) else b""  # a bar hides the cursor
+        with contextlib.suppress(OSError):
+            os.write(2, shown + b"interrupted\n")
+    ended: set[int] = set()
+    while new := _descendants(os.getpid()) - ended:  # stopped first, so that none starts another meanwhile
+        for pid in new:
+            _send(pid, signal.SIGSTOP)
+        ended |= new
+    for pid in ended:
+        _send(pid, signal.SIGKILL)
+    os._exit(EXIT_CODE)
+
+
+def _send(pid: int, number: int) -> None:
+    with contextlib.suppress(OSError):
+        os.kill(pid, number)
+
+
+def _descendants(root: int) -> set[int]:
+    """Processes below this one; none where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parent = int(status.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(status.parent.name))
+    found, todo = set[int](), [root]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found.update(below)
+        todo += below
+    return found
