@@ -113,9 +113,12 @@ def by_names(listing: Listing, need_labels: bool, convention: str | None = None,
     Raises UserError where cases of two conventions lie in one folder and none is stated.
     """
     groups, strange, skipped = _grouped(listing, root_name)
+    alone = [path for group in groups if not group.files and not group.unreadable for path in group.labels.values()]
     cases, families = [], []
     for group in groups:
-        if wrong := _wrong(group, need_labels, strange):
+        if not group.files and not group.unreadable:
+            continue
+        if wrong := _wrong(group, need_labels, strange + alone):
             skipped.append(wrong)
             continue
         label = group.labels[min(group.labels)] if need_labels else None
@@ -123,6 +126,7 @@ def by_names(listing: Listing, need_labels: bool, convention: str | None = None,
         cases.append(_case(group.id, images, label, listing))
         families.append(group.family)
     skipped += [Skipped(path, UNKNOWN, "its name tells no modality") for path in strange]
+    skipped += [Skipped(path, UNUSED, "a label without images of its name") for path in alone]
     cases, families, others = _of_one_convention(cases, families, convention)
     candidates = {name for family in families for name in family.conventions}
     candidates = {name for name in candidates if all(name in family.conventions for family in families)}
