@@ -39,8 +39,8 @@ def work(args: Args) -> None:
     data = default(args.data, "DATA")
     if not data:
         raise UserError("no data given; name a folder with --data")
-    if data.endswith(".jsonl"):
-        raise UserError(f"--data {data} is a manifest already; name the folder that it was made of")
+    if data.endswith(".jsonl"):  # its folder is looked at anew
+        data = manifests.read(storage.normal(data)).root
     if not args.out.endswith(".jsonl"):
         raise UserError(f"--out {args.out}: a manifest's name ends in .jsonl")
     if args.convention != "auto":
@@ -57,8 +57,11 @@ def work(args: Args) -> None:
     manifests.write(found, out)
     counts = Counter(case.fold for case in found.cases)
     subjects = len({case.subject for case in found.cases})
-    print(f"{len(found.cases)} cases of {subjects} subjects, {sum(c.bytes for c in found.cases) / 1e6:,.1f} MB")
+    print(f"cases: {len(found.cases)}, subjects: {subjects}, {sum(c.bytes for c in found.cases) / 1e6:,.1f} MB")
     print(f"layout: {found.layout}; labels: {labels.described(found.convention)}")
+    if turned := [case.channels for case in found.cases if case.channels]:
+        there = ", ".join(labels.MODALITIES[turned[0].index(channel)] for channel in range(len(labels.MODALITIES)))
+        print(f"channels of the files: {there}; they are read as {', '.join(labels.MODALITIES)}")
     print(f"folds of {', '.join(str(counts[fold]) for fold in range(manifests.FOLDS))} cases -> {args.out}")
     for copies in manifests.duplicates(found):
         print(f"equal content, kept in one fold: {', '.join(copies)}")

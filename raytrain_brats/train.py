@@ -60,11 +60,11 @@ def work(args: Args) -> None:
         data = str(Path(HOME).expanduser() / "phantoms")
         _make_phantoms(data)
     todo = job.build(settings, run_dir, data, store, recipe)
+    storage.check_writable(todo.run_dir)
     print(config.described(recipe, settings))
     if warning := job.warning_of_coarse_voxels(settings, todo.manifest, todo.source):
         print(warning, file=sys.stderr)
     show_skipped(todo.manifest.skipped)
-    storage.check_writable(todo.run_dir)
     found, _ = checkpoint.newest_valid(todo.run_dir)
     scored = not todo.held_out_cases or ledger.validated(todo.run_dir, todo.plan.total)
     if found and found.samples_seen >= todo.plan.total and scored:

@@ -92,15 +92,18 @@ def test_data_folders_without_data(command: str, fails: Call, tmp_path: Path) ->
 
 
 def test_cases_without_a_file_are_named(fails: Call, data: Path, tmp_path: Path) -> None:
-    """A case without label, and an image that dataset.json names but nobody finds."""
+    """Cases without label, and an image that dataset.json names but nobody finds, when no case is left."""
     folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "labelsTr" / "BRATS_001.nii.gz").unlink()
     (folder / "labelsTr" / "BRATS_002.nii.gz").unlink()
-    line = fails("train", "--data", folder, "--run-dir", tmp_path / "run")
-    assert "1 of 3 cases have no label" in line and "BRATS_002" in line
     (folder / "imagesTr" / "BRATS_003.nii.gz").unlink()
-    assert "imagesTr/BRATS_003.nii.gz" in fails("train", "--data", folder, "--run-dir", tmp_path / "run")
+    line = fails("train", "--data", folder, "--run-dir", tmp_path / "run")
+    assert "no label in 2, such as BRATS_002" in line and "missing modality in 1" in line
+    assert "imagesTr/BRATS_003.nii.gz" in line
     (folder / "dataset.json").write_text("[]")
-    assert "dataset.json is not an MSD" in fails("train", "--data", folder, "--run-dir", tmp_path / "run")
+    assert "dataset.json is not a dataset.json of MSD or nnU-Net" in fails(
+        "train", "--data", folder, "--run-dir", tmp_path / "run"
+    )
 
 
 @pytest.mark.parametrize("command", ["train", "prepare"])
@@ -335,4 +338,4 @@ def test_a_store_is_not_read_in_another_convention(fails: Call, data: Path, tmp_
     manifest = scan.open_manifest(str(data))
     stores.write_index(str(tmp_path / "store"), manifest, job.preprocessing(settings))
     train = ("train", "--store", tmp_path / "store", "--run-dir", tmp_path / "run")
-    assert "convention msd" in fails(*train, "--set", "data.convention=brats2017_2021")
+    assert "prepared as msd (1 edema" in fails(*train, "--set", "data.convention=brats2017_2021")

@@ -121,13 +121,13 @@ def test_the_label_convention_is_the_sources(run: Expand, tmp_path: Path) -> Non
     out = tmp_path / "out"
     assert run(write_brats_folder(tmp_path / "brats", 2), out, 2) == 0
     made = open_manifest(str(out))
-    assert (made.layout, made.convention) == ("msd", "brats2017_2021")
+    assert (made.layout, made.convention) == ("MSD", "brats2017_2021")
     found = Source(made.root, made.convention, 1.0)
     for case in made.cases:
         prepared = found.load(case)
         assert set(np.unique(prepared.truth_xyz())) == {0, 1, 2, 4}
         assert prepared.image_czyx.dtype == np.int16
-    assert json.loads((out / "dataset.json").read_text())["labels"]["4"] == "enhancing tumour"
+    assert json.loads((out / "dataset.json").read_text())["labels"]["4"] == "ET"
 
 
 def test_nothing_to_expand_is_a_failure(run: Expand, data: Path, tmp_path: Path) -> None:

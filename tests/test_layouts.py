@@ -12,6 +12,7 @@ from raytrain_brats import index, storage
 from raytrain_brats.data import folds, layouts, scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
+from raytrain_brats.data.nifti import Refused
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import to_regions
@@ -164,11 +165,29 @@ def test_metastases_with_a_resection_cavity_are_those_of_2024(
     check(found, found.cases[0])
 
 
-def test_glioma_of_both_years_in_one_folder_are_read_by_the_wider_table(tmp_path: Path) -> None:
-    """Values 1 to 3 mean the same in 2023 and 2024; the cavity exists in 2024 alone."""
+def test_glioma_of_both_years_in_one_folder_are_read_by_the_wider_table_when_it_is_stated(tmp_path: Path) -> None:
+    """Values 1 to 3 mean the same in 2023 and 2024; a 4 in 2023 may be one of 2021, so it takes a word."""
     write_case(tmp_path, "BraTS-GLI-00001-000", NEW, "brats2023")
     write_case(tmp_path, "BraTS-GLI-00002-100", NEW, "brats2024_gli", extra=4)
-    assert scan.open_manifest(str(tmp_path)).convention == "brats2024_gli"
+    with pytest.raises(UserError, match="different label conventions"):
+        scan.open_manifest(str(tmp_path))
+    found = scan.open_manifest(str(tmp_path), convention="brats2024_gli")
+    assert (found.convention, len(found.cases), found.skipped) == ("brats2024_gli", 2, ())
+    for case in found.cases:
+        check(found, case)
+
+
+@pytest.mark.parametrize("name", ["BraTS-GLI-00001-000", "BraTS-MET-00001-000"])
+def test_values_of_2021_under_names_of_2023_are_not_taken_for_a_cavity(tmp_path: Path, name: str) -> None:
+    """Users rename files and keep the 4 for enhancing tumour: refused, whole or case by case."""
+    write_case(tmp_path, name, NEW, "brats2017_2021")
+    if "MET" in name:
+        with pytest.raises(UserError, match=r"values \(\[0, 1, 2, 4\]\) it may be .*state which"):
+            scan.open_manifest(str(tmp_path))
+    else:
+        found = scan.open_manifest(str(tmp_path))
+        with pytest.raises(Refused, match="label_values"):
+            Source(found.root, found.convention, 1.0).volume(found.cases[0])
 
 
 def test_two_conventions_in_one_folder_are_refused_or_chosen_from(tmp_path: Path) -> None:

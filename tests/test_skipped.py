@@ -183,7 +183,7 @@ def test_prepare_quarantines_what_is_missing(
         (["notes.txt"], r"no NIfTI file is among its 1 files \(such as notes.txt\)"),
         (
             [f"BraTS-GLI-{n:05d}-000-{kind}.nii.gz" for n in range(3) for kind in ("t2f", "t1n", "t1c", "seg")],
-            "found 3 cases, none of which can be used: missing modality in 3, .*BraTS-GLI-00000-000-t2w.nii.gz",
+            "no case can be used of 3 found: missing modality in 3, .*BraTS-GLI-00000-000-t2w.nii.gz",
         ),
         ([f"BraTS20_Training_001_{kind}.nii" for kind in ("flair", "t1", "t1ce", "t2")], "no label in 1, such as"),
         (["sub-01_T1w.nii.gz"], "the names tell no modality|missing modality"),

@@ -40,16 +40,19 @@ class Family:
     id: re.Pattern[str]
     conventions: tuple[str, ...]
     """Those that the name leaves open; values decide between them."""
+    may_be_stated: tuple[str, ...] = ()
+    """Others that a user may say they follow."""
 
 
-def _family(name: str, pattern: str, *conventions: str) -> Family:
-    return Family(name, re.compile(pattern, re.IGNORECASE), conventions)
+def _family(name: str, pattern: str, *conventions: str, may_be_stated: tuple[str, ...] = ()) -> Family:
+    return Family(name, re.compile(pattern, re.IGNORECASE), conventions, may_be_stated)
 
 
 _FAMILIES = (
     _family("BraTS 2017 to 2021", r"(?P<subject>(brats\d\d|brats20\d\d|fets20\d\d)_.+)", "brats2017_2021"),
     _family("BraTS 2024 GLI", r"(?P<subject>BraTS-GLI-\d+)-[1-9]\d\d", "brats2024_gli"),
-    _family("BraTS 2023 GLI", r"(?P<subject>BraTS-GLI-\d+)-0\d\d", "brats2023", "brats2024_gli"),
+    # A 4 in these is no cavity of 2024 but, as likely, the enhancing tumour of files that were renamed from 2021
+    _family("BraTS 2023 GLI", r"(?P<subject>BraTS-GLI-\d+)-0\d\d", "brats2023", may_be_stated=("brats2024_gli",)),
     _family("BraTS MET", r"(?P<subject>BraTS-MET-\d+)-\d+", "brats2023", "brats2024_met"),
     _family("BraTS PED", r"(?P<subject>BraTS-PED-\d+)-\d+", "brats2023", "brats2024_ped"),
     _family("BraTS 2023", r"(?P<subject>BraTS-(SSA|MEN|GoAT|MEN-RT)-\d+)(-\d+)?", "brats2023"),
@@ -127,10 +130,10 @@ def by_names(listing: Listing, need_labels: bool, convention: str | None = None,
         families.append(group.family)
     skipped += [Skipped(path, UNKNOWN, "its name tells no modality") for path in strange]
     skipped += [Skipped(path, UNUSED, "a label without images of its name") for path in alone]
+    layout = ", ".join(sorted({family.name for family in families}))
     cases, families, others = _of_one_convention(cases, families, convention)
     candidates = {name for family in families for name in family.conventions}
     candidates = {name for name in candidates if all(name in family.conventions for family in families)}
-    layout = ", ".join(sorted({family.name for family in families}))
     return Found(layout, tuple(cases), tuple(skipped + others), tuple(sorted(candidates)))
 
 
@@ -205,13 +208,14 @@ def _of_one_convention(
 ) -> tuple[list[Case], list[Family], list[Skipped]]:
     """Those whose labels follow one convention; the others are skipped when it was stated, else refused."""
     known = [family for family in families if family not in _BY_SUFFIX]
-    if convention and (not known or any(convention in family.conventions for family in known)):
-        fit = [family in _BY_SUFFIX or convention in family.conventions for family in families]
+    said = {family: (*family.conventions, *family.may_be_stated) for family in known}
+    if convention and (not known or any(convention in names for names in said.values())):
+        fit = [family in _BY_SUFFIX or convention in said[family] for family in families]
         rest = [(case, family) for case, family, keep in zip(cases, families, fit, strict=True) if not keep]
         skipped = [Skipped(c.images[0], OTHER, f"{f.conventions[0]}, not {convention}", c.id) for c, f in rest]
         kept = [(c, f) for c, f, keep in zip(cases, families, fit, strict=True) if keep]
         stated = Family("stated", re.compile(""), (convention,))
-        return [c for c, _ in kept], [stated if f in _BY_SUFFIX else f for _, f in kept], skipped
+        return [c for c, _ in kept], [stated] * len(kept), skipped
     first = {family: case.id for case, family in reversed(list(zip(cases, families, strict=True)))}
     if first and not set.intersection(*(set(family.conventions) for family in first)):
         told = "; ".join(

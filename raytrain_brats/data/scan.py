@@ -141,7 +141,7 @@ def _nothing(root: str, listing: Listing, found: Found) -> str:
             for cause in dict.fromkeys(row.cause for row in cases)
             if (rows := [row for row in cases if row.cause == cause])
         )
-        return f"{root}: found {len(cases)} cases, none of which can be used: {causes}"
+        return f"{root}: no case can be used of {len(cases)} found: {causes}"
     images = [path for path in listing.files if NIFTI.search(path)]
     if images:
         return (
@@ -194,7 +194,8 @@ def _images(root: str, listing: Listing, stated: Stated | None) -> Found:
         if not any(row.case for row in found.skipped) and not found.cases:
             found = layouts.loose(listing, _beside(root))
     if not found.cases:
-        raise UserError(_nothing(root, listing, found))
+        hint = "; give the patient's folder, or all four files" if stated is None else ""
+        raise UserError(_nothing(root, listing, found) + hint)
     return found
 
 
@@ -263,7 +264,8 @@ def _by_values(manifest: Manifest, values: set[int]) -> str:
     values &= set[int]().union(*allowed.values())  # others are their cases' fault, and refused there
     fitting = [c for c in manifest.candidates if values <= allowed[c]]
     tissue = {tuple((v, t) for v, t in labels.known(c).tissue.items() if v in values) for c in fitting}
-    if len(tissue) == 1:
+    old = 4 in values and 3 not in values and "RC" in labels.regions(fitting[0])  # as likely the 4 of BraTS 2021
+    if len(tissue) == 1 and not old:
         return fitting[0]
     told = " or ".join(labels.described(c) for c in manifest.candidates)
     raise UserError(

@@ -237,7 +237,7 @@ def begun(store: str) -> About | None:
             return About(dict(about["preprocess"]), str(about["convention"]), str(about["data"]))
         index = manifests.read(storage.join(store, "index.jsonl"))  # by an earlier version: settings alone
         return About(about, index.convention, "")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         others = [
             name for name in storage.list_files(store) if not name.startswith("objects/") and name != storage.PROBE
         ]
