@@ -3,10 +3,11 @@
 In: how many mutants, a seed.
 Out: fuzz.json and fuzz.md in `--out`; exit code 1 on any violation, each with the command that repeats it.
 
-A mutant is refused, with a reason, or it is a sound file. Violations: any exception but Refused; 5 s of work; a named
-fault that is accepted or given another reason; a good file refused, or one changed only where the header says nothing
-to us; and an accepted mutant that is not exactly the voxels and the affine that the standard sees in its bytes, read
-by `fuzz_files.read`, without faults, all of the gzip stream being sound by Python's own reader.
+A mutant is refused, with a reason and the file at fault, or it is a sound file. Violations: any exception but Refused;
+5 s of work; a named fault that is accepted, or given another reason or file; a good file refused, or one changed only
+where the header says nothing to us; and an accepted mutant that is not exactly the voxels and the affine that the
+standard sees in its bytes, read by `fuzz_files.read`, without faults, all of the gzip stream being sound by Python's
+own reader.
 """
 
 import argparse
@@ -33,10 +34,11 @@ from raytrain_brats.data.preprocess import preprocess
 from scripts.chaos import progress
 from scripts.chaos_campaign.outcome import measured
 from scripts.fuzz_files import read
-from scripts.fuzz_mutants import FAMILIES, Mutant, mutant
+from scripts.fuzz_mutants import FAMILIES, LABELS, Mutant, mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = (0, 1, 2, 3)
+NAMES = ("image.nii", "label.nii")
 HANG_S = 5.0
 STEP = 500
 
@@ -115,13 +117,15 @@ def judge(case: Mutant) -> tuple[str, str]:
     signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, HANG_S)
     try:
-        volume = decode_case([case.image], case.label, ALLOWED)
+        volume = decode_case([case.image], case.label, ALLOWED, NAMES)
         trouble = _prepared(case, volume)
     except Refused as refusal:
         if case.family in ("good", "meaningless"):
             return "violation", f"a good file refused: {refusal}"
         if case.reasons and refusal.reason not in case.reasons:
             return "violation", f"reason {refusal}, not one of {case.reasons}"
+        if refusal.file not in NAMES[int(case.name in LABELS) :] or not refusal.detail.startswith(refusal.file):
+            return "violation", f"{refusal} names {refusal.file!r}"
         return "refused", f"{refusal.reason}: {refusal.detail}"
     except Hang:
         return "violation", f"more than {HANG_S} s of work"

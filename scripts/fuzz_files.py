@@ -84,6 +84,8 @@ def good(dice: random.Random) -> Good:
     extension = bytes([bool(extensions), 0, 0, 0]) + extensions
     affine = any_affine(dice)
     label = noise.randint(0, 4, shape).astype(dice.choice(["u1", "i2", "f4"]))
+    if noise.rand() < 0.15:  # as SimpleITK writes vectors; drawn beside `dice`, so that a number stays the same mutant
+        array = array.reshape(*shape, 1, 4)
     return Good(
         nifti(array.astype(kind), affine, codes, endian, extension, **fields),
         endian,
@@ -133,7 +135,10 @@ def read(plain: bytes) -> Reading:
     offset, slope, inter = struct.unpack_from(endian + "3f", plain, 108)
     qform, sform = struct.unpack_from(endian + "2h", plain, 252)
     shape = dims[1 : 1 + max(0, dims[0])]
-    if not 3 <= dims[0] <= 7 or min(shape) < 1 or [n for n in shape[3:] if n != 1] != [4] or shape[3] != 4:
+    channels = list(shape[3:])
+    while channels[-1:] == [1]:
+        channels.pop()
+    if not 3 <= dims[0] <= 7 or min(shape) < 1 or channels not in ([4], [1, 4]):  # a vector's are in the fifth
         return Reading([*faults, f"dim {dims}"])
     kind = KINDS.get(code)
     if kind is None or bits != 8 * int(kind[1:]):

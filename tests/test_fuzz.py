@@ -84,7 +84,7 @@ def test_the_second_reader_agrees_with_nibabel_on_good_files() -> None:
         file = good(random.Random(number))
         peer, reading = nib.Nifti1Image.from_bytes(file.plain), read(file.plain)
         assert reading.faults == []
-        expected = np.asarray(peer.dataobj, np.float64)
+        expected = np.asarray(peer.dataobj, np.float64).reshape(*peer.shape[:3], 4)
         assert np.array_equal(reading.voxels_xyzc, expected) or np.array_equal(
             reading.voxels_xyzc, expected.astype(np.float32)
         )

@@ -263,6 +263,17 @@ def test_intensities_beyond_float16_are_stored_times_a_power_of_two(factor: Any,
         assert np.allclose(exponents[fitting], 0, atol=1e-4)
 
 
+def test_a_little_contrast_beside_one_bright_voxel_is_kept() -> None:
+    """The finest that a channel of values up to 1 can be: nothing is lost, as its deviation is far above the steps."""
+    image = np.random.RandomState(0).rand(4, 80, 80, 80) * 1e-5 + 1e-5
+    image[1, 40, 40, 40], image[2] = 2.0**-6, 0
+    prepared = preprocess(Volume(image, None, np.eye(4)), 1.0)
+    truth = (image[1] - image[1].mean()) / image[1].std()
+    assert np.abs(normalised(prepared)[1] - truth).max() < 0.01 + 2**-11 * truth.max()
+    assert np.abs(normalised(prepared)[0] - (image[0] - image[0].mean()) / image[0].std()).max() < 6e-3
+    assert (prepared.mean[2], prepared.std[2]) == (0, 1)
+
+
 @pytest.mark.parametrize("wanted_mm", [1.0, 1.7])
 @pytest.mark.parametrize(("kind", "top"), [("u2", 65535), ("i4", 2**31 - 1), ("u4", 2**32 - 1), ("f8", 2.0**100)])
 def test_integers_beyond_int16_are_prepared_too(kind: str, top: float, wanted_mm: float) -> None:

@@ -5,10 +5,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from raytrain_brats import storage
+from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import Refused, Volume
@@ -16,7 +19,7 @@ from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.scan import open_manifest
 from raytrain_brats.data.store import Source, decode, encode, open_index, put, write_index
 from raytrain_brats.errors import UserError
-from tests.conftest import make_affine, make_volume, write_msd_folder
+from tests.conftest import make_affine, make_volume, save, write_brats_folder, write_msd_folder
 
 OPTIONS: dict[str, Any] = {"spacing_mm": 1.0}
 
@@ -201,10 +204,14 @@ def test_a_kill_between_settings_and_index_leaves_no_store(
             open_index(home, options)
 
 
-def reason(source: Source, case: Case) -> str:
+def refusal(source: Source, case: Case) -> Refused:
     with pytest.raises(Refused) as caught:
         source.load(case)
-    return caught.value.reason
+    return caught.value
+
+
+def reason(source: Source, case: Case) -> str:
+    return refusal(source, case).reason
 
 
 def test_files_that_went_or_changed_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -235,3 +242,49 @@ def test_missing_on_s3_is_a_refusal_and_no_store_is_an_error(folder: Path, s3_se
     assert reason(Source(s3_server, "msd", 1.0), case) == "missing"
     with pytest.raises(UserError, match="NoSuchBucket"):
         Source(f"{s3_server}-wrong", "msd", 1.0).load(prepared)
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("damage", ["damaged", "spoilt since", "lost", "range"])
+def test_the_file_at_fault_is_told_by_its_own_path(damage: str, number: int, tmp_path: Path) -> None:
+    """Whichever of a patient's five files is damaged, before the manifest or since, is the refusal's `file`."""
+    folder = write_brats_folder(tmp_path / "brats", 1, shape=(10, 9, 8))
+    kind = ("flair", "t1", "t1ce", "t2", "seg")[number]
+    name = f"BraTS2021_00000/BraTS2021_00000_{kind}.nii.gz"
+    path, whole = folder / name, open_manifest(str(folder))
+    if damage == "lost":
+        path.unlink()
+    elif damage == "range":
+        image: Any = nib.load(path)
+        values = np.asarray(image.dataobj)
+        save(path, np.where(values == 0, 0, values * 1e-3 + 1e6) if number < 4 else values + 7, image.affine)
+    else:
+        path.write_bytes(path.read_bytes()[:-20])
+    case = whole.cases[0] if damage in ("spoilt since", "lost") else open_manifest(str(folder)).cases[0]
+    told = refusal(Source(str(folder), "brats2017_2021", 1.0), case)
+
+    expected = {"damaged": "gzip_damaged", "spoilt since": "changed", "lost": "missing", "range": "range"}[damage]
+    assert told.reason == ("label_values" if damage == "range" and number == 4 else expected)
+    assert told.file == name
+    assert name in told.detail
+    assert ("gzip_damaged" in told.detail) == (damage == "spoilt since")
+
+
+def test_a_file_exchanged_for_a_sound_one_is_no_single_files_fault(tmp_path: Path) -> None:
+    """The manifest's checksum is that of all files together: then the case as a whole has changed."""
+    folder = write_brats_folder(tmp_path / "brats", 2, shape=(10, 9, 8))
+    case, other = open_manifest(str(folder)).cases
+    (folder / case.images[1]).write_bytes((folder / other.images[1]).read_bytes())
+    told = refusal(Source(str(folder), "brats2017_2021", 1.0), case)
+    assert (told.reason, told.file) == ("changed", "")
+
+
+def test_a_lost_object_on_s3_is_named(s3_server: str, tmp_path: Path) -> None:
+    """By its path below the data root there too."""
+    folder = write_brats_folder(tmp_path / "brats", 1, shape=(10, 9, 8))
+    case = open_manifest(str(folder)).cases[0]
+    for name in manifests.case_files(case):
+        if name != case.images[2]:
+            storage.write_bytes(f"{s3_server}/data/{name}", (folder / name).read_bytes())
+    told = refusal(Source(f"{s3_server}/data", "brats2017_2021", 1.0), case)
+    assert (told.reason, told.file) == ("missing", case.images[2])

@@ -22,9 +22,9 @@ from raytrain_brats.labels import MODALITIES
 FOREGROUND_VOXELS = 512
 """Voxels remembered per label value, for crops centred on tumour."""
 _CHUNK = 1 << 15  # voxels worked on at a time, so that they stay in the processor's cache
-# float16 goes to 65,504 in steps of 2**-24 at least, and holds 11 bits
-_LEAST_PEAK, _GREATEST_PEAK = 2.0**-10, 60000.0
-_LEAST_STD = 2.0**-18
+# float16 goes to 65,504, holds 11 bits, and has no steps below 2**-24: with a peak of 2**-6 even the deviation of a
+# channel that is one bright voxel and little else is 64 of them
+_LEAST_PEAK, _GREATEST_PEAK = 2.0**-6, 60000.0
 _OFFSET_STDS = 256  # a mean this many deviations from zero leaves steps of an eighth to a quarter of a deviation
 _ROUNDED_TO_ZERO = 2.0**-25
 
@@ -218,11 +218,11 @@ def _condensed(
         found.add(channel.reshape(-1))
     means, stds = _statistics(moments)
     peaks = _peaks(extent, files)
-    factors = tuple(_factor(peak, std) for peak, std in zip(peaks, stds, strict=True))
+    factors = tuple(map(_factor, peaks))
     halves, max_error = _halves(image, factors)
     for number, (peak, factor, mean, std) in enumerate(zip(peaks, factors, means, stds, strict=True)):
         lost = moments[number].count - np.count_nonzero(halves[number]) if factor != 1 else 0
-        if std * factor < _LEAST_STD or abs(mean) > _OFFSET_STDS * std or lost > moments[number].count / 100:
+        if abs(mean) > _OFFSET_STDS * std or lost > moments[number].count / 100:
             what = f"values around {mean:.5g} with a standard deviation of {std:.3g}, up to {peak:.5g} from zero"
             raise _beyond(number, files, f"{what}, are more than 16 bits can tell apart")
     means, stds = (tuple(v * f for v, f in zip(values, factors, strict=True)) for values in (means, stds))
@@ -239,9 +239,9 @@ def _peaks(extent: Extent, files: tuple[str, ...]) -> list[float]:
     return peaks
 
 
-def _factor(peak: float, std: float = 1.0) -> float:
+def _factor(peak: float) -> float:
     """The power of two by which a channel is stored: 1, but for values that float16 holds badly or not at all."""
-    if not peak or (_LEAST_PEAK <= peak <= _GREATEST_PEAK and std >= _LEAST_STD):
+    if not peak or _LEAST_PEAK <= peak <= _GREATEST_PEAK:
         return 1.0
     return math.ldexp(1, 15 - math.frexp(peak)[1])  # up to 2**15
 
