@@ -4,6 +4,7 @@ In: how many generated cases, patches and rounds; which peers.
 Out: a table on the terminal; with --json a file of every run's figures.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from raytrain_brats import storage
+from raytrain_brats import outputs, storage
 from raytrain_brats.benchmark.meter import Meter
 from raytrain_brats.benchmark.pipelines import ABOUT, OURS, PEERS, Order, Run, missing
 from raytrain_brats.cli import choose, entry
@@ -58,9 +59,11 @@ class Data:
     peers: str = ",".join(PEERS)
     """Comma-separated; "" for none. What is not installed is left out with a word."""
     work: str = ""
-    """Folder for cases and caches, kept for the next time; by default one that is removed."""
+    """Folder for cases and caches, kept for the next time: empty, new or bench's; by default one that is removed."""
     json: str = ""
     """File for the figures."""
+    overwrite: bool = False
+    """Also replace a --json file of other settings, or that bench did not write; never an image or a label."""
 
 
 def data(args: Data) -> None:
@@ -68,6 +71,7 @@ def data(args: Data) -> None:
     if sys.platform != "linux":
         raise UserError("bench data reads Linux's /proc; run it on Linux")
     skipped = {name: f"{package} is not installed" for name in asked if (package := missing(name))}
+    made = _check_places("data", args)
     pipelines = [*_names(args.routes, OURS, "--routes"), *(name for name in asked if name not in skipped)]
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
         work = Path(args.work or folder).absolute()
@@ -88,7 +92,33 @@ def data(args: Data) -> None:
         found = _report(args, work, runs, skipped, before)
     _show(found)
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        storage.write_bytes(args.json, (json.dumps(made | found, indent=1) + "\n").encode())
+
+
+_FREE = ("work", "json", "overwrite")  # does not alter what is measured
+
+
+def _check_places(what: str, args: "Data | Prepare") -> dict[str, Any]:
+    """What the figures' file says of its making. Raises UserError, before anything is measured, when the file or the
+    work folder is none of bench's."""
+    settings = {name: value for name, value in asdict(args).items() if name not in _FREE}
+    made = {"made_by": f"{outputs.PROGRAM} bench {what}", "asked": settings}
+    if args.json:
+
+        def ours(content: bytes) -> bool:
+            with contextlib.suppress(ValueError, AttributeError):
+                return bool(made.items() <= json.loads(content).items())
+            return False
+
+        outputs.claim_file(args.json, ours, overwrite=args.overwrite, option="--json")
+    if args.work:
+        there = sorted(storage.list_files(args.work).keys() - {storage.PROBE})
+        ours_too = any(maker.startswith("bench ") for maker in outputs.recorded(args.work)["makers"])
+        if storage.is_s3(args.work) or (there and not ours_too):
+            what = f"holds {there[0]} and is not bench's" if there else "is not on this machine"
+            raise UserError(f"--work {args.work} {what}; give an empty or new folder")
+        outputs.claim(args.work, "bench", {}, option="--work")
+    return made
 
 
 def _names(given: str, known: tuple[str, ...], option: str) -> list[str]:
@@ -112,8 +142,9 @@ def _generate(args: Data, work: Path) -> Path:
 
 def _cases(folder: Path, number: int, grid: int, voxels: str = "float32") -> Path:
     """A folder of generated cases, unless it is there."""
-    if not (folder / "dataset.json").exists():
-        phantom.write_set(str(folder), number, seed=1, grid=grid, anatomy="procedural", voxels=voxels)
+    what: Any = {"seed": 1, "grid": grid, "anatomy": "procedural", "voxels": voxels}
+    if len(phantom.missing(str(folder), number, **what)[1]) >= number:  # none is finished
+        phantom.write_set(str(folder), number, **what)
     found: list[Any] = [nib.load(path) for path in (folder / "imagesTr").glob("*.nii.gz")]  # headers alone
     if {(image.shape[0], image.get_data_dtype().name) for image in found} != {(grid, voxels)} or len(found) != number:
         raise UserError(
@@ -147,7 +178,7 @@ def _report(
         "date": time.strftime("%Y-%m-%d"),
         "machine": _machine(before),
         "versions": {name: version for name in packages if (version := _version(name))},
-        "settings": {name: value for name, value in asdict(args).items() if name not in ("work", "json")}
+        "settings": {name: value for name, value in asdict(args).items() if name not in _FREE}
         | {
             "patches_per_case": 4,
             "data": f"{args.cases} generated cases, each distinct, read again and again",
@@ -221,15 +252,18 @@ class Prepare:
     grid: int = 240
     """Voxels of a generated case across 240 mm."""
     work: str = ""
-    """Folder for the cases, kept for the next time; by default one that is removed."""
+    """Folder for the cases, kept for the next time: empty, new or bench's; by default one that is removed."""
     json: str = ""
     """File for the figures."""
+    overwrite: bool = False
+    """Also replace a --json file of other settings, or that bench did not write; never an image or a label."""
 
 
 def prepare(args: Prepare) -> None:
     """Of a quarter of the copies and of all, each into a new store: the difference is free of the processes' start."""
     if args.copies < 4:
         raise UserError("--copies must be 4 at least: a quarter of them is for the start")
+    made = _check_places("prepare", args)
     before = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
         work = Path(args.work or folder).absolute()
@@ -255,7 +289,7 @@ def prepare(args: Prepare) -> None:
     for name, value in found.items():
         print(f"{name}: {value}")
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        storage.write_bytes(args.json, (json.dumps(made | found, indent=1) + "\n").encode())
 
 
 def _copies(once: Path, work: Path, number: int) -> Path:

@@ -2,13 +2,16 @@
 
 In: nothing (phantoms are drawn), or a folder of real cases.
 Out: `data/`, `store/`, `run/`, `predictions/`, `summary.json` under --out. Every stage is the command a person would
-type, and is printed before it runs.
+type, and is printed before it runs. The same command again goes on with what is there; `.made-by-demo` tells what that
+was made from.
 """
 
 import importlib
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -20,14 +23,21 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from raytrain_brats import config, storage
+from raytrain_brats import config, outputs, storage
 from raytrain_brats.cli import Changes, Uri, entry
 from raytrain_brats.data import scan
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import REGIONS
 from raytrain_brats.run import cluster, ledger
 
-MADE = {".made-by-demo", "data", "store", "run", "predictions", "manifest.jsonl", "summary.json"}
+RECORD = ".made-by-demo"
+MADE = {RECORD, "data", "store", "run", "predictions", "manifest.jsonl", "summary.json"}
+_MADE_FILES = re.compile(
+    r"data/(dataset\.json|write-probe|(imagesTr|labelsTr)/BRATS_\d{3,}\.nii\.gz)"
+    r"|(store|run)/(.*/)?[^/]+\.(json|jsonl|parquet|yaml|safetensors|csv|png|html|log|txt|snapshot)|(store|run)/write-probe"
+    r"|run/ray/.*|predictions/([^/]+\.nii\.gz|write-probe|made-by\.json)|manifest\.jsonl|summary\.json|write-probe"
+)
+"""What a demo makes: nothing else is deleted by --fresh."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,8 @@ class Args:
     """Phantoms to draw."""
     chaos: bool = False
     """Kill a training worker in the middle, and see the run go on."""
-    keep: bool = False
-    """Go on with what an earlier demo left in --out, instead of beginning anew."""
+    fresh: bool = False
+    """Delete what an earlier demo made in --out and begin anew, instead of going on with it."""
     recipe: str = "demo"
     """Name of a recipe, or a YAML file."""
     set: Changes = ()
@@ -70,14 +80,16 @@ class Stages:
 
 def work(args: Args) -> None:
     config.load(args.recipe, args.set)  # a slip is told before anything is cleared
-    out = Path(args.out).absolute()
+    if storage.is_s3(args.out):
+        raise UserError(f"--out {args.out}: a demo is made in a local folder; give one")
+    out = Path(storage.normal(args.out))
     if args.data:
         scan.scan(args.data)
-        if Path(storage.normal(args.data)).is_relative_to(out) or out.is_relative_to(storage.normal(args.data)):
+        if outputs.within(args.data, str(out)) or outputs.within(str(out), args.data):
             raise UserError(f"--data {args.data} and --out {args.out} lie within each other; give another --out")
     elif args.cases < 5:
         raise UserError(f"--cases {args.cases}: one of five folds is held out, so at least 5 are needed")
-    _clear(out, args.keep)
+    _begin(out, args)
     data = storage.normal(args.data) if args.data else str(out / "data")
     store, run_dir, predictions = (str(out / name) for name in ("store", "run", "predictions"))
     manifest, began = str(out / "manifest.jsonl"), time.perf_counter()
@@ -104,18 +116,56 @@ def work(args: Args) -> None:
     _summarise(out, run_dir, stages.seconds)
 
 
-def _clear(out: Path, keep: bool) -> None:
-    """Begin anew, but only in a folder that is empty or that a demo made."""
-    import shutil
+def _begin(out: Path, args: Args) -> None:
+    """Go on in a folder that is empty or that a demo of the same arguments made; with --fresh, begin anew in it.
 
-    if out.is_dir() and any(out.iterdir()):
-        others = sorted({path.name for path in out.iterdir()} - MADE)
-        if others or not (out / ".made-by-demo").exists():
+    Raises UserError, before anything is changed, when it holds other files or another demo.
+    """
+    asked = {
+        "data": outputs.place(args.data) if args.data else f"{args.cases} phantoms",
+        "recipe": args.recipe,
+        "set": sorted(args.set),
+    }
+    here = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    here = {name for name in here if not any(name.startswith(f".{ours}.") for ours in MADE)} - {storage.PROBE}
+    if here:  # but what a process leaves that is killed amid a write
+        others = sorted(here - MADE)
+        if others or not (out / RECORD).exists():
             raise UserError(f"--out {out} holds other files ({', '.join(others[:3])}); give an empty or new folder")
-        if not keep:
-            shutil.rmtree(out)
+        try:
+            before = dict(json.loads((out / RECORD).read_bytes()))
+        except (ValueError, TypeError):
+            before = {}  # of an earlier version, which did not write it down
+        if not args.fresh and before != asked:
+            then, now = (", ".join(f"{k} {v or 'none'}" for k, v in a.items()) or "not known" for a in (before, asked))
+            raise UserError(
+                f"--out {out} holds a demo of other arguments ({then}; now {now}); "
+                "give those, another --out, or --fresh to delete it and begin anew"
+            )
+        if args.fresh:
+            _delete(out)
     storage.check_writable(str(out))
-    (out / ".made-by-demo").touch()
+    storage.write_bytes(str(out / RECORD), json.dumps(asked).encode())
+
+
+def _delete(out: Path) -> None:
+    """All that a demo made. Raises UserError, with everything still there, when something else lies among it."""
+    files = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
+    for path in sorted(files):
+        name = path.relative_to(out).as_posix()
+        if path.is_symlink() or not (path.name.startswith(".") or _MADE_FILES.fullmatch(name)):
+            raise UserError(f"{path} was not made by a demo; move it elsewhere before --fresh, or give another --out")
+    about = out / "data" / "dataset.json"
+    if any(path.is_relative_to(about.parent) for path in files):
+        try:
+            drawn = isinstance(json.loads(about.read_bytes())["synthetic"], dict)
+        except (OSError, ValueError, KeyError, TypeError):
+            drawn = False
+        if not drawn:
+            raise UserError(f"{about} is none of phantoms: real data lie there; move them elsewhere before --fresh")
+    for name in sorted(MADE - {RECORD}):  # the record last: stopped in between, it is still a demo's folder
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _kill_a_worker(run_dir: str, since: float, over: threading.Event) -> None:

@@ -6,12 +6,15 @@ size and sha256, how far the tar has been read. The same command again goes on f
 """
 
 import contextlib
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +31,7 @@ from raytrain_brats.errors import RunFailed, UserError
 STATE = "download.json"
 RANGE_BYTES, RANGES_AHEAD = 8 << 20, 4
 _PATIENCE_S = "180"
+_MOVE = "move it elsewhere to have the published one there, or give another --out"
 _BEGIN_ANEW = "remove what was made, or give another --out, and begin anew"
 
 
@@ -149,7 +153,6 @@ class Ahead:
 
 def work(args: Args) -> None:
     source, out = SOURCES[args.source], storage.normal(args.out)
-    storage.check_writable(out)
     size, etag = s3.head(source.uri, source.region)  # whether the bucket answers is told at once
     state = _open(out, source, State(source.uri, etag, size))
     os.environ.setdefault(storage.PATIENCE, _PATIENCE_S)  # from here on an outage is waited out
@@ -192,10 +195,27 @@ def _open(out: str, source: Published, fresh: State) -> State:
     elif here:
         raise UserError(f"--out {out} holds other files ({', '.join(list(here)[:3])}); give an empty or new folder")
     lost = [name for name, noted in state.files.items() if here.get(name) != noted["bytes"]]
+    for name in lost:
+        if name in here and _is_sound(name, storage.read_bytes(storage.join(out, name))):
+            raise UserError(f"{storage.join(out, name)} was changed since it was fetched; {_MOVE}")
+    storage.check_writable(out)
     needed = state.bytes - state.offset + sum(state.files[name]["bytes"] for name in lost)
     if not storage.is_s3(out) and not state.complete and shutil.disk_usage(out).free < needed:
         raise UserError(f"--out {out}: {needed / 1e9:.1f} GB are needed, fewer are free; give another place")
     return state
+
+
+def _is_sound(name: str, content: bytes) -> bool:
+    """Whether a file is a whole one, somebody's, and not what a failing disk left of ours."""
+    try:
+        if not name.endswith(".gz"):
+            return bool(content) and json.loads(content) is not None
+        with gzip.open(io.BytesIO(content)) as file:
+            while file.read(1 << 20):
+                pass
+        return bool(content)
+    except (OSError, EOFError, ValueError, zlib.error):
+        return False
 
 
 def _save(out: str, state: State) -> None:
@@ -219,6 +239,7 @@ def _mend(out: str, state: State, ahead: Ahead) -> int:
 
 def _stream(out: str, source: Published, state: State, ahead: Ahead, show: Any) -> None:
     """Every wanted member is checked, written, then noted; so a kill at any point costs one member at most."""
+    here = storage.list_files(out)
     for member in archive.members(ahead.read, ahead.again, state.bytes, state.offset):
         show(member.offset, len(state.files))
         name = member.name.removeprefix("./").removeprefix(f"{source.folder}/")
@@ -227,6 +248,9 @@ def _stream(out: str, source: Published, state: State, ahead: Ahead, show: Any) 
         if name in state.files:
             raise ArchiveError(f"{member.name!r} stands in it twice")
         content = _checked(member, ahead)
+        found = storage.read_bytes(storage.join(out, name)) if name in here else content
+        if found != content and _is_sound(name, found):  # put there since the set was begun, by somebody
+            raise UserError(f"{storage.join(out, name)} is another file than the published one; {_MOVE}")
         storage.write_bytes(storage.join(out, name), content)
         checksum = hashlib.sha256(content).hexdigest()
         state.files[name] = {"at": member.offset, "bytes": member.size, "sha256": checksum}

@@ -1,10 +1,13 @@
 """Score a trained network: `raytrain-brats evaluate --run-dir URI --data URI`.
 
 In: a run folder, labelled cases.
-Out: `evaluation/cases.csv`, `evaluation/summary.json`, `evaluation/overlays/<case>.png` in the run folder.
+Out: `evaluation/cases.csv`, `evaluation/overlays/<case>.png`, `evaluation/summary.json` in the run folder, put when all
+are scored. An earlier evaluation of another checkpoint, split or data is first moved to `evaluations/` beside it.
 """
 
+import itertools
 import json
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +19,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from raytrain_brats import figures, storage
-from raytrain_brats.cli import Uri, cases_from, default, entry
+from raytrain_brats import config, figures, outputs, storage
+from raytrain_brats.cli import Uri, cases_from, default, entry, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import Refused
@@ -54,33 +57,79 @@ def work(args: Args) -> None:
     if not comparable(convention, source.convention):
         raise UserError(
             f"{run_dir} learned labels read as {described(convention)}, {manifest.root} holds "
-            f"{described(source.convention)}: "
-            "WT, TC and ET are other tissues there; evaluate on data of the run's own convention"
+            f"{described(source.convention)}: WT, TC and ET are other tissues there; evaluate on data of the run's own "
+            "convention"
         )
-    same = manifests.identity(manifest.cases, job.preprocessing(settings), source.convention) == identity
-    if not same and args.split != "all":
+    found_identity = manifests.identity(manifest.cases, job.preprocessing(settings), source.convention)
+    if found_identity != identity and args.split != "all":
         raise UserError(
             f"{manifest.root} is not what {run_dir} was trained on, so its folds do not say what was held out; "
             "give the run's own data, or --split all if none of these cases was trained on"
         )
     cases = _chosen(manifest, settings.data.fold, args.split)
     name, weights = newest_weights(run_dir)
+    made_from = {
+        "checkpoint": name,
+        "split": args.split,
+        "data_root": outputs.place(manifest.root),
+        "identity": found_identity,
+        "convention": source.convention,
+    }
+    print(f"{config.described('run', settings)}; labels: {described(source.convention)}")
+    if convention != source.convention:
+        print(f"the run learned {described(convention)}: compared by region")
+    show_skipped(manifest.skipped)
     cluster.connect()
     network = ray.put((settings, weights))
     drawn = {case.id for case in cases[: args.overlays]}
-    found = cluster.parallel_map(partial(_one, run_dir, network, source, drawn), cases, on_gpus=True)
+    found = cluster.parallel_map(partial(_one, network, source, drawn), cases, on_gpus=True)
     results = list(track(found, "evaluating", len(cases), disable=not sys.stdout.isatty()))
-    scores = [r for r in results if isinstance(r, Score)]
+    scores = [r[0] for r in results if not isinstance(r, str)]
     for message in (r for r in results if isinstance(r, str)):
         print(f"left out: {message}", file=sys.stderr)
     if not scores:
         raise RunFailed(f"none of {len(cases)} cases could be scored")
     phantoms = manifest.synthetic
-    summary = {"split": args.split, "checkpoint": name, "data": "phantom" if phantoms else "real", "cases": len(scores)}
-    storage.write_bytes(storage.join(run_dir, "evaluation", "cases.csv"), table(scores))
-    content = json.dumps(summary | means(scores), indent=1).encode()
-    storage.write_bytes(storage.join(run_dir, "evaluation", "summary.json"), content)
+    summary = made_from | {"data": "phantom" if phantoms else "real", "cases": len(scores)} | means(scores)
+    pictures = {f"overlays/{r[0].case_id}.png": r[1] for r in results if not isinstance(r, str) and r[1]}
+    _keep_earlier(run_dir, made_from)
+    _write(storage.join(run_dir, "evaluation"), summary, pictures | {"cases.csv": table(scores)})
     _show(scores, args.split, phantoms)
+
+
+def _write(folder: str, summary: dict[str, Any], files: dict[str, bytes]) -> None:
+    """The summary last: without it what is there is half an evaluation."""
+    for name in storage.list_files(folder).keys() - files.keys():  # of the same inputs, the others were moved away
+        storage.delete(storage.join(folder, name))
+    for name, content in files.items():
+        storage.write_bytes(storage.join(folder, name), content)
+    storage.write_bytes(storage.join(folder, "summary.json"), json.dumps(summary, indent=1).encode())
+
+
+def _keep_earlier(run_dir: str, made_from: dict[str, str]) -> None:
+    """Move an evaluation of other inputs whole to `evaluations/`; when killed amid that, the next time goes on."""
+    folder = storage.join(run_dir, "evaluation")
+    files = {name: storage.read_bytes(storage.join(folder, name)) for name in storage.list_files(folder)}
+    try:
+        before = dict(json.loads(files["summary.json"]))
+    except (KeyError, ValueError, TypeError):
+        before = {}
+    if not files or made_from.items() <= before.items():
+        return
+    parts = [str(before.get("checkpoint", "unfinished")), str(before.get("split", "")), str(before.get("identity", ""))]
+    name = "-".join(re.sub(r"[^\w.-]", "_", part)[:24] for part in (*parts[:2], parts[2][:8]) if part)
+    for number in itertools.count(1):
+        kept = storage.join(run_dir, "evaluations", name if number == 1 else f"{name}-{number}")
+        there = {n: storage.read_bytes(storage.join(kept, n)) for n in storage.list_files(kept)}
+        if all(files.get(n, content) == content for n, content in there.items()) and (
+            not there or files.keys() & there.keys()
+        ):
+            break  # a new place, or one to which these very files were being moved
+    for n in sorted(files.keys() - there.keys()):
+        storage.write_bytes(storage.join(kept, n), files[n])
+    for n in sorted(files, key=lambda n: n == "summary.json"):  # last, as it gives the place its name
+        storage.delete(storage.join(folder, n))
+    print(f"the evaluation that was there is in {kept}")
 
 
 def _chosen(manifest: Manifest, fold: int, split: str) -> tuple[Case, ...]:
@@ -91,7 +140,8 @@ def _chosen(manifest: Manifest, fold: int, split: str) -> tuple[Case, ...]:
     return cases
 
 
-def _one(run_dir: str, shared: ray.ObjectRef[Any], source: Source, drawn: set[str], case: Case) -> Score | str:
+def _one(shared: ray.ObjectRef[Any], source: Source, drawn: set[str], case: Case) -> tuple[Score, bytes] | str:
+    """A case's score and its overlay, if it is to be drawn; or why it was left out."""
     try:
         prepared = source.load(case)
     except Refused as error:
@@ -99,13 +149,12 @@ def _one(run_dir: str, shared: ray.ObjectRef[Any], source: Source, drawn: set[st
     network, settings, device = shared_network(shared)
     predicted = segment(prepared, network, settings, device)
     result = score(case.id, predicted, prepared, source.convention)
-    if case.id in drawn:
-        way = prepared.geometry.axes, prepared.geometry.flips
-        truth = to_regions(to_ras(prepared.truth_xyz(), *way), source.convention)
-        image = to_ras(restore(prepared.image_czyx.astype(np.float32), prepared.geometry), *way)
-        picture = figures.overlay(case.id, image, truth, to_ras(predicted, *way), result.dice)
-        storage.write_bytes(storage.join(run_dir, "evaluation", "overlays", f"{case.id}.png"), picture)
-    return result
+    if case.id not in drawn:
+        return result, b""
+    way = prepared.geometry.axes, prepared.geometry.flips
+    truth = to_regions(to_ras(prepared.truth_xyz(), *way), source.convention)
+    image = to_ras(restore(prepared.image_czyx.astype(np.float32), prepared.geometry), *way)
+    return result, figures.overlay(case.id, image, truth, to_ras(predicted, *way), result.dice)
 
 
 def _show(scores: list[Score], split: str, phantoms: bool) -> None:

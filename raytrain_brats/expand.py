@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from raytrain_brats import storage
-from raytrain_brats.cli import Uri, default, entry, progress, show_refused
+from raytrain_brats import outputs, storage
+from raytrain_brats.cli import Uri, default, entry, progress, show_refused, show_skipped
 from raytrain_brats.data import deform, scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Manifest
@@ -27,6 +27,7 @@ from raytrain_brats.labels import MODALITIES, names
 from raytrain_brats.run import cluster
 
 VERSION = 1  # of the way copies are made; files of another are not mixed with ours
+FOLDERS = ("imagesTr/", "labelsTr/")
 AT_ONCE = 8  # copies made of one decoded case
 
 
@@ -51,6 +52,7 @@ def work(args: Args) -> None:
     if args.copies < 1 or args.seed < 0:
         raise UserError(f"--copies {args.copies} --seed {args.seed}: at least 1 copy, and a seed from 0 up")
     manifest = scan.open_manifest(data, lambda rows, total: progress(rows, "checksums", total))
+    show_skipped(manifest.skipped)
     files = storage.list_files(out)
     _check_same_set(out, files, args.seed, manifest)
     storage.sweep(out)
@@ -105,11 +107,9 @@ def _expand_all(manifest: Manifest, out: str, seed: int, todo: list[dict[str, An
 
 
 def _check_same_set(out: str, files: dict[str, int], seed: int, manifest: Manifest) -> None:
-    """Write down what the set is made from. Raises UserError when the folder holds another one."""
+    """Write down what the set is made from. Raises UserError when the folder holds another one, or other files."""
     where, now = storage.join(out, "expand.json"), {case.id: case.sha256 for case in manifest.cases}
-    begun = {
-        path.partition("/")[2].rpartition("_c")[0] for path in files if path.startswith(("imagesTr/", "labelsTr/"))
-    }
+    begun = {_case_of(path) for path in files if path.startswith(FOLDERS)}
     before: dict[str, str] = {}
     if "expand.json" in files:
         try:
@@ -117,15 +117,35 @@ def _check_same_set(out: str, files: dict[str, int], seed: int, manifest: Manife
             found, before = [about["version"], about["seed"]], dict(about["cases"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{where} is damaged; give an empty or new folder") from error
+        strange = [path for path in files if _case_of(path) not in before and path.startswith(FOLDERS)]
+        if strange or not _is_ours(out, files):
+            strange += ["dataset.json"]
+            raise UserError(f"{storage.join(out, strange[0])} is no copy made by expand; give an empty or new folder")
         if begun and found != [VERSION, seed]:
             raise UserError(f"{out} was begun with --seed {found[1]} (version {found[0]}); give that, or another --out")
         if changed := [name for name in begun if name in before and now.get(name, before[name]) != before[name]]:
             raise UserError(f"{out} holds copies of another {min(changed)}; give another --out")
     elif files.keys() - {storage.PROBE}:  # that of a process killed right there
         raise UserError(f"--out {out} holds other files; give an empty or new folder")
+    if outputs.within(out, manifest.root) or outputs.within(manifest.root, out):
+        raise UserError(f"--out {out} and the data in {manifest.root} lie within each other; give another --out")
     about = {"version": VERSION, "seed": seed, "cases": dict(sorted((before | now).items()))}
     storage.check_writable(out)
     storage.write_bytes(where, json.dumps(about, indent=1).encode())
+
+
+def _case_of(path: str) -> str:
+    """The original of a copy's file; "" for another file."""
+    return path.partition("/")[2].rpartition("_c")[0]
+
+
+def _is_ours(out: str, files: dict[str, int]) -> bool:
+    """Whether dataset.json is one that we wrote, where there is one."""
+    try:
+        name = "dataset.json"
+        return name not in files or "expanded" in json.loads(storage.read_bytes(storage.join(out, name)))
+    except (ValueError, TypeError):
+        return False
 
 
 def _dataset_json(manifest: Manifest, copies: int, seed: int) -> dict[str, Any]:

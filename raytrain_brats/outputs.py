@@ -131,7 +131,8 @@ def claim(
             noted[name] = {"by": maker, "origin": origins[name]} | kept
         makers = record["makers"] | {maker: dict(settings or {})}
         used = {about["by"] for about in noted.values()} | {maker}
-        after = {"made_by": PROGRAM, "makers": {m: about for m, about in makers.items() if m in used}, "files": noted}
+        makers = {m: about for m, about in makers.items() if m in used or not m.startswith(f"{command} ")}
+        after = {"made_by": PROGRAM, "makers": makers, "files": noted}
         if after == record:
             return there
         packed = json.dumps(after, indent=1).encode()

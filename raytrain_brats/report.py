@@ -1,11 +1,13 @@
 """One self-contained page that tells what a run did: scores, curves, workers, where the time went.
 
 In: a run folder (local or s3://); only metrics.jsonl must be there.
-Out: `report.html` beside it. Command: `raytrain-brats report --run-dir URI [--out FILE]`.
+Out: `report.html` beside it. Command: `raytrain-brats report --run-dir URI [--out FILE]`. A page of the same run is
+replaced, by its own word (a meta tag); any other file is not.
 """
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import math
@@ -19,7 +21,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from raytrain_brats import figures, storage
+from raytrain_brats import figures, outputs, storage
 from raytrain_brats.cli import Uri, default, entry
 from raytrain_brats.errors import UserError
 from raytrain_brats.run import accounts
@@ -27,6 +29,7 @@ from raytrain_brats.run.accounts import Account, Recovery
 
 Row = dict[str, Any]
 REGIONS = tuple(figures.REGION_COLOURS)
+REPORT, GENERATOR, HEAD_BYTES = "report.html", f"{outputs.PROGRAM} report", 2000
 MOST_CASES, MOST_OVERLAYS, MOST_LINES, MOST_RECOVERIES = 50, 12, 200, 20
 
 
@@ -38,6 +41,8 @@ class Args:
     """The run folder that `train` wrote (local or s3://); by default RAYTRAIN_BRATS_RUN_DIR."""
     out: Uri = ""
     """Where the page goes; by default report.html in the run folder."""
+    overwrite: bool = False
+    """Also replace a file at --out that is no report of this run; never a file of the run, an image or a label."""
 
 
 def _json_lines(content: bytes) -> tuple[list[Row], int]:
@@ -188,8 +193,18 @@ def _pair(draw: Callable[..., bytes], *args: Any) -> dict[str, str]:
     return {"light": _base64(draw(*args)), "dark": _base64(draw(*args, dark=True))}
 
 
-def write_report(run_dir: str, out: str = "") -> str:
-    """Write the page and return its URI. Raises UserError when there is no run to report."""
+def _target(run_dir: str, out: str, files: Mapping[str, int], run: str, overwrite: bool) -> str:
+    """Where the page goes. Raises UserError when something else than a report of this run would be replaced."""
+    target = storage.normal(out) if out else storage.join(run_dir, REPORT)
+    own = [storage.join(run_dir, name) for name in files if name != REPORT]
+    tag = f'<meta name="generator" content="{GENERATOR}" data-run="{run}">'.encode()
+    outputs.claim_file(target, lambda page: tag in page[:HEAD_BYTES], protected=own, overwrite=overwrite)
+    return target
+
+
+def write_report(run_dir: str, out: str = "", overwrite: bool = False) -> str:
+    """Write the page and return its URI. Raises UserError when there is no run to report, or a file that is no report
+    of it stands there."""
     run_dir = storage.normal(run_dir)
     files = storage.list_files(run_dir)
     if not files:
@@ -199,6 +214,8 @@ def write_report(run_dir: str, out: str = "") -> str:
     events, torn_events = _json_lines(texts.get("events.jsonl", b""))
     if not rows:
         raise UserError(f"{run_dir}: metrics.jsonl is missing or empty; report after the run's first step")
+    run = hashlib.sha256((texts.get("events.jsonl") or texts["metrics.jsonl"]).split(b"\n", 1)[0]).hexdigest()[:16]
+    target = _target(run_dir, out, files, run, overwrite)
     config = storage.read_bytes(storage.join(run_dir, "config.yaml")).decode() if "config.yaml" in files else ""
     split, recoveries = accounts.account(events, rows), accounts.recoveries(events)  # the file's order is the true one
     events = sorted((e for e in events if "event" in e and "time" in e), key=lambda event: float(event["time"]))
@@ -216,8 +233,9 @@ def write_report(run_dir: str, out: str = "") -> str:
     )
     environment.filters |= {"number": _number, "duration": _duration}
     page = environment.get_template("report.html.j2").render(
-        run_dir=run_dir, ending=_ending(events), began=datetime.fromtimestamp(origin, UTC),
-        ended=datetime.fromtimestamp(end, UTC), launch=next((e for e in events if e["event"] == "launch"), {}),
+        generator=GENERATOR, run=run, run_dir=run_dir, ending=_ending(events),
+        began=datetime.fromtimestamp(origin, UTC), ended=datetime.fromtimestamp(end, UTC),
+        launch=next((e for e in events if e["event"] == "launch"), {}),
         headline=_headline(rows, events, split, len(groups)), dice=dice, dice_source=dice_source,
         phantom=_on_phantoms(evaluation["summary"], yaml.safe_load(config)), figures=drawn, split=split,
         validations=validations, evaluation=evaluation, quarantined=_quarantined(events), groups=groups,
@@ -225,7 +243,6 @@ def write_report(run_dir: str, out: str = "") -> str:
         config=config, torn=torn_rows + torn_events, origin=origin, regions=figures.REGION_COLOURS,
         time_colours=figures.TIME_COLOURS, most_cases=MOST_CASES, most_lines=MOST_LINES,
     )  # fmt: skip
-    target = storage.normal(out) if out else storage.join(run_dir, "report.html")
     storage.write_bytes(target, page.encode())
     return target
 
@@ -233,7 +250,7 @@ def write_report(run_dir: str, out: str = "") -> str:
 def work(args: Args) -> None:
     if not (run_dir := default(args.run_dir, "RUN_DIR")):
         raise UserError("no run folder given; name one with --run-dir")
-    print(write_report(run_dir, args.out))
+    print(write_report(run_dir, args.out, args.overwrite))
 
 
 def main(argv: list[str] | None = None) -> int:
