@@ -93,6 +93,7 @@ def _expand_all(manifest: Manifest, out: str, seed: int, todo: list[dict[str, An
         try:
             volume = source.volume(case)
         except Refused as error:
+            about |= {"uri": storage.join(source.root, error.file or case.images[0])}
             return about | {"count": len(row["copies"]), "reason": error.reason, "detail": error.detail}
         for copy in row["copies"]:
             new = deform.deformed(volume, seed, case.id, int(copy))

@@ -12,9 +12,10 @@ import pytest
 import SimpleITK as sitk  # noqa: N813 (everybody's name for it)
 
 from raytrain_brats import predict
-from raytrain_brats.data.manifest import Case, scan_images
+from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import label_file
 from raytrain_brats.data.preprocess import Prepared, restore
+from raytrain_brats.data.scan import scan_images
 from raytrain_brats.data.store import Source
 from scripts.fuzz_files import nifti
 from tests.conftest import LPS, make_affine
@@ -81,7 +82,7 @@ def scan(
             options["intent_code"] = 1007
         array = IMAGE_XYZC.reshape(*SHAPE, 1, 4) if layout == "vector" else IMAGE_XYZC
         path.write_bytes(nifti(array, endian=">" if layout == "big-endian" else "<", **options))
-    (item,) = scan_images(str(folder))
+    (item,) = scan_images([str(folder)])[0]
     return path, item
 
 
@@ -181,7 +182,7 @@ def test_scans_put_together_by_itk_are_read(joined: str, tmp_path: Path, monkeyp
     sitk.WriteImage(sitk.Compose(parts) if joined == "vector" else sitk.JoinSeries(parts), str(path))
     assert nib.load(path).shape == (*SHAPE, *((1, 4) if joined == "vector" else (4,)))
 
-    (item,) = scan_images(str(path))
+    (item,) = scan_images([str(path)])[0]
     target = predicted(monkeypatch, item, tmp_path / "out")
     assert np.array_equal(np.asarray(nib.load(target).dataobj), LABEL)
     assert np.array_equal(nib.load(target).affine, nib.load(path).affine)
