@@ -40,9 +40,11 @@ def is_s3(uri: str) -> bool:
 def normal(uri: str | os.PathLike[str]) -> str:
     """One spelling per place: `s3://bucket/key` without a trailing slash, or an absolute local path.
 
-    Raises UserError for any other scheme.
+    Raises UserError for any other scheme, and for a name that is no UTF-8: nothing could print or record it.
     """
     text = os.fspath(uri)
+    if not _is_utf8(text):
+        raise UserError(f"{os.fsencode(text).decode(errors='backslashreplace')}: the name is no UTF-8; rename it")
     if is_s3(text):
         return text.rstrip("/")
     if text.startswith("file://"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -89,6 +90,17 @@ def test_data_folders_without_data(command: str, fails: Call, tmp_path: Path) ->
     assert f"{tmp_path}/foreign holds no case" in fails(command, "--data", tmp_path / "foreign", *where)
     assert "x.jsonl does not exist" in fails(command, "--data", tmp_path / "x.jsonl", *where)
     assert "gs://" in fails(command, "--data", "gs://bucket/x", *where)
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "index", "predict", "evaluate"])
+def test_a_place_whose_name_is_no_utf8(command: str, fails: Call, run_dir: Path, tmp_path: Path) -> None:
+    """It is shown with its bytes: nothing could print or record it otherwise."""
+    odd = os.fsdecode(bytes(tmp_path) + b"/F\xfcrth")
+    other = {"train": "--run-dir", "prepare": "--store", "index": "--out", "predict": "--out", "evaluate": "--run-dir"}
+    given = "--images" if command == "predict" else "--data"
+    more = ("--run-dir", run_dir) if command == "predict" else ()
+    place = run_dir if command == "evaluate" else tmp_path / "x.jsonl"
+    assert "F\\xfcrth: the name is no UTF-8" in fails(command, given, odd, other[command], place, *more)
 
 
 def test_cases_without_a_file_are_named(fails: Call, data: Path, tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 """Label conventions: the only place where a value means a tissue."""
 
+from pathlib import Path
+from typing import get_args
+
 import numpy as np
 import pytest
 
 from raytrain_brats import labels
+from raytrain_brats.config import Data
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import CONVENTIONS, allowed_values, from_regions, region_table, to_regions
 
@@ -120,3 +124,10 @@ def test_modalities_in_usual_spellings() -> None:
     ):
         with pytest.raises(UserError, match=f"dataset.json: .*{named}"):
             labels.stated_modalities(stated, "dataset.json")
+
+
+def test_docs_and_recipes_know_every_convention() -> None:
+    """The table of docs/data.md and the setting `data.convention` name them all."""
+    text = (Path(__file__).parents[1] / "docs/data.md").read_text()
+    assert not [name for name in CONVENTIONS if f"`{name}`" not in text]
+    assert get_args(Data.model_fields["convention"].annotation) == ("auto", *CONVENTIONS)
