@@ -49,9 +49,10 @@ class Source:
             try:
                 (content,) = storage.read_checked([storage.join(self.root, case.object)], case.object_sha256)
             except FileNotFoundError as error:
-                raise Refused("missing", f"{case.object}; run `prepare` again") from error
+                raise Refused("missing", f"{case.object}; run `prepare` again", case.object) from error
             except storage.ChangedError as error:
-                raise Refused("changed", f"{case.object} differs from its checksum; run `prepare --verify`") from error
+                told = f"{case.object} differs from its checksum; run `prepare --verify`"
+                raise Refused("changed", told, case.object) from error
             return decode(content, verified=True)
         return preprocess(self.volume(case), self.spacing_mm)
 
