@@ -67,9 +67,10 @@ class Source:
             file = next((path for path, uri in zip(paths, uris, strict=True) if uri == gone), "")
             raise Refused("missing", file or gone, file) from error
         except storage.ChangedError as error:
-            fault = self._damaged(paths)
-            file, what = (fault.file, f"; {fault.detail} ({fault.reason})") if fault else ("", "")
-            raise Refused("changed", f"{error}, by the manifest{what}", file) from error
+            if fault := self._damaged(paths):
+                told = f"{fault.detail} ({fault.reason}), since the manifest was written"
+                raise Refused("changed", told, fault.file) from error
+            raise Refused("changed", f"{error}, by the manifest") from error
         images = len(case.images)
         label = files[images] if case.label else None
         return decode_case(files[:images], label, allowed_values(self.convention), paths)
