@@ -229,6 +229,7 @@ def test_files_that_went_or_changed_are_refused(folder: Path, tmp_path: Path) ->
     assert reason(stored, prepared) == "changed"
     (home / prepared.object).unlink()
     assert reason(stored, prepared) == "missing"
+    assert refusal(stored, prepared).file == prepared.object
     (folder / "labelsTr" / "BRATS_001.nii.gz").unlink()
     assert reason(raw, case) == "missing"
 

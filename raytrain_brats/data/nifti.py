@@ -36,7 +36,7 @@ REASONS = {
     "not_finite": "a voxel is NaN or infinite",
     "constant": "a modality has the same value in all voxels",
     "empty": "a modality has no voxel that is not zero",
-    "range": "intensities do not fit 16 bits",
+    "range": "intensities are more than 16 bits can tell apart",
     "label_values": "a label value is fractional or outside the convention",
 }
 _KINDS = {"u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"}

@@ -50,9 +50,10 @@ class Source:
             try:
                 (content,) = storage.read_checked([storage.join(self.root, case.object)], case.object_sha256)
             except FileNotFoundError as error:
-                raise Refused("missing", f"{case.object}; run `prepare` again") from error
+                raise Refused("missing", f"{case.object}; run `prepare` again", case.object) from error
             except storage.ChangedError as error:
-                raise Refused("changed", f"{case.object} differs from its checksum; run `prepare --verify`") from error
+                told = f"{case.object} differs from its checksum; run `prepare --verify`"
+                raise Refused("changed", told, case.object) from error
             return decode(content, verified=True)
         return preprocess(self.volume(case), self.spacing_mm)
 
@@ -76,9 +77,10 @@ class Source:
             file = next((path for path, uri in zip(paths, uris, strict=True) if uri == gone), "")
             raise Refused("missing", file or gone, file) from error
         except storage.ChangedError as error:
-            fault = self._damaged(paths)
-            file, what = (fault.file, f"; {fault.detail} ({fault.reason})") if fault else ("", "")
-            raise Refused("changed", f"{error}, by the manifest{what}", file) from error
+            if fault := self._damaged(paths):
+                told = f"{fault.detail} ({fault.reason}), since the manifest was written"
+                raise Refused("changed", told, fault.file) from error
+            raise Refused("changed", f"{error}, by the manifest") from error
         images = len(case.images)
         label = files[images] if case.label else None
         return decode_case(files[:images], label, allowed_values(self.convention), paths, case.channels or None)
