@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 
-from raytrain_brats import labels, storage
+from raytrain_brats import labels, outputs, storage
 from raytrain_brats.cli import Uri, default, entry, progress, show_skipped
 from raytrain_brats.data import folds, scan
 from raytrain_brats.data import manifest as manifests
@@ -72,15 +72,15 @@ def _check_replaceable(out: str, root: str, overwrite: bool) -> None:
     """Raises UserError when a file is there that this command did not make of the same folder."""
     if not storage.exists(out):
         return
-    remedy = "give another --out"
     try:
         before = manifests.read(out)
     except UserError:
-        raise UserError(f"{out} is no manifest, and is not replaced; {remedy}") from None
-    if before.cases and before.cases[0].object:
-        raise UserError(f"{out} is the index of a store, and is not replaced; {remedy}")
-    if storage.normal(before.root) != root and not overwrite:
-        raise UserError(f"{out} is the manifest of {before.root}; {remedy}, or say --overwrite")
+        before = None
+    if before and before.cases and before.cases[0].object:
+        raise UserError(f"{out} is the index of a store, and is not replaced; give another --out")
+    if not overwrite and not (before and outputs.same(before.root, root)):
+        what = f"the manifest of {before.root}" if before else "no manifest that could be read"
+        raise UserError(f"{out} is {what}; give another --out, or say --overwrite")
 
 
 def main(argv: list[str] | None = None) -> int:

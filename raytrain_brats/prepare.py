@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from raytrain_brats import config, storage
+from raytrain_brats import config, outputs, storage
 from raytrain_brats.cli import Changes, Uri, default, entry, progress, show_refused, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
@@ -132,7 +132,7 @@ def _check_same_store(store: str, about: stores.About, manifest: Manifest, overw
             f"{now[0]} and {described(now[1])}; {remedy}"
         )
     index = storage.join(store, "index.jsonl")
-    if before.data != about.data and storage.exists(index):
+    if not (before.data and outputs.same(before.data, about.data)) and storage.exists(index):
         ids = {case.sha256 for case in manifest.cases}
         if lost := [case.id for case in manifests.read(index).cases if case.sha256 not in ids]:
             raise UserError(

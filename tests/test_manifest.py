@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from raytrain_brats import storage
+from raytrain_brats import index, storage
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest, duplicates
 from raytrain_brats.data.nifti import decode_case
@@ -264,3 +264,26 @@ def test_images_to_segment_need_no_label(tmp_path: Path) -> None:
     assert (root, case.images, case.label) == (str(folder), ("imagesTr/BRATS_002.nii.gz",), None)
     with pytest.raises(UserError, match="does not exist"):
         scan_images([str(folder / "none.nii.gz")])
+
+
+def test_index_replaces_only_what_it_made_of_the_same_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another folder's manifest, and a file that is none, need --overwrite; a store's index is never replaced."""
+    one, other = (str(write_msd_folder(tmp_path / name, 2, shape=(8, 8, 8))) for name in ("one", "other"))
+    (tmp_path / "link").symlink_to("one")
+    out = tmp_path / "m.jsonl"
+    for data in (one, one + "/../one", str(tmp_path / "link")):
+        assert index.main(["--data", data, "--out", str(out)]) == 0
+    before = out.read_bytes()
+    assert index.main(["--data", other, "--out", str(out)]) == 2 and out.read_bytes() == before
+    assert f"is the manifest of {tmp_path}" in capsys.readouterr().err
+    assert index.main(["--data", other, "--out", str(out), "--overwrite"]) == 0 and out.read_bytes() != before
+    for content in (b'{"text": "mine"}\n', b""):
+        out.write_bytes(content)
+        assert index.main(["--data", one, "--out", str(out)]) == 2 and out.read_bytes() == content
+    stored = open_manifest(one)
+    cases = tuple(dataclasses.replace(case, object="objects/x.parquet") for case in stored.cases)
+    manifests.write(dataclasses.replace(stored, cases=cases), str(out))
+    assert index.main(["--data", one, "--out", str(out), "--overwrite"]) == 2
+    assert index.main(["--data", one, "--out", str(tmp_path / "new.jsonl"), "--overwrite"]) == 0
