@@ -18,6 +18,7 @@ from moto.server import ThreadedMotoServer
 from raytrain_brats import s3, storage
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import ledger
+from tests.conftest import save
 
 REAL = Path(os.environ.get("RAYTRAIN_BRATS_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CROPS = REAL / "Task01_BrainTumour_crops"
@@ -129,11 +130,74 @@ def test_everything_may_live_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert [r["positions"] for r in rows] == [[p, p + 4] for p in range(0, 32, 4)]  # 4 cases x 4 patches x 2
         made = storage.list_files("s3://brats")
         assert "run/report.html" in made
-        assert sum(name.startswith("out/") for name in made) == 6
+        assert sum(name.startswith("out/") and name.endswith(".nii.gz") for name in made) == 6
         assert sum(name.endswith("MANIFEST.json") for name in made) == 2
     finally:
         server.stop()
         s3.client.cache_clear()
+
+
+def write_as(folder: Path, cases: list[Path], layout: str) -> list[str]:
+    """MSD phantoms under other names, values and channel orders; the ids of the cases."""
+    names, old = [], {"upenn": (0, 2, 1, 4), "ped": (0, 4, 2, 1), "nnunet": (0, 1, 2, 3)}
+    for number, path in enumerate(cases):
+        image, label = nib.load(path), nib.load(path.parents[1] / "labelsTr" / path.name)
+        name = {"upenn": f"UPENN-GBM-{number:05d}_11", "ped": f"BraTS-PED-{number:05d}-000", "nnunet": f"P{number}"}[
+            layout
+        ]
+        files = {
+            "upenn": [f"images_structural/{name}/{name}_{kind}" for kind in ("FLAIR", "T1", "T1GD", "T2")],
+            "ped": [f"{name}/{name}-{kind}" for kind in ("t2f", "t1n", "t1c", "t2w")],
+            "nnunet": [f"imagesTr/{name}_{channel:04d}" for channel in (3, 0, 1, 2)],
+        }[layout]
+        truth = {"upenn": f"images_segm/{name}_segm", "ped": f"{name}/{name}-seg", "nnunet": f"labelsTr/{name}"}[layout]
+        voxels = np.asarray(image.dataobj)
+        for channel, file in enumerate(files):
+            save(folder / f"{file}.nii.gz", voxels[..., channel], image.affine)
+        save(folder / f"{truth}.nii.gz", np.array(old[layout], np.uint8)[np.asarray(label.dataobj)], image.affine)
+        names.append(name)
+    if layout == "nnunet":
+        about = {"channel_names": dict(enumerate(("T1", "T1ce", "T2", "FLAIR"))), "file_ending": ".nii.gz"}
+        about |= {"labels": {"background": 0, "edema": 1, "core": 2, "ET": 3}, "numTraining": len(cases)}
+        (folder / "dataset.json").write_text(json.dumps(about))
+    return names
+
+
+def test_the_same_cases_in_any_layout_give_the_same_scores_and_predictions(tmp_path: Path) -> None:
+    """UPENN-GBM, BraTS PED 2024 and nnU-Net's raw data through index, prepare, evaluate and predict, by one MSD run."""
+    data, run = tmp_path / "msd", tmp_path / "run"
+    write_set(str(data), cases=6, seed=2, grid=32, anatomy="procedural")
+    cases = sorted((data / "imagesTr").glob("*.nii.gz"))
+    ids = {layout: write_as(tmp_path / layout, cases, layout) for layout in ("upenn", "ped", "nnunet")}
+    ids["msd"] = [path.name.removesuffix(".nii.gz") for path in cases]
+    options = settings("preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]", "train.epochs=10")
+    commands = [["train", "--data", str(data), "--run-dir", str(run), "--workers", "1", *options]]
+    scores = []
+    for layout in ("msd", "upenn", "ped", "nnunet"):
+        manifest, store, out = (str(tmp_path / f"{layout}.{what}") for what in ("jsonl", "store", "out"))
+        commands += [
+            ["index", "--data", str(tmp_path / layout), "--out", manifest],
+            ["prepare", "--data", manifest, "--store", store, "--set=preprocess.spacing_mm=7.5"],
+            ["evaluate", "--store", store, "--run-dir", str(run), "--split", "all", "--overlays", "0"],
+            ["predict", "--run-dir", str(run), "--images", str(tmp_path / layout), "--out", out],
+        ]
+    commands += [
+        ["predict", "--run-dir", str(run), "--images", str(data), "--out", f"{out}2", "--convention", "brats2023"]
+    ]
+    run_all(*commands)
+    for folder in [run / "evaluation", *(run / "evaluations").iterdir()]:
+        found = json.loads((folder / "summary.json").read_text())
+        scores.append((found["convention"], found["dice"]))
+    assert sorted(name for name, _ in scores) == ["brats2017_2021", "brats2024_ped", "msd", "msd"]
+    assert all(dice == scores[0][1] for _, dice in scores)
+    for number in range(len(cases)):
+        made = [
+            np.asarray(nib.load(tmp_path / f"{layout}.out" / f"{names[number]}.nii.gz").dataobj)
+            for layout, names in ids.items()
+        ]
+        assert made[0].any() and all(np.array_equal(made[0], other) for other in made[1:])
+        other = np.asarray(nib.load(f"{out}2/{ids['msd'][number]}.nii.gz").dataobj)
+        assert np.array_equal(other, np.array([0, 2, 1, 3])[np.asarray(made[-1])])
 
 
 def test_a_bad_case_is_named_and_the_run_goes_on_or_stops_by_its_share(tmp_path: Path) -> None:
