@@ -201,6 +201,13 @@ def test_two_conventions_in_one_folder_are_refused_or_chosen_from(tmp_path: Path
     assert [(row.cause, row.case) for row in found.skipped] == [("other convention", "BraTS2021_00001")]
 
 
+def test_images_of_two_conventions_are_segmented_together(tmp_path: Path) -> None:
+    """Labels do not matter there."""
+    write_case(tmp_path, "BraTS2021_00001")
+    write_case(tmp_path, "BraTS-GLI-00000-000", NEW, "brats2023")
+    assert image_ids(tmp_path) == ["BraTS-GLI-00000-000", "BraTS2021_00001"]
+
+
 def test_a_convention_that_the_names_contradict_is_refused(tmp_path: Path) -> None:
     """Both are shown."""
     write_case(tmp_path, "BraTS2021_00001")
