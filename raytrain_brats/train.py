@@ -62,7 +62,7 @@ def work(args: Args) -> None:
     todo = job.build(settings, run_dir, data, store, recipe)
     storage.check_writable(todo.run_dir)
     print(config.described(recipe, settings))
-    if warning := job.warning_of_coarse_voxels(settings, todo.manifest, todo.source):
+    for warning in job.warnings(settings, todo.manifest, todo.source):
         print(warning, file=sys.stderr)
     show_skipped(todo.manifest.skipped)
     found, _ = checkpoint.newest_valid(todo.run_dir)

@@ -269,9 +269,9 @@ def test_real_cases_need_a_named_recipe(
 def test_voxels_as_fine_as_the_scans_need_no_warning(msd: Path) -> None:
     """By either route."""
     found = job.open_cases(settings(), str(msd))
-    assert job.warning_of_coarse_voxels(settings(), *found) == ""
-    coarse = settings("preprocess.spacing_mm=1.5")
-    assert "coarser" in job.warning_of_coarse_voxels(coarse, *found)
+    assert job.warnings(settings(), *found) == []
+    (told,) = job.warnings(settings("preprocess.spacing_mm=1.5"), *found)
+    assert "coarser" in told
 
 
 def test_identity_is_that_of_the_convention_read_by(msd: Path) -> None:
