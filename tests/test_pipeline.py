@@ -129,7 +129,7 @@ def test_everything_may_live_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert [r["positions"] for r in rows] == [[p, p + 4] for p in range(0, 32, 4)]  # 4 cases x 4 patches x 2
         made = storage.list_files("s3://brats")
         assert "run/report.html" in made
-        assert sum(name.startswith("out/") for name in made) == 6
+        assert sum(name.startswith("out/") and name.endswith(".nii.gz") for name in made) == 6
         assert sum(name.endswith("MANIFEST.json") for name in made) == 2
     finally:
         server.stop()
