@@ -124,7 +124,7 @@ def _begin(out: Path, args: Args) -> None:
     asked = {
         "data": outputs.place(args.data) if args.data else f"{args.cases} phantoms",
         "recipe": args.recipe,
-        "set": sorted(args.set),
+        "set": " ".join(sorted({s.partition("=")[0]: s for s in args.set}.values())),  # the last one counts
     }
     here = {path.name for path in out.iterdir()} if out.is_dir() else set()
     here = {name for name in here if not any(name.startswith(f".{ours}.") for ours in MADE)} - {storage.PROBE}

@@ -84,10 +84,13 @@ def work(args: Args) -> None:
 
 
 def _check_run_dir(run_dir: str) -> None:
-    """Raises UserError when the folder holds something that is no run of ours. That its config.yaml is one, and of the
-    same data and settings, `job.build` asks."""
-    if storage.exists(storage.join(storage.normal(run_dir), "config.yaml")):
+    """Raises UserError when the folder holds something that is no run of ours; whether one is of the same data and
+    settings, `job.build` asks."""
+    try:
+        job.read_config(run_dir)
         return
+    except FileNotFoundError:
+        pass
     strange = [name for name in storage.list_files(run_dir) if not _LEFT_BY_A_START.fullmatch(name)]
     if strange:
         raise UserError(
