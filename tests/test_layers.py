@@ -15,7 +15,9 @@ SOURCES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
-LEAVES = {f"raytrain_brats.{name}" for name in ("errors", "s3", "storage", "labels", "config", "interrupt", "shadow")}
+LEAVES = {
+    f"raytrain_brats.{name}" for name in ("errors", "s3", "storage", "labels", "config", "interrupt", "shadow", "home")
+}
 ENTRIES = {
     name
     for name, tree in TREES.items()

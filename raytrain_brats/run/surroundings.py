@@ -8,15 +8,17 @@ Ray itself waits for a quarter of an hour for a cluster that is gone, and leaves
 
 import os
 import re
+import secrets
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from ray._common.utils import get_ray_address_file
+from ray._private import services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
-from raytrain_brats import shadow
+from raytrain_brats import home, shadow
 from raytrain_brats.errors import UserError
 
 PATIENCE_S = 15.0
@@ -71,7 +73,7 @@ def address() -> str:
 def _await_node(head: str) -> None:
     """Raises UserError unless a node of a Ray cluster runs on this machine, which a driver needs."""
     until = time.monotonic() + PATIENCE_S
-    while not find_node_ids():
+    while not services.find_node_ids():
         if time.monotonic() > until:
             raise UserError(
                 f"the Ray head at {head} answers, but no node of it runs on this machine; run the command on one of "
@@ -104,10 +106,12 @@ def silence(head: str, patience_s: float) -> str:
 
 
 def make_room() -> None:
-    """Choose a folder for the files of a Ray of our own where its default cannot be used, by RAY_TMPDIR.
+    """Choose a folder for the files of a Ray of our own where its default cannot be used, by RAY_TMPDIR; a token too.
 
     Raises UserError when RAY_TMPDIR is given and cannot be used, or when there is no such folder.
     """
+    if not home.writable() and not os.path.exists(os.path.expanduser("~/.ray/auth_token")):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray makes one, in a file in the home
     if given := os.environ.get("RAY_TMPDIR"):
         if why := _unfit(given):
             raise UserError(f"RAY_TMPDIR={given} {why}; set it to a short path that can be written, such as /tmp/mine")
