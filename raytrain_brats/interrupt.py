@@ -84,7 +84,7 @@ def gracefully(grace_s: float = GRACE_S) -> Iterator[None]:
 
 def allow(seconds: float) -> None:
     """After a signal: the process may take so long from now on."""
-    if _state.first:
+    if _state.raised:
         _state.deadline = time.monotonic() + seconds
 
 
@@ -100,6 +100,7 @@ def leave() -> int:
 def _raise(number: int, frame: Any) -> None:
     if _state.grace_s and not _state.raised:
         _state.raised = True
+        _hear()  # or the thread might, later, take back what is allowed meanwhile
         raise KeyboardInterrupt
 
 
@@ -115,14 +116,20 @@ def _watch(hearing: int) -> None:
     while True:
         if select.select([hearing], [], [], 0.2 if _state.first else None)[0]:
             heard = {n for n in os.read(hearing, 64) if n in _SIGNALS and signal.getsignal(n) is _raise}
-            now = time.monotonic()
-            if heard and not _state.first:
-                _state.first, _state.deadline = now, now + _state.grace_s
-                _state.started = frozenset(_descendants(os.getpid()) if _state.grace_s else ())
-            elif heard and now > _state.first + _TWICE_S:
-                _state.deadline = now
+            if heard and not _hear() and time.monotonic() > _state.first + _TWICE_S:
+                _state.deadline = 0.0
         if time.monotonic() >= _state.deadline:
             _end()
+
+
+def _hear() -> bool:
+    """Note the first signal; whether this is it."""
+    if _state.first:
+        return False
+    _state.first = time.monotonic()
+    _state.deadline = _state.first + _state.grace_s
+    _state.started = frozenset(_descendants(os.getpid()) if _state.grace_s else ())
+    return True
 
 
 def _end() -> None:
