@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from ray.util.metrics import Gauge
 
@@ -37,11 +38,16 @@ NAMES = {
 _STEPS = 20
 
 
+def ascii_only(text: str) -> str:
+    """Other characters as in a URL: Ray's metrics take no others, and end the process that tries."""
+    return "".join(c if c.isascii() else quote(c, errors="surrogateescape") for c in text)
+
+
 class Gauges:
     """One run's, as seen from one process."""
 
     def __init__(self, run_dir: str) -> None:
-        self._tags, self._made = {"run": run_dir}, dict[str, Gauge]()
+        self._tags, self._made = {"run": ascii_only(run_dir)}, dict[str, Gauge]()
 
     def set(self, name: str, value: float | None, **tags: str) -> None:
         if value is None or not math.isfinite(value):
