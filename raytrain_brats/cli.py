@@ -84,7 +84,9 @@ def show(table: Table) -> None:
         column.overflow = "fold"
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(console.width, Measurement.get(console, console.options, table).maximum))
+        console = Console(
+            width=max(console.width, Measurement.get(console, console.options.update(max_width=10_000), table).maximum)
+        )
     console.print(table)
 
 

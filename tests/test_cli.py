@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from rich.table import Table
 
 from raytrain_brats import cli
 
@@ -64,3 +65,12 @@ def test_elsewhere_a_line_comes_now_and_then(
         "preparing: 1,280 of 2,560, about 20 s left",
         "preparing: 1,920 of 2,560, about 10 s left",
     ]
+
+
+def test_tables_name_cases_whole_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """A log file has lines of any length: nothing is cut or folded there."""
+    name = "BraTS20_Training_001_with_a_name_that_is_longer_than_any_column_of_eighty_characters_has"
+    table = Table("case", *(f"column {number} of a wide table" for number in range(6)))
+    table.add_row(name, *"123456")
+    cli.show(table)
+    assert name in capsys.readouterr().out
