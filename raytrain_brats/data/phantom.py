@@ -11,7 +11,6 @@ A score on phantoms shows that the machinery works; it is never a clinical resul
 import gzip
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.interpolate import BSpline
+
+from raytrain_brats import storage
 
 Floats = NDArray[np.float32]
 Points = NDArray[np.float64]
@@ -291,11 +292,9 @@ def make_case(seed: int, grid: int = 240, anatomy: str = "procedural") -> Phanto
 
 
 def _write(path: Path, content: bytes) -> int:
-    """Write under a hidden name and rename, so that a reader never sees half a file. Returns the bytes written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    hidden.write_bytes(content)
-    return hidden.replace(path).stat().st_size
+    """Write so that a reader never sees half a file. Returns the bytes written."""
+    storage.write_bytes(str(path), content)
+    return len(content)
 
 
 def write_case(
