@@ -47,6 +47,15 @@ def test_steps_are_told_as_means_of_the_last_ones(told: Told) -> None:
     }
 
 
+@pytest.mark.parametrize("folder", ["/data/Lauf ü/训练", "/data/r\udcfcn", "/data/100% (a&b)"])
+def test_any_run_folder_can_be_a_tag(folder: str) -> None:
+    """Ray's own gauge takes it; it takes ASCII alone. Different folders stay different."""
+    made = gauges.Gauges(folder)
+    made.set("loss", 1.0)
+    assert made._tags["run"].isascii() and made._tags != gauges.Gauges(folder + "ä")._tags
+    assert gauges.Gauges("/data/100% (a&b)")._tags["run"] == "/data/100% (a&b)"
+
+
 def test_the_books_are_told_as_they_stand(told: Told) -> None:
     """Counts over all launches; the last recovery and the last scores; a case is counted once."""
     events: list[dict[str, Any]] = [
