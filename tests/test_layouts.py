@@ -341,7 +341,12 @@ def test_folds_of_nnunet_and_of_fets(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     sites = "Partition_ID,Subject_ID\n" + "".join(f"{n // 2},{name}\n" for n, name in enumerate(names))
     (tmp_path / "partitioning_1.csv").write_text(sites)
-    assert index.main([*base, str(tmp_path / "partitioning_1.csv")]) == 0
+    capsys.readouterr()
+    for without in (base[:-1], [*base, str(tmp_path / "partitioning_1.csv")]):
+        assert index.main(without) == 2  # stated folds are not lost unasked
+        assert "has folds that somebody stated" in capsys.readouterr().err
+    assert index.main([*base, str(tmp_path / "splits_final.json")]) == 0
+    assert index.main([*base, str(tmp_path / "partitioning_1.csv"), "--overwrite"]) == 0
     assert [case.fold for case in manifests.read(str(tmp_path / "m.jsonl")).cases] == [0, 0, 1, 1, 2, 2]
 
     capsys.readouterr()
