@@ -93,7 +93,7 @@ def broken(folder: Path, what: str) -> None:
         ("", "nowhere", "nowhere does not exist"),
         ("empty", "empty", "empty holds no files"),
         ("mac", "mac", "mac holds no files"),
-        ("layout", "msd", "lists no case, but 4 NIfTI"),
+        ("layout", "msd", "no case: the names tell no modality"),
         *((what, "msd", "dataset.json") for what in ("json", "list", "no training", "no label", "number", "not text")),
         ("none", "msd", "lists no case, but 4 NIfTI"),
         ("twice", "msd", "lists a case twice"),

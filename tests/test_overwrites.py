@@ -143,7 +143,7 @@ def test_predict_makes_what_is_missing_and_replaces_nothing_else(made: Path, don
     record = json.loads((out / outputs.RECORD).read_text())
     (about,) = record["makers"].values()
     assert about["convention"] == "msd" and about["labels"]["3"] == "enhancing tumour" and about["run"] == str(run)
-    assert about["modality"] == {"0": "FLAIR", "1": "T1w", "2": "T1gd", "3": "T2w"}
+    assert about["modalities"] == ["FLAIR", "T1w", "T1gd", "T2w"]
     assert re.search(r"checkpoint 000000000004-g0001 \(\w{8}\), labels msd", about["made_with"])
     (out / NAMES[0]).write_bytes(b"corrected by hand")
     before = snapshot(out)

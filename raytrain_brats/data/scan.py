@@ -61,6 +61,8 @@ def scan(root: str, convention: str = "auto") -> Manifest:
         found = dataclasses.replace(found, candidates=(read_as,))
         if not stated.convention:
             found = dataclasses.replace(found, layout=f"{found.layout}, labels not stated")
+        if not stated.channels and any(len(case.images) == 1 for case in found.cases):
+            found = dataclasses.replace(found, layout=f"{found.layout}, modalities not stated")
     else:
         found = layouts.by_names(listing, True, asked, root.rsplit("/", 1)[-1])
         if asked and found.cases and asked not in found.candidates:
@@ -208,6 +210,15 @@ def _beside(root: str) -> Stated | None:
         if folder.strip("/") and storage.exists(where):
             return dataset_json.parse(storage.read_bytes(where), where, folder)
     return None
+
+
+def unstated(found: list[tuple[str, Case]]) -> list[str]:
+    """Ids of 4D images, as `scan_images` gives them, of whose channels nothing says what they are."""
+    said: dict[str, bool] = {}
+    for root in {root for root, case in found if len(case.images) == 1}:
+        stated = _beside(root)
+        said[root] = bool(stated and stated.channels)
+    return [case.id for root, case in found if len(case.images) == 1 and not said[root]]
 
 
 def checksummed(manifest: Manifest, progress: Progress | None = None, before: Manifest | None = None) -> Manifest:
