@@ -27,6 +27,7 @@ from raytrain_brats.errors import RunFailed, UserError
 Options = TypeVar("Options")
 T = TypeVar("T")
 MOST_NAMED = 10
+_ENDLESS = 100_000
 LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal to draw a bar on."""
 
@@ -84,7 +85,8 @@ def show(table: Table) -> None:
         column.overflow = "fold"
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(console.width, Measurement.get(console, console.options, table).maximum))
+        room = console.options.update(width=_ENDLESS)
+        console = Console(width=max(console.width, Measurement.get(console, room, table).maximum))
     console.print(table)
 
 

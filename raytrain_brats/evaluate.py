@@ -15,12 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 import ray
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from raytrain_brats import config, figures, outputs, storage
-from raytrain_brats.cli import Uri, cases_from, default, entry, show_skipped
+from raytrain_brats.cli import Uri, cases_from, default, entry, show, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import Refused
@@ -167,7 +166,7 @@ def _show(scores: list[Score], split: str, phantoms: bool) -> None:
     mean = means(scores)
     lines.add_section()
     lines.add_row("mean", *(f"{mean[what][r]:.{p}f}" for what, p in (("dice", 3), ("hd95_mm", 1)) for r in REGIONS))
-    Console().print(lines)
+    show(lines)
     if phantoms:
         print("these are phantoms: their scores say nothing about patients")
 

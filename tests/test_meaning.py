@@ -208,7 +208,7 @@ def test_a_label_corrected_in_place_is_noticed(tmp_path: Path, here: None, capsy
     assert 4 in np.unique(Source(str(store), second.convention, 1.0).load(case).truth_xyz())
     with pytest.raises(UserError, match=r"files of case BraTS2021_00003 .* changed since"):
         scan.open_manifest(str(tmp_path / "m.jsonl"))
-    with pytest.raises(UserError, match="begun on other data"):
+    with pytest.raises(UserError, match=r"begun on other data .*; 1 cases changed, such as BraTS2021_00003"):
         job.build(settings(), run_dir, str(data), "")
 
 

@@ -167,14 +167,25 @@ def _check_same_run(job: Job) -> None:
         )
     if not manifests.is_identity(identity, job.manifest.cases, preprocessing(job.config), convention):
         raise UserError(
-            f"{job.run_dir} was begun on other data or preprocessing (identity {identity}, now {job.identity}); "
-            "give the data it was begun with, or another --run-dir"
+            f"{job.run_dir} was begun on other data or preprocessing (identity {identity}, now {job.identity}"
+            f"{_difference(job)}); give the data it was begun with, or another --run-dir"
         )
     if changed := differences(config, job.config):
         changes = "; ".join(changed)
         raise UserError(
             f"{job.run_dir} was begun with another config ({changes}); use the old values, or another --run-dir"
         )
+
+
+def _difference(job: Job) -> str:
+    """How the cases differ from those that the run folder noted, in words; "" where it cannot be said."""
+    with contextlib.suppress(UserError):
+        before = manifests.read(storage.join(job.run_dir, "manifest.jsonl")).cases
+        old, new = ({case.id: case.sha256 for case in cases} for cases in (before, job.manifest.cases))
+        changed = [name for name in new if name in old and new[name] != old[name]]
+        kinds = {"changed": changed, "new": sorted(new.keys() - old.keys()), "gone": sorted(old.keys() - new.keys())}
+        return "".join(f"; {len(names)} cases {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
+    return ""
 
 
 def write_config(job: Job) -> None:

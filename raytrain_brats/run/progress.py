@@ -35,6 +35,7 @@ class Progress:
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._console = Console(stderr=False)
         self._gauges, self._prices = gauges.Gauges(job.run_dir), gauges.prices()
+        self._cost = gauges.Cost(job.run_dir, self._prices)
         self._next_measure = 0.0
 
     def __enter__(self) -> "Progress":
@@ -44,6 +45,7 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         self._done.set()
         self._thread.join(timeout=10)
+        self._cost.note()
 
     def _follow(self) -> None:
         every_s = 1.0 if not storage.is_s3(self._job.run_dir) else 5.0
@@ -70,7 +72,8 @@ class Progress:
             self._measure(rows)
         except (OSError, ValueError, UserError, RayError) as error:  # the picture is not the run: storage may come back
             return [], f"run folder cannot be read just now: {error}"
-        return rows, describe(rows, events, self._job.plan.total, self._trouble())
+        cost = f" | ${self._cost.rate:,.2f}/h, ${self._cost.total:,.2f} so far" if self._cost.rate is not None else ""
+        return rows, describe(rows, events, self._job.plan.total, self._trouble()) + cost
 
     def _tell(self, events: list[dict[str, Any]], say: Callable[[str], None]) -> None:
         """A line when saving begins to fail, or fails for another reason, and one when it works again."""
@@ -87,9 +90,11 @@ class Progress:
         if (began := time.monotonic()) < self._next_measure:
             return
         self._next_measure = began + _MEASURE_S  # also when a next line fails
-        gauges.tell(self._gauges, ledger.read_events(self._job.run_dir), rows, self._job.plan.total)
+        events = ledger.read_events(self._job.run_dir)
+        gauges.tell(self._gauges, events, rows, self._job.plan.total)
         if self._prices:
-            self._gauges.set("dollars_per_hour", gauges.dollars_per_hour(self._prices, roles.alive()))
+            self._cost.look(roles.alive(), events)
+            self._gauges.set("dollars_per_hour", self._cost.rate)
         self._next_measure = began + max(_MEASURE_S, 100 * (time.monotonic() - began))
 
 
