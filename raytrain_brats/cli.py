@@ -98,7 +98,7 @@ def show_skipped(skipped: Sequence[Skipped], strict: bool = False) -> None:
         rows = [row for row in skipped if row.cause == cause]
         print(f"not taken, {cause}: {count}", file=sys.stderr)
         for row in rows[:MOST_NAMED]:
-            print(f"  {row.case or row.path}: {row.detail}", file=sys.stderr)
+            print("  " + " ".join(f"{row.case or row.path}: {row.detail}".splitlines()), file=sys.stderr)
         if count > MOST_NAMED:
             print(f"  and {count - MOST_NAMED} more", file=sys.stderr)
     if strict:

@@ -59,8 +59,9 @@ def work(args: Args) -> None:
             f"{described(source.convention)}: WT, TC and ET are other tissues there; evaluate on data of the run's own "
             "convention"
         )
-    found_identity = manifests.identity(manifest.cases, job.preprocessing(settings), source.convention)
-    if found_identity != identity and args.split != "all":
+    preprocessing = job.preprocessing(settings)
+    own = convention == source.convention and manifests.is_identity(identity, manifest.cases, preprocessing, convention)
+    if not own and args.split != "all":
         raise UserError(
             f"{manifest.root} is not what {run_dir} was trained on, so its folds do not say what was held out; "
             "give the run's own data, or --split all if none of these cases was trained on"
@@ -71,7 +72,7 @@ def work(args: Args) -> None:
         "checkpoint": name,
         "split": args.split,
         "data_root": outputs.place(manifest.root),
-        "identity": found_identity,
+        "identity": manifests.identity(manifest.cases, preprocessing, source.convention),
         "convention": source.convention,
     }
     print(f"{config.described('run', settings)}; labels: {described(source.convention)}")

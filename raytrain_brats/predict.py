@@ -27,7 +27,7 @@ from raytrain_brats.data.nifti import Refused, background_warning, label_file
 from raytrain_brats.data.preprocess import preprocess
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.labels import comparable, described, from_regions
+from raytrain_brats.labels import MODALITIES, comparable, described, from_regions
 from raytrain_brats.run import cluster, job
 from raytrain_brats.run.validate import newest_weights, segment, shared_network
 
@@ -69,6 +69,11 @@ def work(args: Args) -> None:
     found, skipped = scan.scan_images(args.images)
     show_skipped(skipped, args.strict)
     print(f"{config.described('run', settings)}; label values written: {described(convention)}")
+    if assumed := scan.unstated(found):
+        print(
+            f"{len(assumed)} 4D images, such as {assumed[0]}: no dataset.json says what their channels are; taken as "
+            f"{', '.join(MODALITIES)}"
+        )
     checkpoint, weights = newest_weights(run_dir)
     digest = hashlib.sha256(tensors_to_bytes(weights)).hexdigest()[:8]
     made_with = f"checkpoint {checkpoint} ({digest}), labels {convention}"

@@ -213,3 +213,12 @@ def test_nothing_taken_names_the_nearest_layout(tmp_path: Path, names: list[str]
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UserError, match=told):
         scan.scan(str(tmp_path))
+
+
+def test_a_dataset_json_that_lists_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The names of the files are not at fault then."""
+    data = write_msd_folder(tmp_path / "data", 2, shape=SHAPE)
+    about = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps(about | {"training": []}))
+    assert index.main(["--data", str(data), "--out", str(tmp_path / "m.jsonl")]) == 2
+    assert "dataset.json lists no case, but 4 NIfTI files lie there" in capsys.readouterr().err

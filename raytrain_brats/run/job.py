@@ -165,7 +165,7 @@ def _check_same_run(job: Job) -> None:
             f"{job.run_dir} was begun on labels read as {described(convention)}, now they would be read as "
             f"{described(job.source.convention)}; give the data and convention it was begun with, or another --run-dir"
         )
-    if identity != job.identity:
+    if not manifests.is_identity(identity, job.manifest.cases, preprocessing(job.config), convention):
         raise UserError(
             f"{job.run_dir} was begun on other data or preprocessing (identity {identity}, now {job.identity}"
             f"{_difference(job)}); give the data it was begun with, or another --run-dir"
