@@ -19,7 +19,7 @@ import yaml
 
 from raytrain_brats import sagemaker
 from raytrain_brats.run import progress
-from raytrain_brats.sagemaker import jobs, launch, service
+from raytrain_brats.sagemaker import host, jobs, launch, service
 
 ROOT = Path(__file__).parents[1]
 ROLE = "arn:aws:iam::123456789012:role/brats"
@@ -40,9 +40,19 @@ WHOLE = (
         "exp7",
     ),
     *("--train-instances", "ml.p4d.24xlarge:2", "--data-instances", "ml.m5.4xlarge:4", "--spot"),
-    *("--max-hours", "10", "--max-wait-hours", "30", "--volume-gb", "500", "--kms-key", KEY, "--encrypt-traffic"),
+    *(
+        "--max-hours",
+        "10",
+        "--max-wait-hours",
+        "30",
+        "--volume-gb",
+        "500",
+        "--output-kms-key",
+        KEY,
+        "--encrypt-traffic",
+    ),
     *("--subnets", "subnet-1", "subnet-2", "--security-groups", "sg-1", "--tag", "project=brats", "--tag", "who=me"),
-    *("--recipe", "dynunet", "--set", "train.epochs=3", "--set", "train.seed=7", "--workers", "4:16"),
+    *("--recipe", "dynunet", "--set", "train.epochs=3", "--set", "train.global_batch=16", "--workers", "4:16"),
     *("--env", "NCCL_DEBUG=INFO", "--join-minutes", "20", "--input", "fastfile"),
 )
 SENT = {
@@ -57,7 +67,7 @@ SENT = {
         "run_dir": "s3://brats/run",
         "recipe": "dynunet",
         "workers": "4:16",
-        "set": '["train.epochs=3", "train.seed=7"]',
+        "set": '["train.epochs=3", "train.global_batch=16"]',
     },
     "InputDataConfig": [
         {
@@ -80,7 +90,6 @@ SENT = {
             {"InstanceGroupName": "train", "InstanceType": "ml.p4d.24xlarge", "InstanceCount": 2},
         ],
         "VolumeSizeInGB": 500,
-        "VolumeKmsKeyId": KEY,
     },
     "VpcConfig": {"Subnets": ["subnet-1", "subnet-2"], "SecurityGroupIds": ["sg-1"]},
     "StoppingCondition": {"MaxRuntimeInSeconds": 36_000, "MaxWaitTimeInSeconds": 108_000},
@@ -179,9 +188,19 @@ def test_the_smallest_request(dry: Capture) -> None:
     }
     assert not request["EnableManagedSpotTraining"]
     assert not request.keys() & {"InputDataConfig", "VpcConfig", "Tags"}
-    kept = dry("launch", *SMALL, "--keep-alive-minutes", "30", "--spot")
+    assert dry("launch", *SMALL, "--spot")["StoppingCondition"]["MaxWaitTimeInSeconds"] == 172_800
+    more = ("--train-instances", "ml.m5.xlarge", "--keep-alive-minutes", "30", "--kms-key", KEY)
+    kept = dry("launch", *SMALL, *more)
     assert kept["ResourceConfig"]["KeepAlivePeriodInSeconds"] == 1800
-    assert kept["StoppingCondition"]["MaxWaitTimeInSeconds"] == 172_800
+    assert kept["ResourceConfig"]["VolumeKmsKeyId"] == kept["OutputDataConfig"]["KmsKeyId"] == KEY
+
+
+def test_a_look_into_a_job(dry: Capture) -> None:
+    """--remote-debug lets Systems Manager in and has the head show Ray's dashboard; else nobody asks for either."""
+    request = dry("launch", *SMALL, "--remote-debug")
+    assert request["RemoteDebugConfig"] == {"EnableRemoteDebug": True}
+    assert request["Environment"][host.DASHBOARD] == "1"
+    assert "RemoteDebugConfig" not in (plain := dry("launch", *SMALL)) and host.DASHBOARD not in plain["Environment"]
 
 
 def test_an_isolated_container_uses_what_the_service_copies(dry: Capture) -> None:
@@ -211,8 +230,11 @@ def test_cases_on_fsx(dry: Capture) -> None:
     }
 
 
-def test_code_is_shipped_to_images_of_aws(sent: Capture) -> None:
-    """The package and its requirements are uploaded; PID 1's bash hands SIGTERM on."""
+def test_code_is_shipped_to_images_of_aws(sent: Capture, capsys: pytest.CaptureFixture[str]) -> None:
+    """The package and its requirements are uploaded, dry they are not; PID 1's bash hands SIGTERM on."""
+    assert sagemaker.main(["launch", *SMALL, "--ship-code", "--dry-run"]) == 0
+    assert "sm_drivers" in capsys.readouterr().out
+    assert "Contents" not in boto3.client("s3").list_objects_v2(Bucket="brats")
     request = sent("launch", *SMALL, "--ship-code")
     channels = {channel["ChannelName"]: channel for channel in request["InputDataConfig"]}
     assert channels.keys() == {"code", "sm_drivers"}
@@ -370,7 +392,8 @@ def test_prices_are_dated_and_of_types_that_exist() -> None:
         assert service.instances(name, "x") == (name, 1)
     assert re.fullmatch(r"\d{4}-\d{2}", str(table["date"]))
     assert "about 54.19 USD an hour" in service.cost([("ml.m5.4xlarge", 4), ("ml.p4d.24xlarge", 2)])
-    assert "without ml.p3dn.24xlarge" in service.cost([("ml.m5.4xlarge", 1), ("ml.p3dn.24xlarge", 1)])
+    assert "about 35.86 USD an hour" in service.cost([("ml.p3dn.24xlarge", 1)])
+    assert "without ml.p4de.24xlarge" in service.cost([("ml.m5.4xlarge", 1), ("ml.p4de.24xlarge", 1)])
 
 
 def test_images_get_what_the_package_needs() -> None:
