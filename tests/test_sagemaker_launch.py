@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -21,7 +20,6 @@ from raytrain_brats import sagemaker
 from raytrain_brats.run import progress
 from raytrain_brats.sagemaker import host, jobs, launch, service
 
-ROOT = Path(__file__).parents[1]
 ROLE = "arn:aws:iam::123456789012:role/brats"
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/raytrain-brats:1"
 KEY = "arn:aws:kms:us-east-1:123456789012:key/11111111-2222-3333-4444-555555555555"
@@ -51,7 +49,7 @@ WHOLE = (
         KEY,
         "--encrypt-traffic",
     ),
-    *("--subnets", "subnet-1", "subnet-2", "--security-groups", "sg-1", "--tag", "project=brats", "--tag", "who=me"),
+    *("--subnets", "subnet-1", "subnet-2", "--security-groups", "sg-1", "--tag", "study=7", "--tag", "who=me"),
     *("--recipe", "dynunet", "--set", "train.epochs=3", "--set", "train.global_batch=16", "--workers", "4:16"),
     *("--env", "NCCL_DEBUG=INFO", "--join-minutes", "20", "--input", "fastfile"),
 )
@@ -99,7 +97,11 @@ SENT = {
     "CheckpointConfig": {"S3Uri": "s3://brats/run/sagemaker/hosts", "LocalPath": "/opt/ml/checkpoints"},
     "Environment": {"RAYTRAIN_BRATS_JOIN_S": "1200", "NCCL_DEBUG": "INFO"},
     "RetryStrategy": {"MaximumRetryAttempts": 3},
-    "Tags": [{"Key": "project", "Value": "brats"}, {"Key": "who", "Value": "me"}],
+    "Tags": [
+        {"Key": "project", "Value": "raytrain-brats"},
+        {"Key": "study", "Value": "7"},
+        {"Key": "who", "Value": "me"},
+    ],
 }
 
 Capture = Callable[..., Any]
@@ -187,7 +189,8 @@ def test_the_smallest_request(dry: Capture) -> None:
         "recipe": "segresnet",
     }
     assert not request["EnableManagedSpotTraining"]
-    assert not request.keys() & {"InputDataConfig", "VpcConfig", "Tags"}
+    assert request["Tags"] == [{"Key": "project", "Value": "raytrain-brats"}]
+    assert not request.keys() & {"InputDataConfig", "VpcConfig"}
     assert dry("launch", *SMALL, "--spot")["StoppingCondition"]["MaxWaitTimeInSeconds"] == 172_800
     more = ("--train-instances", "ml.m5.xlarge", "--keep-alive-minutes", "30", "--kms-key", KEY)
     kept = dry("launch", *SMALL, *more)
@@ -305,7 +308,7 @@ def test_a_processing_job(sent: Capture, dry: Capture) -> None:
             "VpcConfig": {"Subnets": ["subnet-1"], "SecurityGroupIds": ["sg-1"]},
         },
         "StoppingCondition": {"MaxRuntimeInSeconds": 86_400},
-        "Tags": [{"Key": "a", "Value": "b"}],
+        "Tags": [{"Key": "project", "Value": "raytrain-brats"}, {"Key": "a", "Value": "b"}],
     }
 
 
@@ -394,19 +397,6 @@ def test_prices_are_dated_and_of_types_that_exist() -> None:
     assert "about 54.19 USD an hour" in service.cost([("ml.m5.4xlarge", 4), ("ml.p4d.24xlarge", 2)])
     assert "about 35.86 USD an hour" in service.cost([("ml.p3dn.24xlarge", 1)])
     assert "without ml.p4de.24xlarge" in service.cost([("ml.m5.4xlarge", 1), ("ml.p4de.24xlarge", 1)])
-
-
-def test_images_get_what_the_package_needs() -> None:
-    """requirements.txt: the package's dependencies but torch, in the versions of constraints.txt."""
-    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    needed_names = {re.split(r"[=<>]", one)[0] for one in needed} - {"torch"}
-    lines = (ROOT / "cluster/sagemaker/requirements.txt").read_text().splitlines()
-    pinned = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
-    assert pinned.keys() == needed_names
-    tested = dict(
-        line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
-    )
-    assert pinned == {name: tested[name.split("[")[0]] for name in pinned}
 
 
 def test_a_job_is_followed_and_stopped(sent: Capture, capsys: pytest.CaptureFixture[str]) -> None:

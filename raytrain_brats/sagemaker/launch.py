@@ -186,7 +186,7 @@ def _train(request: Request, session: Any) -> None:
                 compression_type="NONE",
                 kms_key_id=args.output_kms_key or args.kms_key or None,
             ),
-            tags=[configs.Tag(key=key, value=value) for key, value in service.pairs(args.tag, "tag").items()] or None,
+            tags=[configs.Tag(key=key, value=value) for key, value in service.tags(args).items()],
         )
         trainer.with_metric_definitions([configs.MetricDefinition(name=n, regex=r) for n, r in METRICS.items()])
         trainer.with_retry_strategy(configs.RetryStrategy(maximum_retry_attempts=RETRIES))

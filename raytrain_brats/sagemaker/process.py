@@ -69,7 +69,7 @@ def _start(args: Args, instances: tuple[str, int], arguments: list[str], session
         max_runtime_in_seconds=int(3600 * args.max_hours),
         base_job_name=args.name,
         env=service.environment(args),
-        tags=[{"Key": key, "Value": value} for key, value in service.pairs(args.tag, "tag").items()] or None,
+        tags=[{"Key": key, "Value": value} for key, value in service.tags(args).items()],
         network_config=NetworkConfig(
             encrypt_inter_container_traffic=args.encrypt_traffic,
             subnets=list(args.subnets) or None,

@@ -89,6 +89,11 @@ def pairs(given: tuple[str, ...], option: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in given)
 
 
+def tags(options: JobOptions) -> dict[str, str]:
+    """The user's, and ours: who may launch may send and stop jobs that carry it, and bills can be split by it."""
+    return {"project": "raytrain-brats"} | pairs(options.tag, "tag")
+
+
 def environment(options: JobOptions) -> dict[str, str]:
     return {"RAYTRAIN_BRATS_JOIN_S": f"{60 * options.join_minutes:g}"} | pairs(options.env, "env")
 
