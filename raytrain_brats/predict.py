@@ -71,7 +71,7 @@ def work(args: Args) -> None:
     print(f"{config.described('run', settings)}; label values written: {described(convention)}")
     if assumed := scan.unstated(found):
         print(
-            f"{len(assumed)} 4D images, such as {assumed[0]}: no dataset.json says what their channels are; taken as "
+            f"4D images ({len(assumed)}, such as {assumed[0]}): no dataset.json says what their channels are; taken as "
             f"{', '.join(MODALITIES)}"
         )
     checkpoint, weights = newest_weights(run_dir)

@@ -286,6 +286,8 @@ def listing(uri: str) -> Listing:
                 path = Path(folder) / name
                 try:
                     about = path.stat()
+                    if not os.access(path, os.R_OK):
+                        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
                     found[path.relative_to(root).as_posix()] = about.st_size, str(about.st_mtime_ns)
                 except FileNotFoundError:  # a file may go while we look; a link that leads nowhere stays
                     if path.is_symlink():

@@ -60,9 +60,10 @@ def test_links_that_lead_nowhere(brats: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can take the right to enter away from others")
-def test_a_folder_without_rights(brats: Path) -> None:
-    """As another user than its owner."""
-    (brats / CASE).chmod(0o700)
+@pytest.mark.parametrize("closed", ["", f"{CASE}_t1.nii.gz"])
+def test_a_folder_or_a_file_without_rights(brats: Path, closed: str) -> None:
+    """As another user than its owner: the others are taken, and `index` does not end at the first."""
+    (brats / CASE / closed).chmod(0o700)
     for folder in [brats, *brats.parents]:
         if str(folder).startswith("/tmp/"):
             folder.chmod(0o755)
@@ -72,7 +73,7 @@ def test_a_folder_without_rights(brats: Path) -> None:
         os.setuid(65534)
         try:
             (row,) = skipped(brats)
-            assert (row.cause, row.path) == (layouts.UNREADABLE, CASE)
+            assert (row.cause, row.path) == (layouts.UNREADABLE, f"{CASE}/{closed}".rstrip("/"))
             assert "Permission denied" in row.detail
             os._exit(0)
         finally:
