@@ -56,6 +56,8 @@ def work(args: Args) -> None:
     if args.folds:
         found = folds.dealt(found, args.folds)
     if before and not args.overwrite:
+        if not manifests.as_written(out):
+            raise UserError(f"{out} was changed by hand since; give another --out, or say --overwrite")
         _check_same(out, before, found)
     manifests.write(found, out)
     counts = Counter(case.fold for case in found.cases)

@@ -279,6 +279,10 @@ def test_index_replaces_only_what_it_made_of_the_same_folder(
     assert index.main(["--data", other, "--out", str(out)]) == 2 and out.read_bytes() == before
     assert f"is the manifest of {tmp_path}" in capsys.readouterr().err
     assert index.main(["--data", other, "--out", str(out), "--overwrite"]) == 0 and out.read_bytes() != before
+    header, first, *_ = out.read_text().splitlines()
+    out.write_text(f"{header}\n{first}\n")  # somebody took a case out
+    assert index.main(["--data", other, "--out", str(out)]) == 2 and "changed by hand" in capsys.readouterr().err
+    assert len(open_manifest(str(out)).cases) == 1
     for content in (b'{"text": "mine"}\n', b""):
         out.write_bytes(content)
         assert index.main(["--data", one, "--out", str(out)]) == 2 and out.read_bytes() == content

@@ -90,6 +90,8 @@ def _open(root: str) -> tuple[str, Listing, Stated | None]:
     """(the data set's own root, what lies there, its dataset.json): it may lie below the folder given."""
     root = storage.normal(root)
     listing = storage.listing(root)
+    if not listing.files and NIFTI.search(root) and storage.exists(root):
+        raise UserError(f"data folder {root} is one file; give the folder that it lies in")
     if not listing.files:
         why = listing.unreadable.get(".") or (None if storage.exists(root) else "does not exist")
         raise UserError(f"data folder {root} {why or 'holds no files'}; give a folder in MSD or BraTS layout")
