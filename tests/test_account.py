@@ -135,7 +135,7 @@ def test_buckets_are_closed(name: str) -> None:
 
 
 ANYWHERE = {
-    "ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "ssm:StartSession",
+    "ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "ssm:StartSession", "sagemaker:ListTrainingJobs",
     *(f"ssmmessages:{way}{channel}Channel" for way in ("Create", "Open") for channel in ("Control", "Data")),
     *(f"ec2:{do}NetworkInterface{what}" for do in ("Create", "Delete") for what in ("", "Permission")),
 }  # fmt: skip

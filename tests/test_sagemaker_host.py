@@ -223,6 +223,23 @@ def test_sigterm_anywhere_saves_and_ends_all(tmp_path: Path, told: tuple[str, ..
     assert not any(job.failure(me) for me in HOSTS)
 
 
+@pytest.mark.parametrize(("asked", "me", "shown"), [("1", "here", True), ("", "here", False), ("1", "there", False)])
+def test_the_dashboard_is_for_who_asked(monkeypatch: pytest.MonkeyPatch, asked: str, me: str, shown: bool) -> None:
+    """On the head alone, on its loopback; a job that nobody is to look into has none."""
+    given: list[str] = []
+
+    def run(arguments: list[str], **_: Any) -> Any:
+        given.extend(arguments)
+        return subprocess.CompletedProcess(arguments, 0, "")
+
+    monkeypatch.setattr(host.subprocess, "run", run)
+    monkeypatch.setattr(meeting, "address_of", lambda name, deadline: "127.0.0.1")
+    monkeypatch.setenv(host.DASHBOARD, asked)
+    host.start_ray(Cluster(me, ("here", "there"), "here", "all", "lo"), 0)
+    assert ("--include-dashboard=true" in given) == ("--dashboard-host=127.0.0.1" in given) == shown
+    assert ("--include-dashboard=false" in given) == (me == "here" and not shown)
+
+
 def test_sigterm_before_the_others_came_ends_at_once(tmp_path: Path) -> None:
     job = Job(tmp_path, TRAINS, hosts=HOSTS[:2])
     job.wait_for("127.0.0.2 is here")

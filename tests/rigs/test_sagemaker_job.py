@@ -96,10 +96,17 @@ def rows_until(job: Job, run_dir: str, number: int, timeout_s: float = 400) -> N
 
 
 def test_a_job_that_is_interrupted_goes_on_and_finishes(start: Start, tmp_path: Path) -> None:
-    """SIGTERM in the middle: saved in time. Again: on from that very step, to the end, every sample once."""
+    """The dashboard is on the head's loopback, for who has the token. SIGTERM in the middle: saved in time. Again: on
+    from that very step, to the end, every sample once."""
     places = ("--data", put_cases(tmp_path / "cases"), "--run-dir", (run_dir := "s3://rig-bucket/run"))
-    first = start(*places)
+    first = start(*places, "--remote-debug")
     rows_until(first, run_dir, 12)
+    token = storage.read_bytes(f"{run_dir}/sagemaker/ray_token").decode()
+    assert first.ask(HEAD, f"http://127.0.0.1:{host.DASHBOARD_PORT}/api/version") == "401"
+    assert first.ask(HEAD, f"http://127.0.0.1:{host.DASHBOARD_PORT}/api/version", token) == "200"
+    assert (
+        first.ask("algo-2", f"http://{NETWORK}10:{host.DASHBOARD_PORT}/api/version", token) == "000"
+    )  # nobody answers
     began = time.monotonic()
     first.sigterm()
     status, codes = first.wait(200, stopping=True)
