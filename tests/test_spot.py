@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.experimental import internal_kv
 
 from raytrain_brats import spot
+from raytrain_brats.run import pulse, saving
 from raytrain_brats.spot import ACTION, REBALANCE, Imds, Notice, Watcher
 
 
@@ -146,6 +149,32 @@ def test_a_recommendation_is_a_reason_to_save_and_no_more(
     metadata.terminate_in(90)
     watcher.look()
     assert (len(saved), len(drained)) == (1, 1)
+
+
+def test_the_runs_on_this_machine_are_asked_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what their ranks tell the cluster: those that train here and are alive, each run once."""
+    asked: list[str] = []
+    monkeypatch.setattr(saving, "ask", lambda run_dir, what: asked.append(run_dir) is None and what == saving.SAVE)
+    try:
+        context = ray.init(address="local", num_cpus=1, include_dashboard=False)
+        monkeypatch.setenv("RAY_ADDRESS", context.address_info["gcs_address"])
+        with pytest.raises(SystemExit, match="1"):
+            spot.save(Notice("", 0))
+        about = {
+            "node": ray.get_runtime_context().get_node_id(),
+            "phase": "data",
+            "pid": os.getpid(),
+            "run_dir": "here",
+        }
+        others = ({"node": "0"}, {"phase": "end"}, {"pid": 2**22 + 1})
+        rows = [about, about, *(about | other | {"run_dir": "other"} for other in others)]
+        for number, each in enumerate(rows):
+            internal_kv._internal_kv_put(f"run/{number}".encode(), json.dumps(each).encode(), namespace=pulse.NAMESPACE)
+        with pytest.raises(SystemExit, match="0"):
+            spot.save(Notice("", 0))
+    finally:
+        ray.shutdown()
+    assert asked == ["here"]
 
 
 def test_a_machine_without_a_head_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
