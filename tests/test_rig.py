@@ -126,7 +126,7 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     """The shipped YAML for machines of one CPU without GPUs: nothing else is changed."""
     for name, kind in config["available_node_types"].items():
         if name != "head":
-            kind["resources"] = {"CPU": 1, "GPU": 0}  # else Ray fills in what the instance type has
+            kind["resources"] = {"CPU": 1, "GPU": 0}
     config["available_node_types"]["data"]["max_workers"] = 1
     config["provider"]["on_demand_fallback"] = True
     config["worker_start_ray_commands"][2] = config["worker_start_ray_commands"][2].replace(
