@@ -17,9 +17,12 @@ def _is_command() -> bool:
 
 
 if _is_command():  # before anything is imported that takes a while or that a file of the same name hides
-    from raytrain_brats import interrupt, shadow
+    from raytrain_brats import shadow
 
-    interrupt.install()
     if not sys.flags.safe_path and (_told := shadow.clash(sys.path[0] or ".")):
         print(f"error: {_told}", file=sys.stderr)
         sys.exit(2)
+    from raytrain_brats import home, interrupt
+
+    interrupt.install()
+    home.provide()

@@ -6,10 +6,11 @@ Out: the command's exit code.
 
 import sys
 
-from raytrain_brats import interrupt
+from raytrain_brats import home, interrupt
 
 if __name__ == "__main__" or sys.argv[0].endswith("raytrain-brats"):  # the command; not who imports this module
     interrupt.install()
+    home.provide()
 
 import importlib
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from raytrain_brats import outputs, storage
 from raytrain_brats.benchmark.meter import Meter
 from raytrain_brats.benchmark.pipelines import ABOUT, OURS, PEERS, Order, Run, missing
-from raytrain_brats.cli import choose, entry
+from raytrain_brats.cli import choose, entry, show
 from raytrain_brats.data import phantom, scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.store import Source
@@ -234,7 +234,7 @@ def _show(found: dict[str, Any]) -> None:
         numbers = f"{row['patches_per_s']:.1f}", f"{row['peak_mb']}", f"{row['disk_bytes'] / 1e6:.0f}"
         rate = f"{row['patches_per_cpu_s']:.1f} ({rates})"
         table.add_row(name, rate, *numbers)
-    Console().print(table)
+    show(table)
     for name, row in found["pipelines"].items():
         print(f"{name}: {row['output']}; augmentation: {row['augmentation']}; cache: {row['cache']}")
     for name, why in found["skipped"].items():

@@ -27,6 +27,7 @@ from raytrain_brats.errors import RunFailed, UserError
 Options = TypeVar("Options")
 T = TypeVar("T")
 MOST_NAMED = 10
+_ENDLESS = 100_000
 LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal to draw a bar on."""
 
@@ -94,7 +95,8 @@ def show(table: Table) -> None:
         column.overflow = "fold"
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(console.width, Measurement.get(console, console.options, table).maximum))
+        room = console.options.update(width=_ENDLESS)
+        console = Console(width=max(console.width, Measurement.get(console, room, table).maximum))
     console.print(table)
 
 
@@ -106,7 +108,7 @@ def show_skipped(skipped: Sequence[Skipped], strict: bool = False) -> None:
         rows = [row for row in skipped if row.cause == cause]
         print(f"not taken, {cause}: {count}", file=sys.stderr)
         for row in rows[:MOST_NAMED]:
-            print(f"  {row.case or row.path}: {row.detail}", file=sys.stderr)
+            print("  " + " ".join(f"{row.case or row.path}: {row.detail}".splitlines()), file=sys.stderr)
         if count > MOST_NAMED:
             print(f"  and {count - MOST_NAMED} more", file=sys.stderr)
     if strict:

@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from rich.console import Console
 from rich.table import Table
 
 from raytrain_brats import config, outputs, storage
-from raytrain_brats.cli import Changes, Uri, entry
+from raytrain_brats.cli import Changes, Uri, entry, show
 from raytrain_brats.data import scan
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import REGIONS
@@ -124,7 +123,7 @@ def _begin(out: Path, args: Args) -> None:
     asked = {
         "data": outputs.place(args.data) if args.data else f"{args.cases} phantoms",
         "recipe": args.recipe,
-        "set": sorted(args.set),
+        "set": " ".join(sorted({s.partition("=")[0]: s for s in args.set}.values())),  # the last one counts
     }
     here = {path.name for path in out.iterdir()} if out.is_dir() else set()
     here = {name for name in here if not any(name.startswith(f".{ours}.") for ours in MADE)} - {storage.PROBE}
@@ -206,7 +205,7 @@ def _summarise(out: Path, run_dir: str, seconds: dict[str, float]) -> None:
     made.add_row("seconds", ", ".join(f"{stage} {s:g}" for stage, s in seconds.items() if stage != "total"))
     for name, what in (("report", "run/report.html"), ("predictions", "predictions/"), ("summary", "summary.json")):
         made.add_row(name, str(out / what))
-    Console().print(made)
+    show(made)
 
 
 def main(argv: list[str] | None = None) -> int:

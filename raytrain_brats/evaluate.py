@@ -15,12 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 import ray
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from raytrain_brats import config, figures, outputs, storage
-from raytrain_brats.cli import Uri, cases_from, default, entry, show_skipped
+from raytrain_brats.cli import Uri, cases_from, default, entry, show, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import Refused
@@ -60,8 +59,9 @@ def work(args: Args) -> None:
             f"{described(source.convention)}: WT, TC and ET are other tissues there; evaluate on data of the run's own "
             "convention"
         )
-    found_identity = manifests.identity(manifest.cases, job.preprocessing(settings), source.convention)
-    if found_identity != identity and args.split != "all":
+    preprocessing = job.preprocessing(settings)
+    own = convention == source.convention and manifests.is_identity(identity, manifest.cases, preprocessing, convention)
+    if not own and args.split != "all":
         raise UserError(
             f"{manifest.root} is not what {run_dir} was trained on, so its folds do not say what was held out; "
             "give the run's own data, or --split all if none of these cases was trained on"
@@ -72,7 +72,7 @@ def work(args: Args) -> None:
         "checkpoint": name,
         "split": args.split,
         "data_root": outputs.place(manifest.root),
-        "identity": found_identity,
+        "identity": manifests.identity(manifest.cases, preprocessing, source.convention),
         "convention": source.convention,
     }
     print(f"{config.described('run', settings)}; labels: {described(source.convention)}")
@@ -166,7 +166,7 @@ def _show(scores: list[Score], split: str, phantoms: bool) -> None:
     mean = means(scores)
     lines.add_section()
     lines.add_row("mean", *(f"{mean[what][r]:.{p}f}" for what, p in (("dice", 3), ("hd95_mm", 1)) for r in REGIONS))
-    Console().print(lines)
+    show(lines)
     if phantoms:
         print("these are phantoms: their scores say nothing about patients")
 

@@ -13,6 +13,7 @@ from raytrain_brats import labels, outputs, storage
 from raytrain_brats.cli import Uri, default, entry, progress, show_skipped
 from raytrain_brats.data import folds, scan
 from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data.manifest import Manifest
 from raytrain_brats.errors import UserError
 
 
@@ -32,7 +33,7 @@ class Args:
     strict: bool = False
     """Refuse a folder of which anything would not be used."""
     overwrite: bool = False
-    """Replace a manifest of other data."""
+    """Replace a manifest of other data, of another convention or of other folds."""
 
 
 def work(args: Args) -> None:
@@ -47,13 +48,15 @@ def work(args: Args) -> None:
         labels.known(args.convention)
     out = storage.normal(args.out)
     found = scan.scan(data, args.convention)
-    _check_replaceable(out, found.root, args.overwrite)
+    before = _check_replaceable(out, found.root, args.overwrite)
     storage.check_writable(out.rpartition("/")[0])
     if args.strict:
         show_skipped(found.skipped, strict=True)
     found = scan.checksummed(found, lambda rows, total: progress(rows, "checksums", total))
     if args.folds:
         found = folds.dealt(found, args.folds)
+    if before and not args.overwrite:
+        _check_same(out, before, found)
     manifests.write(found, out)
     counts = Counter(case.fold for case in found.cases)
     subjects = len({case.subject for case in found.cases})
@@ -68,10 +71,11 @@ def work(args: Args) -> None:
     show_skipped(found.skipped)
 
 
-def _check_replaceable(out: str, root: str, overwrite: bool) -> None:
-    """Raises UserError when a file is there that this command did not make of the same folder."""
+def _check_replaceable(out: str, root: str, overwrite: bool) -> Manifest | None:
+    """The manifest that is there. Raises UserError when a file is there that this command did not make of the same
+    folder."""
     if not storage.exists(out):
-        return
+        return None
     try:
         before = manifests.read(out)
     except UserError:
@@ -81,6 +85,22 @@ def _check_replaceable(out: str, root: str, overwrite: bool) -> None:
     if not overwrite and not (before and outputs.same(before.root, root)):
         what = f"the manifest of {before.root}" if before else "no manifest that could be read"
         raise UserError(f"{out} is {what}; give another --out, or say --overwrite")
+    return before
+
+
+def _check_same(out: str, before: Manifest, found: Manifest) -> None:
+    """Raises UserError when what a user decided in the manifest before would be lost: the convention, the folds."""
+    remedy = "give another --out, or say --overwrite"
+    if before.convention != found.convention:
+        was, now = labels.described(before.convention), labels.described(found.convention)
+        raise UserError(f"{out} reads the labels as {was}, now it would be {now}; {remedy}")
+    fold_of = {case.id: case.fold for case in found.cases}
+    moved = [case for case in before.cases if fold_of.get(case.id, case.fold) != case.fold]
+    if moved and before.cases != scan.dealt(before.cases):
+        raise UserError(
+            f"{out} has folds that somebody stated; {len(moved)} cases would change theirs, such as {moved[0].id} "
+            f"from {moved[0].fold} to {fold_of[moved[0].id]}; {remedy}"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ class _State:
     grace_s = 0.0
     """0: end at once, there is nothing of ours to clean up."""
     depth = 0
+    ours: Sequence[signal.Signals] = ()
     first, deadline = 0.0, math.inf
+    started: frozenset[tuple[int, str]] = frozenset()
+    """Processes below this one when the signal came: workers of a Ray that is shut down lose their parents."""
 
 
 _state = _State()
@@ -50,11 +53,17 @@ def install() -> None:
     hearing, told = os.pipe()
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    for number in ours:
-        signal.signal(number, _raise)
+    _state.ours = ours
+    again()
     os.register_at_fork(after_in_child=_forget)
     threading.Thread(target=_watch, args=(hearing,), name="interrupt", daemon=True).start()
     _state.installed = True
+
+
+def again() -> None:
+    """Take the signals back from a library that has put handlers of its own, as Ray does when it starts."""
+    for number in _state.ours:
+        signal.signal(number, _raise)
 
 
 def installed() -> bool:
@@ -75,7 +84,7 @@ def gracefully(grace_s: float = GRACE_S) -> Iterator[None]:
 
 def allow(seconds: float) -> None:
     """After a signal: the process may take so long from now on."""
-    if _state.first:
+    if _state.raised:
         _state.deadline = time.monotonic() + seconds
 
 
@@ -91,6 +100,7 @@ def leave() -> int:
 def _raise(number: int, frame: Any) -> None:
     if _state.grace_s and not _state.raised:
         _state.raised = True
+        _hear()  # or the thread might, later, take back what is allowed meanwhile
         raise KeyboardInterrupt
 
 
@@ -106,13 +116,20 @@ def _watch(hearing: int) -> None:
     while True:
         if select.select([hearing], [], [], 0.2 if _state.first else None)[0]:
             heard = {n for n in os.read(hearing, 64) if n in _SIGNALS and signal.getsignal(n) is _raise}
-            now = time.monotonic()
-            if heard and not _state.first:
-                _state.first, _state.deadline = now, now + _state.grace_s
-            elif heard and now > _state.first + _TWICE_S:
-                _state.deadline = now
+            if heard and not _hear() and time.monotonic() > _state.first + _TWICE_S:
+                _state.deadline = 0.0
         if time.monotonic() >= _state.deadline:
             _end()
+
+
+def _hear() -> bool:
+    """Note the first signal; whether this is it."""
+    if _state.first:
+        return False
+    _state.first = time.monotonic()
+    _state.deadline = _state.first + _state.grace_s
+    _state.started = frozenset(_descendants(os.getpid()) if _state.grace_s else ())
+    return True
 
 
 def _end() -> None:
@@ -124,13 +141,14 @@ def _end() -> None:
         shown = b"\x1b[?25h" if os.isatty(2) else b""  # a bar hides the cursor
         with contextlib.suppress(OSError):
             os.write(2, shown + b"interrupted\n")
-    ended: set[int] = set()
+    ended: set[tuple[int, str]] = set()
     while new := _descendants(os.getpid()) - ended:  # stopped first, so that none starts another meanwhile
-        for pid in new:
+        for pid, _ in new:
             _send(pid, signal.SIGSTOP)
         ended |= new
-    for pid in ended:
-        _send(pid, signal.SIGKILL)
+    for pid, since in ended | _state.started:
+        if _began(pid)[1] == since:
+            _send(pid, signal.SIGKILL)
     os._exit(EXIT_CODE)
 
 
@@ -139,16 +157,24 @@ def _send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def _descendants(root: int) -> set[int]:
-    """Processes below this one; none where there is no /proc."""
-    children: dict[int, list[int]] = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            parent = int(status.read_text(errors="replace").rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(status.parent.name))
-    found, todo = set[int](), [root]
+def _began(pid: int) -> tuple[int, str]:
+    """(parent, when it began in the kernel's ticks) of a process; (0, "") when there is none."""
+    try:
+        facts = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return int(facts[1]), facts[19]
+    except (OSError, ValueError, IndexError):
+        return 0, ""
+
+
+def _descendants(root: int) -> set[tuple[int, str]]:
+    """(number, when it began) of processes below this one; none where there is no /proc."""
+    children: dict[int, list[tuple[int, str]]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        parent, since = _began(pid := int(folder.name))
+        children.setdefault(parent, []).append((pid, since))
+    found, todo = set[tuple[int, str]](), [root]
     while todo:
         below = children.get(todo.pop(), [])
         found.update(below)
-        todo += below
+        todo += [pid for pid, _ in below]
     return found

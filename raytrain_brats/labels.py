@@ -147,7 +147,12 @@ _TISSUES = (  # the first that fits: "surrounding non-enhancing FLAIR hyperinten
     (CYST, r"cyst|\bcc\b"),
     (ENHANCING, r"enhanc|active|\b(et|aet)\b"),
 )
-_REGION_WORDS = (("WT", r"whole|\bwt\b"), ("TC", r"tumou?r core|\btc\b"), ("ET", r"enhanc|\bet\b"))
+_REGION_WORDS = (
+    ("", r"non.?enhanc"),  # "non-enhancing tumor core" is a tissue
+    ("WT", r"whole|\bwt\b"),
+    ("TC", r"tumou?r core|\btc\b"),
+    ("ET", r"enhanc|\bet\b"),
+)
 
 
 def stated_convention(stated: Any, where: str) -> str | None:
@@ -164,19 +169,31 @@ def stated_convention(stated: Any, where: str) -> str | None:
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where}: its `labels` are no table of values and names; mend them") from error
     told = ", ".join(f"{'/'.join(map(str, v))} {name}" for name, v in values.items())
-    by_region = {r: set(v) for name, v in values.items() if (r := _first(_REGION_WORDS, name)) is not None}
-    if any(len(v) > 1 for v in values.values()) and set(by_region) == set(REGIONS):
-        fitting = [c for c in CONVENTIONS if all(set(regions(c)[r]) == by_region[r] for r in REGIONS)]
+    by_region = {name: r for name in values if (r := _first(_REGION_WORDS, name))}
+    if not (any(len(v) > 1 for v in values.values()) and sorted(by_region.values()) == sorted(REGIONS)):
+        by_region = {}
+    tissue: dict[int, str] = {}
+    for name, (value, *more) in values.items():
+        if name in by_region:
+            continue
+        found = _first(_TISSUES, name)
+        if found is None or more or (found == "") != (value == 0):
+            raise UserError(
+                f"{where}: the label {value} {name!r} is not understood; name it edema, core or enhancing, or by "
+                "the data set's own word"
+            )
+        tissue |= {value: found} if value else {}
+    if by_region:  # what is named beside them, such as a resection cavity, tells conventions of equal regions apart
+        asked = {region: set(values[name]) for name, region in by_region.items()}
+        used = {value for named in values.values() for value in named} - {0}
+        fitting = [
+            c
+            for c in CONVENTIONS
+            if all(set(regions(c)[r]) == asked[r] for r in REGIONS)
+            and used == set(known(c).tissue)
+            and tissue.items() <= known(c).tissue.items()
+        ]
     else:
-        tissue: dict[int, str] = {}
-        for name, (value, *more) in values.items():
-            found = _first(_TISSUES, name)
-            if found is None or more or (found == "") != (value == 0):
-                raise UserError(
-                    f"{where}: the label {value} {name!r} is not understood; name it edema, core or enhancing, or by "
-                    "the data set's own word"
-                )
-            tissue |= {value: found} if value else {}
         fitting = [c for c in CONVENTIONS if known(c).tissue == tissue]
     if not fitting:
         every = "; ".join(described(c) for c in CONVENTIONS if c != "article")
@@ -185,7 +202,10 @@ def stated_convention(stated: Any, where: str) -> str | None:
 
 
 def _whole(value: Any) -> list[int]:
-    return [int(v) for v in (value if isinstance(value, list) else [value])]
+    whole = [int(v) for v in (value if isinstance(value, list) else [value])]
+    if not whole or any(isinstance(v, float) and v != int(v) for v in (value if isinstance(value, list) else [value])):
+        raise ValueError("no whole number")
+    return whole
 
 
 def _first(words: tuple[tuple[str, str], ...], name: str) -> str | None:
@@ -202,6 +222,8 @@ _SPELLINGS = (  # of what is left without signs
 
 def modality(name: str) -> int | None:
     """Which of MODALITIES a name means, in any usual spelling; None when it is not understood."""
+    if "*" in name:  # T2* is another sequence than T2
+        return None
     bare = re.sub(r"[^a-z0-9]", "", name.lower())
     return next((n for n, pattern in enumerate(_SPELLINGS) if re.fullmatch(pattern, bare)), None)
 
@@ -219,11 +241,16 @@ def stated_modalities(stated: Any, where: str) -> tuple[int, ...] | None:
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: its modalities are no table of channels and names; mend them") from error
     found = {channel: modality(name) for channel, name in channels.items()}
-    if unknown := [channels[channel] for channel, which in found.items() if which is None]:
+    unknown = [channels[channel] for channel, which in found.items() if which is None]
+    if unknown and len(channels) == len(MODALITIES):  # other numbers are another task's
         raise UserError(
             f"{where}: modality {unknown[0]!r} is not understood; name it as one of {', '.join(MODALITIES)}"
         )
-    if sorted(found) != [0, 1, 2, 3] or sorted(which for which in found.values() if which is not None) != [0, 1, 2, 3]:
+    if (
+        unknown
+        or sorted(found) != [0, 1, 2, 3]
+        or sorted(which for which in found.values() if which is not None) != [0, 1, 2, 3]
+    ):
         told = ", ".join(channels.values())
         raise UserError(f"{where}: it states the modalities {told}; {', '.join(MODALITIES)} are needed, each once")
     by_modality = {which: channel for channel, which in found.items()}

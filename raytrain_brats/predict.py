@@ -23,11 +23,11 @@ from raytrain_brats.cli import Uri, default, entry, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import scan
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.nifti import Refused, label_file
+from raytrain_brats.data.nifti import Refused, background_warning, label_file
 from raytrain_brats.data.preprocess import preprocess
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.labels import comparable, described, from_regions
+from raytrain_brats.labels import MODALITIES, comparable, described, from_regions
 from raytrain_brats.run import cluster, job
 from raytrain_brats.run.validate import newest_weights, segment, shared_network
 
@@ -69,6 +69,11 @@ def work(args: Args) -> None:
     found, skipped = scan.scan_images(args.images)
     show_skipped(skipped, args.strict)
     print(f"{config.described('run', settings)}; label values written: {described(convention)}")
+    if assumed := scan.unstated(found):
+        print(
+            f"{len(assumed)} 4D images, such as {assumed[0]}: no dataset.json says what their channels are; taken as "
+            f"{', '.join(MODALITIES)}"
+        )
     checkpoint, weights = newest_weights(run_dir)
     digest = hashlib.sha256(tensors_to_bytes(weights)).hexdigest()[:8]
     made_with = f"checkpoint {checkpoint} ({digest}), labels {convention}"
@@ -85,9 +90,10 @@ def work(args: Args) -> None:
     cluster.connect()
     network = ray.put((settings, weights))
     written = cluster.parallel_map(partial(_one, network, out), items, on_gpus=True)
-    refusals = [r for r in track(written, "predicting", len(items), disable=not sys.stdout.isatty()) if r]
-    for message in refusals:
-        print(f"refused: {message}", file=sys.stderr)
+    told_of = [row for row in track(written, "predicting", len(items), disable=not sys.stdout.isatty()) if row[1]]
+    for kind, message in told_of:
+        print(f"{kind}: {message}", file=sys.stderr)
+    refusals = [message for kind, message in told_of if kind == "refused"]
     print(f"{len(items) - len(refusals)} label volumes{told and f' made{told},'} in {out}")
     if refusals:
         raise RunFailed(f"{len(refusals)} of {len(items)} cases could not be read")
@@ -131,18 +137,19 @@ def _check_folder(out: str, roots: dict[str, str], images: list[str], run_dir: s
         raise UserError(f"--out {out} holds the run's own files; give another --out")
 
 
-def _one(shared: ray.ObjectRef[Any], out: str, item: tuple[Source, Case]) -> str:
+def _one(shared: ray.ObjectRef[Any], out: str, item: tuple[Source, Case]) -> tuple[str, str]:
+    """(refused or warning, what is to be told, if anything)."""
     source, case = item
     try:
         volume = source.volume(case)
-        header, prepared = volume.header, preprocess(volume, source.spacing_mm)
+        header, warning, prepared = volume.header, background_warning(volume), preprocess(volume, source.spacing_mm)
         del volume
     except Refused as error:
-        return f"case {case.id}: {error.reason}, {error.detail}"
+        return "refused", f"case {case.id}: {error.reason}, {error.detail}"
     network, settings, device = shared_network(shared)
     label = from_regions(segment(prepared, network, settings, device), source.convention)
     storage.write_bytes(storage.join(out, f"{case.id}.nii.gz"), label_file(label, header))
-    return ""
+    return "warning", warning and f"case {case.id}: {warning}"
 
 
 def main(argv: list[str] | None = None) -> int:

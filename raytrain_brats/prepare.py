@@ -68,7 +68,7 @@ def work(args: Args) -> None:
     storage.check_writable(store)
     print(config.described(recipe, settings) if recipe else f"voxels of {settings.preprocess.spacing_mm:g} mm")
     print(f"{len(manifest.cases)} cases, {manifest.layout}; labels: {described(source.convention)}")
-    if new and (warning := job.warning_of_coarse_voxels(settings, manifest, source)):
+    for warning in job.warnings(settings, manifest, source) if new else ():
         print(warning, file=sys.stderr)
     storage.sweep(store)
     stores.begin(store, about)

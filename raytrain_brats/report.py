@@ -159,7 +159,17 @@ def _headline(rows: Sequence[Row], events: Sequence[Row], split: Account, num_gr
          f"{_number(samples / in_steps_s if in_steps_s else math.nan, 2)} within steps"),
         ("data wait", f"{wait_s / in_steps_s:.1%}" if in_steps_s else "–", "of the time within steps"),
         ("wall time", _duration(split.wall_s), f"{_duration(split.stopped_s)} of it stopped"),
+        *_cost(events),
     ]  # fmt: skip
+
+
+def _cost(events: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Nothing where no prices were given."""
+    costs = [event for event in events if event["event"] == "cost"]
+    if not costs:
+        return []
+    note = f"${costs[-1]['dollars_per_hour']:,.2f} an hour at last; while a driver ran, by the prices given"
+    return [("cost", f"${sum(event['dollars'] for event in costs):,.2f}", note)]
 
 
 def _scores(evaluation: Row, validations: Sequence[Row]) -> tuple[dict[str, Any], str]:

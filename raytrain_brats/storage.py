@@ -106,8 +106,24 @@ def write_bytes(uri: str, content: bytes) -> None:
         s3.put(uri, content)
         return
     path = Path(normal(uri))
-    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with _named(path, temporary):
+        _write(path, temporary, content)
+
+
+@contextlib.contextmanager
+def _named(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """An OSError from within names the file it is about, which a full disk's does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write(path: Path, temporary: Path, content: bytes) -> None:
+    _make_folder(path.parent)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -145,16 +161,8 @@ def append(uri: str, text: str, start: int | None = None) -> None:
     if not is_s3(uri):
         path = Path(normal(uri))
         _make_folder(path.parent)
-        new = not path.exists()
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            if os.write(file, text.encode()) != len(text.encode()):
-                raise OSError(errno.ENOSPC, "only a part could be written; the disk is full", uri)
-            os.fsync(file)
-        finally:
-            os.close(file)
-        if new:
-            sync_folder(path.parent)
+        with _named(path):
+            _append(path, text.encode())
         return
     put: bytes | None = None
     for attempt in range(30):
@@ -172,6 +180,19 @@ def append(uri: str, text: str, start: int | None = None) -> None:
             return
         time.sleep(0.05 * (attempt + 1))
     raise OSError(f"{uri}: other writers never left a gap")
+
+
+def _append(path: Path, content: bytes) -> None:
+    new = not path.exists()
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        if os.write(file, content) != len(content):
+            raise OSError(errno.ENOSPC, "only a part could be written; the disk is full", str(path))
+        os.fsync(file)
+    finally:
+        os.close(file)
+    if new:
+        sync_folder(path.parent)
 
 
 def swap(uri: str, before: bytes | None, after: bytes) -> bool:

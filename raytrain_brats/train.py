@@ -64,7 +64,7 @@ def work(args: Args) -> None:
     todo = job.build(settings, run_dir, data, store, recipe)
     storage.check_writable(todo.run_dir)
     print(config.described(recipe, settings))
-    if warning := job.warning_of_coarse_voxels(settings, todo.manifest, todo.source):
+    for warning in job.warnings(settings, todo.manifest, todo.source):
         print(warning, file=sys.stderr)
     show_skipped(todo.manifest.skipped)
     found, _ = checkpoint.newest_valid(todo.run_dir)
@@ -94,10 +94,13 @@ def _demo_places() -> tuple[str, str]:
 
 
 def _check_run_dir(run_dir: str) -> None:
-    """Raises UserError when the folder holds something that is no run of ours. That its config.yaml is one, and of the
-    same data and settings, `job.build` asks."""
-    if storage.exists(storage.join(storage.normal(run_dir), "config.yaml")):
+    """Raises UserError when the folder holds something that is no run of ours; whether one is of the same data and
+    settings, `job.build` asks."""
+    try:
+        job.read_config(run_dir)
         return
+    except FileNotFoundError:
+        pass
     strange = [name for name in storage.list_files(run_dir) if not _LEFT_BY_A_START.fullmatch(name)]
     if strange:
         raise UserError(

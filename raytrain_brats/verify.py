@@ -33,7 +33,7 @@ def work(args: Args) -> None:
     run_dir = storage.normal(run_dir)
     settings, convention, identity = job.open_run(run_dir)
     manifest = manifests.read(storage.join(run_dir, "manifest.jsonl"))
-    if manifests.identity(manifest.cases, job.preprocessing(settings), convention) != identity:
+    if not manifests.is_identity(identity, manifest.cases, job.preprocessing(settings), convention):
         raise RunFailed(f"{run_dir}/manifest.jsonl is not the data that config.yaml names ({identity})")
     cases, _ = manifest.split(settings.data.fold)
     plan, rows = job.plan_of(settings, len(cases)), ledger.read_rows(run_dir)

@@ -42,7 +42,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever write fails, no manifest stands; and without any checkpoint none is found."""
+    """Whichever write fails, no manifest stands, nor a file that takes room; without any checkpoint none is found."""
     assert checkpoint.newest_valid(str(tmp_path)) == (None, [])
     real, written = storage.write_bytes, []
 
@@ -59,6 +59,7 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(OSError, match="disk full"):
             save(tmp_path, 4)
         assert "MANIFEST.json" not in written and checkpoint.newest_valid(str(tmp_path)) == (None, [])
+        assert number == 2 or not storage.list_files(str(tmp_path))
 
 
 @pytest.mark.parametrize("file", FILES)

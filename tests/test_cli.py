@@ -64,3 +64,31 @@ def test_elsewhere_a_line_comes_now_and_then(
         "preparing: 1,280 of 2,560, about 20 s left",
         "preparing: 1,920 of 2,560, about 10 s left",
     ]
+
+
+def test_tables_are_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a terminal a long name stands whole in its line, however narrow a terminal would be."""
+    case, file = "BraTS20_Training_355_renamed_by_hand", f"{'/data' * 30}/imagesTr/BraTS20_Training_355_t1ce.nii.gz"
+    cli.show_refused([{"case": case, "uri": file, "reason": "unreadable", "detail": f"{file}: not a gzip file"}])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if case in line]
+    assert file in line and "…" not in line
+
+
+def test_a_narrow_terminal_folds_tables() -> None:
+    """All of a name is there, over several lines."""
+    code = "from raytrain_brats import cli; cli.show_refused([dict(case='a' * 61, reason='x', detail='b' * 73)])"
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "40"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    said = b""
+    try:
+        while part := os.read(ours, 4096):
+            said += part
+    except OSError:  # the other end was closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode()).replace("case", "").replace("detail", "")
+    rows = text[text.index("┡") :]
+    assert (rows.count("a"), rows.count("b")) == (61, 73) and "…" not in text

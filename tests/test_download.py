@@ -199,6 +199,24 @@ def test_a_file_that_went_is_fetched_alone(bucket: Bucket, tmp_path: Path) -> No
     assert sorted(bucket.ranges()) == sorted((f["at"], f["at"] + f["bytes"] - 1) for f in wanted)
 
 
+def test_a_file_that_somebody_changed_stays(bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A label corrected in place, or put there before it was fetched: named, and kept; moved away, all goes on."""
+    mine, label = gzip.compress(b"corrected by hand"), tmp_path / "labelsTr/BRATS_002.nii.gz"
+    for before in (True, False):
+        if before:  # begun, and stopped before the label
+            state = {"source": download.SOURCES["msd"].uri, "offset": 0}
+            size, etag = s3.head(state["source"], download.SOURCES["msd"].region)
+            (tmp_path / download.STATE).write_text(json.dumps(state | {"etag": etag, "bytes": size}))
+            label.parent.mkdir()
+        label.write_bytes(mine)
+        assert run(tmp_path) == 2
+        assert f"{label} " in capsys.readouterr().err and label.read_bytes() == mine
+        label.unlink()
+        assert run(tmp_path) == 0
+        assert contents(str(tmp_path)) == bucket.files
+        capsys.readouterr()
+
+
 def test_spoilt_answers_on_the_way(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

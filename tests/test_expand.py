@@ -83,6 +83,16 @@ def test_a_set_goes_on_where_it_stands_and_takes_no_other_in(
     ):
         assert run(*arguments) == 2
         assert said in capsys.readouterr().err
+    (data / "below").mkdir()  # within the data, and the data within it: neither is a place
+    for place in (data / "below", data / "../data/below"):
+        assert run(data, place, 2) == 2
+        assert "lie within each other" in capsys.readouterr().err
+    for name in ("imagesTr/mine_c001.nii.gz", "labelsTr/BRATS_009.nii.gz", "dataset.json"):  # put there in between
+        kept = (out / name).read_bytes() if (out / name).exists() else None
+        (out / name).write_bytes(b"{}")
+        assert run(data, out, 2) == 2
+        assert name in capsys.readouterr().err and (out / name).read_bytes() == b"{}"
+        (out / name).unlink() if kept is None else (out / name).write_bytes(kept)
     (out / "expand.json").write_text("[]")
     assert run(data, out, 2) == 2
     assert "expand.json is damaged" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import yaml
 from ray.util.metrics import Gauge
 
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import gauges
+from raytrain_brats.run import gauges, ledger
 
 GRAFANA = Path(__file__).parents[1] / "cluster" / "grafana"
 DASHBOARD = json.loads((GRAFANA / "dashboards" / "raytrain_brats.json").read_text())
@@ -45,6 +45,15 @@ def test_steps_are_told_as_means_of_the_last_ones(told: Told) -> None:
         ("world_size", "run"): 2,
         ("samples_seen", "run"): 168,
     }
+
+
+@pytest.mark.parametrize("folder", ["/data/Lauf ü/训练", "/data/r\udcfcn", "/data/100% (a&b)"])
+def test_any_run_folder_can_be_a_tag(folder: str) -> None:
+    """Ray's own gauge takes it; it takes ASCII alone. Different folders stay different."""
+    made = gauges.Gauges(folder)
+    made.set("loss", 1.0)
+    assert made._tags["run"].isascii() and made._tags != gauges.Gauges(folder + "ä")._tags
+    assert gauges.Gauges("/data/100% (a&b)")._tags["run"] == "/data/100% (a&b)"
 
 
 def test_the_books_are_told_as_they_stand(told: Told) -> None:
@@ -131,3 +140,22 @@ def test_provisioning_names_the_dashboards_beside_rays_own() -> None:
         "datasources"
     ]
     assert (source["type"], source["name"], source["isDefault"]) == ("prometheus", "Prometheus", True)
+
+
+def test_what_a_run_has_cost_so_far_is_kept_over_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each second at the rate found before it; the sum stands in the events, once a minute and at the end."""
+    now = [1000.0]
+    monkeypatch.setattr(gauges.time, "monotonic", lambda: now[0])
+    run_dir, nodes = str(tmp_path), [{"Labels": {"role": "train"}}]
+    for launch in range(2):
+        cost = gauges.Cost(run_dir, {"train": 36.0})
+        for up in (nodes, nodes * 2, nodes * 2):  # a minute with one node, a minute with two
+            cost.look(up, ledger.read_events(run_dir))
+            now[0] += 61
+        assert cost.rate == 72.0
+        assert cost.total == pytest.approx((launch + 1) * (0.61 + 1.22) + launch * 1.22)
+        cost.look(nodes * 2, ledger.read_events(run_dir))
+        cost.note()
+    noted = [e["dollars"] for e in ledger.read_events(run_dir) if e["event"] == "cost"]
+    assert sum(noted) == pytest.approx(2 * (0.61 + 2 * 1.22), abs=1e-4)
+    assert len(noted) == 6

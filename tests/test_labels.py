@@ -77,6 +77,9 @@ def test_an_unknown_convention_is_the_users_mistake() -> None:
         ({"background": 0, "edema": 1, "core": 2, "ET": 3}, "msd"),
         ({"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": [3]}, "msd"),
         ({"background": 0, "whole tumor": [1, 2, 3], "tumor core": [1, 3], "enhancing tumor": 3}, "brats2023"),
+        ({"background": 0, "WT": [1, 2, 3], "TC": [1, 3], "ET": [3], "resection cavity": 4}, "brats2024_gli"),
+        ({"background": 0, "WT": [1, 2, 3, 4], "TC": [1, 2, 3], "ET": [1], "NET": 2}, "brats2024_ped"),
+        ({"WT": [1, 2, 3], "TC": [2, 3], "enhancing": [3], "non-enhancing tumor core": [2]}, "msd"),
         ({"0": "background", "1": "edema", "2": "enhancing tumour", "3": "necrosis"}, "article"),
         ({}, None),
         (None, None),
@@ -93,6 +96,9 @@ def test_names_decide_the_convention(stated: object, convention: str | None) -> 
         ({"0": "background", "1": "tumour"}, "'tumour' is not understood"),
         ({"0": "edema", "1": "background"}, "not understood"),
         ({"0": "background", "1": "ET", "2": "core", "3": "edema"}, "no convention known here: msd"),
+        ({"WT": [1, 2, 3], "TC": [2, 3], "ET": [3], "necrosis": 1}, "no convention known here: msd"),
+        ({"WT": [1, 2, 3], "TC": [1, 3], "ET": [3], "RC": 5}, "no convention known here: msd"),
+        ({"edema": 1.7, "core": 2, "enhancing": 3}, "no table"),
         ([1], "no table"),
         ({"a": "b"}, "no table"),
     ],
@@ -115,9 +121,11 @@ def test_modalities_in_usual_spellings() -> None:
     ):
         assert {labels.modality(word) for word in words.split()} == {number}
     assert labels.modality("PD") is None
+    assert labels.modality("T2*") is None  # another sequence
     assert labels.stated_modalities({"0": "T1w", "1": "t1gd", "2": "T2w", "3": "FLAIR"}, "x") == (3, 0, 1, 2)
     for stated, named in (
-        ({"0": "PD"}, "'PD' is not understood"),
+        ({"0": "PD", "1": "T1", "2": "T2", "3": "FLAIR"}, "'PD' is not understood"),
+        ({"0": "MRI"}, "MRI; FLAIR, T1w, T1gd, T2w are needed"),  # MSD Task02
         ({"0": "T1", "1": "T1", "2": "T2", "3": "FLAIR"}, "each once"),
         ({"0": "FLAIR"}, "each once"),
         ({"a": "FLAIR"}, "no table"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,13 @@ def test_two_conventions_in_one_folder_are_refused_or_chosen_from(tmp_path: Path
     assert [(row.cause, row.case) for row in found.skipped] == [("other convention", "BraTS2021_00001")]
 
 
+def test_images_of_two_conventions_are_segmented_together(tmp_path: Path) -> None:
+    """Labels do not matter there."""
+    write_case(tmp_path, "BraTS2021_00001")
+    write_case(tmp_path, "BraTS-GLI-00000-000", NEW, "brats2023")
+    assert image_ids(tmp_path) == ["BraTS-GLI-00000-000", "BraTS2021_00001"]
+
+
 def test_a_convention_that_the_names_contradict_is_refused(tmp_path: Path) -> None:
     """Both are shown."""
     write_case(tmp_path, "BraTS2021_00001")
@@ -334,7 +342,12 @@ def test_folds_of_nnunet_and_of_fets(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     sites = "Partition_ID,Subject_ID\n" + "".join(f"{n // 2},{name}\n" for n, name in enumerate(names))
     (tmp_path / "partitioning_1.csv").write_text(sites)
-    assert index.main([*base, str(tmp_path / "partitioning_1.csv")]) == 0
+    capsys.readouterr()
+    for without in (base[:-1], [*base, str(tmp_path / "partitioning_1.csv")]):
+        assert index.main(without) == 2  # stated folds are not lost unasked
+        assert "has folds that somebody stated" in capsys.readouterr().err
+    assert index.main([*base, str(tmp_path / "splits_final.json")]) == 0
+    assert index.main([*base, str(tmp_path / "partitioning_1.csv"), "--overwrite"]) == 0
     assert [case.fold for case in manifests.read(str(tmp_path / "m.jsonl")).cases] == [0, 0, 1, 1, 2, 2]
 
     capsys.readouterr()
@@ -427,3 +440,18 @@ def test_real_crops_as_msd_and_as_brats_2021(tmp_path: Path) -> None:
         assert np.array_equal(a.image_cxyz, b.image_cxyz)
         assert a.label_xyz is not None and b.label_xyz is not None
         assert np.array_equal(to_regions(a.label_xyz, "msd"), to_regions(b.label_xyz, "brats2017_2021"))
+
+
+def test_channels_that_nothing_states_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """4D images are read in MSD's order then; `index` and `predict` say that this is an assumption."""
+    data = write_msd_folder(tmp_path / "data", 2, shape=SHAPE)
+    about = json.loads((data / "dataset.json").read_text())
+    turned = {"0": "FLAIR", "1": "T1", "2": "T1ce", "3": "T2"}
+    for channels, assumed in ((turned, []), ({}, ["BRATS_001", "BRATS_002"])):
+        (data / "dataset.json").write_text(json.dumps(about | {"modality": channels}))
+        assert sorted(scan.unstated(scan.scan_images([str(data)])[0])) == assumed
+        assert sorted(scan.unstated(scan.scan_images([str(data / "imagesTr")])[0])) == assumed
+        assert index.main(["--data", str(data), "--out", str(tmp_path / "m.jsonl")]) == 0
+        assert ("modalities not stated" in capsys.readouterr().out) == bool(assumed)
+    shutil.copytree(data / "imagesTr", tmp_path / "bare")
+    assert len(scan.unstated(scan.scan_images([str(tmp_path / "bare")])[0])) == 2

@@ -95,7 +95,7 @@ def broken(folder: Path, what: str) -> None:
         ("mac", "mac", "mac holds no files"),
         ("layout", "msd", "no case: the names tell no modality"),
         *((what, "msd", "dataset.json") for what in ("json", "list", "no training", "no label", "number", "not text")),
-        ("none", "msd", "no case: the names tell no modality"),
+        ("none", "msd", "lists no case, but 4 NIfTI"),
         ("twice", "msd", "lists a case twice"),
         ("", "index.jsonl", "index.jsonl does not exist"),
     ],

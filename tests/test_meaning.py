@@ -1,6 +1,7 @@
 """What voxels mean is part of the data: stated by them, kept with all that is made of them, never swapped unsaid."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -207,7 +208,7 @@ def test_a_label_corrected_in_place_is_noticed(tmp_path: Path, here: None, capsy
     assert 4 in np.unique(Source(str(store), second.convention, 1.0).load(case).truth_xyz())
     with pytest.raises(UserError, match=r"files of case BraTS2021_00003 .* changed since"):
         scan.open_manifest(str(tmp_path / "m.jsonl"))
-    with pytest.raises(UserError, match="begun on other data"):
+    with pytest.raises(UserError, match=r"begun on other data .*; 1 cases changed, such as BraTS2021_00003"):
         job.build(settings(), run_dir, str(data), "")
 
 
@@ -269,9 +270,9 @@ def test_real_cases_need_a_named_recipe(
 def test_voxels_as_fine_as_the_scans_need_no_warning(msd: Path) -> None:
     """By either route."""
     found = job.open_cases(settings(), str(msd))
-    assert job.warning_of_coarse_voxels(settings(), *found) == ""
-    coarse = settings("preprocess.spacing_mm=1.5")
-    assert "coarser" in job.warning_of_coarse_voxels(coarse, *found)
+    assert job.warnings(settings(), *found) == []
+    (told,) = job.warnings(settings("preprocess.spacing_mm=1.5"), *found)
+    assert "coarser" in told
 
 
 def test_identity_is_that_of_the_convention_read_by(msd: Path) -> None:
@@ -281,3 +282,21 @@ def test_identity_is_that_of_the_convention_read_by(msd: Path) -> None:
     both = {manifests.identity(manifest.cases, {}, name) for name in ("msd", "article")}
     assert len(both) == 2
     assert dataclasses.replace(manifest, convention="msd") == scan.open_manifest(str(msd))
+
+
+def test_a_run_begun_before_identities_told_the_meaning_goes_on(msd: Path, tmp_path: Path) -> None:
+    """The same data are its own, as long as nothing is read otherwise by now; other channels are other data."""
+    chosen = config.load("demo", ["data.patch_xyz=[16,16,16]"])
+    found, run = scan.open_manifest(str(msd)), tmp_path / "run"
+    rows = [[c.id, c.bytes, c.sha256, c.fold] for c in found.cases]
+    text = json.dumps([rows, job.preprocessing(chosen)], sort_keys=True)
+    earlier = hashlib.sha256(text.encode()).hexdigest()[:16]
+    new = job.build(chosen, str(run), str(msd), "")
+    job.write_config(dataclasses.replace(new, identity=earlier))
+    job.build(chosen, str(run), str(msd), "")  # is not refused
+
+    about = json.loads((msd / "dataset.json").read_text())
+    turned = {"0": "T1", "1": "T1Gd", "2": "T2", "3": "FLAIR"}
+    (msd / "dataset.json").write_text(json.dumps(about | {"modality": turned}))
+    with pytest.raises(UserError, match="was begun on other data"):
+        job.build(chosen, str(run), str(msd), "")

@@ -7,6 +7,7 @@ import re
 import struct
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from raytrain_brats.data.nifti import REASONS, Refused, decode, decode_case
+from raytrain_brats.data.nifti import REASONS, Refused, background_warning, decode, decode_case
 from scripts.fuzz_files import nifti
-from tests.conftest import LPS, make_affine, make_arrays
+from tests.conftest import LPS, make_affine, make_arrays, make_volume
 
 MSD = (0, 1, 2, 3)
 IMAGE, LABEL = make_arrays((8, 7, 6), dtype=np.int16)
@@ -431,3 +432,14 @@ def test_the_named_cases_are_at_least_the_56() -> None:
     assert len(BAD_FILES) + len(BAD_LABELS) >= 56
     given = {reason for _, reason in [*BAD_FILES.values(), *BAD_LABELS.values()]}
     assert given == set(REASONS) - {"missing", "changed", "range"}
+
+
+def test_a_background_that_is_not_zero_is_told() -> None:
+    """A z-score over all voxels makes the air negative: what is not 0 would be taken for tissue, unsaid."""
+    volume = make_volume(dtype=np.float32)
+    assert background_warning(volume) == ""
+    shifted = volume.image_cxyz.copy()
+    shifted[2] -= 7.5
+    assert background_warning(replace(volume, image_cxyz=shifted)).startswith("T1gd is -7.5 in all corners")
+    shifted[2, 0, 0, 0] = 3  # tissue up to a corner, as in a crop
+    assert background_warning(replace(volume, image_cxyz=shifted)) == ""

@@ -224,8 +224,11 @@ def test_a_bad_case_is_named_and_the_run_goes_on_or_stops_by_its_share(tmp_path:
 
 
 def test_the_demo_survives_a_killed_worker_and_says_what_it_made(tmp_path: Path) -> None:
-    """`demo --chaos` on few phantoms: one restart, every sample once, scores, predictions, report, summary."""
-    out = tmp_path / "demo"
+    """`demo --chaos` on few phantoms: one restart, every sample once, scores, predictions, report, summary.
+
+    In a folder whose name is not ASCII, which Ray's metrics do not take.
+    """
+    out = tmp_path / "Läufe 训练"
     small = ["train.epochs=10", "checkpoint.every_samples=16", "validate.every_samples=100"]
     command = [sys.executable, "-m", "raytrain_brats", "demo", "--chaos", "--out", str(out), "--cases", "8"]
     command += [f"--set={value}" for value in small]

@@ -1,6 +1,7 @@
 """The line a person reads while a run goes on."""
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,13 @@ from raytrain_brats.run.progress import describe
 from tests.simulation import Run
 
 
-def row(seen: int, time: float, **changes: Any) -> dict[str, Any]:
-    about = {"samples_seen": seen, "positions": [seen - 4, seen], "world_size": 2, "loss": 0.5, "time": time}
+def row(seen: int, at: float, **changes: Any) -> dict[str, Any]:
+    about = {"samples_seen": seen, "positions": [seen - 4, seen], "world_size": 2, "loss": 0.5, "time": at}
     return about | {"step_s": 2.0, "wait_s": 0.5} | changes
 
 
-def group(number: int, time: float) -> dict[str, Any]:
-    return {"event": "group", "generation": number, "time": time}
+def group(number: int, at: float) -> dict[str, Any]:
+    return {"event": "group", "generation": number, "time": at}
 
 
 def test_before_the_first_step() -> None:
@@ -92,3 +93,38 @@ def test_metrics_are_taken_from_the_books_now_and_then(tmp_path: Path, monkeypat
     picture._look()
     assert told["raytrain_brats_goodput"] == pytest.approx(600 / (run.now - 1e6))
     assert told["raytrain_brats_samples_total"] == 4000
+
+
+FAILED = {"event": "checkpoint_failed", "samples_seen": 40, "time": 5.0}
+FULL = "[Errno 28] No space left on device: '/run/checkpoints/000040-g1/.x.tmp'"
+
+
+def test_that_nothing_is_saved_stands_in_the_line_until_something_is() -> None:
+    """From which sample on and why; at the end, that it waits for room instead of `0:00 left`."""
+    saved = {"event": "checkpoint", "samples_seen": 20, "time": 4.0}
+    line = describe([row(40, 5)], [group(1, 0), saved, FAILED | {"error": FULL}], 80)
+    assert line.startswith("sample 40 of 80 | not saved since sample 20: No space left on device | loss")
+    assert "not saved" not in describe([row(40, 5)], [FAILED | {"error": FULL}, saved], 80)
+    end = describe([row(80, 5)], [saved, FAILED | {"error": FULL}], 80)
+    assert "waiting for room to save the last checkpoint" in end and "0:00 left" not in end
+    # the books themselves find no room: the driver's own writing tells
+    assert "not saved since sample 20: No space left" in describe([row(40, 5)], [saved], 80, FULL)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_save_that_fails_is_told_at_once(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line when it begins, none for the next of the same cause, one when it is over; also above a live bar."""
+    job: Any = SimpleNamespace(run_dir=str(tmp_path), plan=SimpleNamespace(total=4000))
+    monkeypatch.setenv("COLUMNS", "200")
+    with progress.Progress(job) as picture:
+        picture._console._force_terminal = terminal
+        for name in ("a", "b"):
+            ledger.event(str(tmp_path), "checkpoint_failed", samples_seen=4, error=FULL.replace("000040", name))
+            time.sleep(1.5)
+        said = capsys.readouterr().out
+        assert said.count("warning: not saved: No space left on device;") == 1
+        ledger.event(str(tmp_path), "checkpoint", samples_seen=8)
+        time.sleep(1.5)
+        assert "saved again" in capsys.readouterr().out

@@ -205,3 +205,11 @@ def test_overlay_takes_the_largest_true_slice(monkeypatch: pytest.MonkeyPatch) -
     assert shown[:2] == [48, 48]
     monkeypatch.undo()
     assert pixels(figures.overlay("full", np.ones((4, *shape)), ~truth | truth, truth, {})).size
+
+
+def test_the_cost_is_the_sum_of_what_was_noted() -> None:
+    """Over all launches; a run without prices has no such line."""
+    events = [{"event": "cost", "dollars": dollars, "dollars_per_hour": 36.0} for dollars in (0.61, 1.22)]
+    ((name, value, note),) = report._cost([{"event": "launch"}, *events])
+    assert (name, value) == ("cost", "$1.83") and note.startswith("$36.00 an hour at last")
+    assert report._cost([{"event": "launch"}]) == []

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -19,9 +18,8 @@ import yaml
 
 from raytrain_brats import sagemaker
 from raytrain_brats.run import progress
-from raytrain_brats.sagemaker import jobs, launch, service
+from raytrain_brats.sagemaker import host, jobs, launch, service
 
-ROOT = Path(__file__).parents[1]
 ROLE = "arn:aws:iam::123456789012:role/brats"
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/raytrain-brats:1"
 KEY = "arn:aws:kms:us-east-1:123456789012:key/11111111-2222-3333-4444-555555555555"
@@ -40,9 +38,19 @@ WHOLE = (
         "exp7",
     ),
     *("--train-instances", "ml.p4d.24xlarge:2", "--data-instances", "ml.m5.4xlarge:4", "--spot"),
-    *("--max-hours", "10", "--max-wait-hours", "30", "--volume-gb", "500", "--kms-key", KEY, "--encrypt-traffic"),
-    *("--subnets", "subnet-1", "subnet-2", "--security-groups", "sg-1", "--tag", "project=brats", "--tag", "who=me"),
-    *("--recipe", "dynunet", "--set", "train.epochs=3", "--set", "train.seed=7", "--workers", "4:16"),
+    *(
+        "--max-hours",
+        "10",
+        "--max-wait-hours",
+        "30",
+        "--volume-gb",
+        "500",
+        "--output-kms-key",
+        KEY,
+        "--encrypt-traffic",
+    ),
+    *("--subnets", "subnet-1", "subnet-2", "--security-groups", "sg-1", "--tag", "study=7", "--tag", "who=me"),
+    *("--recipe", "dynunet", "--set", "train.epochs=3", "--set", "train.global_batch=16", "--workers", "4:16"),
     *("--env", "NCCL_DEBUG=INFO", "--join-minutes", "20", "--input", "fastfile"),
 )
 SENT = {
@@ -57,7 +65,7 @@ SENT = {
         "run_dir": "s3://brats/run",
         "recipe": "dynunet",
         "workers": "4:16",
-        "set": '["train.epochs=3", "train.seed=7"]',
+        "set": '["train.epochs=3", "train.global_batch=16"]',
     },
     "InputDataConfig": [
         {
@@ -80,7 +88,6 @@ SENT = {
             {"InstanceGroupName": "train", "InstanceType": "ml.p4d.24xlarge", "InstanceCount": 2},
         ],
         "VolumeSizeInGB": 500,
-        "VolumeKmsKeyId": KEY,
     },
     "VpcConfig": {"Subnets": ["subnet-1", "subnet-2"], "SecurityGroupIds": ["sg-1"]},
     "StoppingCondition": {"MaxRuntimeInSeconds": 36_000, "MaxWaitTimeInSeconds": 108_000},
@@ -90,7 +97,11 @@ SENT = {
     "CheckpointConfig": {"S3Uri": "s3://brats/run/sagemaker/hosts", "LocalPath": "/opt/ml/checkpoints"},
     "Environment": {"RAYTRAIN_BRATS_JOIN_S": "1200", "NCCL_DEBUG": "INFO"},
     "RetryStrategy": {"MaximumRetryAttempts": 3},
-    "Tags": [{"Key": "project", "Value": "brats"}, {"Key": "who", "Value": "me"}],
+    "Tags": [
+        {"Key": "project", "Value": "raytrain-brats"},
+        {"Key": "study", "Value": "7"},
+        {"Key": "who", "Value": "me"},
+    ],
 }
 
 Capture = Callable[..., Any]
@@ -178,10 +189,21 @@ def test_the_smallest_request(dry: Capture) -> None:
         "recipe": "segresnet",
     }
     assert not request["EnableManagedSpotTraining"]
-    assert not request.keys() & {"InputDataConfig", "VpcConfig", "Tags"}
-    kept = dry("launch", *SMALL, "--keep-alive-minutes", "30", "--spot")
+    assert request["Tags"] == [{"Key": "project", "Value": "raytrain-brats"}]
+    assert not request.keys() & {"InputDataConfig", "VpcConfig"}
+    assert dry("launch", *SMALL, "--spot")["StoppingCondition"]["MaxWaitTimeInSeconds"] == 172_800
+    more = ("--train-instances", "ml.m5.xlarge", "--keep-alive-minutes", "30", "--kms-key", KEY)
+    kept = dry("launch", *SMALL, *more)
     assert kept["ResourceConfig"]["KeepAlivePeriodInSeconds"] == 1800
-    assert kept["StoppingCondition"]["MaxWaitTimeInSeconds"] == 172_800
+    assert kept["ResourceConfig"]["VolumeKmsKeyId"] == kept["OutputDataConfig"]["KmsKeyId"] == KEY
+
+
+def test_a_look_into_a_job(dry: Capture) -> None:
+    """--remote-debug lets Systems Manager in and has the head show Ray's dashboard; else nobody asks for either."""
+    request = dry("launch", *SMALL, "--remote-debug")
+    assert request["RemoteDebugConfig"] == {"EnableRemoteDebug": True}
+    assert request["Environment"][host.DASHBOARD] == "1"
+    assert "RemoteDebugConfig" not in (plain := dry("launch", *SMALL)) and host.DASHBOARD not in plain["Environment"]
 
 
 def test_an_isolated_container_uses_what_the_service_copies(dry: Capture) -> None:
@@ -211,8 +233,11 @@ def test_cases_on_fsx(dry: Capture) -> None:
     }
 
 
-def test_code_is_shipped_to_images_of_aws(sent: Capture) -> None:
-    """The package and its requirements are uploaded; PID 1's bash hands SIGTERM on."""
+def test_code_is_shipped_to_images_of_aws(sent: Capture, capsys: pytest.CaptureFixture[str]) -> None:
+    """The package and its requirements are uploaded, dry they are not; PID 1's bash hands SIGTERM on."""
+    assert sagemaker.main(["launch", *SMALL, "--ship-code", "--dry-run"]) == 0
+    assert "sm_drivers" in capsys.readouterr().out
+    assert "Contents" not in boto3.client("s3").list_objects_v2(Bucket="brats")
     request = sent("launch", *SMALL, "--ship-code")
     channels = {channel["ChannelName"]: channel for channel in request["InputDataConfig"]}
     assert channels.keys() == {"code", "sm_drivers"}
@@ -283,7 +308,7 @@ def test_a_processing_job(sent: Capture, dry: Capture) -> None:
             "VpcConfig": {"Subnets": ["subnet-1"], "SecurityGroupIds": ["sg-1"]},
         },
         "StoppingCondition": {"MaxRuntimeInSeconds": 86_400},
-        "Tags": [{"Key": "a", "Value": "b"}],
+        "Tags": [{"Key": "project", "Value": "raytrain-brats"}, {"Key": "a", "Value": "b"}],
     }
 
 
@@ -370,20 +395,8 @@ def test_prices_are_dated_and_of_types_that_exist() -> None:
         assert service.instances(name, "x") == (name, 1)
     assert re.fullmatch(r"\d{4}-\d{2}", str(table["date"]))
     assert "about 54.19 USD an hour" in service.cost([("ml.m5.4xlarge", 4), ("ml.p4d.24xlarge", 2)])
-    assert "without ml.p3dn.24xlarge" in service.cost([("ml.m5.4xlarge", 1), ("ml.p3dn.24xlarge", 1)])
-
-
-def test_images_get_what_the_package_needs() -> None:
-    """requirements.txt: the package's dependencies but torch, in the versions of constraints.txt."""
-    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    needed_names = {re.split(r"[=<>]", one)[0] for one in needed} - {"torch"}
-    lines = (ROOT / "cluster/sagemaker/requirements.txt").read_text().splitlines()
-    pinned = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
-    assert pinned.keys() == needed_names
-    tested = dict(
-        line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
-    )
-    assert pinned == {name: tested[name.split("[")[0]] for name in pinned}
+    assert "about 35.86 USD an hour" in service.cost([("ml.p3dn.24xlarge", 1)])
+    assert "without ml.p4de.24xlarge" in service.cost([("ml.m5.4xlarge", 1), ("ml.p4de.24xlarge", 1)])
 
 
 def test_a_job_is_followed_and_stopped(sent: Capture, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,23 @@ def test_a_listed_file_that_is_not_there(tmp_path: Path, what: str, cause: str, 
     assert [(row.cause, row.case, row.path) for row in rows] == [(layouts.UNREADABLE if link else cause, case, what)]
 
 
+def test_a_numbered_channel_that_is_not_there(tmp_path: Path) -> None:
+    """Of nnU-Net's raw data: one line for the case, none for its other channels."""
+    for name in ("P1", "P2"):
+        for channel in range(4):
+            save(tmp_path / f"imagesTr/{name}_{channel:04d}.nii.gz", np.ones(SHAPE, np.int16))
+        save(tmp_path / f"labelsTr/{name}.nii.gz", np.ones(SHAPE, np.uint8))
+    about = {"channel_names": dict(enumerate(("T1", "T1ce", "T2", "FLAIR"))), "labels": {"background": 0, "edema": 1}}
+    about["labels"] |= {"core": 2, "ET": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    (tmp_path / "imagesTr/P2_0002.nii.gz").unlink()
+    found = scan.scan(str(tmp_path))
+    assert [case.id for case in found.cases] == ["P1"]
+    assert [(row.cause, row.case, row.path) for row in found.skipped] == [
+        (layouts.MODALITY, "P2", "imagesTr/P2_0002.nii.gz")
+    ]
+
+
 def test_an_image_that_dataset_json_does_not_list(tmp_path: Path) -> None:
     """It may have been forgotten."""
     folder = write_msd_folder(tmp_path, 2, shape=SHAPE)
@@ -196,3 +213,12 @@ def test_nothing_taken_names_the_nearest_layout(tmp_path: Path, names: list[str]
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UserError, match=told):
         scan.scan(str(tmp_path))
+
+
+def test_a_dataset_json_that_lists_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The names of the files are not at fault then."""
+    data = write_msd_folder(tmp_path / "data", 2, shape=SHAPE)
+    about = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps(about | {"training": []}))
+    assert index.main(["--data", str(data), "--out", str(tmp_path / "m.jsonl")]) == 2
+    assert "dataset.json lists no case, but 4 NIfTI files lie there" in capsys.readouterr().err

@@ -59,7 +59,8 @@ class Meter:
         times = [sample["time"] for sample in self._samples]
         right = min(max(1, bisect_left(times, moment)), len(times) - 1)
         before, after = self._samples[right - 1], self._samples[right]
-        share = min(1.0, max(0.0, (moment - before["time"]) / (after["time"] - before["time"])))
+        apart_s = after["time"] - before["time"] or 1.0  # none, where a run ended before the second sample
+        share = min(1.0, max(0.0, (moment - before["time"]) / apart_s))
         old, new = before[what], after[what]  # a kind seen once is there for ever
         return {kind: old.get(kind, 0.0) + share * (new[kind] - old.get(kind, 0.0)) for kind in new}
 

@@ -62,6 +62,7 @@ def parse(content: bytes, where: str, root: str) -> Stated:
         raise UserError(f"{where}: file_ending {ending} is not read here; convert the images to .nii.gz")
     if rows is not None and not all(0 <= row.fold < FOLDS for row in rows if row.fold is not None):
         raise UserError(f"{where}: a fold is not known; give 0 to {FOLDS - 1}")
+    channels = labels.stated_modalities(modalities, where)  # first: of another task the labels are no mistake
     convention = labels.stated_convention(table, where)
     if own is not None:
         labels.known(str(own))
@@ -70,7 +71,6 @@ def parse(content: bytes, where: str, root: str) -> Stated:
                 f"{where} says convention {own}, but its `labels` say {labels.described(str(convention))}; mend one"
             )
         convention = str(own)
-    channels = labels.stated_modalities(modalities, where)
     return Stated(where, channels, convention, rows, tests, bool(about.get("synthetic")))
 
 

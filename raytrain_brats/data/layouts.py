@@ -131,7 +131,9 @@ def by_names(listing: Listing, need_labels: bool, convention: str | None = None,
     skipped += [Skipped(path, UNKNOWN, "its name tells no modality") for path in strange]
     skipped += [Skipped(path, UNUSED, "a label without images of its name") for path in alone]
     layout = ", ".join(sorted({family.name for family in families}))
-    cases, families, others = _of_one_convention(cases, families, convention)
+    others: list[Skipped] = []
+    if need_labels:
+        cases, families, others = _of_one_convention(cases, families, convention)
     candidates = {name for family in families for name in family.conventions}
     candidates = {name for name in candidates if all(name in family.conventions for family in families)}
     return Found(layout, tuple(cases), tuple(skipped + others), tuple(sorted(candidates)))
@@ -240,7 +242,7 @@ def listed(stated: Stated, listing: Listing, need_labels: bool) -> Found:
         raise UserError(f"{stated.where} lists a case twice; every image must have a name of its own")
     taken = {path for case in (*cases, *test_cases) for path in (*case.images, case.label)}
     named = taken | {row.path for row in (*skipped, *test_skipped)}
-    named |= {row.label for row in rows} | {path for row in rows for path in row.images}
+    named |= {row.label for row in rows} | {path for row in rows for path in _images(row, stated, listing)[0]}
     for path in (path for path in listing.files if NIFTI.search(path) and path not in named):
         if not path.startswith(("imagesTs/", "labelsTs/")):
             skipped.append(Skipped(path, UNLISTED, f"{stated.where} does not name it"))

@@ -84,6 +84,19 @@ def identity(cases: Iterable[Case], preprocessing: dict[str, Any], convention: s
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def is_identity(stored: str, cases: Iterable[Case], preprocessing: dict[str, Any], convention: str) -> bool:
+    """Whether a run's identity is that of these; `convention` must be the run's own.
+
+    Runs begun before identities told what voxels mean go on where that has not changed: channels in their old order.
+    """
+    cases = list(cases)
+    if stored == identity(cases, preprocessing, convention):
+        return True
+    rows = [[c.id, c.bytes, c.sha256, c.fold] for c in cases]
+    earlier = hashlib.sha256(json.dumps([rows, preprocessing], sort_keys=True).encode()).hexdigest()[:16]
+    return stored == earlier and not any(c.channels for c in cases)
+
+
 def duplicates(manifest: Manifest) -> list[tuple[str, ...]]:
     """Groups of case ids whose files are byte for byte the same."""
     groups: dict[str, list[str]] = defaultdict(list)

@@ -128,6 +128,21 @@ def decode_case(
     return Volume(image_cxyz, found, first.affine, extent, first.header, files)
 
 
+def background_warning(volume: Volume) -> str:
+    """A line when what lies outside of the head is not 0, as after a z-score over all voxels; else "".
+
+    Networks here learn from images whose background is 0 (BraTS, MSD), and statistics are taken of what is not.
+    """
+    corners_c8 = volume.image_cxyz[:, :: volume.image_cxyz.shape[1] - 1 or 1, :: volume.image_cxyz.shape[2] - 1 or 1]
+    corners_c8 = corners_c8[..., :: volume.image_cxyz.shape[3] - 1 or 1].reshape(len(MODALITIES), -1)
+    for name, values in zip(MODALITIES, corners_c8, strict=True):
+        if values[0] != 0 and (values == values[0]).all():
+            return (
+                f"{name} is {values[0]:.4g} in all corners; a background other than 0 is taken for tissue: subtract it"
+            )
+    return ""
+
+
 def _one_file(file: File, channels: tuple[int, ...] | None) -> npt.NDArray[Any]:
     """The image (c, x, y, z) of a 4D file: a view, but for channels in another order."""
     if file.array.ndim != 4 or file.array.shape[3] != len(MODALITIES):

@@ -11,7 +11,6 @@ A score on phantoms shows that the machinery works; it is never a clinical resul
 import gzip
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.interpolate import BSpline
 
+from raytrain_brats import storage
 from raytrain_brats.data import phantom_set
 
 Floats = NDArray[np.float32]
@@ -293,13 +293,11 @@ def make_case(seed: int, grid: int = 240, anatomy: str = "procedural") -> Phanto
 
 
 def _write(path: Path, content: bytes, keep: bool = False) -> int:
-    """Write under a hidden name and rename, so that a reader never sees half a file. Returns the bytes there."""
+    """Write so that a reader never sees half a file. Returns the bytes there."""
     if keep and path.exists():
         return path.stat().st_size
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    hidden.write_bytes(content)
-    return hidden.replace(path).stat().st_size
+    storage.write_bytes(str(path), content)
+    return len(content)
 
 
 def write_case(

@@ -61,12 +61,14 @@ def scan(root: str, convention: str = "auto") -> Manifest:
         found = dataclasses.replace(found, candidates=(read_as,))
         if not stated.convention:
             found = dataclasses.replace(found, layout=f"{found.layout}, labels not stated")
+        if not stated.channels and any(len(case.images) == 1 for case in found.cases):
+            found = dataclasses.replace(found, layout=f"{found.layout}, modalities not stated")
     else:
         found = layouts.by_names(listing, True, asked, root.rsplit("/", 1)[-1])
         if asked and found.cases and asked not in found.candidates:
             _agree(convention, found.candidates[0], f"{root}: the names of its files")
     if not found.cases:
-        raise UserError(_nothing(root, listing, found))
+        raise UserError(_nothing(root, listing, found, stated))
     candidates = (asked,) if asked else found.candidates
     settled = candidates[0] if len(candidates) == 1 else ""
     cases, synthetic = tuple(sorted(found.cases, key=lambda c: c.id)), bool(stated and stated.synthetic)
@@ -132,7 +134,7 @@ def _agree(asked: str, stated: str, where: str) -> str:
     )
 
 
-def _nothing(root: str, listing: Listing, found: Found) -> str:
+def _nothing(root: str, listing: Listing, found: Found, stated: Stated | None) -> str:
     """Why no case was found, with the nearest layout."""
     cases = [row for row in found.skipped if row.case]
     if cases:
@@ -143,6 +145,8 @@ def _nothing(root: str, listing: Listing, found: Found) -> str:
         )
         return f"{root}: no case can be used of {len(cases)} found: {causes}"
     images = [path for path in listing.files if NIFTI.search(path)]
+    if images and stated:
+        return f"{stated.where} lists no case, but {len(images)} NIfTI files lie there, such as {images[0]}; list them"
     if images:
         return (
             f"{root} holds {len(images)} NIfTI files, but no case: the names tell no modality, such as {images[0]}. "
@@ -195,7 +199,7 @@ def _images(root: str, listing: Listing, stated: Stated | None) -> Found:
             found = layouts.loose(listing, _beside(root))
     if not found.cases:
         hint = "; give the patient's folder, or all four files" if stated is None else ""
-        raise UserError(_nothing(root, listing, found) + hint)
+        raise UserError(_nothing(root, listing, found, stated) + hint)
     return found
 
 
@@ -206,6 +210,15 @@ def _beside(root: str) -> Stated | None:
         if folder.strip("/") and storage.exists(where):
             return dataset_json.parse(storage.read_bytes(where), where, folder)
     return None
+
+
+def unstated(found: list[tuple[str, Case]]) -> list[str]:
+    """Ids of 4D images, as `scan_images` gives them, of whose channels nothing says what they are."""
+    said: dict[str, bool] = {}
+    for root in {root for root, case in found if len(case.images) == 1}:
+        stated = _beside(root)
+        said[root] = bool(stated and stated.channels)
+    return [case.id for root, case in found if len(case.images) == 1 and not said[root]]
 
 
 def checksummed(manifest: Manifest, progress: Progress | None = None, before: Manifest | None = None) -> Manifest:
@@ -237,13 +250,17 @@ def checksummed(manifest: Manifest, progress: Progress | None = None, before: Ma
         rows = pool.map(read, manifest.cases)
         cases = list(progress(rows, len(manifest.cases)) if progress else rows)
     manifest = dataclasses.replace(manifest, convention=settled or _by_values(manifest, values), candidates=())
-    if any(case.fold for case in cases):  # stated
-        return dataclasses.replace(manifest, cases=tuple(cases))
+    stated = any(case.fold for case in cases)
+    return dataclasses.replace(manifest, cases=tuple(cases) if stated else dealt(cases))
+
+
+def dealt(cases: Iterable[Case]) -> tuple[Case, ...]:
+    """The cases with their folds: by subject, and those of equal content together."""
+    cases = list(cases)
     one = _as_one(cases)
     groups = sorted(set(one.values()), key=lambda s: hashlib.sha256(s.encode()).hexdigest())
     fold_of = {subject: number % FOLDS for number, subject in enumerate(groups)}
-    dealt = tuple(dataclasses.replace(c, fold=fold_of[one[c.subject]]) for c in cases)
-    return dataclasses.replace(manifest, cases=dealt)
+    return tuple(dataclasses.replace(c, fold=fold_of[one[c.subject]]) for c in cases)
 
 
 def case_versions(case: Case) -> tuple[tuple[str, str], ...]:

@@ -57,15 +57,6 @@ class Source:
             return decode(content, verified=True)
         return preprocess(self.volume(case), self.spacing_mm)
 
-    def native_spacing_mm(self, case: Case) -> tuple[float, ...]:
-        """Voxel edges of the scan itself. Raises as `load` does."""
-        if case.object:
-            affine = np.array(self.load(case).geometry.affine)
-        else:
-            affine = decode_file(storage.read_bytes(storage.join(self.root, case.images[0])), case.images[0]).affine
-        edges: list[float] = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-        return tuple(edges)
-
     def volume(self, case: Case) -> Volume:
         """The case as its NIfTI files have it. Raises as `load` does."""
         paths = manifests.case_files(case)

@@ -56,9 +56,14 @@ def save(
     name = f"{samples_seen:012d}-g{generation:04d}"
     contents = dict(zip(_FILES, (tensors_to_bytes(tensors), json.dumps(state).encode()), strict=True))
     listed = {}
-    for file, content in contents.items():
-        storage.write_bytes(_uri(run_dir, name, file), content)
-        listed[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    try:
+        for file, content in contents.items():
+            storage.write_bytes(_uri(run_dir, name, file), content)
+            listed[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    except OSError:  # a full disk needs its room back; never once the manifest may be there
+        with contextlib.suppress(OSError):
+            discard(run_dir, name)
+        raise
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "samples_seen": samples_seen,

@@ -30,6 +30,7 @@ R = TypeVar("R")
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of tasks beside one that failed, which is told: a traceback each
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is noticed, and report() returns, this fast
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # after a node loss Ray asks for too many workers this long
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
@@ -72,8 +73,10 @@ def connect(local_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     surroundings.check_folder()
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that tokens are in use is no news
     with interrupt.gracefully(0):  # nothing is ours yet, and Ray's start may hold the main thread for long
         _connect(surroundings.address(), local_cpus)
+        interrupt.again()
 
 
 def _connect(address: str, local_cpus: int | None) -> None:
@@ -96,9 +99,11 @@ def _connect(address: str, local_cpus: int | None) -> None:
     if address:
         try:
             ray.init(address=address, **joining)
-        except (ConnectionError, TimeoutError) as error:
+        except (ConnectionError, TimeoutError, RuntimeError, ray.exceptions.RayError) as error:
+            why = " ".join(str(error).split())[:300]
             raise UserError(
-                f"cannot join the Ray cluster at {address} from here ({error}); run the command on one of its nodes"
+                f"cannot join the Ray cluster at {address} from here ({why}); run the command on one of its nodes, or "
+                "unset RAY_ADDRESS to use this machine alone"
             ) from error
         return
     surroundings.make_room()

@@ -6,14 +6,17 @@ Out: gauges `ray_raytrain_brats_<name>`, tagged with the run folder. A gauge who
 
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from ray.util.metrics import Gauge
 
 from raytrain_brats.errors import UserError
 from raytrain_brats.run.accounts import account, recoveries
+from raytrain_brats.run.ledger import event
 
 PRICES = "RAYTRAIN_BRATS_DOLLARS_PER_HOUR"
 NAMES = {
@@ -34,14 +37,19 @@ NAMES = {
     "quarantined": "cases that cannot be read, so far",
     "dollars_per_hour": f"price of the nodes that are up (by {PRICES})",
 }
-_STEPS = 20
+_STEPS, _NOTE_S = 20, 60.0
+
+
+def ascii_only(text: str) -> str:
+    """Other characters as in a URL: Ray's metrics take no others, and end the process that tries."""
+    return "".join(c if c.isascii() else quote(c, errors="surrogateescape") for c in text)
 
 
 class Gauges:
     """One run's, as seen from one process."""
 
     def __init__(self, run_dir: str) -> None:
-        self._tags, self._made = {"run": run_dir}, dict[str, Gauge]()
+        self._tags, self._made = {"run": ascii_only(run_dir)}, dict[str, Gauge]()
 
     def set(self, name: str, value: float | None, **tags: str) -> None:
         if value is None or not math.isfinite(value):
@@ -102,6 +110,35 @@ def prices() -> dict[str, float]:
             f"{PRICES}={given}: write 12.5 for the cluster, or a node's price by role: data=0.77,train=21.96"
         )
     return found
+
+
+class Cost:
+    """What the nodes that are up cost, by their prices: a rate, and a sum that events keep over launches.
+
+    Time without a driver is not counted: nobody looks then.
+    """
+
+    def __init__(self, run_dir: str, prices: Mapping[str, float]) -> None:
+        self._run_dir, self._prices = run_dir, prices
+        self._since = self._noted = time.monotonic()
+        self._unnoted = 0.0
+        self.rate: float | None = None
+        self.total = 0.0
+
+    def look(self, nodes: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> None:
+        """Add the time since the last look at the rate found then; note the sum once a minute."""
+        now = time.monotonic()
+        self._unnoted += (self.rate or 0.0) * (now - self._since) / 3600
+        self._since, self.rate = now, dollars_per_hour(self._prices, nodes)
+        self.total = sum(e["dollars"] for e in events if e.get("event") == "cost") + self._unnoted
+        if now > self._noted + _NOTE_S:
+            self.note()
+
+    def note(self) -> None:
+        """Put what is not there yet into the run folder's events."""
+        if self._unnoted:
+            event(self._run_dir, "cost", dollars=round(self._unnoted, 6), dollars_per_hour=self.rate)
+            self._unnoted, self._noted = 0.0, time.monotonic()
 
 
 def dollars_per_hour(prices: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> float | None:

@@ -8,6 +8,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import yaml
 
 from raytrain_brats import storage
@@ -17,7 +18,7 @@ from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.manifest import Case, Manifest
-from raytrain_brats.data.nifti import Refused
+from raytrain_brats.data.nifti import Refused, background_warning
 from raytrain_brats.data.parcel import Cutting
 from raytrain_brats.data.plan import Plan
 from raytrain_brats.data.scan import Progress
@@ -96,18 +97,25 @@ def config_line(recipe: str) -> str:
     return described_recipe(recipe, load(recipe))
 
 
-def warning_of_coarse_voxels(config: Config, manifest: Manifest, source: Source) -> str:
-    """A line when the recipe's voxels are coarser than the scans' own, by the first case; else ""."""
+def warnings(config: Config, manifest: Manifest, source: Source) -> list[str]:
+    """Lines about what would make the results worse, by the first case: coarse voxels, a background that is not 0."""
     case = manifest.cases[0]
+    told = []
     with contextlib.suppress(Refused, OSError):  # told where the case is used
-        native_mm = source.native_spacing_mm(case)
-        if config.preprocess.spacing_mm > 1.01 * min(native_mm):
+        if case.object:
+            affine, background = np.array(source.load(case).geometry.affine), ""
+        else:
+            volume = source.volume(case)
+            affine, background = volume.affine, background_warning(volume)
+        native_mm = np.linalg.norm(affine[:3, :3], axis=0)
+        if config.preprocess.spacing_mm > 1.01 * native_mm.min():
             edges = " x ".join(f"{edge:.3g}" for edge in native_mm)
-            return (
+            told.append(
                 f"warning: voxels of {config.preprocess.spacing_mm:g} mm are coarser than the scans' own ({edges} mm "
                 f"in {case.id}); small structures are lost"
             )
-    return ""
+        told += [f"warning: case {case.id}: {background}"] if background else []
+    return told
 
 
 def build(config: Config, run_dir: str, data: str, store: str, recipe: str = "") -> Job:
@@ -157,16 +165,27 @@ def _check_same_run(job: Job) -> None:
             f"{job.run_dir} was begun on labels read as {described(convention)}, now they would be read as "
             f"{described(job.source.convention)}; give the data and convention it was begun with, or another --run-dir"
         )
-    if identity != job.identity:
+    if not manifests.is_identity(identity, job.manifest.cases, preprocessing(job.config), convention):
         raise UserError(
-            f"{job.run_dir} was begun on other data or preprocessing (identity {identity}, now {job.identity}); "
-            "give the data it was begun with, or another --run-dir"
+            f"{job.run_dir} was begun on other data or preprocessing (identity {identity}, now {job.identity}"
+            f"{_difference(job)}); give the data it was begun with, or another --run-dir"
         )
     if changed := differences(config, job.config):
         changes = "; ".join(changed)
         raise UserError(
             f"{job.run_dir} was begun with another config ({changes}); use the old values, or another --run-dir"
         )
+
+
+def _difference(job: Job) -> str:
+    """How the cases differ from those that the run folder noted, in words; "" where it cannot be said."""
+    with contextlib.suppress(UserError):
+        before = manifests.read(storage.join(job.run_dir, "manifest.jsonl")).cases
+        old, new = ({case.id: case.sha256 for case in cases} for cases in (before, job.manifest.cases))
+        changed = [name for name in new if name in old and new[name] != old[name]]
+        kinds = {"changed": changed, "new": sorted(new.keys() - old.keys()), "gone": sorted(old.keys() - new.keys())}
+        return "".join(f"; {len(names)} cases {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
+    return ""
 
 
 def write_config(job: Job) -> None:

@@ -112,13 +112,17 @@ def train(job: Job, needed: cluster.Resources, lease: Lease) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and schedulers: as Ctrl-C
     launched, began = time.time(), time.perf_counter()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    with Progress(job), Watch(job.run_dir, run_id, job.config.run.hang_timeout_s), Spilling(job.run_dir):
+    with (
+        Progress(job, lambda: lease.trouble),
+        Watch(job.run_dir, run_id, job.config.run.hang_timeout_s),
+        Spilling(job.run_dir),
+    ):
         problem = _fit(job, needed, lease, run_id)
     events = ledger.recent(job.run_dir)[1]
     found, _ = checkpoint.newest_valid(job.run_dir)
     if problem or found is None or found.samples_seen < job.plan.total:
         stops = [e["reason"] for e in events if e["event"] == "stop" and e["time"] >= launched]
-        reason = stops[-1] if stops else problem or "the workers stopped early"
+        reason = stops[-1] if stops else problem or lease.trouble or "the workers stopped early"
         raise RunFailed(f"{reason}; see {storage.join(job.run_dir, 'events.jsonl')}")
     ledger.event(job.run_dir, "finish", samples_seen=job.plan.total, seconds=round(time.perf_counter() - began, 1))
 
@@ -169,11 +173,7 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
             if lease.lost:
                 raise RunFailed(f"the run was taken over by {lease.lost}; this driver ends")
     except KeyboardInterrupt:
-        interrupt.allow(saving.TIMEOUT_S + interrupt.GRACE_S)
-        if saving.training(job.run_dir):
-            print("saving a checkpoint ...", flush=True)
-            saved = saving.ask(job.run_dir, saving.HOLD)
-            print(f"{'saved' if saved else 'not saved now'}: the same command goes on from the newest checkpoint")
+        _save(job.run_dir)
         raise
     finally:
         interrupt.allow(interrupt.GRACE_S)
@@ -186,6 +186,20 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
     if error:
         raise error
     return ""
+
+
+def _save(run_dir: str) -> None:
+    """On Ctrl-C: have the group that trains save, if one does."""
+    interrupt.allow(saving.TIMEOUT_S + interrupt.GRACE_S)
+    if saving.training(run_dir):
+        print("saving a checkpoint ...", flush=True)
+        try:
+            saved = saving.ask(run_dir, saving.HOLD)
+        except OSError as error:
+            print(f"cannot ask for one: {error}", flush=True)
+            saved = False
+        told = "saved" if saved else "not saved now"
+        print(f"{told}: the same command goes on from the newest checkpoint", flush=True)
 
 
 def _settle(fitting: "Future[Any]", trainer: TorchTrainer) -> None:

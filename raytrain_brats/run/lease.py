@@ -32,6 +32,8 @@ class Lease:
         self.run_dir, self.token, self.since, self._renewals = run_dir, uuid.uuid4().hex, time.time(), 0
         self.lost = ""
         """Who has it instead, once another driver took it. An outage of the storage alone loses nothing."""
+        self.trouble = ""
+        """Why the run folder cannot be written just now; "" when it can."""
 
     def _about(self) -> bytes:
         mine = {"token": self.token, "renewals": self._renewals, "since": self.since}
@@ -74,8 +76,9 @@ class Lease:
                     return
                 self._renewals += 1
                 storage.swap(where, content, self._about())  # if another was faster, the next look tells
-            except (OSError, UserError):
-                pass  # the storage is out for others too; if not for them, a later look tells
+                self.trouble = ""
+            except (OSError, UserError) as error:  # out for others too; if not for them, a later look tells
+                self.trouble = str(error)
 
     def release(self) -> None:
         """Leave it to whoever comes, unless it is another's already."""

@@ -4,8 +4,10 @@ In: the run folder, as it fills.
 Out: a live line on a terminal; a plain line every few seconds elsewhere; what the books say as metrics of Ray.
 """
 
+import re
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ray.exceptions import RayError
@@ -19,18 +21,21 @@ from raytrain_brats.labels import REGIONS
 from raytrain_brats.run import gauges, ledger, roles
 from raytrain_brats.run.job import Job
 
-_RECENT, _MEASURE_S = 20, 10.0
+_RECENT, _MEASURE_S, _LINE_S = 20, 10.0, 10.0
 
 
 class Progress:
     """Follow a run from the driver, in a thread, for the time of a `with` block."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, trouble: Callable[[], str] = lambda: "") -> None:
+        """`trouble` tells why the run folder cannot be written just now, also when the books cannot."""
+        self._job, self._trouble = job, trouble
+        self._since, self._told = time.time(), ""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._console = Console(stderr=False)
         self._gauges, self._prices = gauges.Gauges(job.run_dir), gauges.prices()
+        self._cost = gauges.Cost(job.run_dir, self._prices)
         self._next_measure = 0.0
 
     def __enter__(self) -> "Progress":
@@ -40,6 +45,7 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         self._done.set()
         self._thread.join(timeout=10)
+        self._cost.note()
 
     def _follow(self) -> None:
         every_s = 1.0 if not storage.is_s3(self._job.run_dir) else 5.0
@@ -47,52 +53,85 @@ class Progress:
             with Bar(BarColumn(20), TextColumn("{task.description}", markup=False), console=self._console) as bar:
                 run = bar.add_task("", total=self._job.plan.total)
                 while not self._done.wait(every_s):
-                    rows, line = self._look()
+                    rows, line = self._look(lambda said: bar.console.print(said, markup=False, soft_wrap=True))
                     bar.update(run, description=line, completed=rows[-1]["samples_seen"] if rows else 0)
                 bar.update(run, description=self._look()[1], completed=self._job.plan.total)
             return
-        last = ""
-        while not self._done.wait(max(10.0, every_s)):
-            if (line := self._look()[1]) != last:
+        last, said, over = "", time.monotonic(), False
+        while not over:  # what goes wrong is told at once, how far it is now and then
+            over = self._done.wait(every_s)
+            line = self._look()[1]
+            if line != last and (over or time.monotonic() > said + _LINE_S):
                 print(line, flush=True)
-            last = line
-        if (line := self._look()[1]) != last:
-            print(line, flush=True)
+                last, said = line, time.monotonic()
 
-    def _look(self) -> tuple[list[dict[str, Any]], str]:
+    def _look(self, say: Callable[[str], None] = lambda said: print(said, flush=True)) -> tuple[list[Any], str]:
         try:
             rows, events = ledger.recent(self._job.run_dir)
+            self._tell(events, say)
             self._measure(rows)
         except (OSError, ValueError, UserError, RayError) as error:  # the picture is not the run: storage may come back
             return [], f"run folder cannot be read just now: {error}"
-        return rows, describe(rows, events, self._job.plan.total)
+        cost = f" | ${self._cost.rate:,.2f}/h, ${self._cost.total:,.2f} so far" if self._cost.rate is not None else ""
+        return rows, describe(rows, events, self._job.plan.total, self._trouble()) + cost
+
+    def _tell(self, events: list[dict[str, Any]], say: Callable[[str], None]) -> None:
+        """A line when saving begins to fail, or fails for another reason, and one when it works again."""
+        failure = unsaved([e for e in events if e["time"] >= self._since], self._trouble())
+        why = failure[1] if failure else ""
+        if why and why != self._told:
+            say(f"warning: not saved: {why}; training goes on and saves when it can: make room, or mend what is wrong")
+        if self._told and not why:
+            say("saved again")
+        self._told = why
 
     def _measure(self, rows: list[dict[str, Any]]) -> None:
         """Metrics out of all events: every ten seconds, or less often where that takes more than 1 % of them."""
         if (began := time.monotonic()) < self._next_measure:
             return
         self._next_measure = began + _MEASURE_S  # also when a next line fails
-        gauges.tell(self._gauges, ledger.read_events(self._job.run_dir), rows, self._job.plan.total)
+        events = ledger.read_events(self._job.run_dir)
+        gauges.tell(self._gauges, events, rows, self._job.plan.total)
         if self._prices:
-            self._gauges.set("dollars_per_hour", gauges.dollars_per_hour(self._prices, roles.alive()))
+            self._cost.look(roles.alive(), events)
+            self._gauges.set("dollars_per_hour", self._cost.rate)
         self._next_measure = began + max(_MEASURE_S, 100 * (time.monotonic() - began))
 
 
-def describe(rows: list[dict[str, Any]], events: list[dict[str, Any]], total: int) -> str:
-    """One line: how far, how well, how fast, how long still."""
+def unsaved(events: list[dict[str, Any]], trouble: str = "") -> tuple[int, str] | None:
+    """(sample that is saved last, why no later one is) while checkpoints fail; None when all is well."""
+    at, why = 0, ""
+    for e in events:
+        if e["event"] == "group":
+            at, why = e.get("samples_seen", at), ""
+        elif e["event"] == "checkpoint":
+            at, why = e["samples_seen"], ""
+        elif e["event"] == "checkpoint_failed":
+            why = e["error"]
+    why = re.sub(r"\[Errno \d+\] |: '[^']*'$", "", why or trouble)  # the path is another one each time
+    return (at, why) if why else None
+
+
+def describe(rows: list[dict[str, Any]], events: list[dict[str, Any]], total: int, trouble: str = "") -> str:
+    """One line: how far, how well, how fast, how long still; that nothing is saved, and why, while that is so."""
+    failure = unsaved(events, trouble)
+    warning = f" | not saved since sample {failure[0]:,}: {failure[1]}" if failure else ""
     groups = [e for e in events if e["event"] == "group"]
     if not rows:
-        return f"sample 0 of {total:,}: workers are starting" if groups else "starting"
+        return (f"sample 0 of {total:,}: workers are starting" if groups else "starting") + warning
     recent = rows[-_RECENT:]
     if groups and groups[-1]["time"] > rows[-1]["time"]:
-        return f"sample {rows[-1]['samples_seen']:,} of {total:,}: worker group {groups[-1]['generation']} is starting"
+        number = groups[-1]["generation"]
+        return f"sample {rows[-1]['samples_seen']:,} of {total:,}: worker group {number} is starting{warning}"
     losses = [row["loss"] for row in recent if row["loss"] is not None]
     seconds = sum(row["step_s"] for row in recent)
     speed = sum(row["positions"][1] - row["positions"][0] for row in recent) / max(seconds, 1e-9)
     waiting = sum(row["wait_s"] for row in recent) / max(seconds, 1e-9)
     left_s = (total - recent[-1]["samples_seen"]) / max(speed, 1e-9)
+    if failure and recent[-1]["samples_seen"] >= total:
+        return f"sample {total:,} of {total:,}: waiting for room to save the last checkpoint{warning}"
     parts = [
-        f"sample {recent[-1]['samples_seen']:,} of {total:,}",
+        f"sample {recent[-1]['samples_seen']:,} of {total:,}{warning}",
         f"loss {sum(losses) / len(losses):.3f}" if losses else "loss -",
         f"{speed:.1f} samples/s",
         f"{waiting:.0%} waiting for data",

@@ -6,6 +6,7 @@ Out: worker groups that fit the nodes that are left; one event `recovered` a wor
 
 import hashlib
 import logging
+import os
 import socket
 import time
 from typing import Any
@@ -32,7 +33,7 @@ _decide = ElasticScalingPolicy.make_decision_for_running_worker_group
 
 def tag(run_dir: str) -> str:
     """What names a run's reservations and its datasets in Ray: the same for every driver of the run."""
-    return f"brats-{hashlib.sha256(run_dir.encode()).hexdigest()[:12]}"
+    return f"brats-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:12]}"
 
 
 def free_reservations(run_dir: str) -> None:

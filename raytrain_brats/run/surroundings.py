@@ -8,18 +8,23 @@ Ray itself waits for a quarter of an hour for a cluster that is gone, and leaves
 
 import os
 import re
+import secrets
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from ray._common.utils import get_ray_address_file
+from ray._private import services
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
-from raytrain_brats import shadow
+from raytrain_brats import home, shadow
 from raytrain_brats.errors import UserError
 
 PATIENCE_S = 15.0
 """A head that is named may be about to start, or be busy."""
 _LEFT_S = 5.0
+_TOKEN = "asks for a token"  # noqa: S105 - what is said of it
 _SOCKET = len("/ray/session_2025-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
 ROOM = 107 - _SOCKET
 """Bytes that the path of a Unix socket leaves to RAY_TMPDIR; 107 is the kernel's limit."""
@@ -36,18 +41,27 @@ def address() -> str:
                 f"RAY_ADDRESS={given} is no HOST:PORT of a Ray head; give that, or unset RAY_ADDRESS and submit the "
                 "command as a job: ray job submit --address http://HOST:8265 -- raytrain-brats ..."
             )
-        if said := silence(given, PATIENCE_S):
+        said = silence(given, PATIENCE_S)
+        if said == _TOKEN:
+            raise UserError(
+                f"the Ray head at RAY_ADDRESS={given} {_TOKEN}: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the "
+                "cluster's token where ~/.ray/auth_token is not it"
+            )
+        if said:
             raise UserError(
                 f"no Ray cluster answers at RAY_ADDRESS={given} ({said}); start it (`ray start --head`), "
                 "or unset RAY_ADDRESS to use this machine alone"
             )
+        _await_node(given)
         return given
     for file in dict.fromkeys((get_ray_address_file(None), "/tmp/ray/ray_current_cluster")):  # noqa: S108 - Ray's place
         try:
             left = Path(file).read_text().strip()
         except OSError:
             continue
-        if left and not (said := silence(left, _LEFT_S)):
+        said = silence(left, _LEFT_S) if left else ""
+        if left and said in ("", _TOKEN):
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for a cluster it finds
             return left
         if left and not given:
             print(f"no Ray answers at {left} ({said}), which `ray start` left in {file}: starting one here", flush=True)
@@ -56,19 +70,33 @@ def address() -> str:
     return ""
 
 
+def _await_node(head: str) -> None:
+    """Raises UserError unless a node of a Ray cluster runs on this machine, which a driver needs."""
+    until = time.monotonic() + PATIENCE_S
+    while not services.find_node_ids():
+        if time.monotonic() > until:
+            raise UserError(
+                f"the Ray head at {head} answers, but no node of it runs on this machine; run the command on one of "
+                "its nodes, or unset RAY_ADDRESS to use this machine alone"
+            )
+        time.sleep(0.5)
+
+
 def silence(head: str, patience_s: float) -> str:
-    """Why a Ray head does not answer, as a person would say it; "" when it does."""
+    """Why no Ray head takes our calls there, as a person would say it; "" when it does."""
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     channel = init_grpc_channel(head, options=(("grpc.enable_http_proxy", 0),))
     try:
-        question: Any = vars(gcs_service_pb2)["CheckAliveRequest"]()  # generated when imported; mypy sees no names
-        ask: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive
+        question: Any = vars(gcs_service_pb2)["GetClusterIdRequest"]()  # all else asks for this id
+        ask: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId
         ask(question, timeout=patience_s, wait_for_ready=patience_s > _LEFT_S)
     except grpc.RpcError as error:
         code = error.code()
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            return _TOKEN
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             return f"no answer within {patience_s:g} s" if code.name.startswith("DEADLINE") else "nothing listens there"
         return f"what answers is no Ray head: {code.name.lower()}"
@@ -78,10 +106,12 @@ def silence(head: str, patience_s: float) -> str:
 
 
 def make_room() -> None:
-    """Choose a folder for the files of a Ray of our own where its default cannot be used, by RAY_TMPDIR.
+    """Choose a folder for the files of a Ray of our own where its default cannot be used, by RAY_TMPDIR; a token too.
 
     Raises UserError when RAY_TMPDIR is given and cannot be used, or when there is no such folder.
     """
+    if not home.writable() and not os.path.exists(os.path.expanduser("~/.ray/auth_token")):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray makes one, in a file in the home
     if given := os.environ.get("RAY_TMPDIR"):
         if why := _unfit(given):
             raise UserError(f"RAY_TMPDIR={given} {why}; set it to a short path that can be written, such as /tmp/mine")

@@ -30,6 +30,7 @@ from raytrain_brats.sagemaker import meeting
 from raytrain_brats.sagemaker.meeting import Cluster, Line
 
 RAY_PORT = 6379
+DASHBOARD, DASHBOARD_PORT = "RAYTRAIN_BRATS_DASHBOARD", 8265
 STOPPED = 143
 """Exit code after SIGTERM, as a shell would give it: never 0, which would call a job done that is not."""
 PARTING_S = 10.0
@@ -74,7 +75,10 @@ def program(name: str) -> list[str]:
 def start_ray(cluster: Cluster, deadline: float) -> str:
     """Start this host's part of the Ray cluster; its head's address. Raises RunFailed."""
     head = f"{meeting.address_of(cluster.head, deadline)}:{RAY_PORT}"
-    part = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
+    # Nothing but Systems Manager's tunnel, which ends inside the container, reaches the dashboard.
+    shown = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD_PORT}"]
+    shown = shown if os.environ.get(DASHBOARD) else ["--include-dashboard=false"]
+    part = ["--head", f"--port={RAY_PORT}", *shown]
     part = part if cluster.me == cluster.head else [f"--address={head}"]
     started = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", *part),

@@ -17,8 +17,9 @@ import yaml
 from raytrain_brats import config
 from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry
 from raytrain_brats.errors import UserError
-from raytrain_brats.sagemaker import service
-from raytrain_brats.sagemaker.service import CHECKPOINTS, LOCAL, Instances, JobOptions
+from raytrain_brats.sagemaker import host, rules, service
+from raytrain_brats.sagemaker.rules import Instances
+from raytrain_brats.sagemaker.service import CHECKPOINTS, LOCAL, JobOptions
 
 METRICS = {
     "train:loss": r"\| loss ([0-9.]+)",
@@ -35,6 +36,11 @@ METRICS = {
 COMMAND = (
     'python3 -u -m raytrain_brats.sagemaker host train & P=$!; trap "kill -TERM $P" TERM; R=0; wait $P || R=$?; '
     "while kill -0 $P 2>/dev/null; do R=0; wait $P || R=$?; done; exit $R"
+)
+TUNNEL = (
+    "aws ssm start-session --target sagemaker-training-job:{name}_algo-1 "
+    "--document-name AWS-StartPortForwardingSession "
+    f"--parameters portNumber={host.DASHBOARD_PORT},localPortNumber={host.DASHBOARD_PORT}"
 )
 RETRIES = 3
 """Times the service starts the job again after a failure of its own; the run goes on where it stood."""
@@ -65,7 +71,11 @@ class Args(JobOptions):
     max_wait_hours: float | None = None
     """With --spot: the job ends after so many hours of waiting and running; by default twice --max-hours."""
     keep_alive_minutes: int = 0
-    """Keep the instances for the next job this long; they cost as if they worked."""
+    """Keep the instances for the next job this long, at full cost; not with --spot or --data-instances."""
+    output_kms_key: str = ""
+    """Encrypts what SageMaker itself writes to S3 and not the disks; with --kms-key, instead of that key."""
+    remote_debug: bool = False
+    """Let AWS Systems Manager into the containers, and start Ray's dashboard on the head's loopback."""
     input: Literal["direct", "file", "fastfile"] = "direct"
     """How cases come from S3: read by the run itself; copied to each instance first; or through SageMaker's mount."""
     fsx: str = ""
@@ -77,6 +87,8 @@ class Args(JobOptions):
 def work(args: Args) -> None:
     request = Request.of(args)
     service.tell(service.cost(request.groups, args.spot))
+    for remark in filter(None, (request.idle, rules.about(request.groups[-1][0]))):
+        service.tell(remark)
     service.send(
         args, service.bucket_of(request.run_dir), "CreateTrainingJob", lambda session: _train(request, session)
     )
@@ -94,6 +106,8 @@ class Request:
     """Where the cases are, on S3 or below the file system."""
     groups: Instances
     hyperparameters: dict[str, str]
+    idle: str
+    """About GPUs that no worker would use; empty when there are none."""
 
     @staticmethod
     def of(args: Args) -> "Request":
@@ -119,7 +133,14 @@ class Request:
             raise UserError("--network-isolation: S3 cannot be reached; use one instance and --input file or fastfile")
         if args.spot and args.max_wait_hours is not None and args.max_wait_hours < args.max_hours:
             raise UserError("--max-wait-hours counts waiting and running; give no less than --max-hours")
-        config.load(args.recipe, args.set)
+        if args.network_isolation and args.remote_debug:
+            raise UserError("--remote-debug: Systems Manager cannot reach a container under --network-isolation")
+        if args.max_hours > rules.MAX_HOURS:
+            raise UserError(f"--max-hours {args.max_hours:g}: AWS ends a training job after {rules.MAX_HOURS} hours")
+        rules.check_warm_pool(args.keep_alive_minutes, args.spot, groups)
+        rules.check_volume_key(groups, args.kms_key, "give the key as --output-kms-key, for the output alone")
+        changes = args.set + ((f"run.workers={args.workers!r}",) if args.workers else ())
+        idle = rules.check_workers(config.load(args.recipe, changes), *groups[-1])
         recipe = args.recipe
         if recipe.endswith((".yaml", ".yml")):  # no such file in the container; JSON is YAML on one line
             recipe = json.dumps(yaml.safe_load(Path(recipe).read_text()))
@@ -130,9 +151,7 @@ class Request:
             "workers": args.workers,
             "set": json.dumps(args.set) if args.set else "",
         }
-        if long := [key for key, value in values.items() if len(value) > 2500]:
-            raise UserError(f"{long[0]}: longer than the 2,500 characters of a hyperparameter; shorten it")
-        return Request(args, run_dir, kind, source, groups, {key: value for key, value in values.items() if value})
+        return Request(args, run_dir, kind, source, groups, {key: v for key, v in values.items() if v}, idle)
 
 
 def _train(request: Request, session: Any) -> None:
@@ -156,22 +175,30 @@ def _train(request: Request, session: Any) -> None:
             training_image=args.image,
             source_code=_code(Path(folder)) if args.ship_code else None,
             hyperparameters=request.hyperparameters,
-            environment=service.environment(args),
+            environment=service.environment(args) | ({host.DASHBOARD: "1"} if args.remote_debug else {}),
             compute=_compute(request),
             networking=_networking(args),
             stopping_condition=configs.StoppingCondition(max_runtime_in_seconds=int(3600 * args.max_hours), **wait),
             input_data_config=_channels(request),
             checkpoint_config=isolated if args.network_isolation else direct,
             output_data_config=configs.OutputDataConfig(
-                s3_output_path=f"{own}/output", compression_type="NONE", kms_key_id=args.kms_key or None
+                s3_output_path=f"{own}/output",
+                compression_type="NONE",
+                kms_key_id=args.output_kms_key or args.kms_key or None,
             ),
-            tags=[configs.Tag(key=key, value=value) for key, value in service.pairs(args.tag, "tag").items()] or None,
+            tags=[configs.Tag(key=key, value=value) for key, value in service.tags(args).items()],
         )
         trainer.with_metric_definitions([configs.MetricDefinition(name=n, regex=r) for n, r in METRICS.items()])
         trainer.with_retry_strategy(configs.RetryStrategy(maximum_retry_attempts=RETRIES))
+        if args.remote_debug:
+            trainer.with_remote_debug_config(configs.RemoteDebugConfig(enable_remote_debug=True))
         trainer.train(wait=False, logs=False)
         job = trainer._latest_training_job
-    print(f"{job.training_job_name} is sent; raytrain-brats sagemaker status|logs|stop {job.training_job_name}")
+    name = job.training_job_name
+    print(f"{name} is sent; raytrain-brats sagemaker status|logs|stop {name}")
+    if args.remote_debug:
+        print(f"the dashboard, once it trains: {TUNNEL.format(name=name)}")
+        print(f"it asks for a token: aws s3 cp {own}/ray_token -")
     if args.wait:
         job.wait(logs=True)
 

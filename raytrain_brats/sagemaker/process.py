@@ -12,7 +12,7 @@ from typing import Any
 from raytrain_brats import config
 from raytrain_brats.cli import Changes, Uri, default, entry
 from raytrain_brats.errors import UserError
-from raytrain_brats.sagemaker import service
+from raytrain_brats.sagemaker import rules, service
 from raytrain_brats.sagemaker.service import JobOptions
 
 
@@ -42,6 +42,7 @@ def work(args: Args) -> None:
         raise UserError("--network-isolation: `prepare` reads and writes S3 itself; use --subnets and a VPC endpoint")
     config.load(args.recipe, args.set)
     instances = service.instances(args.instances, "instances", "ProcessingInstanceType")
+    rules.check_volume_key([instances], args.kms_key, "leave it out; the store is encrypted as its bucket says")
     arguments = ["prepare", "--data", data, "--store", store, "--recipe", args.recipe]
     arguments += [f"--set={change}" for change in args.set]
     service.tell(service.cost([instances]))
@@ -68,7 +69,7 @@ def _start(args: Args, instances: tuple[str, int], arguments: list[str], session
         max_runtime_in_seconds=int(3600 * args.max_hours),
         base_job_name=args.name,
         env=service.environment(args),
-        tags=[{"Key": key, "Value": value} for key, value in service.pairs(args.tag, "tag").items()] or None,
+        tags=[{"Key": key, "Value": value} for key, value in service.tags(args).items()],
         network_config=NetworkConfig(
             encrypt_inter_container_traffic=args.encrypt_traffic,
             subnets=list(args.subnets) or None,

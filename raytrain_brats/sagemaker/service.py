@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import resources
 from types import SimpleNamespace
@@ -23,8 +24,8 @@ from botocore import exceptions as aws
 from raytrain_brats import storage
 from raytrain_brats.cli import Changes
 from raytrain_brats.errors import RunFailed, UserError
-
-Instances = list[tuple[str, int]]
+from raytrain_brats.sagemaker import rules
+from raytrain_brats.sagemaker.rules import Instances
 
 LOCAL = "/opt/ml"
 CHECKPOINTS = f"{LOCAL}/checkpoints"
@@ -50,7 +51,7 @@ class JobOptions:
     """Run inside your VPC, in these subnets."""
     security_groups: tuple[str, ...] = ()
     kms_key: str = ""
-    """Encrypts the instances' disks and the job's output."""
+    """Encrypts the instances' disks and the job's output; not for types with local disks, such as g5 or p4d."""
     encrypt_traffic: bool = False
     """Encrypt what containers say to each other; slower all-reduce."""
     network_isolation: bool = False
@@ -86,6 +87,11 @@ def pairs(given: tuple[str, ...], option: str) -> dict[str, str]:
         if "=" not in pair:
             raise UserError(f"--{option} {pair}: write it as KEY=VALUE")
     return dict(pair.split("=", 1) for pair in given)
+
+
+def tags(options: JobOptions) -> dict[str, str]:
+    """The user's, and ours: who may launch may send and stop jobs that carry it, and bills can be split by it."""
+    return {"project": "raytrain-brats"} | pairs(options.tag, "tag")
 
 
 def environment(options: JobOptions) -> dict[str, str]:
@@ -124,7 +130,10 @@ def cost(groups: Instances, spot: bool = False) -> str:
 
 
 def send(options: JobOptions, bucket: str, operation: str, start: Callable[[Any], None]) -> None:
-    """`start(session)` with a session of the SDK; dry, print the request of `operation` instead of sending it."""
+    """`start(session)` with a session of the SDK; dry, print the request of `operation` instead of sending it.
+
+    Either way the request is first made without sending anything, and held against AWS's model of it.
+    """
     try:
         from sagemaker.core.helper.session_helper import Session
     except ImportError as error:
@@ -136,10 +145,13 @@ def send(options: JobOptions, bucket: str, operation: str, start: Callable[[Any]
     quiet = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
     place: dict[str, Any] = {"default_bucket": bucket, "sagemaker_config": quiet}
     try:
+        request = captured(
+            options.region, bucket, operation, lambda session: start(Session(boto_session=session, **place))
+        )
+        rules.check_request(operation, request)
         if not options.dry_run:
             start(Session(boto_session=boto3.Session(region_name=options.region or None), **place))
             return
-        request = captured(options.region, operation, lambda session: start(Session(boto_session=session, **place)))
     except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.NoRegionError) as error:
         raise UserError(f"{error}; run aws configure (or aws sso login); --dry-run needs no credentials") from error
     except aws.ParamValidationError as error:
@@ -153,7 +165,7 @@ class _RequestSeen(Exception):  # noqa: N818 - not an error
     """The request is complete; carries its body. An Exception: the SDK swallows what is only a BaseException."""
 
 
-def captured(region: str, operation: str, start: Callable[[boto3.Session], None]) -> Any:
+def captured(region: str, bucket: str, operation: str, start: Callable[[boto3.Session], None]) -> Any:
     """The body of the first `operation` that `start` sends, checked by botocore; nothing leaves this process."""
     region = region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     session = boto3.Session("none", "none", region_name=region)
@@ -161,7 +173,8 @@ def captured(region: str, operation: str, start: Callable[[boto3.Session], None]
     def answer(model: Any, params: Any, **_: Any) -> Any:
         if model.name == operation:
             raise _RequestSeen(params["body"])
-        return SimpleNamespace(status_code=200), {}  # an upload, a look at the bucket: as if all was well
+        there = {"Buckets": [{"Name": bucket, "CreationDate": datetime.now(UTC)}]}
+        return SimpleNamespace(status_code=200), there if model.name == "ListBuckets" else {}  # as if all was well
 
     session.events.register("before-call", answer)
     before = os.environ.get("SAGEMAKER_VALIDATE_ROLE")

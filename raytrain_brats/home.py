@@ -1,0 +1,35 @@
+"""What libraries expect of a user's account, where a container or a group's machine has none.
+
+In: the environment as a command finds it: HOME, USER; the account's entry.
+Out: the same, with a folder of our own for what must be written, and a name for who has none.
+
+Ray, torch and Matplotlib fail when imported without a home or a name, or print what nobody can act upon.
+"""
+
+import contextlib
+import os
+import pwd
+import tempfile
+
+
+def provide() -> None:
+    """Set HOME, USER and MPLCONFIGDIR where libraries would miss them. A home that can only be read stays the home."""
+    if not {"LOGNAME", "USER", "LNAME", "USERNAME"} & os.environ.keys():
+        try:
+            pwd.getpwuid(os.getuid())
+        except KeyError:
+            os.environ["USER"] = f"user{os.getuid()}"
+    if writable():
+        return
+    place = os.path.join(tempfile.gettempdir(), f"raytrain_brats-{os.getuid()}")
+    with contextlib.suppress(OSError):  # then libraries do what they do without
+        os.makedirs(place, mode=0o700, exist_ok=True)
+        if os.stat(place).st_uid == os.getuid():
+            os.environ.setdefault("MPLCONFIGDIR", place)
+            if not os.path.isdir(os.path.expanduser("~")):
+                os.environ["HOME"] = place
+
+
+def writable() -> bool:
+    home = os.path.expanduser("~")
+    return os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK)
