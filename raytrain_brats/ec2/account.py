@@ -162,7 +162,9 @@ def _profiles(session: Any, config: dict[str, Any]) -> None:
             absent.append(name)
     if absent:
         raise UserError(
-            f"no instance profile {' and '.join(absent)}: the commands are in docs/ec2.md, Once per account"
+            f"no instance profile {' and '.join(absent)}: aws cloudformation deploy --stack-name raytrain-brats "
+            "--template-file cluster/aws/account.yaml --capabilities CAPABILITY_NAMED_IAM --parameter-overrides "
+            "DataBucket=DATA RunsBucket=RUNS (and MakeBuckets=false where both are there)"
         )
 
 

@@ -179,7 +179,10 @@ def fill(ec2: Any, config: dict[str, Any], place: Place, ssh_from: str) -> None:
 
 def _security_group(ec2: Any, vpc: str, ssh_from: str) -> str:
     """The clusters' group: SSH from one range, everything among its own, the web outwards. Made where it is missing."""
-    new = {"GroupName": GROUP, "Description": "Ray clusters of raytrain_brats", "VpcId": vpc}
+    tags = [
+        {"ResourceType": "security-group", "Tags": [{"Key": "project", "Value": GROUP}]}
+    ]  # as launchers' policy asks
+    new = {"GroupName": GROUP, "Description": "Ray clusters of raytrain_brats", "VpcId": vpc, "TagSpecifications": tags}
     group = str(found[0]["GroupId"] if (found := _groups(ec2, vpc)) else ec2.create_security_group(**new)["GroupId"])
     world = [{"CidrIp": "0.0.0.0/0"}]
     among = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}  # EFA needs both ways to name the group
