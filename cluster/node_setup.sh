@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # Make an Ubuntu 24.04 instance ready for Ray: fast disk, driver, FSx, Python.
 # In: ~/raytrain_brats (the checkout's files), ~/raytrain_brats.env; NVIDIA_DRIVER and TORCH_INDEX, where set.
-# Out: /mnt/fast/{spill,cache}; a login shell that finds ray and python. Ray runs it twice on workers, so each part is
-# skipped where it is done; an image of your own that has all of it boots in seconds.
+# Out: /mnt/fast/{spill,cache}; a login shell that finds ray and python. Ray runs it twice on workers, and a second
+# `ray up` again on the head: each part is skipped where it is done; an image of your own that has all of it boots in
+# seconds.
 set -euo pipefail
 . ~/raytrain_brats.env
 apt() { sudo DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -yqq "$@"; }
+
+# Nothing is upgraded under a run: a new driver library beside the loaded kernel module ends CUDA.
+sudo systemctl disable --now unattended-upgrades apt-daily.timer apt-daily-upgrade.timer || true
 
 # The instance's own NVMe disks as one, for Ray's spilling and for caches; a folder of the root volume where none are.
 if mountpoint -q /opt/dlami/nvme; then # AWS's Deep Learning image has joined them already
@@ -27,27 +31,35 @@ has_gpu=$(lspci 2>/dev/null | grep -ciE '(3d|vga).*nvidia' || true)
 if [ "$has_gpu" -gt 0 ] && ! command -v nvidia-smi >/dev/null; then
   apt update
   apt install "linux-headers-$(uname -r)" "nvidia-driver-${NVIDIA_DRIVER:?}-server"
-  sudo apt-mark hold "nvidia-driver-$NVIDIA_DRIVER-server"
   sudo modprobe nvidia
+fi
+if [ "$has_gpu" -gt 0 ]; then # the driver, its libraries and the kernel it is for, whoever installed them
+  dpkg-query -W -f '${db:Status-Abbrev} ${Package}\n' '*nvidia*' 'libcuda*' 'linux-image-*' 'linux-headers-*' 'linux-aws*' 2>/dev/null |
+    awk '$1 == "ii" {print $2}' | xargs -r sudo apt-mark hold
 fi
 
 if [ -n "${RAYTRAIN_BRATS_FSX:-}" ] && ! mountpoint -q /fsx; then
-  command -v mount.lustre >/dev/null || { echo "error: no Lustre client; see FSx in docs/ec2.md" >&2; exit 1; }
+  if ! command -v mount.lustre >/dev/null; then # AWS's own packages, for Ubuntu's AWS kernels
+    key=/usr/share/keyrings/fsx-ubuntu-public-key.gpg
+    curl -fsS https://fsx-lustre-client-repo-public-keys.s3.amazonaws.com/fsx-ubuntu-public-key.asc | sudo gpg --dearmor --yes -o $key
+    echo "deb [signed-by=$key] https://fsx-lustre-client-repo.s3.amazonaws.com/ubuntu $(lsb_release -cs) main" |
+      sudo tee /etc/apt/sources.list.d/fsxlustreclientrepo.list >/dev/null
+    apt update
+    apt install "lustre-client-modules-$(uname -r)" || {
+      echo "error: AWS has no Lustre client for kernel $(uname -r); see FSx in docs/ec2.md" >&2
+      exit 1
+    }
+  fi
   sudo mkdir -p /fsx
   sudo mount -t lustre -o relatime,flock "$RAYTRAIN_BRATS_FSX" /fsx
 fi
 
-if ! command -v raytrain-brats >/dev/null && ! [ -x ~/venv/bin/raytrain-brats ]; then
-  [ "$has_gpu" -gt 0 ] || TORCH_INDEX=cpu
+if ! [ -d ~/venv ] && ! command -v raytrain-brats >/dev/null; then
   apt update
   apt install python3-venv
-  python3 -m venv ~/venv
-  if [ -n "${TORCH_INDEX:-}" ]; then # else torch as PyPI has it, for the newest CUDA
-    torch=$(grep '^torch==' ~/raytrain_brats/constraints.txt)
-    ~/venv/bin/pip install -q "$torch" --index-url "https://download.pytorch.org/whl/$TORCH_INDEX"
-  fi
-  ~/venv/bin/pip install -q -c ~/raytrain_brats/constraints.txt ~/raytrain_brats
 fi
+[ "$has_gpu" -gt 0 ] || TORCH_INDEX=cpu
+TORCH_INDEX=${TORCH_INDEX:-} bash ~/raytrain_brats/cluster/install.sh
 # NCCL finds EFA by AWS's plugin, which lies in one of these folders of AWS's image.
 cat > ~/raytrain_brats.profile <<'PROFILE'
 . ~/raytrain_brats.env

@@ -27,6 +27,7 @@ COMMANDS = {
     "predict": "segment NIfTI cases",
     "verify": "prove that every sample was applied once, in order",
     "report": "one page: curves, overlays, time split",
+    "ec2": "clusters on EC2: what is left that costs",
     "spot": "on a spot machine: drain its Ray node when EC2 gives notice",
     "bench": "measure against other libraries, all processes counted",
     "sagemaker": "the same run as a SageMaker job: launch, process, status, logs, stop",

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from raytrain_brats import interrupt
+from raytrain_brats import interrupt, storage
 from raytrain_brats.data.manifest import Skipped
 from raytrain_brats.errors import RunFailed, UserError
 
@@ -44,13 +44,23 @@ def default(given: str, name: str) -> str:
 
 
 def cases_from(data: str, store: str) -> tuple[str, str]:
-    """(data, store), one of them at most; options win over the environment. Raises UserError when both are given."""
+    """(data, store), one of them at most; options win over the environment. Raises UserError when both are given.
+
+    A cluster's environment names the data and the place of a store, which counts once it is finished.
+    """
     if data and store:
         raise UserError("--data and --store are two ways to give the cases; give one")
     if data or store:
         return data, store
-    store = default("", "STORE")
-    return ("" if store else default("", "DATA")), store
+    data, store = default("", "DATA"), default("", "STORE")
+    if data and store and not storage.exists(storage.join(storage.normal(store), "index.jsonl")):
+        print(
+            f"{store} is no finished store yet: the scans of {data} are preprocessed while they are read. "
+            "`python -m raytrain_brats.prepare` does that once and for all",
+            file=sys.stderr,
+        )
+        store = ""
+    return ("" if store else data), store
 
 
 def progress(rows: Iterable[T], what: str, total: int) -> Iterator[T]:

@@ -1,7 +1,8 @@
-"""On a spot machine, tell Ray when EC2 is about to take it: `python -m raytrain_brats.spot &`, one on each node.
+"""On a node of EC2, what nobody else would notice: `python -m raytrain_brats.spot --head ADDRESS &`, one on each.
 
 In: the instance metadata service, version 2 (AWS_EC2_METADATA_SERVICE_ENDPOINT, as in AWS's own SDKs); a running Ray.
-Out: this machine's Ray node drained, once a notice, with the notice's deadline; a line for each thing that happened.
+Out: this machine's Ray node drained, once a notice, with the notice's deadline; a checkpoint when EC2 recommends to
+leave; the machine shut down when the cluster's head is gone for good; a line for each thing that happened.
 
 Nothing here ends the watch: a metadata service or a Ray that is away is asked again with the next look.
 """
@@ -11,6 +12,7 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from raytrain_brats.cli import entry
 from raytrain_brats.errors import UserError
@@ -43,8 +45,13 @@ class Args:
 
     every: float = 5.0
     """Seconds between two looks."""
-    rebalance: Literal["drain", "note"] = "drain"
-    """What a rebalance recommendation does, which has no deadline and may come long before the end, or for nothing."""
+    rebalance: Literal["checkpoint", "drain", "note"] = "checkpoint"
+    """What a rebalance recommendation does, which has no deadline and may come long before the end, or for nothing:
+    the run on this machine saves, or the machine is given up, or neither."""
+    head: str = ""
+    """HOST:PORT of the cluster's head. When nothing answers there for --headless-minutes, this machine shuts down:
+    nobody else would end it, and it costs."""
+    headless_minutes: float = 15.0
     node: str = ""
     """Name of the Ray node to drain, where several run on one machine; by default all at this machine's address."""
 
@@ -87,10 +94,16 @@ class Notice:
 
 
 class Watcher:
-    """What was heard and done so far. `drain` returns whether Ray accepted."""
+    """What was heard and done so far. `drain` returns whether Ray accepted; `save` asks for a checkpoint."""
 
-    def __init__(self, imds: Imds, drain: Callable[[Notice], bool], on_rebalance: str = "drain") -> None:
-        self._imds, self._drain, self._on_rebalance = imds, drain, on_rebalance
+    def __init__(
+        self,
+        imds: Imds,
+        drain: Callable[[Notice], bool],
+        on_rebalance: str = "checkpoint",
+        save: Callable[[Notice], bool] = lambda _: False,
+    ) -> None:
+        self._imds, self._drain, self._on_rebalance, self._save = imds, drain, on_rebalance, save
         self._open: dict[str, Notice] = {}
         """Heard, and not drained for yet."""
         self._known: set[str] = set()
@@ -121,6 +134,8 @@ class Watcher:
             self._open = {text: Notice(text, deadline(body))}  # a recommendation has had its day
         elif self._on_rebalance == "drain" and not self._going:
             self._open[text] = Notice(text, 0.0)
+        elif self._on_rebalance == "checkpoint" and not self._going:
+            _log("a checkpoint is saved" if self._save(Notice(text, 0.0)) else "no run here saves now; going on")
 
     def _say(self, state: str) -> None:
         if state != self._state:  # an outage of an hour is two lines
@@ -137,9 +152,36 @@ def deadline(body: str) -> float:
         return time.time() + NOTICE_S
 
 
-def drain_apart(notice: Notice, node: str = "") -> bool:
-    """Drain in a process of its own: Ray's client ends its process when the head is gone, and weighs 100 MB."""
-    child = multiprocessing.get_context("spawn").Process(target=drain, args=(notice, node), daemon=True)
+class Head:
+    """Whether the cluster's head is there; `end` is called once it has not been for long."""
+
+    def __init__(self, address: str, minutes: float, end: Callable[[], None]) -> None:
+        self._host, _, port = address.rpartition(":")
+        if not self._host or not port.isdigit():
+            raise UserError(f"--head {address} is not HOST:PORT")
+        self._port, self._limit_s, self._end = int(port), 60 * minutes, end
+        self._seen = time.monotonic()
+
+    def look(self) -> None:
+        try:
+            socket.create_connection((self._host, self._port), timeout=5).close()
+            self._seen = time.monotonic()
+        except OSError as error:
+            away_s = time.monotonic() - self._seen
+            _log(f"no head at {self._host}:{self._port} for {away_s:.0f} s ({error})")
+            if away_s >= self._limit_s:
+                self._end()
+
+
+def shut_down() -> None:
+    """End this machine; EC2 then terminates it (InstanceInitiatedShutdownBehavior). Asked again with the next look."""
+    _log("the head is gone: shutting this machine down")
+    subprocess.run(["sudo", "shutdown", "-h", "now"], check=False)  # noqa: S607
+
+
+def apart(target: Callable[[Notice, str], None], notice: Notice, node: str = "") -> bool:
+    """Ask Ray in a process of its own: Ray's client ends its process when the head is gone, and weighs 100 MB."""
+    child = multiprocessing.get_context("spawn").Process(target=target, args=(notice, node), daemon=True)
     child.start()
     child.join(DRAIN_S)
     if child.exitcode is None:
@@ -151,17 +193,10 @@ def drain_apart(notice: Notice, node: str = "") -> bool:
 
 def drain(notice: Notice, node: str = "") -> None:
     """Tell Ray that this machine's node goes. Exits with 1 when nobody accepts, saying why."""
-    from ray._private import services
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
 
     try:
-        address = services.canonicalize_bootstrap_address_or_die("auto")
-        gcs, here = GcsClient(address=address), services.get_node_ip_address()
-        nodes = {key.hex(): about for key, about in gcs.get_all_node_info().items() if not about.state}
-        ours = [key for key, n in nodes.items() if (n.node_name == node if node else n.node_manager_address == here)]
-        if not ours:
-            raise LookupError(f"no living node {node or 'at ' + here} in the cluster at {address}")
+        gcs, ours = _nodes_here(node)
         reason = vars(autoscaler_pb2)["DrainNodeReason"].Value("DRAIN_NODE_REASON_PREEMPTION")
         # in the future, or Ray refuses; 0 is no deadline
         by_ms = int(1000 * max(notice.deadline, time.time() + 1)) if notice.deadline else 0
@@ -172,6 +207,39 @@ def drain(notice: Notice, node: str = "") -> None:
     except Exception as error:  # noqa: BLE001 - whatever Ray raises: the watcher tries again
         _log(f"cannot drain yet: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         sys.exit(1)
+
+
+def save(_notice: Notice, node: str = "") -> None:
+    """Have the runs that train on this machine save. Exits with 1 when none did."""
+    from raytrain_brats.run import pulse, saving
+
+    try:
+        gcs, ours = _nodes_here(node)
+        keys = gcs.internal_kv_keys(b"", pulse.NAMESPACE, timeout=DRAIN_S)
+        told = [json.loads(gcs.internal_kv_get(key, pulse.NAMESPACE, timeout=DRAIN_S) or b"{}") for key in keys]
+        runs = {a["run_dir"] for a in told if a.get("node") in ours and a["phase"] != "end" and _alive(a["pid"])}
+        sys.exit(0 if [run for run in sorted(runs) if saving.ask(run, saving.SAVE)] else 1)
+    except Exception as error:  # noqa: BLE001 - it was a recommendation
+        _log(f"no checkpoint could be asked for: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        sys.exit(1)
+
+
+def _alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def _nodes_here(node: str) -> tuple[Any, list[str]]:
+    """(the cluster's control store, the ids of its living nodes on this machine). Raises LookupError for none."""
+    from ray._private import services
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    address = services.canonicalize_bootstrap_address_or_die("auto")
+    gcs, here = GcsClient(address=address), services.get_node_ip_address()
+    nodes = {key.hex(): about for key, about in gcs.get_all_node_info().items() if not about.state}
+    ours = [key for key, n in nodes.items() if (n.node_name == node if node else n.node_manager_address == here)]
+    if not ours:
+        raise LookupError(f"no living node {node or 'at ' + here} in the cluster at {address}")
+    return gcs, ours
 
 
 def work(args: Args) -> None:
@@ -186,10 +254,20 @@ def work(args: Args) -> None:
             _log("another watcher is at work here")
             return
         _log(f"asking {endpoint} every {args.every:g} s on {socket.gethostname()}")
-        watcher = Watcher(Imds(endpoint), lambda notice: drain_apart(notice, args.node), args.rebalance)
+        watcher = Watcher(
+            Imds(endpoint),
+            lambda notice: apart(drain, notice, args.node),
+            args.rebalance,
+            lambda notice: apart(save, notice, args.node),
+        )
+        head = Head(args.head, args.headless_minutes, shut_down) if args.head else None
+        if head:  # set at boot, for a node whose set-up never comes to this
+            subprocess.run(["sudo", "shutdown", "-c"], check=False)  # noqa: S607
         while True:
             try:
                 watcher.look()
+                if head:
+                    head.look()
             except Exception as error:  # noqa: BLE001 - no memory for a process, say: that passes, or the machine goes
                 _log(f"this look failed: {error!r}")
             time.sleep(args.every)

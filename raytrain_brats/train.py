@@ -27,14 +27,15 @@ class Args:
     """Train a recipe on Ray; the same command again goes on where the run stands.
 
     Joins the cluster of RAY_ADDRESS or of `ray start`, else starts Ray inside this process. Options win over
-    RAYTRAIN_BRATS_DATA, RAYTRAIN_BRATS_STORE and RAYTRAIN_BRATS_RUN_DIR, those over the recipe. With nothing at all
-    it trains the demo recipe on phantoms it makes, under ~/raytrain_brats.
+    RAYTRAIN_BRATS_DATA, RAYTRAIN_BRATS_STORE and RAYTRAIN_BRATS_RUN_DIR, those over the recipe. With no cases at all
+    it trains the demo recipe on phantoms it makes, in a run folder of its own: under ~/raytrain_brats, or beside
+    RAYTRAIN_BRATS_RUN_DIR.
     """
 
     data: Uri = ""
     """Folder in MSD or BraTS layout (local or s3://), or a manifest from `index`: preprocessed while training."""
     store: Uri = ""
-    """Store made by `prepare`: read instead of --data."""
+    """Store made by `prepare`: read instead of --data. That of RAYTRAIN_BRATS_STORE counts once it is finished."""
     run_dir: Uri = ""
     """Where the run lives (local or s3://)."""
     recipe: str = ""
@@ -48,16 +49,17 @@ class Args:
 def work(args: Args) -> None:
     overrides = args.set + ((f"run.workers={args.workers!r}",) if args.workers else ())
     data, store = cases_from(args.data, args.store)
-    recipe = job.recipe_for(default(args.recipe, "RECIPE"), data, store)
+    real = bool(data or store)
+    recipe = job.recipe_for(default(args.recipe, "RECIPE") if real else args.recipe, data, store)
     settings = config.load(recipe, overrides)
     run_dir = default(args.run_dir, "RUN_DIR")
-    if not run_dir:
-        if data or store:
-            raise UserError("no run folder given; name one with --run-dir (local or s3://)")
-        run_dir = str(Path(HOME).expanduser() / "run")
+    if not run_dir and real:
+        raise UserError("no run folder given; name one with --run-dir (local or s3://)")
+    if not real:
+        data, own = _demo_places()
+        run_dir = args.run_dir or own
     _check_run_dir(run_dir)
-    if not data and not store:
-        data = str(Path(HOME).expanduser() / "phantoms")
+    if not real:
         _make_phantoms(data)
     todo = job.build(settings, run_dir, data, store, recipe)
     storage.check_writable(todo.run_dir)
@@ -81,6 +83,14 @@ def work(args: Args) -> None:
         )
         launch.train(todo, needed, held)
     print(f"done: {todo.run_dir}")
+
+
+def _demo_places() -> tuple[str, str]:
+    """(folder of phantoms, run folder): never the environment's own, which a run on real cases is to have."""
+    if beside := default("", "RUN_DIR").rstrip("/"):
+        return f"{beside}-demo-phantoms", f"{beside}-demo"
+    home = Path(HOME).expanduser()
+    return str(home / "phantoms"), str(home / "run")
 
 
 def _check_run_dir(run_dir: str) -> None:

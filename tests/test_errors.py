@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain_brats import __main__, cli, config
+from raytrain_brats import __main__, cli, config, train
 from raytrain_brats.config import Run
 from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
@@ -351,3 +351,39 @@ def test_a_store_is_not_read_in_another_convention(fails: Call, data: Path, tmp_
     stores.write_index(str(tmp_path / "store"), manifest, job.preprocessing(settings))
     train = ("train", "--store", tmp_path / "store", "--run-dir", tmp_path / "run")
     assert "prepared as msd (1 edema" in fails(*train, "--set", "data.convention=brats2017_2021")
+
+
+def test_the_environment_s_store_counts_once_it_is_finished(
+    fails: Call, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cluster's environment names data and the place of a store: until `prepare` is done the data are read, and how
+    to prepare is told; a store that was asked for by name must be there."""
+    store = tmp_path / "store"
+    monkeypatch.setenv("RAYTRAIN_BRATS_DATA", str(data))
+    monkeypatch.setenv("RAYTRAIN_BRATS_STORE", str(store))
+    assert cli.cases_from("", "") == (str(data), "")
+    assert "python -m raytrain_brats.prepare" in capsys.readouterr().err
+    assert "not a finished store" in fails("train", "--store", store, "--run-dir", tmp_path / "run")
+    stores.write_index(str(store), scan.open_manifest(str(data)), {"spacing_mm": 4.0})
+    assert cli.cases_from("", "") == ("", str(store))
+    assert cli.cases_from("given", "") == ("given", "")
+    assert capsys.readouterr().err == ""
+
+
+def test_phantoms_have_a_run_folder_of_their_own(
+    fails: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without cases the demo trains, by the demo's recipe; the environment's run folder stays free for real ones."""
+    run, made = tmp_path / "runs" / "first", list[str]()
+    monkeypatch.setenv("RAYTRAIN_BRATS_RUN_DIR", str(run))
+    monkeypatch.setenv("RAYTRAIN_BRATS_RECIPE", "segresnet")
+    monkeypatch.setattr(train, "_make_phantoms", lambda folder: made.append(folder) or write_msd_folder(Path(folder)))
+
+    def no_ray() -> None:
+        raise UserError("so far")
+
+    monkeypatch.setattr(cluster, "connect", no_ray)
+    assert train.main([]) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith("demo: segresnet, 4 mm") and "so far" in said.err
+    assert made == [f"{run}-demo-phantoms"] and Path(f"{run}-demo").is_dir() and not run.exists()

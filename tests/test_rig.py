@@ -28,6 +28,12 @@ pytestmark = [
     pytest.mark.skipif(bool(WHY_NOT), reason=f"the EC2 rig cannot run here: {WHY_NOT}"),
 ]
 ZONE, RUN = "us-west-2b", "s3://the-runs/brats/first"
+EXPORTS = {
+    "RAYTRAIN_BRATS_DATA": "s3://the-data/brats",
+    "RAYTRAIN_BRATS_RUNS": "s3://the-runs/brats",
+    "RAYTRAIN_BRATS_SSH_FROM": f"{GATEWAY}/32",  # nobody answers here who would tell the address
+    "RAYTRAIN_BRATS_RECIPE": "demo",
+}
 TRAINING = ["preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]", "train.epochs=4000", "run.resize_check_s=2"]
 TRAINING += ["checkpoint.every_samples=400", "validate.every_samples=10000000", "run.cpus_per_worker=1"]
 
@@ -101,7 +107,6 @@ def account(machines: Machines) -> None:
     table = ec2.create_route_table(VpcId=public["VpcId"])["RouteTable"]["RouteTableId"]
     ec2.create_route(RouteTableId=table, DestinationCidrBlock="0.0.0.0/0", NatGatewayId=gateway)
     ec2.associate_route_table(RouteTableId=table, SubnetId=private["SubnetId"])
-    ec2.modify_subnet_attribute(SubnetId=private["SubnetId"], MapPublicIpOnLaunch={"Value": True})
 
 
 def public_subnet(machines: Machines) -> dict[str, Any]:
@@ -121,8 +126,12 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     """The shipped YAML for machines of one CPU without GPUs: nothing else is changed."""
     for name, kind in config["available_node_types"].items():
         if name != "head":
-            kind["resources"] = {"CPU": 1, "GPU": 0}  # else Ray fills in what the instance type has
+            kind["resources"] = {"CPU": 1, "GPU": 0}
     config["available_node_types"]["data"]["max_workers"] = 1
+    config["provider"]["on_demand_fallback"] = True
+    config["worker_start_ray_commands"][2] = config["worker_start_ray_commands"][2].replace(
+        "raytrain_brats.spot", "raytrain_brats.spot --headless-minutes 0.5"
+    )
     return small(config)
 
 
@@ -140,14 +149,17 @@ def worlds() -> list[int]:
 
 
 def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.CaptureFixture[str]) -> None:
-    """`ray up p4d`, a job from outside, nodes by demand, a reclaim with the fallback to on demand, `ray down`."""
+    """`ray up p4d` as it stands, a job from outside, nodes by demand, a reclaim with the fallback to on demand; a head
+    that dies takes its nodes with it; a second `ray up`; `ray down`."""
     account(rig)
     upload_phantoms(rig)
-    config = rig.folder / "my-p4d.yaml"
-    places = f"--zone {ZONE} --data s3://the-data/brats --runs s3://the-runs/brats"
-    run(rig, f"python cluster/render.py p4d {places} --ssh-from {GATEWAY}/32 --out {config}")
-    config.write_text(yaml.safe_dump(shrink(yaml.safe_load(config.read_text())), sort_keys=False))
-    run(rig, f"ray up -y --no-config-cache {config}")
+    config = rig.folder / "p4d.yaml"
+    shipped = yaml.safe_load((ROOT / "cluster" / "p4d.yaml").read_text())
+    config.write_text(yaml.safe_dump(shrink(shipped), sort_keys=False))
+    refused = run(rig, f"ray up -y {config}", expect=2)
+    assert "nothing was launched" in refused and "RAYTRAIN_BRATS_DATA" in refused and not rig.instances()
+    rig.environment |= EXPORTS
+    run(rig, f"ray up -y {config}")
     assert [node["InstanceType"] for node in rig.instances()] == ["m6i.2xlarge"]
 
     with tunnel(rig, config):
@@ -155,8 +167,7 @@ def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.Capt
         refused = run(rig, "ray job list", expect=1, **api, RAY_AUTH_MODE="disabled")
         assert "401" in refused or "token" in refused.lower()
         sets = " ".join(f"--set '{setting}'" for setting in TRAINING)
-        train = f"python -m raytrain_brats.train --data s3://the-data/brats --workers 1:2 {sets}"
-        run(rig, f"ray job submit --no-wait --submission-id rig --working-dir . -- {train}", **api)
+        run(rig, f"ray job submit --no-wait --submission-id rig -- python -m raytrain_brats.train {sets}", **api)
         wait(lambda: len(worlds()) and worlds()[-1] == 2, 400, "run with two workers")
         kinds = [rig.instances(kind) for kind in ("data", "train")]
         assert [len(found) for found in kinds] == [1, 2]
@@ -173,9 +184,10 @@ def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.Capt
         assert victim not in [node["InstanceId"] for node in train_nodes]
         assert sorted(node.get("InstanceLifecycle", "on demand") for node in train_nodes) == ["on demand", "spot"]
 
-        run(rig, "ray job stop rig", **api)
+        stopped = run(rig, "ray job stop rig", **api)
         logs = run(rig, "ray job logs rig", **api)
-        assert "goes on from the newest checkpoint" in logs, logs[-3000:]
+        assert "s3://the-runs/brats/store is no finished store yet" in logs, logs[:3000]
+        assert "goes on from the newest checkpoint" in logs, logs[-3000:] + stopped
     events = ledger.read_events(RUN)
     told = [event for event in events if event["event"] in ("preemption", "resize", "failure", "group")]
     assert any(event["saved"] for event in told if event["event"] in ("preemption", "resize")), told
@@ -183,8 +195,19 @@ def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.Capt
     assert verify.main(["--run-dir", RUN]) == 0
     assert "each once, in order" in capsys.readouterr().out
 
+    (head,) = rig.instances("head")
+    assert len(rig.instances()) > 1
+    rig.ec2.terminate_instances(InstanceIds=[head["InstanceId"]])
+    wait(lambda: not rig.instances() and not rig.live, 120, "end of the nodes that lost their head")
+
+    run(rig, f"ray up -y {config}")
+    (head,) = rig.instances()
+    run(rig, f"ray up -y --no-restart {config}")
+    assert [node["InstanceId"] for node in rig.instances()] == [head["InstanceId"]]
+    assert f"instance {head['InstanceId']}: raytrain-brats-p4d" in run(rig, "raytrain-brats ec2 left")
     run(rig, f"ray down -y {config}")
     wait(lambda: not rig.instances() and not rig.live, 30, "end of all machines")
+    assert "instance" not in run(rig, "raytrain-brats ec2 left")
     for who, files in (("you", ["launcher"]), ("head", ["head", "node"]), ("node", ["node"])):
         allowed = {action for name in files for action in actions(name)}
         assert {call for call in rig.calls(who) if not call.startswith("s3:")} <= allowed | set(RIG_ONLY[who])
@@ -195,7 +218,9 @@ RIG_ONLY: dict[str, tuple[str, ...]] = {
     "node": (),
     "you": (  # this test plays the account's owner too, and moto's watcher
         "ec2:CreateNatGateway", "ec2:CreateRoute", "ec2:CreateRouteTable", "ec2:CreateSubnet",
-        "ec2:AssociateRouteTable", "ec2:ModifySubnetAttribute", "iam:CreateInstanceProfile",
+        "ec2:AssociateRouteTable", "ec2:DescribeInstanceAttribute", "iam:CreateInstanceProfile",
+        "ec2:CreateSecurityGroup",  # the account's stack has made it where there is one
+        "service-quotas:GetServiceQuota",  # moto's name for servicequotas
     ),
 }  # fmt: skip
 
@@ -229,8 +254,8 @@ def test_local_machines_by_ssh(rig: Machines) -> None:
 
     with tunnel(rig, config):
         api = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8265"}
-        said = run(rig, "ray job submit --working-dir . -- python cluster/check_gpus.py --cpu --workers 2", **api)
-    assert "rank 0" in said and "rank 1" in said and "all-reduce of 256 MiB over 2" in said
+        said = run(rig, "ray job submit -- python -m raytrain_brats.check_gpus --cpu --workers 2", **api)
+    assert "rank 0" in said and "rank 1" in said and "3D convolution" in said and "all-reduce of 256 MiB over 2" in said
     names = {line.split(": ")[1] for line in said.splitlines() if "rank " in line and ": CPU" in line}
     assert len(names) == 2
     run(rig, f"ray down -y {config}")

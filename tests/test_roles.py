@@ -147,6 +147,18 @@ def test_a_run_is_measured_by_what_may_come(nodes: list[dict[str, Any]]) -> None
         cluster.measure(Run(workers="1:9"), 9)
 
 
+def test_gpus_that_nobody_uses_are_told(nodes: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    """By default all that may come train; where the batch or --workers leave some out, one line says so."""
+    autoscaled(KINDS)
+    nodes.append(row("head", HEAD))
+    cluster.measure(Run(workers="auto"), 16)
+    assert capsys.readouterr().err == ""
+    assert cluster.measure(Run(workers="auto"), 6).high == 6
+    assert capsys.readouterr().err == "2 of 8 GPUs stay idle: 6 workers at most, by train.global_batch = 6\n"
+    cluster.measure(Run(workers="1:4"), 16)
+    assert capsys.readouterr().err == "4 of 8 GPUs stay idle: 4 workers at most, by --workers\n"
+
+
 def test_too_few_training_nodes_are_told(nodes: list[dict[str, Any]]) -> None:
     """Where nobody brings nodes, a range may reach beyond those of today, its lower end may not."""
     nodes += [row("data", DATA), row("train", {"CPU": 4.0})]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.experimental import internal_kv
 
 from raytrain_brats import spot
+from raytrain_brats.run import pulse, saving
 from raytrain_brats.spot import ACTION, REBALANCE, Imds, Notice, Watcher
 
 
@@ -105,9 +109,9 @@ def test_a_notice_that_cannot_be_read_counts_all_the_same(
     assert [abs(notice.deadline - time.time() - spot.NOTICE_S) < 5 for notice in drained] == [True]
 
 
-def test_a_recommendation_has_no_deadline_and_gives_way_to_a_notice(
-    metadata: Metadata, watcher: Watcher, drained: list[Notice]
-) -> None:
+def test_a_recommendation_has_no_deadline_and_gives_way_to_a_notice(metadata: Metadata, drained: list[Notice]) -> None:
+    """Where it is to drain: it does so at once, and a notice after it brings its own deadline."""
+    watcher = Watcher(Imds(metadata.url), lambda notice: drained.append(notice) is None, "drain")
     metadata.notices[REBALANCE] = '{"noticeTime": "2026-11-24T10:00:00Z"}'
     watcher.look()
     assert [notice.deadline for notice in drained] == [0.0]
@@ -124,6 +128,75 @@ def test_a_recommendation_may_be_noted_only(
     Watcher(Imds(metadata.url), lambda notice: drained.append(notice) is None, "note").look()
     assert drained == []
     assert "rebalance" in capsys.readouterr().out
+
+
+def test_a_recommendation_is_a_reason_to_save_and_no_more(
+    metadata: Metadata, drained: list[Notice], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default one checkpoint; the node stays, until a notice comes."""
+    saved: list[Notice] = []
+    watcher = Watcher(
+        Imds(metadata.url),
+        lambda notice: drained.append(notice) is None,
+        spot.Args().rebalance,
+        lambda notice: saved.append(notice) is None,
+    )
+    metadata.notices[REBALANCE] = '{"noticeTime": "2026-11-24T10:00:00Z"}'
+    watcher.look()
+    watcher.look()
+    assert (len(saved), drained) == (1, [])
+    assert "a checkpoint is saved" in capsys.readouterr().out
+    metadata.terminate_in(90)
+    watcher.look()
+    assert (len(saved), len(drained)) == (1, 1)
+
+
+def test_the_runs_on_this_machine_are_asked_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what their ranks tell the cluster: those that train here and are alive, each run once."""
+    asked: list[str] = []
+    monkeypatch.setattr(saving, "ask", lambda run_dir, what: asked.append(run_dir) is None and what == saving.SAVE)
+    try:
+        context = ray.init(address="local", num_cpus=1, include_dashboard=False)
+        monkeypatch.setenv("RAY_ADDRESS", context.address_info["gcs_address"])
+        with pytest.raises(SystemExit, match="1"):
+            spot.save(Notice("", 0))
+        about = {
+            "node": ray.get_runtime_context().get_node_id(),
+            "phase": "data",
+            "pid": os.getpid(),
+            "run_dir": "here",
+        }
+        others = ({"node": "0"}, {"phase": "end"}, {"pid": 2**22 + 1})
+        rows = [about, about, *(about | other | {"run_dir": "other"} for other in others)]
+        for number, each in enumerate(rows):
+            internal_kv._internal_kv_put(f"run/{number}".encode(), json.dumps(each).encode(), namespace=pulse.NAMESPACE)
+        with pytest.raises(SystemExit, match="0"):
+            spot.save(Notice("", 0))
+    finally:
+        ray.shutdown()
+    assert asked == ["here"]
+
+
+def test_a_machine_without_a_head_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only when nothing has answered for the whole time; a head that comes back starts it anew."""
+    now, ended = [0.0], list[float]()
+    monkeypatch.setattr(spot.time, "monotonic", lambda: now[0])
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        head = spot.Head(f"127.0.0.1:{listening.getsockname()[1]}", 15, lambda: ended.append(now[0]))
+        for now[0] in (0, 3000):
+            head.look()
+    assert not ended
+    for now[0] in (3010, 3890):
+        head.look()
+    assert not ended
+    now[0] = 3900
+    head.look()
+    assert ended == [3900]
+
+
+def test_a_head_that_is_no_address_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert spot.main(["--head", "10.0.0.1"]) == 2
+    assert "--head 10.0.0.1 is not HOST:PORT" in capsys.readouterr().err
 
 
 def test_a_token_that_expires_is_renewed(metadata: Metadata, watcher: Watcher, drained: list[Notice]) -> None:

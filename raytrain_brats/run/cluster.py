@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -126,6 +127,12 @@ def measure(run: Run, global_batch: int) -> Resources:
         raise UserError(
             f"run.workers {low}:{high}: more workers than train.global_batch = {global_batch}; "
             "every worker needs a sample of each step"
+        )
+    if wanted and high < gpus:
+        print(
+            f"{gpus - high} of {gpus} GPUs stay idle: {high} workers at most, by "
+            f"{'--workers' if run.workers != 'auto' else f'train.global_batch = {global_batch}'}",
+            file=sys.stderr,
         )
     if wanted and 0 < gpus < low:
         raise UserError(f"run.workers {low}:{high}: the cluster has {gpus} GPUs; lower --workers or add nodes")

@@ -37,7 +37,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         torch.set_num_threads(1 if job.config.train.reduction == "exact" else share)
     generation = ledger.current(job.run_dir)
     assert generation is not None, "the dataset factory writes it before workers start"
-    with Pulse(arguments["run_id"], generation.number, rank, world_size) as pulse:
+    with Pulse(arguments["run_id"], generation.number, rank, world_size, job.run_dir) as pulse:
         stream = open_ahead(job, generation.samples_seen, arguments["prefetch"])
         train_rank(job, generation, rank, world_size, device, pulse.mark, stream)
 

@@ -25,13 +25,14 @@ BEAT_S = 1.0
 class Pulse:
     """Beats in a thread of its own, so a rank that waits still shows life, and one that is stopped does not."""
 
-    def __init__(self, run_id: str, generation: int, rank: int, world_size: int) -> None:
+    def __init__(self, run_id: str, generation: int, rank: int, world_size: int, run_dir: str = "") -> None:
         self._key = f"{run_id}/{rank}".encode()
         self._about: dict[str, Any] = {
             "generation": generation,
             "rank": rank,
             "world_size": world_size,
             "pid": os.getpid(),
+            "run_dir": run_dir,
             "node": ray.get_runtime_context().get_node_id(),
         }
         self._samples_seen, self._phase, self._marks, self._updates = 0, "start", 0, 0

@@ -43,6 +43,7 @@ cp "$folder/profile" "$root/home/ubuntu/.bashrc"
 echo '. ~/.bashrc' > "$root/home/ubuntu/.profile"
 printf '#!/bin/bash\nwhile [[ $1 == *=* || $1 == -* ]]; do shift; done\nexec "$@"\n' > "$root/usr/local/sbin/sudo"
 while read -r command; do printf '#!/bin/bash\nexit 0\n' > "$root/usr/local/sbin/$command"; done < "$folder/shims"
+printf '#!/bin/bash\n[ "$1 $2" != "-h now" ] || touch /opt/rig/shut-down\n' > "$root/usr/local/sbin/shutdown"
 chmod 755 "$root"/usr/local/sbin/*
 cat > "$root/etc/ssh/sshd_rig" <<'SSHD'
 Port 22

@@ -30,7 +30,7 @@ REGION = "us-west-2"
 TOOLS = ("ip", "unshare", "sshd", "ssh", "ssh-keygen", "rsync", "mount")
 KEYS = {"head": "ASIAHEAD000000000000", "node": "ASIANODE000000000000", "you": "AKIALAUNCHER00000000"}
 """Access keys by who has them: moto's log of calls tells by them who called."""
-SHIMS = ("apt-get", "lsblk", "lspci", "mdadm", "mkfs.xfs", "nvidia-smi")
+SHIMS = ("apt-get", "lsblk", "lspci", "mdadm", "mkfs.xfs", "nvidia-smi", "systemctl")
 """What a node's setup might call, and must not find here: it would act on this machine's own disks."""
 _CLONE_NEWNET = 0x40000000
 
@@ -140,6 +140,13 @@ class Machines:
         with contextlib.suppress(ClientError):  # Ray, whose node was drained, has ended it already
             self.ec2.terminate_instances(InstanceIds=[instance])
 
+    def _shut_down(self, instance: str) -> None:
+        """What EC2 does with a machine that shut itself down."""
+        attribute = "instanceInitiatedShutdownBehavior"
+        said = self.ec2.describe_instance_attribute(InstanceId=instance, Attribute=attribute)
+        ends = said["InstanceInitiatedShutdownBehavior"]["Value"] == "terminate"
+        (self.ec2.terminate_instances if ends else self.ec2.stop_instances)(InstanceIds=[instance])
+
     def _tell(self, instance: str, **facts: Any) -> None:
         path = self.live[instance].folder / "state.json"
         text = json.dumps(json.loads(path.read_text()) | facts)
@@ -157,6 +164,8 @@ class Machines:
                     if name not in self.live:
                         self._start(instance)
                     self._tell(name, role=role, key=KEYS.get(role, ""))  # moto attaches it a moment later
+                    if (self.live[name].folder / "shut-down").exists():
+                        self._shut_down(name)
             except Exception as error:  # noqa: BLE001 - the test looks at them
                 self.errors.append(repr(error))
 

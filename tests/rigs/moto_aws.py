@@ -1,4 +1,4 @@
-"""What moto 5.2 leaves out of EC2 and SSM and `ray up` and cluster/render.py ask for.
+"""What moto 5.2 leaves out of EC2 and SSM and `ray up` with our provider asks for.
 
 In: nothing; `complete()` changes moto in this process, for good.
 Out: RunInstances that starts MaxCount instances, all with their profile; placement groups; the SSM names of images.
