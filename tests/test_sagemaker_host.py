@@ -223,6 +223,22 @@ def test_sigterm_anywhere_saves_and_ends_all(tmp_path: Path, told: tuple[str, ..
     assert not any(job.failure(me) for me in HOSTS)
 
 
+def test_a_store_holds_nothing_of_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The secret of a processing job lies beside the store, where `prepare` refuses files that are not its own."""
+    places: list[str] = []
+
+    def enough(place: str) -> str:
+        places.append(place)
+        raise RunFailed("enough")
+
+    monkeypatch.setattr(meeting, "shared_token", enough)
+    root, restored = lay_out(tmp_path / "ml", "127.0.0.1", ("127.0.0.1",), {}), signal.getsignal(signal.SIGTERM)
+    for command in (["prepare", "--store", "s3://brats/store/"], ["train", "--run-dir=s3://brats/run"]):
+        assert host.Host(root, command).run() == 1
+    signal.signal(signal.SIGTERM, restored)
+    assert places == ["s3://brats/store-job", "s3://brats/run"]
+
+
 @pytest.mark.parametrize(("asked", "me", "shown"), [("1", "here", True), ("", "here", False), ("1", "there", False)])
 def test_the_dashboard_is_for_who_asked(monkeypatch: pytest.MonkeyPatch, asked: str, me: str, shown: bool) -> None:
     """On the head alone, on its loopback; a job that nobody is to look into has none."""

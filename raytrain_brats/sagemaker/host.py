@@ -119,9 +119,10 @@ class Host:
         cluster = self._cluster = meeting.read_cluster(self._root)
         deadline = time.monotonic() + float(os.environ.get("RAYTRAIN_BRATS_JOIN_S", "900"))
         arguments = command(self._root, self._arguments)
-        place = option(arguments, "run-dir") or option(arguments, "store")
-        if not place:
+        run_dir, store = option(arguments, "run-dir"), option(arguments, "store")
+        if not run_dir and not store:
             raise UserError("`host` runs `train` or `prepare`, with a --run-dir or --store that all containers see")
+        place = run_dir or f"{store.rstrip('/')}-job"  # in the store itself `prepare` takes no files but its own
         token = meeting.shared_token(place)
         os.environ |= {
             "RAY_AUTH_MODE": "token",
