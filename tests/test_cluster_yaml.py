@@ -1,9 +1,14 @@
 """The files of cluster/: valid for Ray, closed to the world, and what they make EC2 do, with moto in its place."""
 
+import configparser
+import contextlib
 import copy
 import json
 import os
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,12 +23,13 @@ from botocore.client import BaseClient
 from botocore.exceptions import ClientError
 from moto import mock_aws
 from moto.core import set_initial_no_auth_action_count
+from ray.autoscaler._private.command_runner import SSHCommandRunner
 from ray.autoscaler._private.commands import _bootstrap_config
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 from raytrain_brats.config import load as config_of
-from raytrain_brats.ec2 import Provider, left, network
+from raytrain_brats.ec2 import Provider, left, network, provider
 from raytrain_brats.ec2.provider import NotReadyError
 from tests.rigs import moto_aws
 
@@ -278,6 +284,7 @@ def test_p3_asks_for_the_size_that_is_still_offered(account: Account) -> None:
         "RAYTRAIN_BRATS_DATA=s3://the-data/Task01",
         "RAYTRAIN_BRATS_DOLLARS_PER_HOUR=head=0.384,data=0.768,train=31.212",
         "RAYTRAIN_BRATS_FSX=fs@tcp:/m",
+        "RAYTRAIN_BRATS_LOGS=s3://the-runs/brats/logs/raytrain-brats-p3",
         "RAYTRAIN_BRATS_RECIPE=segresnet",
         "RAYTRAIN_BRATS_RUN_DIR=s3://the-runs/brats/first",
         "RAYTRAIN_BRATS_STORE=s3://the-runs/brats/store",
@@ -603,3 +610,109 @@ def test_new_code_is_installed_again(tmp_path: Path, set_up: Callable[[], str]) 
     (tmp_path / "raytrain_brats" / "code.py").write_text("new")
     assert "pip install -q -c constraints.txt ." in set_up()
     assert "pip" not in set_up()
+
+
+@pytest.mark.parametrize("name", EC2_FILES)
+def test_every_node_copies_its_logs_and_the_head_is_watched(name: str) -> None:
+    """After Ray's start, and in the background: `ray up` neither waits for it nor ends with it."""
+    config = load(name)
+    for role in ("head", "worker"):
+        started = [c for c in config[f"{role}_start_ray_commands"][2:] if "setsid nohup" in c and c.endswith("&")]
+        assert sum("raytrain_brats.logs" in c for c in started) == 1
+        assert sum("cluster/monitoring.sh" in c for c in started) == (role == "head")
+
+
+TOOLS = ("bash", "cat", "dirname", "flock", "mkdir", "mv", "nohup", "readlink", "setsid", "sleep", "touch")
+MONITORS = {
+    "prometheus": 'echo "$@" >> "$HOME/started"; read -rt 60 <> <(:)',
+    "sudo": 'echo "$*" >> "$HOME/done"; case "$*" in *"recommends prometheus"*) mv "$HOME/prometheus.new" '
+    '"$HOME/bin/prometheus";; *tee*|*gpg*) while read -r _; do :; done;; esac',
+    "curl": '[ ! -e "$HOME/offline" ]',
+}
+
+
+@pytest.fixture
+def monitoring(tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """Run monitoring.sh in a home with stand-ins for what changes a machine and for Prometheus; what it did."""
+    (tmp_path / "bin").mkdir()
+    for tool in TOOLS:
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool) or tool)
+    for name, body in MONITORS.items():
+        place = tmp_path / ("prometheus.new" if name == "prometheus" else f"bin/{name}")
+        place.write_text(f"#!{shutil.which('bash')}\n{body}\n")
+        place.chmod(0o755)
+    metrics = tmp_path / "ray" / "session_latest" / "metrics" / "prometheus"
+    metrics.mkdir(parents=True)
+    (metrics / "prometheus.yml").touch()
+    environment = {name: str(tmp_path) for name in ("HOME", "RAY_TMPDIR", "TMPDIR")}
+    environment |= {"PATH": str(tmp_path / "bin"), "GRAFANA_HOME": str(tmp_path / "no")}
+    pids: set[int] = set()
+
+    def run() -> str:
+        (tmp_path / "done").write_text("")
+        subprocess.run(["bash", str(CLUSTER / "monitoring.sh")], env=environment, check=True, timeout=60)
+        pids.update(int(path.read_text()) for path in tmp_path.glob("*/pid"))
+        return (tmp_path / "done").read_text()
+
+    yield run
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def alive(folder: Path) -> int:
+    """Number of the process that runs; 0 when none does."""
+    pid = int((folder / "pid").read_text())
+    return pid if (Path(f"/proc/{pid}/comm").exists()) else 0
+
+
+def test_prometheus_and_grafana_are_installed_once_and_started_anew(
+    tmp_path: Path, monitoring: Callable[[], str]
+) -> None:
+    """From signed packages, Ubuntu's own service masked; on loopback alone; a second `ray up` ends the old one, whose
+    list of nodes has had its day, and installs nothing; where nothing can be fetched the script ends well."""
+    (tmp_path / "offline").touch()
+    first = monitoring()
+    assert first.index("systemctl mask prometheus") < first.index("apt-get")
+    assert "gpg --dearmor" in first and "install --no-install-recommends grafana" not in first
+    before = alive(tmp_path / "prometheus")
+    assert before
+    (tmp_path / "offline").unlink()
+    second = monitoring()
+    assert "recommends prometheus" not in second and re.search(r"recommends grafana=\d+\.\d+\.\d+$", second, re.M)
+    assert alive(tmp_path / "prometheus") not in (0, before) and not Path(f"/proc/{before}").exists()
+    started = (tmp_path / "started").read_text().splitlines()
+    assert len(started) == 2
+    assert all("--web.listen-address=127.0.0.1:9090" in line and "session_latest/metrics" in line for line in started)
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(CLUSTER / "grafana" / "grafana.ini")
+    assert settings["server"]["http_addr"] == "127.0.0.1"
+    assert settings["security"]["disable_initial_admin_creation"] == settings["auth"]["disable_login_form"] == "true"
+
+
+@pytest.mark.parametrize(("command", "options", "taken", "ports"), [
+    ("dashboard", {"port": 8265, "remote_port": 8265}, False, [(8265, 8265), (3000, 3000)]),
+    ("dashboard", {"port": 8265, "remote_port": 8265}, True, [(8265, 8265)]),
+    ("dashboard", {"port": 3000, "remote_port": 3000}, False, [(8265, 8265)]),
+    ("attach", {}, False, [(8265, 8265)]),
+])  # fmt: skip
+def test_ray_dashboard_opens_grafanas_tunnel_too(
+    monkeypatch: pytest.MonkeyPatch, command: str, options: dict[str, Any], taken: bool, ports: list[tuple[int, int]]
+) -> None:
+    """Of all commands `ray dashboard` alone, and not where the port is taken, which would end the other tunnel too."""
+    asked: list[Any] = []
+    monkeypatch.setattr(SSHCommandRunner, "run", lambda _self, *_, **named: asked.append(named["port_forward"]))
+    monkeypatch.setattr(provider, "_is_free", lambda _: not taken)
+    ours = Provider({"region": "us-west-2", "cache_stopped_nodes": False}, "c")
+    with click.Context(click.Command(command), info_name=command) as context:
+        context.params = options
+        runner = ours.get_command_runner("", "i-1", {"ssh_user": "ubuntu"}, "c", subprocess, False)
+        runner.run(None, port_forward=[(8265, 8265)])
+    assert asked == [ports]
+
+
+def test_a_taken_port_is_seen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert not provider._is_free(port)
+    assert provider._is_free(port)

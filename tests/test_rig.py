@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raytrain_brats import s3, verify
+from raytrain_brats import s3, storage, verify
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import ledger
 from tests.rigs.machines import GATEWAY, ROOT, Machines, missing, own_network, tool
@@ -199,6 +199,9 @@ def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.Capt
     assert len(rig.instances()) > 1
     rig.ec2.terminate_instances(InstanceIds=[head["InstanceId"]])
     wait(lambda: not rig.instances() and not rig.live, 120, "end of the nodes that lost their head")
+    logs_of = storage.list_files("s3://the-runs/brats/logs/raytrain-brats-p4d")
+    assert [name for name in logs_of if name.endswith("/job-driver-rig.log")], logs_of
+    assert len({name.split("/")[1] for name in logs_of}) >= 4  # the head, a data node, two that train
 
     run(rig, f"ray up -y {config}")
     (head,) = rig.instances()

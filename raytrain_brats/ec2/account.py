@@ -230,6 +230,7 @@ def _places(config: dict[str, Any], values: dict[str, str], region: str) -> None
         "RAYTRAIN_BRATS_DATA": values["data"],
         "RAYTRAIN_BRATS_STORE": f"{runs}/store",
         "RAYTRAIN_BRATS_RUN_DIR": f"{runs}/first",
+        "RAYTRAIN_BRATS_LOGS": f"{runs}/logs/{config['cluster_name']}",
         "RAYTRAIN_BRATS_RECIPE": values["recipe"],
         "RAYTRAIN_BRATS_FSX": values["fsx"],
         "RAYTRAIN_BRATS_DOLLARS_PER_HOUR": config["provider"].get("dollars_per_hour", ""),

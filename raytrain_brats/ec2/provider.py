@@ -9,6 +9,7 @@ allocated and did not come up. A spot request that EC2 refuses is made again for
 
 import json
 import logging
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 NO_CAPACITY = {"InsufficientInstanceCapacity", "InsufficientCapacity", "UnfulfillableCapacity", "SpotMaxPriceTooLow"}
 NO_QUOTA = {"MaxSpotInstanceCountExceeded"}
 """EC2's error codes for: not as spot, not now; not as spot, until the account's quota is raised."""
+GRAFANA = 3000
+"""Its port on the head, and here when `ray dashboard` has opened the tunnel."""
 
 
 class NotReadyError(click.ClickException):
@@ -69,6 +72,22 @@ class Provider(AWSNodeProvider):
         except (UserError, ClientError, BotoCoreError) as error:
             raise NotReadyError(str(error)) from error
 
+    def get_command_runner(self, *given: Any, **named: Any) -> Any:
+        """Ray's own; that of `ray dashboard` opens a second tunnel beside its own, for Grafana."""
+        runner: Any = super().get_command_runner(*given, **named)
+        context = click.get_current_context(silent=True)
+        if context and context.info_name == "dashboard" and context.params.get("port") != GRAFANA and _is_free(GRAFANA):
+            run = runner.run
+
+            def run_with_grafana(*given: Any, **named: Any) -> Any:
+                if forward := named.get("port_forward"):
+                    click.echo(f"Grafana: http://localhost:{GRAFANA}/d/raytrain-brats")
+                    named["port_forward"] = [*forward, (GRAFANA, GRAFANA)]
+                return run(*given, **named)
+
+            runner.run = run_with_grafana
+        return runner
+
     def _create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> Any:
         try:
             return super()._create_node(node_config, tags, count)
@@ -96,3 +115,15 @@ def _fallback(provider: dict[str, Any], yes: bool) -> bool:
         click.echo("Spot alone: on_demand_fallback is `ask`, and there is nobody to ask. `true` buys on demand.")
         return False
     return click.confirm(f"When spot has none, buy on demand? Dollars an hour and node: {prices}", default=False)
+
+
+def _is_free(port: int) -> bool:
+    """Whether a tunnel may begin there: ssh gives up all that were asked for when one cannot be opened."""
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("127.0.0.1", port))
+        except OSError:
+            click.echo(f"Port {port} is taken here: no tunnel to Grafana; ray attach -p takes others.")
+            return False
+    return True
