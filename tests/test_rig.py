@@ -6,6 +6,7 @@ Eight minutes; needs root, namespaces and sshd, and is skipped, saying why, with
 import json
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -163,6 +164,7 @@ def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.Capt
     assert [node["InstanceType"] for node in rig.instances()] == ["m6i.2xlarge"]
 
     with tunnel(rig, config):
+        socket.create_connection(("127.0.0.1", 3000), timeout=5).close()  # Grafana's tunnel
         api = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8265"}
         refused = run(rig, "ray job list", expect=1, **api, RAY_AUTH_MODE="disabled")
         assert "401" in refused or "token" in refused.lower()
