@@ -18,8 +18,11 @@ from raytrain_brats.run import checkpoint, cluster, job, launch, lease, ledger
 
 HOME = "~/raytrain_brats"
 PHANTOM_CASES = 20
-_LEFT_BY_A_START = re.compile(r"lease\.json|generation\.json|write-probe|probe-[0-9a-f]{32}|(ray-logs|sagemaker)/.*")
-"""What may lie in a run folder before its config.yaml: a start of ours was killed, or SageMaker's own files."""
+_LEFT_BY_A_START = re.compile(
+    r"lease\.json|generation\.json|write-probe|probe-[0-9a-f]{32}|(ray-logs|sagemaker)/.*|[^/]+\.(log|out|err|txt)"
+)
+"""What may lie in a run folder before its config.yaml: a start of ours was killed, SageMaker's own files, the file into
+which a shell puts what this command prints."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,16 @@ def work(args: Args) -> None:
         _make_phantoms(data)
     todo = job.build(settings, run_dir, data, store, recipe)
     storage.check_writable(todo.run_dir)
-    print(config.described(recipe, settings))
-    for warning in job.warnings(settings, todo.manifest, todo.source):
-        print(warning, file=sys.stderr)
-    show_skipped(todo.manifest.skipped)
     found, _ = checkpoint.newest_valid(todo.run_dir)
     scored = not todo.held_out_cases or ledger.validated(todo.run_dir, todo.plan.total)
     if found and found.samples_seen >= todo.plan.total and scored:
         print(f"{todo.run_dir} is finished: {todo.plan.total:,} samples; evaluate it, or give another --run-dir")
         return
     with lease.hold(todo.run_dir) as held:
+        print(config.described(recipe, settings))
+        for warning in job.warnings(settings, todo.manifest, todo.source):
+            print(warning, file=sys.stderr)
+        show_skipped(todo.manifest.skipped)
         cluster.connect()
         needed = launch.check(todo)
         kind = "GPU" if needed.gpus else "CPU"
