@@ -14,8 +14,8 @@ import pytest
 
 from raytrain_brats import home, interrupt, shadow
 from raytrain_brats.data.phantom import write_set
-from raytrain_brats.errors import UserError
-from raytrain_brats.run import surroundings
+from raytrain_brats.errors import RunFailed, UserError
+from raytrain_brats.run import cluster, surroundings
 
 ROOT = Path(__file__).parents[1]
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -312,3 +312,17 @@ print("went on")
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout.split("\n") == ["-15", "went on", ""], done.stderr
+
+
+def test_a_machine_on_which_ray_does_not_start_in_time_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives up with a bare Exception when the machine is overloaded; any other fault of its start stays itself."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    for said, kind in (("The current node timed out during startup. ...", RunFailed), ("another fault", Exception)):
+
+        def start(said: str = said, **_: object) -> None:
+            raise Exception(said)
+
+        monkeypatch.setattr(cluster.ray, "init", start)
+        with pytest.raises(kind, match="overloaded" if kind is RunFailed else said):
+            cluster.connect()

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain_brats import interrupt, storage
 from raytrain_brats.config import Run
-from raytrain_brats.errors import UserError
+from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.run import roles, surroundings
 
 T = TypeVar("T")
@@ -110,7 +110,14 @@ def _connect(address: str, local_cpus: int | None) -> None:
     cpus = local_cpus or max(2, os.cpu_count() or 1)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # 110 MB; nobody drains a node of ours
     memory = min(int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), cpus * STORE_BYTES_PER_CPU)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **quiet)
+    try:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **quiet)
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # a bare Exception of Ray's
+            raise
+        raise RunFailed(
+            "Ray did not start in time: this machine is overloaded; the same command again goes on"
+        ) from error
 
 
 def measure(run: Run, global_batch: int) -> Resources:
