@@ -48,7 +48,7 @@ def work(args: Args) -> None:
         labels.known(args.convention)
     out = storage.normal(args.out)
     found = scan.scan(data, args.convention)
-    before = _check_replaceable(out, found.root, args.overwrite)
+    before = _before(out, found.root, args.overwrite)
     storage.check_writable(out.rpartition("/")[0])
     if args.strict:
         show_skipped(found.skipped, strict=True)
@@ -56,8 +56,6 @@ def work(args: Args) -> None:
     if args.folds:
         found = folds.dealt(found, args.folds)
     if before and not args.overwrite:
-        if not manifests.as_written(out):
-            raise UserError(f"{out} was changed by hand since; give another --out, or say --overwrite")
         _check_same(out, before, found)
     manifests.write(found, out)
     counts = Counter(case.fold for case in found.cases)
@@ -73,7 +71,7 @@ def work(args: Args) -> None:
     show_skipped(found.skipped)
 
 
-def _check_replaceable(out: str, root: str, overwrite: bool) -> Manifest | None:
+def _before(out: str, root: str, overwrite: bool) -> Manifest | None:
     """The manifest that is there. Raises UserError when a file is there that this command did not make of the same
     folder."""
     if not storage.exists(out):
@@ -87,6 +85,8 @@ def _check_replaceable(out: str, root: str, overwrite: bool) -> Manifest | None:
     if not overwrite and not (before and outputs.same(before.root, root)):
         what = f"the manifest of {before.root}" if before else "no manifest that could be read"
         raise UserError(f"{out} is {what}; give another --out, or say --overwrite")
+    if not overwrite and not manifests.as_written(out):
+        raise UserError(f"{out} was changed by hand since; give another --out, or say --overwrite")
     return before
 
 

@@ -57,18 +57,19 @@ def work(args: Args) -> None:
         raise UserError(f"no {missing} given; name it with --{missing}")
     recipe, settings = _settings(args, data)
     store, options = storage.normal(store), job.preprocessing(settings)
-    new = stores.begun(store) is None
-    before = "" if args.verify or new else store
+    begun = stores.begun(store)
+    known = "" if args.verify or begun is None else store
     manifest, source = job.open_cases(
-        settings, data, run_dir=before, progress=lambda rows, total: progress(rows, "checksums", total)
+        settings, data, run_dir=known, progress=lambda rows, total: progress(rows, "checksums", total)
     )
     about = stores.About(options, source.convention, manifest.root)
-    _check_same_store(store, about, manifest, args.overwrite)
+    if begun and not args.overwrite:
+        _check_same_store(store, begun, about, manifest)
     show_skipped(manifest.skipped, args.strict)
     storage.check_writable(store)
     print(config.described(recipe, settings) if recipe else f"voxels of {settings.preprocess.spacing_mm:g} mm")
     print(f"{len(manifest.cases)} cases, {manifest.layout}; labels: {described(source.convention)}")
-    for warning in job.warnings(settings, manifest, source) if new else ():
+    for warning in job.warnings(settings, manifest, source) if begun is None else ():
         print(warning, file=sys.stderr)
     storage.sweep(store)
     stores.begin(store, about)
@@ -119,11 +120,8 @@ def _settings(args: Args, data: str) -> tuple[str, config.Config]:
     return recipe, config.load(recipe, args.set)
 
 
-def _check_same_store(store: str, about: stores.About, manifest: Manifest, overwrite: bool) -> None:
-    """Raises UserError when the folder holds a store prepared otherwise, or from other cases, unless `overwrite`."""
-    before = stores.begun(store)
-    if before is None or overwrite:
-        return
+def _check_same_store(store: str, before: stores.About, about: stores.About, manifest: Manifest) -> None:
+    """Raises UserError when the store was prepared otherwise, or from other cases."""
     was, now = ((a.preprocess, a.convention) for a in (before, about))
     remedy = "give another --store, or say --overwrite"
     if was != now:

@@ -25,11 +25,11 @@ sys.exit(list(progress(rows(), "preparing", 20)) != list(range(20)))
 """
 
 
-def test_a_terminal_gets_a_bar_with_the_time_left() -> None:
-    """rich draws what is done, in per cent, and a time left that becomes known and shrinks."""
+def on_terminal(code: str, columns: int) -> str:
+    """What Python code prints on a terminal of so many columns, without colours and movements."""
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
-    process = subprocess.Popen([sys.executable, "-c", ROWS], stdout=theirs, stderr=theirs, env=environment)
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": str(columns)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     said = b""
     try:
@@ -39,7 +39,12 @@ def test_a_terminal_gets_a_bar_with_the_time_left() -> None:
         pass
     os.close(ours)
     assert process.wait() == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode())
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode())
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left() -> None:
+    """rich draws what is done, in per cent, and a time left that becomes known and shrinks."""
+    text = on_terminal(ROWS, columns=80)
     assert "preparing" in text and "100%" in text
     assert re.search(r"[1-9][0-9]?%.* 0:00:0[1-9]", text), text
 
@@ -77,18 +82,6 @@ def test_tables_are_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_narrow_terminal_folds_tables() -> None:
     """All of a name is there, over several lines."""
     code = "from raytrain_brats import cli; cli.show_refused([dict(case='a' * 61, reason='x', detail='b' * 73)])"
-    ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "40"}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
-    said = b""
-    try:
-        while part := os.read(ours, 4096):
-            said += part
-    except OSError:  # the other end was closed
-        pass
-    os.close(ours)
-    assert process.wait() == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode()).replace("case", "").replace("detail", "")
+    text = on_terminal(code, columns=40).replace("case", "").replace("detail", "")
     rows = text[text.index("┡") :]
     assert (rows.count("a"), rows.count("b")) == (61, 73) and "…" not in text
