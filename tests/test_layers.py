@@ -76,6 +76,19 @@ def test_the_rules_see_the_package() -> None:
     assert "torch" in foreign("raytrain_brats.run.step")
 
 
+def test_nothing_decides_by_what_events_tell() -> None:
+    """Rows and events are read by who shows, sums up or checks them; decisions stand in documents (`run.control`)."""
+    books = {"read_events", "read_rows", "recent"}
+    readers = {
+        name.removeprefix("raytrain_brats.")
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in books
+    }
+    # recovery: the times of the event `recovered`; launch: the text of the last failure
+    assert readers == {"demo", "verify", "run.progress", "run.recovery", "run.launch"}
+
+
 @pytest.mark.parametrize("name", sorted(ENTRIES))
 def test_entries_do_not_import_each_other(name: str) -> None:
     """An entry may use everything but another entry."""

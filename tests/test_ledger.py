@@ -1,6 +1,7 @@
 """The books: generations, rows that count, events that stay; on a local disk and on S3."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from raytrain_brats import storage
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import checkpoint, ledger
+from raytrain_brats.run import checkpoint, control, ledger
 from raytrain_brats.run.ledger import MetricsLog
 
 
@@ -111,7 +112,7 @@ def test_failures_in_place_count_only_without_progress(run_dir: str) -> None:
         found = []
         for _ in range(count):
             found.append(ledger.begin_generation(run_dir).failures_in_place)
-            ledger.event(run_dir, "failure", generation=ledger.current(run_dir).number, error="bug")
+            control.note(run_dir, ledger.current(run_dir).number, failure="bug")
         return found
 
     assert starts(3) == [0, 1, 2]
@@ -119,6 +120,30 @@ def test_failures_in_place_count_only_without_progress(run_dir: str) -> None:
     assert starts(3) == [0, 1, 2]
     ledger.forgive(run_dir)
     assert starts(2) == [0, 1]
+
+
+def test_a_failure_counts_whatever_else_is_told(run_dir: str) -> None:
+    """Hundreds of events after a failure do not hide it, nor does an `events.jsonl` that was lost or made up."""
+    number = ledger.begin_generation(run_dir).number
+    control.note(run_dir, number, failure="bug")
+    for position in range(200):
+        ledger.event(run_dir, "quarantine", generation=number, case="case", reason="torn", detail="x" * 300, p=position)
+    assert ledger.begin_generation(run_dir).failures_in_place == 1
+    storage.delete(storage.join(run_dir, "events.jsonl"))
+    ledger.event(run_dir, "failure", generation=number + 1, error="made up")
+    assert ledger.begin_generation(run_dir).failures_in_place == 1
+
+
+def test_writers_of_a_status_keep_each_others_fields(run_dir: str) -> None:
+    """The controller's failure and rank 0's notes meet in one document; a damaged one is named."""
+    with ThreadPoolExecutor(4) as pool:
+        changes: list[dict[str, Any]] = [{"trains": True}, {"failure": "bug"}, {"committed": True}, {"answered": 3.5}]
+        list(pool.map(lambda change: control.note(run_dir, 7, **change), changes))
+    expected = control.GroupStatus(trains=True, committed=True, answered=3.5, failure="bug")
+    assert control.status(run_dir, 7) == expected and control.status(run_dir, 8) == control.GroupStatus()
+    storage.write_bytes(storage.join(run_dir, "groups", "0007.json"), b"{")
+    with pytest.raises(RunFailed, match=r"groups/0007\.json is damaged .* remove it"):
+        control.status(run_dir, 7)
 
 
 def test_recent_reads_the_end_of_long_books(run_dir: str) -> None:
@@ -175,7 +200,7 @@ def test_lost_checkpoints_are_missed_also_in_the_first_group(run_dir: str) -> No
     first = ledger.begin_generation(run_dir)
     write_rows(run_dir, 4, 8)
     name = save(run_dir, 8)
-    ledger.event(run_dir, "checkpoint", generation=first.number, samples_seen=8)
+    control.note(run_dir, first.number, committed=True)
     checkpoint.discard(run_dir, name)
     with pytest.raises(RunFailed, match="they are gone"):
         ledger.begin_generation(run_dir)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from raytrain_brats import storage
-from raytrain_brats.run import checkpoint, ledger, saving
+from raytrain_brats.run import checkpoint, control, ledger, saving
 from raytrain_brats.run.ledger import MetricsLog
 from raytrain_brats.run.scribe import ROLL_BACK_AFTER, Scribe
 from raytrain_brats.run.step import Learner, StepResult
@@ -183,8 +183,8 @@ def test_controller_and_driver_may_ask_at_once(wants: tuple[int, int], apart_s: 
         heard = 0
         while heard != saving.HOLD and not ear._closed.is_set():
             if heard := ear.heard():
-                facts = {"request": ear.answered, "hold": heard == saving.HOLD, "generation": generation.number}
-                ledger.event(run_dir, "checkpoint", **facts)
+                holds = {"holds_since": time.time()} if heard == saving.HOLD else {}
+                control.note(run_dir, generation.number, answered=ear.answered, **holds)
             time.sleep(0.02)
 
     with ThreadPoolExecutor(3) as pool:
@@ -212,9 +212,7 @@ def test_nobody_waits_for_a_group_that_was_replaced(tmp_path: Path) -> None:
 def begun(tmp_path: Path) -> ledger.Generation:
     """A run whose group has applied a step."""
     generation = ledger.begin_generation(str(tmp_path))
-    log = MetricsLog(str(tmp_path), generation)
-    log.add({"samples_seen": 4, "generation": generation.number})
-    log.flush()
+    control.note(str(tmp_path), generation.number, trains=True)
     return generation
 
 

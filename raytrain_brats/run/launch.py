@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from raytrain_brats import interrupt, storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import checkpoint, cluster, gauges, ledger, recovery, roles, saving, spares
+from raytrain_brats.run import checkpoint, cluster, control, gauges, ledger, recovery, roles, saving, spares
 from raytrain_brats.run.job import Job, write_config
 from raytrain_brats.run.lease import Lease
 from raytrain_brats.run.progress import Progress
@@ -76,6 +76,7 @@ class FailureBook(UserCallback):
         if generation and generation.driver != self.driver:
             return  # fenced off by the driver that took the run over: none of its groups failed
         number = generation.number if generation else 0
+        control.note(self.run_dir, number, failure=cause)
         last = {"last_row": at} if (at := recovery.last_row_time(self.run_dir)) else {}
         ledger.event(self.run_dir, "failure", generation=number, rank=rank, error=cause, **last)
 
@@ -110,7 +111,7 @@ def train(job: Job, needed: cluster.Resources, lease: Lease) -> None:
     ledger.event(job.run_dir, "launch", **facts)
     if threading.current_thread() is threading.main_thread() and not interrupt.installed():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and schedulers: as Ctrl-C
-    launched, began = time.time(), time.perf_counter()
+    began, before = time.perf_counter(), ledger.current(job.run_dir)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     with (
         Progress(job, lambda: lease.trouble),
@@ -118,11 +119,12 @@ def train(job: Job, needed: cluster.Resources, lease: Lease) -> None:
         Spilling(job.run_dir),
     ):
         problem = _fit(job, needed, lease, run_id)
-    events = ledger.recent(job.run_dir)[1]
     found, _ = checkpoint.newest_valid(job.run_dir)
     if problem or found is None or found.samples_seen < job.plan.total:
-        stops = [e["reason"] for e in events if e["event"] == "stop" and e["time"] >= launched]
-        reason = stops[-1] if stops else problem or lease.trouble or "the workers stopped early"
+        now = ledger.current(job.run_dir)
+        begun = now and (before is None or now.number > before.number)  # else the last launch's group had stopped
+        stopped = control.status(job.run_dir, now.number).stopped if now and begun else ""
+        reason = stopped or problem or lease.trouble or "the workers stopped early"
         raise RunFailed(f"{reason}; see {storage.join(job.run_dir, 'events.jsonl')}")
     ledger.event(job.run_dir, "finish", samples_seen=job.plan.total, seconds=round(time.perf_counter() - began, 1))
 

@@ -14,14 +14,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raytrain_brats import storage
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import checkpoint
+from raytrain_brats.run import checkpoint, control
 
 _TAIL_BYTES = 1 << 16
 _TAKEN = "another driver has taken {} over; this one ends, and the run goes on there"
@@ -72,25 +71,23 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
         if late(generation, seen):
             checkpoint.discard(run_dir, name)
     found, damaged = checkpoint.newest_valid(run_dir)
-    if found is None and (damaged or any(_checkpoints_on_record(run_dir, late))):
+    happened = control.status(run_dir, before.number)
+    if found is None and (damaged or before.checkpoint or happened.committed):
         why = "; ".join(f"{name}: {reason}" for name, reason in damaged) or "they are gone"
         raise RunFailed(f"no checkpoint of {run_dir} is valid ({why}); restore them, or give another --run-dir")
     for name, why in damaged:
         event(run_dir, "damaged_checkpoint", name=name, why=why)
         checkpoint.discard(run_dir, name)
-    happened = [e for e in recent(run_dir)[1] if e.get("generation") == before.number]
-    failed = any(e["event"] == "failure" for e in happened)
     decided = replace(before, number=fence, samples_seen=0, checkpoint=None, failures_in_place=0, fence=fence)
     decided = replace(decided, metrics_bytes=0, bad_in_epoch=0)
-    for e in happened:
-        if e["event"] == "roll_back":
-            again = before.roll_backs if e["first"] == before.rolled_back_from else 0
-            decided = replace(decided, rolled_back_from=e["first"], roll_backs=again + 1)
+    if (first := happened.rolled_back_from) >= 0:
+        again = before.roll_backs if first == before.rolled_back_from else 0
+        decided = replace(decided, rolled_back_from=first, roll_backs=again + 1)
     if found:
         books = {key: found.state[key] for key in ("metrics_bytes", "bad_in_epoch")}
         decided = replace(decided, samples_seen=found.samples_seen, checkpoint=found.name, **books)
     if decided.samples_seen == before.samples_seen:
-        decided = replace(decided, failures_in_place=max(0, before.failures_in_place + failed))
+        decided = replace(decided, failures_in_place=max(0, before.failures_in_place + bool(happened.failure)))
     last_row = recent(run_dir)[0][-1:]
     # Before the cut: from here on a commit that was amid its fence is late, its rows may go.
     content = _decide(run_dir, content, decided)
@@ -99,13 +96,6 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
     facts |= {"failures_in_place": decided.failures_in_place, "redone_steps": dropped}
     event(run_dir, "group", generation=decided.number, last_row=last_row[0].get("time") if last_row else None, **facts)
     return decided
-
-
-def _checkpoints_on_record(run_dir: str, late: Callable[[int, int], bool]) -> Iterator[dict[str, Any]]:
-    """The commits that events.jsonl tells of and that counted."""
-    for e in read_events(run_dir):
-        if e["event"] == "checkpoint" and not late(e["generation"], e["samples_seen"]):
-            yield e
 
 
 def _decide(run_dir: str, before: bytes | None, generation: Generation) -> bytes:
@@ -119,8 +109,8 @@ def _decide(run_dir: str, before: bytes | None, generation: Generation) -> bytes
 def _sweep(run_dir: str) -> None:
     """Remove what controllers left beside the books that were killed amid a write; nobody else writes these whole."""
     if not storage.is_s3(run_dir):
-        for name in ("generation.json", "metrics.jsonl"):
-            for path in Path(run_dir).glob(f".{name}.*.tmp"):
+        for name in (".generation.json", ".metrics.jsonl", "groups/.*.json"):
+            for path in Path(run_dir).glob(f"{name}.*.tmp"):
                 path.unlink(missing_ok=True)
 
 

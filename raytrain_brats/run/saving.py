@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.controller.state import PreemptingState, R
 from ray.train.v2._internal.execution.preemption import _get_draining_nodes
 
 from raytrain_brats import storage
-from raytrain_brats.run import ledger, roles
+from raytrain_brats.run import control, ledger, roles
 
 TIMEOUT_S = 30.0
 HOLD_S = 60.0
@@ -28,8 +28,8 @@ SAVE, HOLD = 1, 2
 
 def training(run_dir: str) -> ledger.Generation | None:
     """The worker group that has come to a step; None while none trains."""
-    generation, (rows, _) = ledger.current(run_dir), ledger.recent(run_dir)
-    return generation if generation and rows and rows[-1]["generation"] == generation.number else None
+    generation = ledger.current(run_dir)
+    return generation if generation and control.status(run_dir, generation.number).trains else None
 
 
 def ask(run_dir: str, what: int) -> bool:
@@ -52,11 +52,9 @@ def ask(run_dir: str, what: int) -> bool:
     else:
         return False
     while time.time() < asked + TIMEOUT_S and ledger.current(run_dir) == generation:
-        for event in ledger.recent(run_dir)[1]:
-            if event["event"] == "checkpoint" and event["generation"] == generation.number and "request" in event:
-                holds = event["hold"] and event["time"] > asked - HOLD_S
-                if holds or (event["request"] >= asked and what == SAVE):
-                    return True
+        now = control.status(run_dir, generation.number)
+        if now.holds_since > asked - HOLD_S or (now.answered >= asked and what == SAVE):
+            return True
         time.sleep(0.2)
     return False
 

@@ -17,6 +17,7 @@ from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.run import checkpoint, ledger
 from raytrain_brats.run.checkpoint import Writer
+from raytrain_brats.run.control import StatusWriter
 from raytrain_brats.run.gauges import StepGauges
 from raytrain_brats.run.job import Job
 from raytrain_brats.run.ledger import Generation, MetricsLog
@@ -100,6 +101,7 @@ class Scribe:
         self._bad_in_epoch = generation.bad_in_epoch
         self._skipped: list[int] = []
         self._ear = Ear(job.run_dir, generation.number) if rank == 0 else None
+        self._status = StatusWriter(job.run_dir, generation.number) if rank == 0 else None
         self._stragglers = Stragglers(world_size)
         self._quarantined: set[str] = set()
         self._stopwatch, self._gauges = Stopwatch(job.run_dir), StepGauges(job.run_dir)
@@ -118,9 +120,15 @@ class Scribe:
                 self.event("closed", **self.clock.mark())
         finally:
             self._writer.close()
+            if self._status:
+                self._status.close()
 
     def event(self, kind: str, **facts: Any) -> None:
         ledger.event(self.job.run_dir, kind, generation=self.generation.number, **facts)
+
+    def _note(self, **changes: Any) -> None:
+        if self._status:
+            self._status.note(**changes)
 
     def heard(self) -> int:
         """What the controller or the driver asks for just now; all ranks learn it with the next step."""
@@ -150,6 +158,8 @@ class Scribe:
             about |= {"samples": result.samples, "world_size": self.world_size, "generation": self.generation.number}
             about |= {"loss": result.loss, "lr": result.learning_rate, "bad": result.bad, "finite": result.finite}
             self._log.add(about | {"wait_s": round(wait_s, 4), "step_s": round(step_s, 4), "time": time.time()})
+            if before == self.generation.samples_seen:
+                self._note(trains=True)
             self._stopwatch.stepped(self.generation.number, self.world_size, self.clock.began, wait_s, step_s)
             self._gauges.stepped(seen - before, seen, self.world_size, result.loss, wait_s, step_s)
             for rank, times in slow:
@@ -163,6 +173,7 @@ class Scribe:
     def _stop(self, reason: str) -> None:
         self.stopped = True
         if self.rank == 0:
+            self._note(stopped=reason)
             self.event("stop", reason=reason)
 
     def _roll_back(self, seen: int) -> None:
@@ -173,6 +184,7 @@ class Scribe:
             self._stop(f"{where}, also after {ROLL_BACKS} roll-backs; lower the learning rate, look at these samples")
             return
         if self.rank == 0:
+            self._note(rolled_back_from=first)
             self.event("roll_back", first=first, positions=[first, seen])
         raise FloatingPointError(where)
 
@@ -215,8 +227,10 @@ class Scribe:
         state |= {"meaning": manifests.meaning(self.job.source.convention)}
         state |= {"metrics_bytes": self._log.bytes, "bad_in_epoch": self._bad_in_epoch}
         facts: dict[str, Any] = {"samples_seen": seen}
+        answer: dict[str, float] = {}
         if asked and self._ear:
             facts |= {"request": self._ear.answered, "hold": asked == HOLD}
+            answer = {"answered": self._ear.answered} | ({"holds_since": time.time()} if asked == HOLD else {})
         facts |= {"stall_s": round(time.perf_counter() - began, 4)} | self.clock.mark()
 
         def write() -> None:
@@ -227,6 +241,7 @@ class Scribe:
             self._log.check()  # a replaced group's writer takes nothing away either
             checkpoint.prune(self.job.run_dir, self.job.config.checkpoint.keep, number, self.generation.samples_seen)
             seconds = round(time.perf_counter() - began, 3)
+            self._note(committed=True, **answer)
             self.event("checkpoint", name=made.name, bytes=made.bytes, seconds=seconds, **facts)
 
         def persist() -> None:

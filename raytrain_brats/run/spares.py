@@ -22,7 +22,7 @@ from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_gr
 from ray.experimental import internal_kv
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
-from raytrain_brats.run import ledger
+from raytrain_brats.run import control, ledger
 from raytrain_brats.run.pulse import NAMESPACE
 
 KEEP_S = 24 * 3600
@@ -86,7 +86,8 @@ class Spares(WorkerGroupCallback):
         try:
             self._env = ray.get(workers[0].actor.execute.remote(_environment))
             generation = ledger.current(self._run_dir)
-            while group == self._group and not _trains(self._run_dir, generation):
+            assert generation is not None, "it is written before workers start"
+            while group == self._group and not control.status(self._run_dir, generation.number).trains:
                 time.sleep(1)
             if group != self._group:
                 return
@@ -117,10 +118,6 @@ def _mark(node: str) -> bytes:
 
 def _environment() -> str:
     return str(ray.get_runtime_context().get_runtime_env_string())
-
-
-def _trains(run_dir: str, generation: Any) -> bool:
-    return any(e["event"] == "recovered" and e["generation"] == generation.number for e in ledger.recent(run_dir)[1])
 
 
 def _prestart(node: dict[str, Any], number: int, env: str) -> None:
