@@ -84,7 +84,7 @@ class State:
     """{our name: {"at": offset in the archive, "bytes", "sha256"}}."""
 
 
-class Ahead:
+class RangePrefetcher:
     """The archive's bytes in order, some ranges fetched ahead of the reader; their md5 as they are done with."""
 
     def __init__(self, source: Published, state: State) -> None:
@@ -156,7 +156,7 @@ def work(args: Args) -> None:
     size, etag = s3.head(source.uri, source.region)  # whether the bucket answers is told at once
     state = _open(out, source, State(source.uri, etag, size))
     os.environ.setdefault(storage.PATIENCE, _PATIENCE_S)  # from here on an outage is waited out
-    ahead, before = Ahead(source, state), len(state.files)
+    ahead, before = RangePrefetcher(source, state), len(state.files)
     try:
         mended = _mend(out, state, ahead)
         if state.offset < state.bytes:
@@ -222,7 +222,7 @@ def _save(out: str, state: State) -> None:
     storage.write_bytes(storage.join(out, STATE), json.dumps(vars(state), indent=1).encode())
 
 
-def _mend(out: str, state: State, ahead: Ahead) -> int:
+def _mend(out: str, state: State, ahead: RangePrefetcher) -> int:
     """Fetch again what was done but is not there any more; how many files."""
     here = storage.list_files(out)
     lost = {name: noted for name, noted in state.files.items() if here.get(name) != noted["bytes"]}
@@ -237,7 +237,7 @@ def _mend(out: str, state: State, ahead: Ahead) -> int:
     return len(lost)
 
 
-def _stream(out: str, source: Published, state: State, ahead: Ahead, show: Any) -> None:
+def _stream(out: str, source: Published, state: State, ahead: RangePrefetcher, show: Any) -> None:
     """Every wanted member is checked, written, then noted; so a kill at any point costs one member at most."""
     here = storage.list_files(out)
     for member in archive.members(ahead.read, ahead.again, state.bytes, state.offset):
@@ -261,7 +261,7 @@ def _stream(out: str, source: Published, state: State, ahead: Ahead, show: Any) 
     _save(out, state)
 
 
-def _checked(member: Member, ahead: Ahead) -> bytes:
+def _checked(member: Member, ahead: RangePrefetcher) -> bytes:
     """The member's content, by its gzip checksums, or where it has none by two reads that agree.
 
     A bit that flips on the way looks like a damaged archive; so damaged is what two reads agree upon.

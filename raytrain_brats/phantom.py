@@ -15,7 +15,7 @@ from raytrain_brats import storage
 from raytrain_brats.cli import Uri, entry
 from raytrain_brats.data.phantom import missing, write_set
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import cluster
+from raytrain_brats.ray_ext import cluster
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from raytrain_brats import figures, outputs, storage
 from raytrain_brats.cli import Uri, default, entry
 from raytrain_brats.errors import UserError
 from raytrain_brats.run import accounts
-from raytrain_brats.run.accounts import Account, Recovery
+from raytrain_brats.run.accounts import Recovery, TimeBreakdown
 
 Row = dict[str, Any]
 REGIONS = tuple(figures.REGION_COLOURS)
@@ -136,7 +136,9 @@ def _mean_dice(case: Mapping[str, Any]) -> float:
     return sum(known) / len(known) if known else math.inf
 
 
-def _headline(rows: Sequence[Row], events: Sequence[Row], split: Account, num_groups: int) -> list[tuple[str, ...]]:
+def _headline(
+    rows: Sequence[Row], events: Sequence[Row], split: TimeBreakdown, num_groups: int
+) -> list[tuple[str, ...]]:
     """(name, value, note) of every number at the top."""
     last = rows[-1]
     tail = [row["loss"] for row in rows[-20:] if row["loss"] is not None] or [math.nan]  # none where nothing counted

@@ -211,12 +211,12 @@ def drain(notice: Notice, node: str = "") -> None:
 
 def save(_notice: Notice, node: str = "") -> None:
     """Have the runs that train on this machine save. Exits with 1 when none did."""
-    from raytrain_brats.run import pulse, saving
+    from raytrain_brats.run import heartbeat, saving
 
     try:
         gcs, ours = _nodes_here(node)
-        keys = gcs.internal_kv_keys(b"", pulse.NAMESPACE, timeout=DRAIN_S)
-        told = [json.loads(gcs.internal_kv_get(key, pulse.NAMESPACE, timeout=DRAIN_S) or b"{}") for key in keys]
+        keys = gcs.internal_kv_keys(b"", heartbeat.NAMESPACE, timeout=DRAIN_S)
+        told = [json.loads(gcs.internal_kv_get(key, heartbeat.NAMESPACE, timeout=DRAIN_S) or b"{}") for key in keys]
         runs = {a["run_dir"] for a in told if a.get("node") in ours and a["phase"] != "end" and _alive(a["pid"])}
         sys.exit(0 if [run for run in sorted(runs) if saving.ask(run, saving.SAVE)] else 1)
     except Exception as error:  # noqa: BLE001 - it was a recommendation

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain_brats.run.accounts import Account, account, recoveries
+from raytrain_brats.run.accounts import TimeBreakdown, account, recoveries
 from tests.simulation import DRIVER_ENDS, Action, Run
 
 MILLISECONDS = st.integers(0, 5000).map(lambda n: n / 1000)
@@ -103,7 +103,7 @@ def test_books_from_before_these_books() -> None:
     assert found.wall_s == pytest.approx(run.now - 1e6)
     assert math.isnan(account(events).goodput)
     assert account([], run.rows).wall_s == pytest.approx(run.rows[-1]["time"] - run.rows[0]["time"] + 2.5)
-    assert account([]) == Account() and math.isnan(Account().goodput)
+    assert account([]) == TimeBreakdown() and math.isnan(TimeBreakdown().goodput)
 
 
 def test_recoveries_know_their_cause_and_parts() -> None:

@@ -21,8 +21,9 @@ import torch
 from raytrain_brats import bench, config, demo, evaluate, outputs, predict, storage
 from raytrain_brats.data import phantom
 from raytrain_brats.data.phantom import write_set
-from raytrain_brats.run import checkpoint, cluster, job, launch
-from raytrain_brats.run.step import Learner
+from raytrain_brats.learn.step import TrainStep
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.run import checkpoint, driver, spec
 from tests.conftest import write_msd_folder
 from tests.test_report import write_run
 
@@ -90,9 +91,9 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`data`, six MSD cases, and `run`, a run on it with one checkpoint."""
     folder = tmp_path_factory.mktemp("made")
     write_msd_folder(folder / "data", 6, shape=(16, 14, 12))
-    todo = job.build(config.load("demo", SMALL), str(folder / "run"), str(folder / "data"), "")
-    job.write_config(todo)
-    checkpoint.save(todo.run_dir, 4, 1, *Learner(todo, 1, torch.device("cpu")).state())
+    todo = spec.build(config.load("demo", SMALL), str(folder / "run"), str(folder / "data"), "")
+    spec.write_config(todo)
+    checkpoint.save(todo.run_dir, 4, 1, *TrainStep(todo, 1, torch.device("cpu")).state())
     return folder
 
 
@@ -105,9 +106,9 @@ def made(_made: Path, tmp_path: Path) -> Path:
 
 def train_on(run: Path, data: Path) -> None:
     """Another checkpoint of the run, of other weights."""
-    todo = job.build(config.load("demo", (*SMALL, "train.seed=0")), str(run), str(data), "")
-    learner = Learner(todo, 1, torch.device("cpu"))
-    tensors, state = learner.state()
+    todo = spec.build(config.load("demo", (*SMALL, "train.seed=0")), str(run), str(data), "")
+    train_step = TrainStep(todo, 1, torch.device("cpu"))
+    tensors, state = train_step.state()
     checkpoint.save(str(run), 8, 1, {n: t + 0.01 if t.is_floating_point() else t for n, t in tensors.items()}, state)
 
 
@@ -309,7 +310,7 @@ def test_train_begins_no_run_among_other_files(
         (made / "begun" / name).write_text("{}")
     for name in ("connect", "check_shared"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
-    monkeypatch.setattr(launch, "check", lambda _: pytest.skip("begun: the rest is training"))
+    monkeypatch.setattr(driver, "check", lambda _: pytest.skip("begun: the rest is training"))
     from raytrain_brats import train
 
     with pytest.raises(pytest.skip.Exception):

@@ -20,7 +20,7 @@ import yaml
 
 from raytrain_brats import s3, storage, verify
 from raytrain_brats.data.phantom import write_set
-from raytrain_brats.run import ledger
+from raytrain_brats.run import journal
 from tests.rigs.machines import GATEWAY, ROOT, Machines, missing, own_network, tool
 
 WHY_NOT = missing()
@@ -145,7 +145,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
 
 def worlds() -> list[int]:
     """World size of each worker group that applied steps, in order."""
-    found: dict[int, int] = {row["generation"]: row["world_size"] for row in ledger.read_rows(RUN)}
+    found: dict[int, int] = {row["generation"]: row["world_size"] for row in journal.read_rows(RUN)}
     return list(found.values())
 
 
@@ -180,8 +180,8 @@ def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.Capt
         (rig.folder / "no_spot").touch()
         rig.notice(victim, within_s=60)
         wait(lambda: len(worlds()) > groups and worlds()[-1] == 2, 400, "two workers again")
-        rows = len(ledger.read_rows(RUN))
-        wait(lambda: len(ledger.read_rows(RUN)) > rows + 20, 120, "steps after the reclaim")
+        rows = len(journal.read_rows(RUN))
+        wait(lambda: len(journal.read_rows(RUN)) > rows + 20, 120, "steps after the reclaim")
         train_nodes = rig.instances("train")
         assert victim not in [node["InstanceId"] for node in train_nodes]
         assert sorted(node.get("InstanceLifecycle", "on demand") for node in train_nodes) == ["on demand", "spot"]
@@ -190,7 +190,7 @@ def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.Capt
         logs = run(rig, "ray job logs rig", **api)
         assert "s3://the-runs/brats/store is no finished store yet" in logs, logs[:3000]
         assert "goes on from the newest checkpoint" in logs, logs[-3000:] + stopped
-    events = ledger.read_events(RUN)
+    events = journal.read_events(RUN)
     told = [event for event in events if event["event"] in ("preemption", "resize", "failure", "group")]
     assert any(event["saved"] for event in told if event["event"] in ("preemption", "resize")), told
     assert {event["redone_steps"] for event in told if event["event"] == "group"} == {0}, told

@@ -16,8 +16,9 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 
 from raytrain_brats.config import Run
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import cluster, roles, saving
-from raytrain_brats.run.roles import Part
+from raytrain_brats.ray_ext import cluster, roles
+from raytrain_brats.ray_ext.roles import Part
+from raytrain_brats.run import saving
 
 HEAD, DATA, TRAIN = {"CPU": 0.0}, {"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}
 KINDS = {

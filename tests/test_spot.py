@@ -18,7 +18,7 @@ import ray
 from ray.experimental import internal_kv
 
 from raytrain_brats import spot
-from raytrain_brats.run import pulse, saving
+from raytrain_brats.run import heartbeat, saving
 from raytrain_brats.spot import ACTION, REBALANCE, Imds, Notice, Watcher
 
 
@@ -169,7 +169,9 @@ def test_the_runs_on_this_machine_are_asked_to_save(monkeypatch: pytest.MonkeyPa
         others = ({"node": "0"}, {"phase": "end"}, {"pid": 2**22 + 1})
         rows = [about, about, *(about | other | {"run_dir": "other"} for other in others)]
         for number, each in enumerate(rows):
-            internal_kv._internal_kv_put(f"run/{number}".encode(), json.dumps(each).encode(), namespace=pulse.NAMESPACE)
+            internal_kv._internal_kv_put(
+                f"run/{number}".encode(), json.dumps(each).encode(), namespace=heartbeat.NAMESPACE
+            )
         with pytest.raises(SystemExit, match="0"):
             spot.save(Notice("", 0))
     finally:

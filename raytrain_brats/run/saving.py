@@ -18,7 +18,8 @@ from ray.train.v2._internal.execution.controller.state import PreemptingState, R
 from ray.train.v2._internal.execution.preemption import _get_draining_nodes
 
 from raytrain_brats import storage
-from raytrain_brats.run import control, ledger, roles
+from raytrain_brats.ray_ext import roles
+from raytrain_brats.run import control, journal
 
 TIMEOUT_S = 30.0
 HOLD_S = 60.0
@@ -26,9 +27,9 @@ SAVE, HOLD = 1, 2
 """What ranks agree on: save and train on; save, then wait to be ended."""
 
 
-def training(run_dir: str) -> ledger.Generation | None:
+def training(run_dir: str) -> journal.Generation | None:
     """The worker group that has come to a step; None while none trains."""
-    generation = ledger.current(run_dir)
+    generation = journal.current(run_dir)
     return generation if generation and control.status(run_dir, generation.number).trains else None
 
 
@@ -51,7 +52,7 @@ def ask(run_dir: str, what: int) -> bool:
             break
     else:
         return False
-    while time.time() < asked + TIMEOUT_S and ledger.current(run_dir) == generation:
+    while time.time() < asked + TIMEOUT_S and journal.current(run_dir) == generation:
         now = control.status(run_dir, generation.number)
         if now.holds_since > asked - HOLD_S or (now.answered >= asked and what == SAVE):
             return True
@@ -60,7 +61,7 @@ def ask(run_dir: str, what: int) -> bool:
 
 
 @dataclass(frozen=True)
-class SaveFirst(ControllerCallback):
+class CheckpointBeforeResize(ControllerCallback):
     """Lives in Ray Train's controller: has a group saved before it is resized or its node goes."""
 
     run_dir: str
@@ -82,7 +83,7 @@ class SaveFirst(ControllerCallback):
             except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here; a full disk, say
                 print(f"no checkpoint could be asked for: {error!r}")
             seconds = round(time.perf_counter() - began, 3)
-            ledger.event(self.run_dir, "resize" if resize else "preemption", saved=saved, seconds=seconds)
+            journal.event(self.run_dir, "resize" if resize else "preemption", saved=saved, seconds=seconds)
             if saved and leave and isinstance(current_state, PreemptingState):
                 # Ray would wait for the node's deadline; what is trained until then would be lost with it
                 info = current_state.preemption_info
@@ -99,7 +100,7 @@ def _room(per_worker: dict[str, float], labels: dict[str, str]) -> int:
     )
 
 
-class Ear:
+class RequestPoller:
     """Rank 0 listens for requests, in a thread: storage that is slow or away must not hold a step up."""
 
     def __init__(self, run_dir: str, generation: int) -> None:
@@ -111,7 +112,7 @@ class Ear:
         """Time of the last request heard: its name."""
         threading.Thread(target=self._listen, name="ear", daemon=True).start()
 
-    def heard(self) -> int:
+    def poll(self) -> int:
         """SAVE or HOLD when there is a new request to this worker group, else 0."""
         request = self._request
         if request.get("generation") != self._generation or request["time"] == self.answered:

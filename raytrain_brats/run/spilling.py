@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-from raytrain_brats.run import ledger
+from raytrain_brats.run import journal
 
 EVERY_S = 15.0
 _REMEDY = (
@@ -51,7 +51,7 @@ class Spilling:
             if known is not None and now > known:
                 grown = f"{(now - known) / 1e9:.2f} GB"
                 print(f"warning: Ray's object store wrote {grown} to disk, which is slow; {_REMEDY}", flush=True)
-                ledger.event(self._run_dir, "spilling", bytes=now - known, remedy=_REMEDY)
+                journal.event(self._run_dir, "spilling", bytes=now - known, remedy=_REMEDY)
             known = now  # what was spilled before the run is not its doing
             if self._done.wait(self._every_s):
                 return

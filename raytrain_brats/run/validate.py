@@ -22,7 +22,7 @@ from torch import distributed, nn
 from raytrain_brats import storage
 from raytrain_brats.config import Config
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.nifti import Refused
+from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.preprocess import Prepared, restore
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
@@ -30,9 +30,9 @@ from raytrain_brats.labels import REGIONS, to_regions
 from raytrain_brats.learn.inference import probabilities
 from raytrain_brats.learn.metrics import dice, hd95_mm
 from raytrain_brats.learn.model import build_network
-from raytrain_brats.run import checkpoint, ledger
-from raytrain_brats.run.job import Job
-from raytrain_brats.run.step import network_weights
+from raytrain_brats.learn.step import network_weights
+from raytrain_brats.run import checkpoint, journal
+from raytrain_brats.run.spec import RunSpec
 
 Masks = npt.NDArray[np.bool_]
 
@@ -67,7 +67,7 @@ def shared_network(reference: ray.ObjectRef[Any]) -> tuple[nn.Module, Config, to
     return network.to(device), settings, device
 
 
-def segment(prepared: Prepared, network: nn.Module, config: Config, device: torch.device) -> Masks:
+def predict_masks(prepared: Prepared, network: nn.Module, config: Config, device: torch.device) -> Masks:
     """(3, x, y, z) region masks on the native grid, nested as label values are: ET in TC in WT."""
     found = probabilities(
         network,
@@ -112,7 +112,7 @@ def table(scores: list[Score]) -> bytes:
 
 
 def validate(
-    job: Job,
+    spec: RunSpec,
     network: nn.Module,
     device: torch.device,
     rank: int,
@@ -125,10 +125,10 @@ def validate(
     The number of cases is bounded by `validate.max_cases`; unreadable ones are left out. None on other ranks, and
     when nothing could be scored.
     """
-    chosen = job.held_out_cases[: job.config.validate_.max_cases]
+    chosen = spec.held_out_cases[: spec.config.validate_.max_cases]
     mine = []
     for case in chosen[rank::world_size]:
-        mine.append(_scored(job.run_dir, job.source, case, network, job.config, device))
+        mine.append(_scored(spec.run_dir, spec.source, case, network, spec.config, device))
         mark("validate")
     gathered: list[Any] = [mine]
     if world_size > 1:
@@ -137,7 +137,7 @@ def validate(
     scores = [s for part in gathered for s in part if s is not None]
     if rank != 0 or not scores:
         return None
-    storage.write_bytes(storage.join(job.run_dir, "validation", f"{seen:012d}.csv"), table(scores))
+    storage.write_bytes(storage.join(spec.run_dir, "validation", f"{seen:012d}.csv"), table(scores))
     return means(scores) | {"cases": len(scores)}
 
 
@@ -146,7 +146,7 @@ def _scored(
 ) -> Score | None:
     try:
         prepared = source.load(case)
-    except Refused as error:
-        ledger.event(run_dir, "quarantine", case=case.id, reason=error.reason, detail=error.detail, position=None)
+    except InvalidCase as error:
+        journal.event(run_dir, "quarantine", case=case.id, reason=error.reason, detail=error.detail, position=None)
         return None
-    return score(case.id, segment(prepared, network, config, device), prepared, source.convention)
+    return score(case.id, predict_masks(prepared, network, config, device), prepared, source.convention)

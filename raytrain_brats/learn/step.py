@@ -22,13 +22,13 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.plan import draw, fingerprint
+from raytrain_brats.data.sampler import draw, fingerprint
 from raytrain_brats.labels import region_table
+from raytrain_brats.learn import tree_reduce
 from raytrain_brats.learn.augment import DRAWS, augment, normalise, to_regions
 from raytrain_brats.learn.inference import amp_dtype, autocast
 from raytrain_brats.learn.model import build_network, build_optimiser, learning_rate, sample_losses
-from raytrain_brats.run import exact
-from raytrain_brats.run.job import Job
+from raytrain_brats.run.spec import RunSpec
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,21 @@ class StepResult:
     forward_s: tuple[float, ...] = field(compare=False)
 
 
-class Learner:
+class TrainStep:
     """Network, optimiser and loss scaler of one rank; everything a checkpoint holds."""
 
-    def __init__(self, job: Job, world_size: int, device: torch.device) -> None:
-        self.config, self.total, self.world_size, self.device = job.config, job.plan.total, world_size, device
-        self.network = build_network(job.config).to(device)
-        self.optimiser = build_optimiser(self.network, job.config.train.optimiser)
-        self.precision = amp_dtype(device, job.config.train.amp)
+    def __init__(self, spec: RunSpec, world_size: int, device: torch.device) -> None:
+        self.config, self.total, self.world_size, self.device = spec.config, spec.sampler.total, world_size, device
+        self.network = build_network(spec.config).to(device)
+        self.optimiser = build_optimiser(self.network, spec.config.train.optimiser)
+        self.precision = amp_dtype(device, spec.config.train.amp)
         if self.precision and world_size > 1:  # ranks must agree: one without bf16 takes all to fp16
             bf16 = torch.tensor(int(self.precision is torch.bfloat16), device=device)
             distributed.all_reduce(bf16, distributed.ReduceOp.MIN)
             self.precision = torch.bfloat16 if bf16.item() else torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
-        self.table = torch.from_numpy(region_table(job.source.convention)).to(device)
-        self.exact = job.config.train.reduction == "exact"
+        self.table = torch.from_numpy(region_table(spec.source.convention)).to(device)
+        self.exact = spec.config.train.reduction == "exact"
         if self.exact and device.type == "cuda":
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
             torch.use_deterministic_algorithms(True, warn_only=True)  # trilinear upsampling has no such kernel
@@ -132,25 +132,25 @@ class Learner:
         parameters, total = list(self.network.parameters()), self.config.train.global_batch
         by_place = {patch.position - samples_seen: patch for patch in patches}
 
-        def vectors() -> Iterator[tuple[exact.Node, Tensor]]:
-            for place in exact.order(by_place, total):
+        def vectors() -> Iterator[tuple[tree_reduce.Node, Tensor]]:
+            for place in tree_reduce.order(by_place, total):
                 loss, weighed = self._losses([by_place[place]], mark)
                 mark("backward")
                 gradients = torch.autograd.grad(
                     self.scaler.scale(loss), parameters, allow_unused=True, materialize_grads=True
                 )
                 yield (
-                    exact.leaf(place, total),
+                    tree_reduce.leaf(place, total),
                     torch.cat([*(g.flatten() for g in gradients), weighed.float()]),
                 )
 
-        mine = exact.fold(vectors(), total)
+        mine = tree_reduce.fold(vectors(), total)
         mark("reduce")
         places = [list(by_place)]
         if self.world_size > 1:  # ranks take turns along the stream: one own place tells all
             turn = min(by_place) - distributed.get_rank()
             places = [list(range((turn + r) % self.world_size, total, self.world_size)) for r in range(self.world_size)]
-        summed = exact.sum_over_ranks(mine, places, total)
+        summed = tree_reduce.sum_over_ranks(mine, places, total)
         parts = summed[:-2].split([p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)

@@ -1,6 +1,6 @@
 """Start (or go on with) a run: the driver's part.
 
-In: a `Job`, a connected cluster.
+In: a `RunSpec`, a connected cluster.
 Out: the finished run folder; or RunFailed with the cause.
 """
 
@@ -19,13 +19,14 @@ from ray.train.torch import TorchTrainer
 from raytrain_brats import interrupt, storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import checkpoint, cluster, control, gauges, ledger, recovery, roles, saving, spares
-from raytrain_brats.run.job import Job, write_config
+from raytrain_brats.ray_ext import cluster, elastic, roles, warm_pool
+from raytrain_brats.run import checkpoint, control, gauges, journal, saving
+from raytrain_brats.run.hang_detector import HangDetector
 from raytrain_brats.run.lease import Lease
 from raytrain_brats.run.progress import Progress
-from raytrain_brats.run.saving import SaveFirst
+from raytrain_brats.run.saving import CheckpointBeforeResize
+from raytrain_brats.run.spec import RunSpec, write_config
 from raytrain_brats.run.spilling import Spilling
-from raytrain_brats.run.watch import Watch
 
 LAST_WORDS_S = 3.0
 """How long Ray's call may take to notice that Ray was shut down; a thread it holds for ever holds no driver up."""
@@ -35,28 +36,28 @@ LAST_WORDS_S = 3.0
 class StreamFactory:
     """Called by Ray Train's controller before each worker group starts: decides where it goes on."""
 
-    job: Job
+    spec: RunSpec
     needed: cluster.Resources
     driver: str
     """Token of the driver's lease."""
 
     def __call__(self) -> Any:
-        generation = ledger.begin_generation(self.job.run_dir, self.driver)
-        job, again = self.job, generation.failures_in_place
-        if again > job.config.run.max_failures_in_place:
-            causes = [e["error"] for e in ledger.read_events(job.run_dir) if e["event"] == "failure"]
+        generation = journal.begin_generation(self.spec.run_dir, self.driver)
+        spec, again = self.spec, generation.failures_in_place
+        if again > spec.config.run.max_failures_in_place:
+            causes = [e["error"] for e in journal.read_events(spec.run_dir) if e["event"] == "failure"]
             last = f"; the last failure: {causes[-1]}" if causes else ""
             raise RunFailed(f"{again} failures in a row at sample {generation.samples_seen}{last}")
         made = stream.dataset(
-            job.plan, job.train_cases, job.source, job.cutting, generation.samples_seen,
+            spec.sampler, spec.train_cases, spec.source, spec.patch_spec, generation.samples_seen,
             self.needed.cpus_per_task, self.needed.tasks, roles.part("data").selector,
         )  # fmt: skip
-        made.set_name(recovery.tag(job.run_dir))
+        made.set_name(elastic.tag(spec.run_dir))
         return made
 
 
 @dataclass(frozen=True)
-class FailureBook(UserCallback):
+class FailureLogger(UserCallback):
     """Lives in Ray Train's controller: notes why workers failed, also those that were killed."""
 
     run_dir: str
@@ -69,7 +70,7 @@ class FailureBook(UserCallback):
             print(f"a failure of workers is not in the books: {error!r}")
 
     def _note(self, worker_exceptions: dict[int, Exception]) -> None:
-        generation = ledger.current(self.run_dir)
+        generation = journal.current(self.run_dir)
         rank, error = min(worker_exceptions.items())
         lines = str(error).strip().splitlines() or [type(error).__name__]
         cause = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[0])[:500]
@@ -77,78 +78,80 @@ class FailureBook(UserCallback):
             return  # fenced off by the driver that took the run over: none of its groups failed
         number = generation.number if generation else 0
         control.note(self.run_dir, number, failure=cause)
-        last = {"last_row": at} if (at := recovery.last_row_time(self.run_dir)) else {}
-        ledger.event(self.run_dir, "failure", generation=number, rank=rank, error=cause, **last)
+        last = {"last_row": at} if (at := elastic.last_row_time(self.run_dir)) else {}
+        journal.event(self.run_dir, "failure", generation=number, rank=rank, error=cause, **last)
 
 
 def _work(arguments: dict[str, Any]) -> None:
     """What the workers run. Imported there: neither the driver nor Ray Train's controller needs MONAI for it."""
-    from raytrain_brats.run.loop import train_worker
+    from raytrain_brats.run.worker import train_worker
 
     train_worker(arguments)
 
 
-def check(job: Job) -> cluster.Resources:
+def check(spec: RunSpec) -> cluster.Resources:
     """What the run will use of the connected cluster. Raises UserError when it cannot run there."""
     gauges.prices()
-    needed = cluster.measure(job.config.run, job.plan.global_batch)
-    cluster.check_shared({"run folder": job.run_dir}, {"data folder": job.source.root})
+    needed = cluster.measure(spec.config.run, spec.sampler.global_batch)
+    cluster.check_shared({"run folder": spec.run_dir}, {"data folder": spec.source.root})
     return needed
 
 
-def train(job: Job, needed: cluster.Resources, lease: Lease) -> None:
+def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
     """Train until the plan's end. Raises RunFailed when it had to give up; what was committed stays."""
-    ledger.forgive(job.run_dir, lease.token)
-    write_config(job)
+    journal.take_over(spec.run_dir, lease.token)
+    write_config(spec)
     facts = {
         "workers": f"{needed.low}:{needed.high}",
-        "route": job.route,
-        "cases_train": len(job.train_cases),
-        "cases_val": len(job.held_out_cases),
-        "total_samples": job.plan.total,
-        "dataset_identity": job.identity,
+        "route": spec.route,
+        "cases_train": len(spec.train_cases),
+        "cases_val": len(spec.held_out_cases),
+        "total_samples": spec.sampler.total,
+        "dataset_identity": spec.dataset_identity,
     }
-    ledger.event(job.run_dir, "launch", **facts)
+    journal.event(spec.run_dir, "launch", **facts)
     if threading.current_thread() is threading.main_thread() and not interrupt.installed():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and schedulers: as Ctrl-C
-    began, before = time.perf_counter(), ledger.current(job.run_dir)
+    began, before = time.perf_counter(), journal.current(spec.run_dir)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     with (
-        Progress(job, lambda: lease.trouble),
-        Watch(job.run_dir, run_id, job.config.run.hang_timeout_s),
-        Spilling(job.run_dir),
+        Progress(spec, lambda: lease.trouble),
+        HangDetector(spec.run_dir, run_id, spec.config.run.hang_timeout_s),
+        Spilling(spec.run_dir),
     ):
-        problem = _fit(job, needed, lease, run_id)
-    found, _ = checkpoint.newest_valid(job.run_dir)
-    if problem or found is None or found.samples_seen < job.plan.total:
-        now = ledger.current(job.run_dir)
+        problem = _fit(spec, needed, lease, run_id)
+    found, _ = checkpoint.newest_valid(spec.run_dir)
+    if problem or found is None or found.samples_seen < spec.sampler.total:
+        now = journal.current(spec.run_dir)
         begun = now and (before is None or now.number > before.number)  # else the last launch's group had stopped
-        stopped = control.status(job.run_dir, now.number).stopped if now and begun else ""
+        stopped = control.status(spec.run_dir, now.number).stopped if now and begun else ""
         reason = stopped or problem or lease.trouble or "the workers stopped early"
-        raise RunFailed(f"{reason}; see {storage.join(job.run_dir, 'events.jsonl')}")
-    ledger.event(job.run_dir, "finish", samples_seen=job.plan.total, seconds=round(time.perf_counter() - began, 1))
+        raise RunFailed(f"{reason}; see {storage.join(spec.run_dir, 'events.jsonl')}")
+    journal.event(
+        spec.run_dir, "finish", samples_seen=spec.sampler.total, seconds=round(time.perf_counter() - began, 1)
+    )
 
 
-def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
+def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
     """Run Ray Train to its end; why it failed, or an empty string."""
     resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
     workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
-    place, filesystem = storage.for_ray(storage.join(job.run_dir, "ray"))
-    ready, train_nodes = spares.Spares(job.run_dir), roles.part("train").selector
+    place, filesystem = storage.for_ray(storage.join(spec.run_dir, "ray"))
+    ready, train_nodes = warm_pool.WarmPool(spec.run_dir), roles.part("train").selector
     callbacks: list[Any] = [
-        FailureBook(job.run_dir, lease.token),
-        recovery.FreshNodes(job.run_dir, ready),
-        SaveFirst(job.run_dir, needed.low if needed.low < needed.high else 0, resources, train_nodes),
+        FailureLogger(spec.run_dir, lease.token),
+        elastic.LiveNodesPolicy(spec.run_dir, ready),
+        CheckpointBeforeResize(spec.run_dir, needed.low if needed.low < needed.high else 0, resources, train_nodes),
         ready,
     ]
-    recovery.free_reservations(job.run_dir)
+    elastic.free_reservations(spec.run_dir)
     roles.keep_apart(roles.part("data"))
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"job": job, "run_id": run_id, "prefetch": needed.prefetch},
+        train_loop_config={"spec": spec, "run_id": run_id, "prefetch": needed.prefetch},
         scaling_config=ScalingConfig(
             num_workers=workers,
-            elastic_resize_monitor_interval_s=job.config.run.resize_check_s,  # type: ignore[call-arg]
+            elastic_resize_monitor_interval_s=spec.config.run.resize_check_s,  # type: ignore[call-arg]
             use_gpu=bool(needed.gpus),
             resources_per_worker=resources,
             label_selector=train_nodes or None,
@@ -160,10 +163,10 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
             storage_path=place,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=-1),
-            worker_runtime_env={"env_vars": spares.WORKER},  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": warm_pool.WORKER},  # type: ignore[call-arg]
             callbacks=callbacks,
         ),
-        datasets={"train": StreamFactory(job, needed, lease.token)},
+        datasets={"train": StreamFactory(spec, needed, lease.token)},
         dataset_config=stream.OrderedSplit(),
     )
     # In a thread, so that Ctrl-C reaches us: on the main thread Ray's own handler ends the process without a word.
@@ -175,7 +178,7 @@ def _fit(job: Job, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
             if lease.lost:
                 raise RunFailed(f"the run was taken over by {lease.lost}; this driver ends")
     except KeyboardInterrupt:
-        _save(job.run_dir)
+        _save(spec.run_dir)
         raise
     finally:
         interrupt.allow(interrupt.GRACE_S)

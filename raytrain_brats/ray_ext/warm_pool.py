@@ -22,8 +22,8 @@ from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_gr
 from ray.experimental import internal_kv
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
-from raytrain_brats.run import control, ledger
-from raytrain_brats.run.pulse import NAMESPACE
+from raytrain_brats.run import control, journal
+from raytrain_brats.run.heartbeat import NAMESPACE
 
 KEEP_S = 24 * 3600
 WARM_S = 60.0
@@ -41,7 +41,7 @@ imported = (0.0, 0.0)
 def warm_worker() -> None:
     global imported
     began = time.time()
-    _warm("raytrain_brats.run.loop", "ray.train.v2._internal.execution.worker_group.worker", "ray.train.torch.config")
+    _warm("raytrain_brats.run.worker", "ray.train.v2._internal.execution.worker_group.worker", "ray.train.torch.config")
     _warm("torch._dynamo")  # 2 CPU seconds that torch would spend with the first optimiser
     imported = (began, time.time())
     try:
@@ -58,13 +58,13 @@ def _warm(*modules: str) -> None:
             print(f"cannot import {module} ahead: {error!r}")
 
 
-class Spares(WorkerGroupCallback):
+class WarmPool(WorkerGroupCallback):
     """Lives in Ray Train's controller: orders spares once a group has applied its first step."""
 
     def __init__(self, run_dir: str) -> None:
         self._run_dir = run_dir
         self._ready: Counter[str] = Counter()
-        """Spares on each node, as far as known."""
+        """WarmPool on each node, as far as known."""
         self._group, self._env = 0, ""
         self._joined: dict[str, float] = {}
         """When spares were ordered on nodes that no group has used yet."""
@@ -85,7 +85,7 @@ class Spares(WorkerGroupCallback):
     def _order(self, workers: list[Any], group: int) -> None:
         try:
             self._env = ray.get(workers[0].actor.execute.remote(_environment))
-            generation = ledger.current(self._run_dir)
+            generation = journal.current(self._run_dir)
             assert generation is not None, "it is written before workers start"
             while group == self._group and not control.status(self._run_dir, generation.number).trains:
                 time.sleep(1)

@@ -19,17 +19,17 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.nifti import Refused
-from raytrain_brats.data.patch import Patch, Triple, place, placeholder, window
-from raytrain_brats.data.plan import Sample
+from raytrain_brats.data.nifti import InvalidCase
+from raytrain_brats.data.patch import Patch, Triple, empty_patch, place, window
 from raytrain_brats.data.preprocess import Prepared
+from raytrain_brats.data.sampler import Sample
 from raytrain_brats.data.store import Source, binary_column, binary_value
 
 Item = tuple[Sample, Case | None]
 
 
 @dataclass(frozen=True)
-class Cutting:
+class PatchSpec:
     """How patches are cut; travels with every read task, so it is small."""
 
     patch_xyz: Triple
@@ -71,7 +71,7 @@ class Piece:
 
 
 def parcels(
-    source: Source, items: list[Item], cutting: Cutting, world_size: int, buffer: Buffer | None = None
+    source: Source, items: list[Item], patch_spec: PatchSpec, world_size: int, buffer: Buffer | None = None
 ) -> Iterator[pa.Table]:
     """Tables for the ranks in turn: the first is for the rank of the first item, the next for the next rank.
 
@@ -96,12 +96,12 @@ def parcels(
             prepared = load(source, cases[name])
             for share, pieces in zip(shares, waiting, strict=True):
                 wanted = [s for s, case in (items[n] for n in share) if (case.id if case else "") == name]
-                pieces += cover(prepared, name, wanted, cutting) if wanted else []
+                pieces += cover(prepared, name, wanted, patch_spec) if wanted else []
         for pieces in waiting[:shared]:
-            yield pack(pieces, cutting.size_zyx, left, buffer)
+            yield pack(pieces, patch_spec.size_zyx, left, buffer)
             pieces.clear()
     for pieces in waiting[shared:]:
-        yield pack(pieces, cutting.size_zyx, 0, buffer)
+        yield pack(pieces, patch_spec.size_zyx, 0, buffer)
 
 
 def load(source: Source, case: Case | None) -> Prepared | str:
@@ -110,20 +110,20 @@ def load(source: Source, case: Case | None) -> Prepared | str:
         return ""
     try:
         return source.load(case)
-    except Refused as error:
+    except InvalidCase as error:
         return f"{error.reason}: {error.detail}"
 
 
-def cover(prepared: Prepared | str, case_id: str, samples: list[Sample], cutting: Cutting) -> list[Piece]:
+def cover(prepared: Prepared | str, case_id: str, samples: list[Sample], patch_spec: PatchSpec) -> list[Piece]:
     """Pieces of a case that hold these patches: one around all of them, unless that is more than the patches are."""
     if isinstance(prepared, str):
         return [Piece(case_id, [(sample, (0, 0, 0)) for sample in samples], prepared)]
-    size, share = np.array(cutting.size_zyx), cutting.foreground_share
-    starts = [np.array(place(prepared, sample, cutting.size_zyx, share)) for sample in samples]
+    size, share = np.array(patch_spec.size_zyx), patch_spec.foreground_share
+    starts = [np.array(place(prepared, sample, patch_spec.size_zyx, share)) for sample in samples]
     apart = prod(size) * len(samples)
     low, high = np.min(starts, axis=0), np.max(starts, axis=0) + size
     if len(samples) > 1 and prod(np.minimum(high, prepared.image_czyx.shape[1:]) - low) > apart:
-        return [piece for sample in samples for piece in cover(prepared, case_id, [sample], cutting)]
+        return [piece for sample in samples for piece in cover(prepared, case_id, [sample], patch_spec)]
     inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))  # up to the end of the box
     assert prepared.label_zyx is not None, "training cases are labelled; the manifest saw to it"
     within = [(sample, _triple(start - low)) for sample, start in zip(samples, starts, strict=True)]
@@ -162,7 +162,7 @@ def unpack(table: pa.Table) -> tuple[int, list[Patch]]:
     for part in about["parts"]:
         name, reason = part["case_id"], part["reason"]
         if "at" not in part:
-            patches += [placeholder(position, seed, name, reason, size) for position, seed, _ in part["patches"]]
+            patches += [empty_patch(position, seed, name, reason, size) for position, seed, _ in part["patches"]]
             continue
         image = _array(voxels, part["at"], np.dtype(part["dtype"]), part["shape"])
         label = _array(voxels, part["at"] + image.nbytes, np.dtype(np.uint8), part["shape"][1:])

@@ -10,21 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain_brats.run.pulse import PHASES
-from raytrain_brats.run.scribe import Stragglers
-from raytrain_brats.run.watch import Life, hung, news
+from raytrain_brats.run.hang_detector import RankStatus, find_hung, news
+from raytrain_brats.run.heartbeat import PHASES
+from raytrain_brats.run.recorder import Stragglers
 
 
 def life(
     rank: int, phase: str, seen: int = 40, beaten_s: float = 0.0, moved_s: float = 0.0, of: int = 2, updates: int = 1
-) -> Life:
+) -> RankStatus:
     """What the driver knows of a rank; the times are how long ago, at moment 1000."""
     about = {"rank": rank, "world_size": of, "phase": phase, "samples_seen": seen, "generation": 1, "pid": rank}
-    return Life(about | {"beats": 5, "marks": 9, "updates": updates}, 1000 - beaten_s, 1000 - moved_s)
+    return RankStatus(about | {"beats": 5, "marks": 9, "updates": updates}, 1000 - beaten_s, 1000 - moved_s)
 
 
-def named(*lives: Life, longest_s: float = 1.0) -> list[int]:
-    return [found.rank for found in hung(lives, 1000, 20, longest_s)]
+def named(*lives: RankStatus, longest_s: float = 1.0) -> list[int]:
+    return [found.rank for found in find_hung(lives, 1000, 20, longest_s)]
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_clocks_of_other_hosts_do_not_matter() -> None:
     """Only what changes between two looks counts, at the driver's own time."""
     about = {"rank": 0, "pid": 1, "generation": 1, "beats": 7, "marks": 3}
     first = news(None, about, 10.0)
-    assert news(first, about | {"beats": 8}, 12.0) == Life(about | {"beats": 8}, 12.0, 10.0)
-    assert news(first, about | {"marks": 4}, 12.0) == Life(about | {"marks": 4}, 10.0, 12.0)
+    assert news(first, about | {"beats": 8}, 12.0) == RankStatus(about | {"beats": 8}, 12.0, 10.0)
+    assert news(first, about | {"marks": 4}, 12.0) == RankStatus(about | {"marks": 4}, 10.0, 12.0)
     assert news(first, about | {"pid": 2}, 12.0).moved_s == 12.0  # another process under the same rank
 
 
@@ -109,27 +109,27 @@ def test_stragglers_are_flagged_within_20_steps_and_healthy_ranks_never(world_si
 HANGING = """
 import sys, time
 import ray
-from raytrain_brats.run.pulse import Pulse
-from raytrain_brats.run.watch import Watch
+from raytrain_brats.run.heartbeat import Heartbeat
+from raytrain_brats.run.hang_detector import HangDetector
 
 @ray.remote(num_cpus=0)
 class Rank:
     def work(self, rank):
-        with Pulse("run", 1, rank, 2) as pulse:
+        with Heartbeat("run", 1, rank, 2) as heartbeat:
             for seen in range(0, 40, 4):
                 for phase in ("data", "forward", "backward", "reduce", "update"):
-                    pulse.mark(phase, seen)
+                    heartbeat.mark(phase, seen)
                     time.sleep(0.02)
-            pulse.mark("data", seen + 4)
-            pulse.mark("forward")
-            self.stuck_here() if rank == 1 else pulse.mark("reduce")
+            heartbeat.mark("data", seen + 4)
+            heartbeat.mark("forward")
+            self.stuck_here() if rank == 1 else heartbeat.mark("reduce")
             time.sleep(100)
 
     def stuck_here(self):
         time.sleep(100)
 
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-with Watch(sys.argv[1], "run", 3.0):
+with HangDetector(sys.argv[1], "run", 3.0):
     ranks = [Rank.remote() for _ in range(2)]
     began = time.time()
     try:

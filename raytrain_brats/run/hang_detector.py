@@ -20,8 +20,8 @@ from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain_brats import storage
-from raytrain_brats.run import ledger
-from raytrain_brats.run.pulse import NAMESPACE, PHASES
+from raytrain_brats.run import journal
+from raytrain_brats.run.heartbeat import NAMESPACE, PHASES
 
 PATIENCE_S = {"start": 300.0, "load": 300.0, "data": 300.0, "save": 120.0, "validate": 900.0}
 """How long a rank may stay in a phase that is no computation; data come from elsewhere, which has its own retries."""
@@ -32,7 +32,7 @@ SLOWER = 5.0
 
 
 @dataclass(frozen=True)
-class Life:
+class RankStatus:
     """A rank as the driver knows it; times are the driver's own monotonic clock, so hosts' clocks do not matter."""
 
     about: dict[str, Any]
@@ -49,16 +49,16 @@ class Life:
         return self.about["samples_seen"], PHASES.index(self.about["phase"])
 
 
-def news(life: Life | None, about: dict[str, Any], now_s: float) -> Life:
+def news(life: RankStatus | None, about: dict[str, Any], now_s: float) -> RankStatus:
     """`life` after another look at its rank."""
     if life is None or life.about["pid"] != about["pid"] or life.about["generation"] != about["generation"]:
-        return Life(about, now_s, now_s)
+        return RankStatus(about, now_s, now_s)
     beaten_s = now_s if about["beats"] != life.about["beats"] else life.beaten_s
     moved_s = now_s if about["marks"] != life.about["marks"] else life.moved_s
     return replace(life, about=about, beaten_s=beaten_s, moved_s=moved_s)
 
 
-def hung(lives: Sequence[Life], now_s: float, timeout_s: float, longest_s: float) -> list[Life]:
+def find_hung(lives: Sequence[RankStatus], now_s: float, timeout_s: float, longest_s: float) -> list[RankStatus]:
     """The ranks that keep the group from going on; empty while it is healthy.
 
     A rank is silent when not even its beating thread runs (stopped, swapped out, stuck with the interpreter's lock).
@@ -79,17 +79,17 @@ def hung(lives: Sequence[Life], now_s: float, timeout_s: float, longest_s: float
     return last if all(now_s - life.moved_s > limit_s for life in last) else []
 
 
-class Watch:
+class HangDetector:
     """Looks once a second, in a thread of the driver, for the time of a `with` block."""
 
     def __init__(self, run_dir: str, run_id: str, timeout_s: float) -> None:
         self._run_dir, self._run_id, self._timeout_s = run_dir, run_id, timeout_s
-        self._lives: dict[int, Life] = {}
+        self._lives: dict[int, RankStatus] = {}
         self._generation, self._judged, self._longest_s = 0, 0, 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="watch", daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "HangDetector":
         self._thread.start()
         return self
 
@@ -122,11 +122,11 @@ class Watch:
             life = self._lives[about["rank"]] = news(before, about, now_s)
             if before and before.about["phase"] not in PATIENCE_S and life.moved_s > before.moved_s:
                 self._longest_s = max(self._longest_s, life.moved_s - before.moved_s)
-        culprits = hung(list(self._lives.values()), now_s, self._timeout_s, self._longest_s)
+        culprits = find_hung(list(self._lives.values()), now_s, self._timeout_s, self._longest_s)
         if culprits and self._end(culprits, now_s):
             self._judged = newest
 
-    def _end(self, culprits: Sequence[Life], now_s: float) -> bool:
+    def _end(self, culprits: Sequence[RankStatus], now_s: float) -> bool:
         """Stacks of all ranks, the culprits last; those are killed: Ray Train then starts the group again.
 
         False when it is not known of each culprit that it is gone: then look again.
@@ -154,7 +154,7 @@ class Watch:
                 life = self._lives[rank]
                 silent = now_s - life.beaten_s > self._timeout_s
                 seconds = round(now_s - (life.beaten_s if silent else life.moved_s), 1)
-                ledger.event(self._run_dir, "hang", **facts, silent=silent, for_s=seconds, stacks=file)
+                journal.event(self._run_dir, "hang", **facts, silent=silent, for_s=seconds, stacks=file)
         return sure
 
 

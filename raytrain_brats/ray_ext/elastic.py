@@ -19,9 +19,10 @@ from ray.train.v2._internal.execution.preemption import _get_draining_nodes
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from raytrain_brats import storage
-from raytrain_brats.run import ledger, roles, spares
-from raytrain_brats.run.pulse import NAMESPACE
-from raytrain_brats.run.spares import Spares
+from raytrain_brats.ray_ext import roles, warm_pool
+from raytrain_brats.ray_ext.warm_pool import WarmPool
+from raytrain_brats.run import journal
+from raytrain_brats.run.heartbeat import NAMESPACE
 
 DEATH_S = 20.0
 """Longest wait for Ray to declare a node dead that does not answer; its own default takes some 20 s."""
@@ -57,15 +58,15 @@ def free_reservations(run_dir: str) -> None:
         _logger.warning("old reservations are left to expire: %r", error)
 
 
-class FreshNodes(ControllerCallback):
+class LiveNodesPolicy(ControllerCallback):
     """Lives in Ray Train's controller: workers are counted only on nodes that are up and stay.
 
     Ray's book of reservations learns of a dead node up to 20 s late, and of a drained one not at all; Ray would ask for
     a group that cannot start, and wait for it as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S.
     """
 
-    def __init__(self, run_dir: str, spares: Spares) -> None:
-        self._run_dir, self._spares = run_dir, spares
+    def __init__(self, run_dir: str, warm_pool: WarmPool) -> None:
+        self._run_dir, self._spares = run_dir, warm_pool
 
     def after_controller_start(self, train_run_context: Any) -> None:
         self._requester = f"train-{train_run_context.run_id}"
@@ -162,8 +163,8 @@ class Stopwatch:
         self._done = True
         now = time.time()
         marks = [self._entered, self._ready, now - step_s + wait_s, now]
-        parts = breakdown(ledger.recent(self._run_dir)[1], spares.imported, marks)
-        ledger.event(self._run_dir, "recovered", generation=generation, world_size=world_size, began=began, **parts)
+        parts = breakdown(journal.recent(self._run_dir)[1], warm_pool.imported, marks)
+        journal.event(self._run_dir, "recovered", generation=generation, world_size=world_size, began=began, **parts)
 
 
 def breakdown(
@@ -194,5 +195,5 @@ def breakdown(
 
 def last_row_time(run_dir: str) -> float | None:
     """When the last step on record was applied; None on S3, where rows come late."""
-    rows = ledger.recent(run_dir)[0]
+    rows = journal.recent(run_dir)[0]
     return float(rows[-1]["time"]) if rows and not storage.is_s3(run_dir) else None

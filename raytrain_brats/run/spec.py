@@ -1,7 +1,7 @@
 """Everything a run is about, in one frozen value that travels to every worker.
 
 In: a config, a data folder or store, a run folder.
-Out: a `Job`: cases, plan, source, identity; refused when it cannot be what the run folder began.
+Out: a `RunSpec`: cases, plan, source, identity; refused when it cannot be what the run folder began.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from raytrain_brats.config import described as described_recipe
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
+from raytrain_brats.data.boxes import PatchSpec
 from raytrain_brats.data.manifest import Case, Manifest
-from raytrain_brats.data.nifti import Refused, background_warning
-from raytrain_brats.data.parcel import Cutting
-from raytrain_brats.data.plan import Plan
+from raytrain_brats.data.nifti import InvalidCase, background_warning
+from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.scan import Progress
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
@@ -28,7 +28,7 @@ from raytrain_brats.labels import described
 
 
 @dataclass(frozen=True)
-class Job:
+class RunSpec:
     config: Config
     run_dir: str
     route: str
@@ -36,15 +36,15 @@ class Job:
     source: Source
     train_cases: tuple[Case, ...]
     held_out_cases: tuple[Case, ...]
-    plan: Plan
-    identity: str
+    sampler: Sampler
+    dataset_identity: str
     manifest: Manifest
     recipe: str = ""
     """What the config was made from, for people."""
 
     @property
-    def cutting(self) -> Cutting:
-        return Cutting(self.config.data.patch_xyz, self.config.data.foreground_share)
+    def patch_spec(self) -> PatchSpec:
+        return PatchSpec(self.config.data.patch_xyz, self.config.data.foreground_share)
 
 
 def preprocessing(config: Config) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def warnings(config: Config, manifest: Manifest, source: Source) -> list[str]:
     """Lines about what would make the results worse, by the first case: coarse voxels, a background that is not 0."""
     case = manifest.cases[0]
     told = []
-    with contextlib.suppress(Refused, OSError):  # told where the case is used
+    with contextlib.suppress(InvalidCase, OSError):  # told where the case is used
         if case.object:
             affine, background = np.array(source.load(case).geometry.affine), ""
         else:
@@ -118,7 +118,7 @@ def warnings(config: Config, manifest: Manifest, source: Source) -> list[str]:
     return told
 
 
-def build(config: Config, run_dir: str, data: str, store: str, recipe: str = "") -> Job:
+def build(config: Config, run_dir: str, data: str, store: str, recipe: str = "") -> RunSpec:
     """The job, checked as far as it can be before Ray starts. Raises UserError."""
     divisor = patch_divisor(config)
     if any(edge % divisor or edge < 2 * divisor for edge in config.data.patch_xyz):
@@ -130,77 +130,77 @@ def build(config: Config, run_dir: str, data: str, store: str, recipe: str = "")
         raise UserError(
             f"{manifest.root}: none of its {len(manifest.cases)} cases is left to train on; more are needed"
         )
-    plan = plan_of(config, len(train))
-    identity = manifests.identity(manifest.cases, preprocessing(config), source.convention)
-    job = Job(
+    sampler = sampler_of(config, len(train))
+    dataset_identity = manifests.dataset_identity(manifest.cases, preprocessing(config), source.convention)
+    spec = RunSpec(
         config,
         storage.normal(run_dir),
         "store" if store else "raw",
         source,
         train,
         held_out,
-        plan,
-        identity,
+        sampler,
+        dataset_identity,
         manifest,
         recipe,
     )
-    _check_same_run(job)
-    return job
+    _check_same_run(spec)
+    return spec
 
 
-def plan_of(config: Config, cases: int) -> Plan:
+def sampler_of(config: Config, cases: int) -> Sampler:
     """The order of a run over so many training cases."""
     train, data = config.train, config.data
-    return Plan(train.seed, cases, train.global_batch, data.patches_per_case, data.window_cases, train.epochs)
+    return Sampler(train.seed, cases, train.global_batch, data.patches_per_case, data.window_cases, train.epochs)
 
 
-def _check_same_run(job: Job) -> None:
+def _check_same_run(spec: RunSpec) -> None:
     """Raises UserError when the run folder holds a run of other data or of another config."""
     try:
-        config, convention, identity = read_config(job.run_dir)
+        config, convention, dataset_identity = read_config(spec.run_dir)
     except FileNotFoundError:
         return
-    if convention != job.source.convention:
+    if convention != spec.source.convention:
         raise UserError(
-            f"{job.run_dir} was begun on labels read as {described(convention)}, now they would be read as "
-            f"{described(job.source.convention)}; give the data and convention it was begun with, or another --run-dir"
+            f"{spec.run_dir} was begun on labels read as {described(convention)}, now they would be read as "
+            f"{described(spec.source.convention)}; give the data and convention it was begun with, or another --run-dir"
         )
-    if not manifests.is_identity(identity, job.manifest.cases, preprocessing(job.config), convention):
+    if not manifests.is_dataset_identity(dataset_identity, spec.manifest.cases, preprocessing(spec.config), convention):
         raise UserError(
-            f"{job.run_dir} was begun on other data or preprocessing (identity {identity}, now {job.identity}"
-            f"{_difference(job)}); give the data it was begun with, or another --run-dir"
+            f"{spec.run_dir} was begun on other data or preprocessing (identity {dataset_identity}, now "
+            f"{spec.dataset_identity}{_difference(spec)}); give the data it was begun with, or another --run-dir"
         )
-    if changed := differences(config, job.config):
+    if changed := differences(config, spec.config):
         changes = "; ".join(changed)
         raise UserError(
-            f"{job.run_dir} was begun with another config ({changes}); use the old values, or another --run-dir"
+            f"{spec.run_dir} was begun with another config ({changes}); use the old values, or another --run-dir"
         )
 
 
-def _difference(job: Job) -> str:
+def _difference(spec: RunSpec) -> str:
     """How the cases differ from those that the run folder noted, in words; "" where it cannot be said."""
     with contextlib.suppress(UserError):
-        before = manifests.read(storage.join(job.run_dir, "manifest.jsonl")).cases
-        old, new = ({case.id: case.sha256 for case in cases} for cases in (before, job.manifest.cases))
+        before = manifests.read(storage.join(spec.run_dir, "manifest.jsonl")).cases
+        old, new = ({case.id: case.sha256 for case in cases} for cases in (before, spec.manifest.cases))
         changed = [name for name in new if name in old and new[name] != old[name]]
         kinds = {"changed": changed, "new": sorted(new.keys() - old.keys()), "gone": sorted(old.keys() - new.keys())}
         return "".join(f"; {len(names)} cases {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
     return ""
 
 
-def write_config(job: Job) -> None:
+def write_config(spec: RunSpec) -> None:
     """Record what the run is, for resumes, `evaluate` and the reader."""
     about = {
-        "recipe": job.recipe,
-        "identity": job.identity,
-        **manifests.meaning(job.source.convention),
-        "data": job.source.root,
-        "route": job.route,
-        "synthetic": job.manifest.synthetic,
-        "config": yaml.safe_load(job.config.to_yaml()),
+        "recipe": spec.recipe,
+        "identity": spec.dataset_identity,
+        **manifests.meaning(spec.source.convention),
+        "data": spec.source.root,
+        "route": spec.route,
+        "synthetic": spec.manifest.synthetic,
+        "config": yaml.safe_load(spec.config.to_yaml()),
     }
-    storage.write_bytes(storage.join(job.run_dir, "config.yaml"), yaml.safe_dump(about, sort_keys=False).encode())
-    manifests.write(job.manifest, storage.join(job.run_dir, "manifest.jsonl"))
+    storage.write_bytes(storage.join(spec.run_dir, "config.yaml"), yaml.safe_dump(about, sort_keys=False).encode())
+    manifests.write(spec.manifest, storage.join(spec.run_dir, "manifest.jsonl"))
 
 
 def read_config(run_dir: str) -> tuple[Config, str, str]:

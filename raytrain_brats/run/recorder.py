@@ -15,15 +15,15 @@ import torch
 
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.run import checkpoint, ledger
+from raytrain_brats.learn.step import StepResult, TrainStep, differing
+from raytrain_brats.ray_ext.elastic import Stopwatch
+from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.run.checkpoint import Writer
 from raytrain_brats.run.control import StatusWriter
 from raytrain_brats.run.gauges import StepGauges
-from raytrain_brats.run.job import Job
-from raytrain_brats.run.ledger import Generation, MetricsLog
-from raytrain_brats.run.recovery import Stopwatch
-from raytrain_brats.run.saving import HOLD, HOLD_S, Ear
-from raytrain_brats.run.step import Learner, StepResult, differing
+from raytrain_brats.run.journal import Generation, MetricsLog
+from raytrain_brats.run.saving import HOLD, HOLD_S, RequestPoller
+from raytrain_brats.run.spec import RunSpec
 
 ROLL_BACK_AFTER = 10
 """Steps in a row without a finite loss and gradient."""
@@ -89,25 +89,25 @@ class Stragglers:
         return found
 
 
-class Scribe:
+class RunRecorder:
     """Bookkeeping of one rank, for the time of one worker group. `stopped` is the same on all ranks."""
 
-    def __init__(self, job: Job, generation: Generation, rank: int, world_size: int, device: torch.device) -> None:
-        self.job, self.generation, self.rank, self.world_size = job, generation, rank, world_size
+    def __init__(self, spec: RunSpec, generation: Generation, rank: int, world_size: int, device: torch.device) -> None:
+        self.spec, self.generation, self.rank, self.world_size = spec, generation, rank, world_size
         self.stopped = False
         self.clock = Clock()
-        self._log = MetricsLog(job.run_dir, generation)
+        self._log = MetricsLog(spec.run_dir, generation)
         self._writer = Writer()
         self._bad_in_epoch = generation.bad_in_epoch
         self._skipped: list[int] = []
-        self._ear = Ear(job.run_dir, generation.number) if rank == 0 else None
-        self._status = StatusWriter(job.run_dir, generation.number) if rank == 0 else None
+        self._ear = RequestPoller(spec.run_dir, generation.number) if rank == 0 else None
+        self._status = StatusWriter(spec.run_dir, generation.number) if rank == 0 else None
         self._stragglers = Stragglers(world_size)
         self._quarantined: set[str] = set()
-        self._stopwatch, self._gauges = Stopwatch(job.run_dir), StepGauges(job.run_dir)
+        self._stopwatch, self._gauges = Stopwatch(spec.run_dir), StepGauges(spec.run_dir)
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
-    def __enter__(self) -> "Scribe":
+    def __enter__(self) -> "RunRecorder":
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -124,15 +124,15 @@ class Scribe:
                 self._status.close()
 
     def event(self, kind: str, **facts: Any) -> None:
-        ledger.event(self.job.run_dir, kind, generation=self.generation.number, **facts)
+        journal.event(self.spec.run_dir, kind, generation=self.generation.number, **facts)
 
     def _note(self, **changes: Any) -> None:
         if self._status:
             self._status.note(**changes)
 
-    def heard(self) -> int:
+    def poll(self) -> int:
         """What the controller or the driver asks for just now; all ranks learn it with the next step."""
-        return self._ear.heard() if self._ear else 0
+        return self._ear.poll() if self._ear else 0
 
     def ready(self) -> None:
         """This rank is about to take its first patch."""
@@ -147,14 +147,14 @@ class Scribe:
                 self._quarantined.add(patch.case_id)
                 reason, _, detail = patch.reason.partition(": ")
                 self.event("quarantine", case=patch.case_id, reason=reason, detail=detail, position=patch.position)
-        plan = self.job.plan
-        if before % plan.epoch_length == 0:
+        sampler = self.spec.sampler
+        if before % sampler.epoch_length == 0:
             self._bad_in_epoch = 0
         self._bad_in_epoch += result.bad
         self._skipped = [] if result.finite or result.overflow else [*self._skipped, before]
         slow = self._stragglers.add(result.forward_s)
         if self.rank == 0:
-            about = {"step": before // plan.global_batch, "samples_seen": seen, "positions": [before, seen]}
+            about = {"step": before // sampler.global_batch, "samples_seen": seen, "positions": [before, seen]}
             about |= {"samples": result.samples, "world_size": self.world_size, "generation": self.generation.number}
             about |= {"loss": result.loss, "lr": result.learning_rate, "bad": result.bad, "finite": result.finite}
             self._log.add(about | {"wait_s": round(wait_s, 4), "step_s": round(step_s, 4), "time": time.time()})
@@ -164,8 +164,8 @@ class Scribe:
             self._gauges.stepped(seen - before, seen, self.world_size, result.loss, wait_s, step_s)
             for rank, times in slow:
                 self.event("straggler", rank=rank, times_slower=times, samples_seen=seen)
-        if self._bad_in_epoch > self.job.config.data.max_bad_share * plan.epoch_samples:
-            share = f"{self.job.config.data.max_bad_share:.0%}"
+        if self._bad_in_epoch > self.spec.config.data.max_bad_share * sampler.epoch_samples:
+            share = f"{self.spec.config.data.max_bad_share:.0%}"
             self._stop(f"more than {share} of an epoch's samples cannot be read (data.max_bad_share)")
         elif len(self._skipped) >= ROLL_BACK_AFTER:
             self._roll_back(seen)
@@ -188,43 +188,43 @@ class Scribe:
             self.event("roll_back", first=first, positions=[first, seen])
         raise FloatingPointError(where)
 
-    def checkpoint(self, seen: int, learner: Learner, asked: int = 0) -> None:
+    def checkpoint(self, seen: int, train_step: TrainStep, asked: int = 0) -> None:
         """Save beside the training (rank 0), unless the last steps were not finite: a roll-back must lead before them.
 
         Ray's own registry is not told: it would be a barrier for nothing.
         """
-        needed = bool(asked) or seen == self.job.plan.total
+        needed = bool(asked) or seen == self.spec.sampler.total
         if self._skipped and not needed:
             return
-        self._compare(seen, learner)
+        self._compare(seen, train_step)
         if self.rank == 0:
-            self._save(seen, learner, needed, asked)
+            self._save(seen, train_step, needed, asked)
         if asked == HOLD:
             until = time.monotonic() + HOLD_S
             while time.monotonic() < until:  # whoever asked ends this process; every step from here would be lost
                 time.sleep(0.1)
 
-    def compare(self, before: int, seen: int, learner: Learner) -> None:
+    def compare(self, before: int, seen: int, train_step: TrainStep) -> None:
         """Every so many steps, find a rank whose weights have become others: a flipped bit, a wrong sum."""
-        if before // self.job.plan.global_batch % self.job.config.run.compare_weights_steps == 0:
-            self._compare(seen, learner)
+        if before // self.spec.sampler.global_batch % self.spec.config.run.compare_weights_steps == 0:
+            self._compare(seen, train_step)
 
-    def _compare(self, seen: int, learner: Learner) -> None:
-        if self.world_size > 1 and (ranks := differing(self._device, learner.network)):
+    def _compare(self, seen: int, train_step: TrainStep) -> None:
+        if self.world_size > 1 and (ranks := differing(self._device, train_step.network)):
             if self.rank == 0:
                 self.event("weights_differ", ranks=ranks, samples_seen=seen)
             raise ArithmeticError(f"the weights of ranks {ranks} differ from the others' at sample {seen}")
 
-    def _save(self, seen: int, learner: Learner, needed: bool, asked: int) -> None:
+    def _save(self, seen: int, train_step: TrainStep, needed: bool, asked: int) -> None:
         began = time.perf_counter()
         if not needed and self._writer.busy():  # the disk is slow or full, the storage away: training goes on
             self.event("checkpoint_left_out", samples_seen=seen)
             return
         self._writer.wait()
-        tensors, values = learner.state()
+        tensors, values = train_step.state()
         tensors = checkpoint.snapshot(tensors)
-        state = {"samples_seen": seen, "identity": self.job.identity, "learner": values}
-        state |= {"meaning": manifests.meaning(self.job.source.convention)}
+        state = {"samples_seen": seen, "identity": self.spec.dataset_identity, "learner": values}
+        state |= {"meaning": manifests.meaning(self.spec.source.convention)}
         state |= {"metrics_bytes": self._log.bytes, "bad_in_epoch": self._bad_in_epoch}
         facts: dict[str, Any] = {"samples_seen": seen}
         answer: dict[str, float] = {}
@@ -237,16 +237,16 @@ class Scribe:
             began = time.perf_counter()
             self._log.flush()
             number = self.generation.number
-            made = checkpoint.save(self.job.run_dir, seen, number, tensors, state, fence=self._log.check)
+            made = checkpoint.save(self.spec.run_dir, seen, number, tensors, state, fence=self._log.check)
             self._log.check()  # a replaced group's writer takes nothing away either
-            checkpoint.prune(self.job.run_dir, self.job.config.checkpoint.keep, number, self.generation.samples_seen)
+            checkpoint.prune(self.spec.run_dir, self.spec.config.checkpoint.keep, number, self.generation.samples_seen)
             seconds = round(time.perf_counter() - began, 3)
             self._note(committed=True, **answer)
             self.event("checkpoint", name=made.name, bytes=made.bytes, seconds=seconds, **facts)
 
         def persist() -> None:
             """Where the storage fails the one before stays the newest, and the next one is due soon."""
-            last = seen == self.job.plan.total
+            last = seen == self.spec.sampler.total
             until = time.monotonic() + (SAVE_PATIENCE_S if last else 0)
             while True:
                 try:

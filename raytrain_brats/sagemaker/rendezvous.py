@@ -1,7 +1,7 @@
 """How the containers of a job find and understand each other.
 
 In: SageMaker's resourceconfig.json; a folder that all of them may read and write.
-Out: who leads; a `Line` of JSON messages between the head and each peer.
+Out: who leads; a `Channel` of JSON messages between the head and each peer.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def _number(host: str) -> tuple[int, str]:
     return len(host), host  # algo-2 before algo-10
 
 
-class Line:
+class Channel:
     """One connection, line by line: JSON out, JSON in."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -97,19 +97,19 @@ class Line:
             return None
 
 
-def gather(cluster: Cluster, token: str, server: socket.socket, deadline: float, lines: dict[str, Line]) -> None:
-    """Put a line to every peer into `lines`. Raises RunFailed, naming who is missing, at the deadline (monotonic)."""
+def gather(cluster: Cluster, token: str, server: socket.socket, deadline: float, channels: dict[str, Channel]) -> None:
+    """Put a channel to each peer in `channels`. Raises RunFailed, naming who is missing, at the monotonic deadline."""
     began = time.monotonic()
-    while missing := [host for host in cluster.peers if host not in lines]:
+    while missing := [host for host in cluster.peers if host not in channels]:
         if (left_s := deadline - time.monotonic()) <= 0:
             raise RunFailed(_missing(missing, time.monotonic() - began))
         server.settimeout(left_s)
         with contextlib.suppress(TimeoutError):
-            line = Line(server.accept()[0])
-            hello = line.receive(min(left_s, 10))
+            channel = Channel(server.accept()[0])
+            hello = channel.receive(min(left_s, 10))
             host, said = (hello.get("host"), hello.get("token")) if isinstance(hello, dict) else (None, None)
             if host in missing and isinstance(said, str) and hmac.compare_digest(said.encode(), token.encode()):
-                lines[host] = line
+                channels[host] = channel
                 print(f"host: {host} is here, {len(missing) - 1} still missing", flush=True)
 
 
@@ -117,18 +117,18 @@ def _missing(hosts: list[str], after_s: float) -> str:
     return f"{', '.join(hosts)} did not come up within {after_s:.0f} s: no container there, or it failed; see its log"
 
 
-def call(cluster: Cluster, token: str, deadline: float) -> Line:
+def call(cluster: Cluster, token: str, deadline: float) -> Channel:
     """A line to the head. Raises RunFailed when it does not answer before the deadline."""
     while True:
         try:
-            line = Line(socket.create_connection((cluster.head, PORT), timeout=5))
+            channel = Channel(socket.create_connection((cluster.head, PORT), timeout=5))
             break
         except OSError as error:  # no name yet, or nobody listens yet
             if time.monotonic() > deadline:
                 raise RunFailed(f"{cluster.head}, the head, did not come up in time ({error})") from error
             time.sleep(0.5)
-    line.send({"host": cluster.me, "token": token})
-    return line
+    channel.send({"host": cluster.me, "token": token})
+    return channel
 
 
 def address_of(host: str, deadline: float) -> str:

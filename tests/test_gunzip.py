@@ -9,8 +9,8 @@ import zlib
 import pytest
 import torch
 
-from raytrain_brats.data import inflate
-from raytrain_brats.data.inflate import Damaged, WrongLength, head, take, unpack
+from raytrain_brats.data import gunzip
+from raytrain_brats.data.gunzip import Damaged, WrongLength, head, take, unpack
 
 PLAIN = bytes(random.Random(3).choices(range(9), k=300_000))
 PACKED = gzip.compress(PLAIN, 6, mtime=0)
@@ -50,7 +50,7 @@ BAD = {
 def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the `deflate` package hides the C functions zlib does the work, with the same results."""
     if request.param == "zlib":
-        monkeypatch.setattr(inflate, "LIBDEFLATE", None)
+        monkeypatch.setattr(gunzip, "LIBDEFLATE", None)
 
 
 @pytest.mark.usefixtures("_library")
@@ -72,13 +72,13 @@ def test_everything_else_is_told_apart(content: bytes, error: type[Exception]) -
 @pytest.mark.parametrize("name", ["one member", "members", "stored"])
 def test_the_fast_library_is_the_one_that_works(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the C functions are found, and zlib is not asked about ordinary files, of one member or more."""
-    monkeypatch.setattr(inflate, "_by_zlib", None)
+    monkeypatch.setattr(gunzip, "_by_zlib", None)
     assert unpack(GOOD[name], len(PLAIN)).tobytes() == PLAIN
 
 
 def test_a_buffer_is_used_again_only_when_nobody_views_it() -> None:
     """A slice, a reversed view, a memoryview or a tensor each keep it; after the last one it is the next one's."""
-    size = inflate.SMALL_BYTES + 5
+    size = gunzip.SMALL_BYTES + 5
     for view in (lambda b: b[7:9], lambda b: b.reshape(1, -1)[:, ::-1], memoryview, torch.from_numpy):
         first = take(size)
         address = first.ctypes.data
@@ -103,17 +103,17 @@ def test_each_thread_has_its_own_buffers() -> None:
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases of ever other sizes leave no more than KEPT_BYTES behind."""
-    monkeypatch.setattr(inflate, "KEPT_BYTES", 40 << 20)
-    monkeypatch.setattr(inflate, "_KEPT", inflate._Kept())
+    monkeypatch.setattr(gunzip, "KEPT_BYTES", 40 << 20)
+    monkeypatch.setattr(gunzip, "_KEPT", gunzip._Kept())
     for megabytes in (2, 5, 11, 23, 37, 3, 17):
         take(megabytes << 20)
-    assert sum(buffer.size for buffer in inflate._KEPT.buffers) <= 40 << 20
-    assert len(inflate._KEPT.buffers) > 1
+    assert sum(buffer.size for buffer in gunzip._KEPT.buffers) <= 40 << 20
+    assert len(gunzip._KEPT.buffers) > 1
 
 
 def test_small_and_large_buffers_are_not_mistaken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A label does not sit in a buffer of an image's size, where it would pin it."""
-    monkeypatch.setattr(inflate, "_KEPT", inflate._Kept())
+    monkeypatch.setattr(gunzip, "_KEPT", gunzip._Kept())
     large = take(64 << 20).ctypes.data
     assert take(4 << 20).ctypes.data != large
     assert take(40 << 20).ctypes.data == large

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed, multiprocessing, nn
 
-from raytrain_brats.run import exact
-from raytrain_brats.run.step import Learner, differing, weight_hash
-from tests.test_step import CPU, empty, job, patch
+from raytrain_brats.learn import tree_reduce
+from raytrain_brats.learn.step import TrainStep, differing, weight_hash
+from tests.test_step import CPU, empty, patch, spec
 
 shapes = st.integers(1, 40).flatmap(
     lambda total: st.tuples(st.just(total), st.integers(1, total), st.integers(0, 100), st.integers(0, 10**6))
@@ -25,9 +25,11 @@ def leaves(total: int, seed: int) -> torch.Tensor:
     return torch.randn(total, 8, generator=generator) * 10 ** (6 * torch.rand(total, 1, generator=generator))
 
 
-def folded(values: torch.Tensor, places: list[int]) -> dict[exact.Node, torch.Tensor]:
+def folded(values: torch.Tensor, places: list[int]) -> dict[tree_reduce.Node, torch.Tensor]:
     total = len(values)
-    return exact.fold(((exact.leaf(p, total), values[p].clone()) for p in exact.order(places, total)), total)
+    return tree_reduce.fold(
+        ((tree_reduce.leaf(p, total), values[p].clone()) for p in tree_reduce.order(places, total)), total
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -39,8 +41,8 @@ def test_any_dealing_of_the_places_gives_the_same_bits(shape: tuple[int, int, in
     (alone,) = folded(values, list(range(total))).values()
     places = [list(range((turn + rank) % world_size, total, world_size)) for rank in range(world_size)]
     sent = [folded(values, own) for own in places]
-    assert [sorted(nodes) for nodes in sent] == [exact.held(own, total) for own in places]
-    ((root, whole),) = exact.fold((item for nodes in sent for item in nodes.items()), total).items()
+    assert [sorted(nodes) for nodes in sent] == [tree_reduce.held(own, total) for own in places]
+    ((root, whole),) = tree_reduce.fold((item for nodes in sent for item in nodes.items()), total).items()
     assert root == (1, 0) and torch.equal(whole, alone)
     torch.testing.assert_close(whole, values.double().sum(0).float(), rtol=1e-4, atol=1.0)
     if world_size & (world_size - 1) == 0:  # a power of two: one vector, as an all-reduce would send
@@ -51,26 +53,26 @@ def test_any_dealing_of_the_places_gives_the_same_bits(shape: tuple[int, int, in
 def test_few_partial_sums_wait(total: int) -> None:
     """Places in the order of `order` fold at once: log2(n) + 1 vectors at a time, not n."""
     for count in range(1, total + 1):
-        waiting = exact.held(exact.order(range(total), total)[:count], total)
+        waiting = tree_reduce.held(tree_reduce.order(range(total), total)[:count], total)
         assert len(waiting) <= (total - 1).bit_length() + 1
 
 
 def _rank(rank: int, world_size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    learner = Learner(job("dynunet", optimiser="adamw", reduction="exact"), world_size, CPU)
+    train_step = TrainStep(spec("dynunet", optimiser="adamw", reduction="exact"), world_size, CPU)
     results = []
     for step in range(3):
         turn = (
             rank + step
         ) % world_size  # where the world size does not divide the batch, turns move from step to step
-        results.append(learner.step([row(4 * step + place) for place in range(turn, 4, world_size)], 4 * step))
-    agree = differing("cpu", learner.network)
+        results.append(train_step.step([row(4 * step + place) for place in range(turn, 4, world_size)], 4 * step))
+    agree = differing("cpu", train_step.network)
     if rank == world_size - 1:
-        flip(learner.network)
-    found = differing("cpu", learner.network)
+        flip(train_step.network)
+    found = differing("cpu", train_step.network)
     losses = [result.loss for result in results]
-    torch.save((learner.state()[0], losses, agree, found), f"{folder}/{world_size}-{rank}.pt")
+    torch.save((train_step.state()[0], losses, agree, found), f"{folder}/{world_size}-{rank}.pt")
     os._exit(0)  # the group's destructor may wait for ever in a forked process; there is nothing left to do
 
 
@@ -87,9 +89,9 @@ def flip(network: nn.Module) -> None:
 def test_weights_and_losses_are_the_same_bits_at_any_world_size(tmp_path: Path) -> None:
     """AdamW on 1, 2 and 3 real ranks, one sample unreadable; then one flipped bit is found, and the rank named."""
     torch.set_num_threads(1)
-    learner = Learner(job("dynunet", optimiser="adamw", reduction="exact"), 1, CPU)
-    losses = [learner.step([row(4 * step + place) for place in range(4)], 4 * step).loss for step in range(3)]
-    alone = learner.state()[0]
+    train_step = TrainStep(spec("dynunet", optimiser="adamw", reduction="exact"), 1, CPU)
+    losses = [train_step.step([row(4 * step + place) for place in range(4)], 4 * step).loss for step in range(3)]
+    alone = train_step.state()[0]
     for world_size in (2, 3):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -107,9 +109,9 @@ def test_fast_and_exact_make_the_same_step_but_for_rounding() -> None:
     """Both are the gradient of the mean loss over the batch."""
     states = []
     for reduction in ("fast", "exact"):
-        learner = Learner(job("segresnet", reduction=reduction), 1, CPU)
-        learner.step([patch(i) for i in range(4)], 0)
-        states.append(nn.utils.parameters_to_vector(learner.network.parameters()).detach())
+        train_step = TrainStep(spec("segresnet", reduction=reduction), 1, CPU)
+        train_step.step([patch(i) for i in range(4)], 0)
+        states.append(nn.utils.parameters_to_vector(train_step.network.parameters()).detach())
     torch.testing.assert_close(*states, rtol=0, atol=1e-6)
 
 

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytrain_brats import interrupt, storage
 from raytrain_brats.config import Run
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.run import roles, surroundings
+from raytrain_brats.ray_ext import roles, start_up
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -72,10 +72,10 @@ def connect(local_cpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    surroundings.check_folder()
+    start_up.check_folder()
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that tokens are in use is no news
     with interrupt.gracefully(0):  # nothing is ours yet, and Ray's start may hold the main thread for long
-        _connect(surroundings.address(), local_cpus)
+        _connect(start_up.address(), local_cpus)
         interrupt.again()
 
 
@@ -106,7 +106,7 @@ def _connect(address: str, local_cpus: int | None) -> None:
                 "unset RAY_ADDRESS to use this machine alone"
             ) from error
         return
-    surroundings.make_room()
+    start_up.make_room()
     cpus = local_cpus or max(2, os.cpu_count() or 1)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # 110 MB; nobody drains a node of ours
     memory = min(int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), cpus * STORE_BYTES_PER_CPU)

@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 
-from raytrain_brats.run import launch
-from raytrain_brats.run.cluster import Resources
+from raytrain_brats.ray_ext.cluster import Resources
+from raytrain_brats.run import driver
 
 
 def test_ctrl_c_ends_a_driver_whose_call_of_ray_never_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stuck, shut = threading.Event(), []
-    monkeypatch.setattr(launch, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=stuck.wait))
-    monkeypatch.setattr(launch.recovery, "free_reservations", lambda _: None)
-    monkeypatch.setattr(launch.roles, "part", lambda _: SimpleNamespace(selector={}))
-    monkeypatch.setattr(launch.roles, "keep_apart", lambda _: None)
-    monkeypatch.setattr(launch.saving, "ask", lambda *_: True)
-    monkeypatch.setattr(launch.ray, "shutdown", lambda: shut.append(True))
-    monkeypatch.setattr(launch, "LAST_WORDS_S", 0.1)
-    job: Any = SimpleNamespace(
+    monkeypatch.setattr(driver, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=stuck.wait))
+    monkeypatch.setattr(driver.elastic, "free_reservations", lambda _: None)
+    monkeypatch.setattr(driver.roles, "part", lambda _: SimpleNamespace(selector={}))
+    monkeypatch.setattr(driver.roles, "keep_apart", lambda _: None)
+    monkeypatch.setattr(driver.saving, "ask", lambda *_: True)
+    monkeypatch.setattr(driver.ray, "shutdown", lambda: shut.append(True))
+    monkeypatch.setattr(driver, "LAST_WORDS_S", 0.1)
+    spec: Any = SimpleNamespace(
         run_dir=str(tmp_path), config=SimpleNamespace(run=SimpleNamespace(resize_check_s=2.0)), train_cases=()
     )
     lease: Any = SimpleNamespace(token="t", lost="")
@@ -33,7 +33,7 @@ def test_ctrl_c_ends_a_driver_whose_call_of_ray_never_returns(tmp_path: Path, mo
     free.daemon = True
     free.start()
     with pytest.raises(KeyboardInterrupt):
-        launch._fit(job, Resources(1, 1, 1.0, 0, 1.0, None, 1), lease, "run")
+        driver._fit(spec, Resources(1, 1, 1.0, 0, 1.0, None, 1), lease, "run")
     assert shut and not stuck.is_set()
     free.cancel()
     stuck.set()
@@ -43,7 +43,7 @@ def test_no_call_after_the_end_starts_a_ray_of_its_own() -> None:
     """The thread in `trainer.fit` outlives `ray.shutdown`; its next call of Ray must fail, not begin a new cluster."""
     script = """
 import ray
-from raytrain_brats.run import cluster
+from raytrain_brats.ray_ext import cluster
 cluster.connect()
 ray.shutdown()
 try:

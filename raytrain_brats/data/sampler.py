@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
-STRETCH_WINDOWS = 1024
+SEGMENT_WINDOWS = 1024
 """Read tasks of one Ray Data execution: each costs 1.2 ms before the first row, each execution about 1 s."""
 
 
@@ -61,7 +61,7 @@ def _shuffled(seed: int, count: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sampler:
     """The order of a whole run, as a pure function."""
 
     seed: int
@@ -117,13 +117,13 @@ class Plan:
             low = end
         return cuts
 
-    def stretch(self, cursor: int) -> tuple[int, int]:
+    def segment(self, cursor: int) -> tuple[int, int]:
         """[low, high) that one Ray Data execution streams from `cursor` on; high ends a global step."""
-        steps = max(1, STRETCH_WINDOWS * self.window_samples // self.global_batch)
+        steps = max(1, SEGMENT_WINDOWS * self.window_samples // self.global_batch)
         length = steps * self.global_batch
         return cursor, min(self.total, (cursor // length + 1) * length)
 
-    def owned(self, step_start: int, stream_start: int, rank: int, world_size: int) -> list[int]:
+    def rank_positions(self, step_start: int, stream_start: int, rank: int, world_size: int) -> list[int]:
         """The positions of the step beginning at `step_start` that `rank` receives from a stream split over ranks.
 
         The split deals rows in turn from `stream_start` on, so counts differ by at most one and any world size

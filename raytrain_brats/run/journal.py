@@ -131,7 +131,7 @@ def _cut_metrics(run_dir: str, length: int, decision: bytes) -> int:
             return len((content or b"")[length:].splitlines())
 
 
-def forgive(run_dir: str, driver: str = "") -> None:
+def take_over(run_dir: str, driver: str = "") -> None:
     """A person started the run again: earlier failures in place no longer count; from now on it is this driver's."""
     _end_torn_line(run_dir)
     for last in (False, False, True):  # the driver before us may still be beginning a group: at most twice

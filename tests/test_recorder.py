@@ -12,49 +12,51 @@ from typing import Any
 import pytest
 
 from raytrain_brats import storage
-from raytrain_brats.run import checkpoint, control, ledger, saving
-from raytrain_brats.run.ledger import MetricsLog
-from raytrain_brats.run.scribe import ROLL_BACK_AFTER, Scribe
-from raytrain_brats.run.step import Learner, StepResult
-from tests.test_step import CPU, job, patch
+from raytrain_brats.learn.step import StepResult, TrainStep
+from raytrain_brats.run import checkpoint, control, journal, saving
+from raytrain_brats.run.journal import MetricsLog
+from raytrain_brats.run.recorder import ROLL_BACK_AFTER, RunRecorder
+from tests.test_step import CPU, patch, spec
 
 GOOD = StepResult(0.5, 0, True, False, 17, 0, 0.1, (0.01,))
 BAD = dataclasses.replace(GOOD, loss=None, finite=False)
 OVERFLOW = dataclasses.replace(GOOD, finite=False, overflow=True)
 
 
-def scribe_at(run_dir: Path) -> Scribe:
+def recorder_at(run_dir: Path) -> RunRecorder:
     """A worker group of one rank that goes on where the run stands."""
-    todo = dataclasses.replace(job(), run_dir=str(run_dir), identity="x")
-    return Scribe(todo, ledger.begin_generation(str(run_dir)), 0, 1, CPU)
+    todo = dataclasses.replace(spec(), run_dir=str(run_dir), dataset_identity="x")
+    return RunRecorder(todo, journal.begin_generation(str(run_dir)), 0, 1, CPU)
 
 
-def steps(scribe: Scribe, result: StepResult, start: int, count: int) -> None:
+def steps(recorder: RunRecorder, result: StepResult, start: int, count: int) -> None:
     for number in range(count):
-        scribe.step(start + 4 * number, start + 4 * number + 4, result, [], 0.0, 0.1)
+        recorder.step(start + 4 * number, start + 4 * number + 4, result, [], 0.0, 0.1)
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    return [e for e in ledger.read_events(str(run_dir)) if e["event"] == kind]
+    return [e for e in journal.read_events(str(run_dir)) if e["event"] == kind]
 
 
 def test_steps_that_stay_non_finite_go_back_before_the_trouble_then_stop(tmp_path: Path) -> None:
     """Ten in a row: the group ends and goes on from the checkpoint before them; the third time the run stops."""
-    learner = Learner(job(), 1, CPU)
+    train_step = TrainStep(spec(), 1, CPU)
     for time_ in range(3):
-        with scribe_at(tmp_path) as scribe:
+        with recorder_at(tmp_path) as recorder:
             if time_ == 0:
-                steps(scribe, GOOD, 0, 2)
-                scribe.checkpoint(8, learner)
-            assert scribe.generation.roll_backs == time_ and scribe.generation.samples_seen == (8 if time_ else 0)
-            steps(scribe, BAD, 8, ROLL_BACK_AFTER - 1)
-            scribe.checkpoint(8 + 4 * (ROLL_BACK_AFTER - 1), learner)  # none: it would hold what led to the trouble
+                steps(recorder, GOOD, 0, 2)
+                recorder.checkpoint(8, train_step)
+            assert recorder.generation.roll_backs == time_ and recorder.generation.samples_seen == (8 if time_ else 0)
+            steps(recorder, BAD, 8, ROLL_BACK_AFTER - 1)
+            recorder.checkpoint(
+                8 + 4 * (ROLL_BACK_AFTER - 1), train_step
+            )  # none: it would hold what led to the trouble
             if time_ < 2:
                 with pytest.raises(FloatingPointError, match="positions 8 to 47"):
-                    steps(scribe, BAD, 8 + 4 * (ROLL_BACK_AFTER - 1), 1)
+                    steps(recorder, BAD, 8 + 4 * (ROLL_BACK_AFTER - 1), 1)
             else:
-                steps(scribe, BAD, 8 + 4 * (ROLL_BACK_AFTER - 1), 1)
-                assert scribe.stopped
+                steps(recorder, BAD, 8 + 4 * (ROLL_BACK_AFTER - 1), 1)
+                assert recorder.stopped
     assert [e["positions"] for e in events(tmp_path, "roll_back")] == [[8, 48], [8, 48]]
     assert "positions 8 to 47" in events(tmp_path, "stop")[0]["reason"]
     assert [c[1] for c in checkpoint.committed(str(tmp_path))] == [8]
@@ -62,12 +64,12 @@ def test_steps_that_stay_non_finite_go_back_before_the_trouble_then_stop(tmp_pat
 
 def test_loss_scaling_that_finds_its_place_is_no_trouble(tmp_path: Path) -> None:
     """fp16 overflows of the first steps are skipped as ever, and count for nothing."""
-    with scribe_at(tmp_path) as scribe:
-        steps(scribe, OVERFLOW, 0, 30)
-        steps(scribe, BAD, 120, ROLL_BACK_AFTER - 1)
-        steps(scribe, GOOD, 156, 1)
-        steps(scribe, BAD, 160, ROLL_BACK_AFTER - 1)
-    assert not events(tmp_path, "roll_back") and not scribe.stopped
+    with recorder_at(tmp_path) as recorder:
+        steps(recorder, OVERFLOW, 0, 30)
+        steps(recorder, BAD, 120, ROLL_BACK_AFTER - 1)
+        steps(recorder, GOOD, 156, 1)
+        steps(recorder, BAD, 160, ROLL_BACK_AFTER - 1)
+    assert not events(tmp_path, "roll_back") and not recorder.stopped
 
 
 @contextmanager
@@ -83,21 +85,21 @@ def no_file_beyond(size: int) -> Iterator[None]:
 
 def test_a_full_disk_costs_checkpoints_not_the_run(tmp_path: Path) -> None:
     """Training goes on, the last good checkpoint stays, the event tells; with room again all is made up for."""
-    learner = Learner(job(), 1, CPU)
-    with scribe_at(tmp_path) as scribe:
-        steps(scribe, GOOD, 0, 2)
-        scribe.checkpoint(8, learner)
-        scribe._writer.wait()
-        steps(scribe, GOOD, 8, 2)
+    train_step = TrainStep(spec(), 1, CPU)
+    with recorder_at(tmp_path) as recorder:
+        steps(recorder, GOOD, 0, 2)
+        recorder.checkpoint(8, train_step)
+        recorder._writer.wait()
+        steps(recorder, GOOD, 8, 2)
         with no_file_beyond((tmp_path / "metrics.jsonl").stat().st_size + 100):
-            steps(scribe, GOOD, 16, 3)  # the rows find no room, nor a part of one
-            scribe.checkpoint(28, learner)
-            scribe._writer.wait()
+            steps(recorder, GOOD, 16, 3)  # the rows find no room, nor a part of one
+            recorder.checkpoint(28, train_step)
+            recorder._writer.wait()
         assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
         assert checkpoint.newest_valid(str(tmp_path))[0].samples_seen == 8
-        steps(scribe, GOOD, 28, 1)
-        scribe.checkpoint(32, learner)
-    assert [row["samples_seen"] for row in ledger.read_rows(str(tmp_path))] == list(range(4, 36, 4))
+        steps(recorder, GOOD, 28, 1)
+        recorder.checkpoint(32, train_step)
+    assert [row["samples_seen"] for row in journal.read_rows(str(tmp_path))] == list(range(4, 36, 4))
     assert checkpoint.newest_valid(str(tmp_path))[0].samples_seen == 32
     failed = events(tmp_path, "checkpoint_failed")
     assert [e["samples_seen"] for e in failed] == [28] and "Errno" in failed[0]["error"]
@@ -106,12 +108,12 @@ def test_a_full_disk_costs_checkpoints_not_the_run(tmp_path: Path) -> None:
 
 def test_an_event_that_finds_no_room_is_told_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """None is lost, none is torn, order stays."""
-    ledger.event(str(tmp_path), "first")
+    journal.event(str(tmp_path), "first")
     with no_file_beyond((tmp_path / "events.jsonl").stat().st_size + 20):
-        ledger.event(str(tmp_path), "second")
-        ledger.event(str(tmp_path), "third")
-    ledger.event(str(tmp_path), "fourth")
-    assert [e["event"] for e in ledger.read_events(str(tmp_path))] == ["first", "second", "third", "fourth"]
+        journal.event(str(tmp_path), "second")
+        journal.event(str(tmp_path), "third")
+    journal.event(str(tmp_path), "fourth")
+    assert [e["event"] for e in journal.read_events(str(tmp_path))] == ["first", "second", "third", "fourth"]
     assert "second: not written to events.jsonl yet" in capsys.readouterr().out
 
 
@@ -119,11 +121,11 @@ def test_a_save_that_is_still_under_way_is_not_waited_for(tmp_path: Path, monkey
     """A slow storage makes checkpoints rarer; it does not hold the training up."""
     real = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (time.sleep(1), real(*a, **k))[1])
-    learner, began = Learner(job(), 1, CPU), time.monotonic()
-    with scribe_at(tmp_path) as scribe:
+    train_step, began = TrainStep(spec(), 1, CPU), time.monotonic()
+    with recorder_at(tmp_path) as recorder:
         for number in range(3):
-            steps(scribe, GOOD, 4 * number, 1)
-            scribe.checkpoint(4 * number + 4, learner)
+            steps(recorder, GOOD, 4 * number, 1)
+            recorder.checkpoint(4 * number + 4, train_step)
         assert time.monotonic() - began < 0.9
     assert [e["samples_seen"] for e in events(tmp_path, "checkpoint_left_out")] == [8, 12]
     assert [c[1] for c in checkpoint.committed(str(tmp_path))] == [4]
@@ -131,24 +133,24 @@ def test_a_save_that_is_still_under_way_is_not_waited_for(tmp_path: Path, monkey
 
 def test_the_clock_shares_every_moment_out(tmp_path: Path) -> None:
     """What checkpoints say was spent is the time between their marks, no more and no less."""
-    learner = Learner(job(), 1, CPU)
-    with scribe_at(tmp_path) as scribe:
-        scribe.clock.charge("validation_s")  # before the first batch: start-up
+    train_step = TrainStep(spec(), 1, CPU)
+    with recorder_at(tmp_path) as recorder:
+        recorder.clock.charge("validation_s")  # before the first batch: start-up
         began = time.time()
-        scribe.clock.charge("data_wait_s")
+        recorder.clock.charge("data_wait_s")
         for seen in (4, 8, 12):
             time.sleep(0.05)
-            scribe.clock.charge("data_wait_s")
-            learner.step([patch(i) for i in range(4)], seen - 4)
-            scribe.clock.charge("productive_s")
-            steps(scribe, GOOD, seen - 4, 1)
-            scribe.checkpoint(seen, learner)
-            scribe._writer.wait()
-            scribe.clock.charge("checkpoint_s")
+            recorder.clock.charge("data_wait_s")
+            train_step.step([patch(i) for i in range(4)], seen - 4)
+            recorder.clock.charge("productive_s")
+            steps(recorder, GOOD, seen - 4, 1)
+            recorder.checkpoint(seen, train_step)
+            recorder._writer.wait()
+            recorder.clock.charge("checkpoint_s")
     marks = events(tmp_path, "checkpoint") + events(tmp_path, "closed")
-    assert scribe.clock.began == pytest.approx(began, abs=0.5)
+    assert recorder.clock.began == pytest.approx(began, abs=0.5)
     for before, event in zip([began, *(e["mark"] for e in marks)], marks, strict=False):
-        before = max(before, scribe.clock.began)
+        before = max(before, recorder.clock.began)
         assert sum(event["spent"].values()) == pytest.approx(event["mark"] - before, abs=0.02)
     assert all(e["spent"]["data_wait_s"] >= 0.05 for e in marks[:3])
 
@@ -157,17 +159,17 @@ def test_the_clock_shares_every_moment_out(tmp_path: Path) -> None:
 def test_requests_are_heard_once_and_by_the_group_they_are_for(place: str, request: Any, tmp_path: Path) -> None:
     """By a thread: a storage that is away costs no step."""
     run_dir = str(tmp_path) if place == "local" else f"{request.getfixturevalue('s3_server')}/run"
-    ear = saving.Ear(run_dir, 3)
+    ear = saving.RequestPoller(run_dir, 3)
     ear._every_s = 0.05
     for generation, expected in ((2, 0), (3, saving.HOLD)):
         text = f'{{"generation": {generation}, "what": {saving.HOLD}, "time": {time.time()}}}'
         storage.write_bytes(f"{run_dir}/save-request.json", text.encode())
-        deadline, heard = time.monotonic() + (1 if not expected else 15), 0
-        while time.monotonic() < deadline and not heard:
+        deadline, poll = time.monotonic() + (1 if not expected else 15), 0
+        while time.monotonic() < deadline and not poll:
             time.sleep(0.02)
-            heard = ear.heard()
-        assert heard == expected
-    assert ear.heard() == 0
+            poll = ear.poll()
+        assert poll == expected
+    assert ear.poll() == 0
     ear.close()
 
 
@@ -176,14 +178,14 @@ def test_requests_are_heard_once_and_by_the_group_they_are_for(place: str, reque
 def test_controller_and_driver_may_ask_at_once(wants: tuple[int, int], apart_s: float, tmp_path: Path) -> None:
     """A resize and Ctrl-C, say: both are told that the group is saved, though it listens to neither once it holds."""
     run_dir, generation = str(tmp_path), begun(tmp_path)
-    ear = saving.Ear(run_dir, generation.number)
+    ear = saving.RequestPoller(run_dir, generation.number)
     ear._every_s = 0.1
 
     def group() -> None:
-        heard = 0
-        while heard != saving.HOLD and not ear._closed.is_set():
-            if heard := ear.heard():
-                holds = {"holds_since": time.time()} if heard == saving.HOLD else {}
+        poll = 0
+        while poll != saving.HOLD and not ear._closed.is_set():
+            if poll := ear.poll():
+                holds = {"holds_since": time.time()} if poll == saving.HOLD else {}
                 control.note(run_dir, generation.number, answered=ear.answered, **holds)
             time.sleep(0.02)
 
@@ -205,20 +207,20 @@ def test_nobody_waits_for_a_group_that_was_replaced(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(saving.ask, str(tmp_path), saving.SAVE)
         time.sleep(0.3)
-        ledger.begin_generation(str(tmp_path))
+        journal.begin_generation(str(tmp_path))
         assert asked.result(timeout=5) is False
 
 
-def begun(tmp_path: Path) -> ledger.Generation:
+def begun(tmp_path: Path) -> journal.Generation:
     """A run whose group has applied a step."""
-    generation = ledger.begin_generation(str(tmp_path))
+    generation = journal.begin_generation(str(tmp_path))
     control.note(str(tmp_path), generation.number, trains=True)
     return generation
 
 
 def test_rows_of_a_cut_off_write_are_taken_back(tmp_path: Path) -> None:
     """A row that fits in part only leaves the file as it was."""
-    log = MetricsLog(str(tmp_path), ledger.begin_generation(str(tmp_path)))
+    log = MetricsLog(str(tmp_path), journal.begin_generation(str(tmp_path)))
     log.add({"samples_seen": 4})
     size = (tmp_path / "metrics.jsonl").stat().st_size
     with no_file_beyond(size + 5):
@@ -227,5 +229,5 @@ def test_rows_of_a_cut_off_write_are_taken_back(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="a part"):
             log.flush()
     log.add({"samples_seen": 12})
-    assert [row["samples_seen"] for row in ledger.read_rows(str(tmp_path))] == [4, 8, 12]
+    assert [row["samples_seen"] for row in journal.read_rows(str(tmp_path))] == [4, 8, 12]
     assert log.bytes == (tmp_path / "metrics.jsonl").stat().st_size

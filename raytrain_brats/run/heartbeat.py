@@ -22,7 +22,7 @@ NAMESPACE = b"raytrain_brats"
 BEAT_S = 1.0
 
 
-class Pulse:
+class Heartbeat:
     """Beats in a thread of its own, so a rank that waits still shows life, and one that is stopped does not."""
 
     def __init__(self, run_id: str, generation: int, rank: int, world_size: int, run_dir: str = "") -> None:
@@ -39,7 +39,7 @@ class Pulse:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
-    def __enter__(self) -> "Pulse":
+    def __enter__(self) -> "Heartbeat":
         self._stacks = tempfile.TemporaryFile("w")  # without a name: nothing is left of a rank that is killed
         self._about["stacks"] = f"/proc/{os.getpid()}/fd/{self._stacks.fileno()}"
         faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
