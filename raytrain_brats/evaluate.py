@@ -29,7 +29,7 @@ from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import REGIONS, comparable, described, to_regions
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import spec
-from raytrain_brats.run.validate import Score, means, newest_weights, predict_masks, score, shared_network, table
+from raytrain_brats.run.predictor import Score, means, newest_weights, predict_masks, score, shared_network, table
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import MODALITIES, comparable, described, from_regions
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import spec
-from raytrain_brats.run.validate import newest_weights, predict_masks, shared_network
+from raytrain_brats.run.predictor import newest_weights, predict_masks, shared_network
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from torch import distributed, multiprocessing
 from raytrain_brats import config
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.learn import tree_reduce
-from raytrain_brats.learn.step import TrainStep, differing
+from raytrain_brats.learn.step import differing
 from raytrain_brats.run.spec import RunSpec, sampler_of
+from raytrain_brats.run.worker import batch_of, train_step_of
 
 GLOBAL_BATCH, EDGE = 8, 32
 
@@ -51,7 +52,7 @@ def rank_main(rank: int, world_size: int, port: int, steps: int, folder: str) ->
     torch.set_num_threads(1)
     if world_size > 1:
         distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    learners = {kind: TrainStep(spec(kind), world_size, torch.device("cpu")) for kind in ("fast", "exact")}
+    learners = {kind: train_step_of(spec(kind), world_size, torch.device("cpu")) for kind in ("fast", "exact")}
     spent: dict[str, list[tuple[float, float]]] = {kind: [] for kind in (*learners, "compare")}
     for step in range(steps):
         mine = [patch(step * GLOBAL_BATCH + place) for place in range(rank, GLOBAL_BATCH, world_size)]
@@ -59,7 +60,7 @@ def rank_main(rank: int, world_size: int, port: int, steps: int, folder: str) ->
             if world_size > 1:
                 distributed.barrier()
             cpu, wall = time.process_time(), time.perf_counter()
-            learners[kind].step(mine, step * GLOBAL_BATCH)
+            learners[kind].step(batch_of(mine, step * GLOBAL_BATCH), step * GLOBAL_BATCH)
             spent[kind].append((time.process_time() - cpu, time.perf_counter() - wall))
         if world_size > 1:
             cpu, wall = time.process_time(), time.perf_counter()

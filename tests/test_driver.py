@@ -21,7 +21,7 @@ def test_ctrl_c_ends_a_driver_whose_call_of_ray_never_returns(tmp_path: Path, mo
     monkeypatch.setattr(driver.elastic, "free_reservations", lambda _: None)
     monkeypatch.setattr(driver.roles, "part", lambda _: SimpleNamespace(selector={}))
     monkeypatch.setattr(driver.roles, "keep_apart", lambda _: None)
-    monkeypatch.setattr(driver.saving, "ask", lambda *_: True)
+    monkeypatch.setattr(driver.checkpoint_request, "request", lambda *_: True)
     monkeypatch.setattr(driver.ray, "shutdown", lambda: shut.append(True))
     monkeypatch.setattr(driver, "LAST_WORDS_S", 0.1)
     spec: Any = SimpleNamespace(

@@ -17,9 +17,9 @@ from raytrain_brats.config import Run
 from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.ray_ext import cluster, roles
 from raytrain_brats.run import checkpoint, spec
+from raytrain_brats.run.worker import train_step_of
 from tests.conftest import write_msd_folder
 
 Call = Callable[..., str]
@@ -67,7 +67,7 @@ def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     todo = spec.build(config.load("demo"), str(folder), str(data), None)
     spec.write_config(todo)
-    checkpoint.save(str(folder), 4, 1, *TrainStep(todo, 1, torch.device("cpu")).state())
+    checkpoint.save(str(folder), 4, 1, *train_step_of(todo, 1, torch.device("cpu")).state())
     return folder
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain_brats.run.hang_detector import RankStatus, find_hung, news
-from raytrain_brats.run.heartbeat import PHASES
+from raytrain_brats.run.phase_timer import PHASES
 from raytrain_brats.run.recorder import Stragglers
 
 
@@ -20,7 +20,7 @@ def life(
 ) -> RankStatus:
     """What the driver knows of a rank; the times are how long ago, at moment 1000."""
     about = {"rank": rank, "world_size": of, "phase": phase, "samples_seen": seen, "generation": 1, "pid": rank}
-    return RankStatus(about | {"beats": 5, "marks": 9, "updates": updates}, 1000 - beaten_s, 1000 - moved_s)
+    return RankStatus(about | {"beats": 5, "entries": 9, "updates": updates}, 1000 - beaten_s, 1000 - moved_s)
 
 
 def named(*lives: RankStatus, longest_s: float = 1.0) -> list[int]:
@@ -75,10 +75,10 @@ def test_ranks_that_move_are_never_hung(ranks: list[tuple[str, float]]) -> None:
 
 def test_clocks_of_other_hosts_do_not_matter() -> None:
     """Only what changes between two looks counts, at the driver's own time."""
-    about = {"rank": 0, "pid": 1, "generation": 1, "beats": 7, "marks": 3}
+    about = {"rank": 0, "pid": 1, "generation": 1, "beats": 7, "entries": 3}
     first = news(None, about, 10.0)
     assert news(first, about | {"beats": 8}, 12.0) == RankStatus(about | {"beats": 8}, 12.0, 10.0)
-    assert news(first, about | {"marks": 4}, 12.0) == RankStatus(about | {"marks": 4}, 10.0, 12.0)
+    assert news(first, about | {"entries": 4}, 12.0) == RankStatus(about | {"entries": 4}, 10.0, 12.0)
     assert news(first, about | {"pid": 2}, 12.0).moved_s == 12.0  # another process under the same rank
 
 
@@ -110,19 +110,21 @@ HANGING = """
 import sys, time
 import ray
 from raytrain_brats.run.heartbeat import Heartbeat
+from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.hang_detector import HangDetector
 
 @ray.remote(num_cpus=0)
 class Rank:
     def work(self, rank):
-        with Heartbeat("run", 1, rank, 2) as heartbeat:
+        timer = PhaseTimer()
+        with Heartbeat(timer, "run", 1, rank, 2):
             for seen in range(0, 40, 4):
                 for phase in ("data", "forward", "backward", "reduce", "update"):
-                    heartbeat.mark(phase, seen)
+                    timer.enter(phase, seen)
                     time.sleep(0.02)
-            heartbeat.mark("data", seen + 4)
-            heartbeat.mark("forward")
-            self.stuck_here() if rank == 1 else heartbeat.mark("reduce")
+            timer.enter("data", seen + 4)
+            timer.enter("forward")
+            self.stuck_here() if rank == 1 else timer.enter("reduce")
             time.sleep(100)
 
     def stuck_here(self):

@@ -21,9 +21,9 @@ import torch
 from raytrain_brats import bench, config, demo, evaluate, outputs, predict, storage
 from raytrain_brats.data import phantom
 from raytrain_brats.data.phantom import write_set
-from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import checkpoint, driver, spec
+from raytrain_brats.run.worker import train_step_of
 from tests.conftest import write_msd_folder
 from tests.test_report import write_run
 
@@ -93,7 +93,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_msd_folder(folder / "data", 6, shape=(16, 14, 12))
     todo = spec.build(config.load("demo", SMALL), str(folder / "run"), str(folder / "data"), "")
     spec.write_config(todo)
-    checkpoint.save(todo.run_dir, 4, 1, *TrainStep(todo, 1, torch.device("cpu")).state())
+    checkpoint.save(todo.run_dir, 4, 1, *train_step_of(todo, 1, torch.device("cpu")).state())
     return folder
 
 
@@ -107,7 +107,7 @@ def made(_made: Path, tmp_path: Path) -> Path:
 def train_on(run: Path, data: Path) -> None:
     """Another checkpoint of the run, of other weights."""
     todo = spec.build(config.load("demo", (*SMALL, "train.seed=0")), str(run), str(data), "")
-    train_step = TrainStep(todo, 1, torch.device("cpu"))
+    train_step = train_step_of(todo, 1, torch.device("cpu"))
     tensors, state = train_step.state()
     checkpoint.save(str(run), 8, 1, {n: t + 0.01 if t.is_floating_point() else t for n, t in tensors.items()}, state)
 

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from raytrain_brats import storage
-from raytrain_brats.learn.step import StepResult, TrainStep
-from raytrain_brats.run import checkpoint, control, journal, saving
+from raytrain_brats.learn.step import StepResult
+from raytrain_brats.run import checkpoint, checkpoint_request, control, journal
+from raytrain_brats.run.checkpoint_request import HOLD, SAVE
 from raytrain_brats.run.journal import MetricsLog
+from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.recorder import ROLL_BACK_AFTER, RunRecorder
+from raytrain_brats.run.worker import batch_of, train_step_of
 from tests.test_step import CPU, patch, spec
 
 GOOD = StepResult(0.5, 0, True, False, 17, 0, 0.1, (0.01,))
@@ -26,12 +29,12 @@ OVERFLOW = dataclasses.replace(GOOD, finite=False, overflow=True)
 def recorder_at(run_dir: Path) -> RunRecorder:
     """A worker group of one rank that goes on where the run stands."""
     todo = dataclasses.replace(spec(), run_dir=str(run_dir), dataset_identity="x")
-    return RunRecorder(todo, journal.begin_generation(str(run_dir)), 0, 1, CPU)
+    return RunRecorder(todo, journal.begin_generation(str(run_dir)), 0, 1, CPU, PhaseTimer())
 
 
 def steps(recorder: RunRecorder, result: StepResult, start: int, count: int) -> None:
     for number in range(count):
-        recorder.step(start + 4 * number, start + 4 * number + 4, result, [], 0.0, 0.1)
+        recorder.step(start + 4 * number, start + 4 * number + 4, result, [])
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -40,7 +43,7 @@ def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 def test_steps_that_stay_non_finite_go_back_before_the_trouble_then_stop(tmp_path: Path) -> None:
     """Ten in a row: the group ends and goes on from the checkpoint before them; the third time the run stops."""
-    train_step = TrainStep(spec(), 1, CPU)
+    train_step = train_step_of(spec(), 1, CPU)
     for time_ in range(3):
         with recorder_at(tmp_path) as recorder:
             if time_ == 0:
@@ -85,7 +88,7 @@ def no_file_beyond(size: int) -> Iterator[None]:
 
 def test_a_full_disk_costs_checkpoints_not_the_run(tmp_path: Path) -> None:
     """Training goes on, the last good checkpoint stays, the event tells; with room again all is made up for."""
-    train_step = TrainStep(spec(), 1, CPU)
+    train_step = train_step_of(spec(), 1, CPU)
     with recorder_at(tmp_path) as recorder:
         steps(recorder, GOOD, 0, 2)
         recorder.checkpoint(8, train_step)
@@ -121,7 +124,7 @@ def test_a_save_that_is_still_under_way_is_not_waited_for(tmp_path: Path, monkey
     """A slow storage makes checkpoints rarer; it does not hold the training up."""
     real = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (time.sleep(1), real(*a, **k))[1])
-    train_step, began = TrainStep(spec(), 1, CPU), time.monotonic()
+    train_step, began = train_step_of(spec(), 1, CPU), time.monotonic()
     with recorder_at(tmp_path) as recorder:
         for number in range(3):
             steps(recorder, GOOD, 4 * number, 1)
@@ -133,79 +136,90 @@ def test_a_save_that_is_still_under_way_is_not_waited_for(tmp_path: Path, monkey
 
 def test_the_clock_shares_every_moment_out(tmp_path: Path) -> None:
     """What checkpoints say was spent is the time between their marks, no more and no less."""
-    train_step = TrainStep(spec(), 1, CPU)
+    train_step = train_step_of(spec(), 1, CPU)
     with recorder_at(tmp_path) as recorder:
-        recorder.clock.charge("validation_s")  # before the first batch: start-up
+        timer = recorder.timer
+        timer.enter("validate")  # before the first batch: start-up
+        timer.enter("data")
         began = time.time()
-        recorder.clock.charge("data_wait_s")
         for seen in (4, 8, 12):
             time.sleep(0.05)
-            recorder.clock.charge("data_wait_s")
-            train_step.step([patch(i) for i in range(4)], seen - 4)
-            recorder.clock.charge("productive_s")
+            train_step.step(batch_of([patch(i) for i in range(4)], seen - 4), seen - 4, 0, timer.enter)
+            timer.enter("save")
             steps(recorder, GOOD, seen - 4, 1)
             recorder.checkpoint(seen, train_step)
             recorder._writer.wait()
-            recorder.clock.charge("checkpoint_s")
+            timer.enter("data")
     marks = events(tmp_path, "checkpoint") + events(tmp_path, "closed")
-    assert recorder.clock.began == pytest.approx(began, abs=0.5)
+    assert timer.first_batch == pytest.approx(began + 0.05, abs=0.5)
     for before, event in zip([began, *(e["mark"] for e in marks)], marks, strict=False):
-        before = max(before, recorder.clock.began)
+        before = max(before, timer.first_batch)
         assert sum(event["spent"].values()) == pytest.approx(event["mark"] - before, abs=0.02)
-    assert all(e["spent"]["data_wait_s"] >= 0.05 for e in marks[:3])
+    assert all(e["spent"]["data_wait_s"] >= 0.05 for e in marks[1:3])
+
+
+def test_a_step_waited_for_data_and_computed(tmp_path: Path) -> None:
+    """The row's seconds are those of its own step; neither the saving before it nor its own counts."""
+    timer, began = PhaseTimer(), time.monotonic()
+    for phase, seconds in (("data", 0.2), ("forward", 0.1), ("update", 0.05), ("save", 0.3)):
+        timer.enter(phase)
+        time.sleep(seconds)
+    wait_s, step_s = timer.step_times()
+    assert wait_s >= 0.2 and step_s >= wait_s + 0.15 and step_s <= time.monotonic() - began - 0.3
+    assert timer.step_times() == (0.0, 0.0) and timer.updates == 1 and timer.entries == 4
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
 def test_requests_are_heard_once_and_by_the_group_they_are_for(place: str, request: Any, tmp_path: Path) -> None:
     """By a thread: a storage that is away costs no step."""
     run_dir = str(tmp_path) if place == "local" else f"{request.getfixturevalue('s3_server')}/run"
-    ear = saving.RequestPoller(run_dir, 3)
-    ear._every_s = 0.05
-    for generation, expected in ((2, 0), (3, saving.HOLD)):
-        text = f'{{"generation": {generation}, "what": {saving.HOLD}, "time": {time.time()}}}'
+    poller = checkpoint_request.RequestPoller(run_dir, 3)
+    poller._every_s = 0.05
+    for generation, expected in ((2, 0), (3, HOLD)):
+        text = f'{{"generation": {generation}, "what": {HOLD}, "time": {time.time()}}}'
         storage.write_bytes(f"{run_dir}/save-request.json", text.encode())
-        deadline, poll = time.monotonic() + (1 if not expected else 15), 0
-        while time.monotonic() < deadline and not poll:
+        deadline, heard = time.monotonic() + (1 if not expected else 15), 0
+        while time.monotonic() < deadline and not heard:
             time.sleep(0.02)
-            poll = ear.poll()
-        assert poll == expected
-    assert ear.poll() == 0
-    ear.close()
+            heard = poller.poll()
+        assert heard == expected
+    assert poller.poll() == 0
+    poller.close()
 
 
-@pytest.mark.parametrize("wants", [(saving.HOLD, saving.HOLD), (saving.SAVE, saving.HOLD), (saving.HOLD, saving.SAVE)])
+@pytest.mark.parametrize("wants", [(HOLD, HOLD), (SAVE, HOLD), (HOLD, SAVE)])
 @pytest.mark.parametrize("apart_s", [0.0, 0.3])
 def test_controller_and_driver_may_ask_at_once(wants: tuple[int, int], apart_s: float, tmp_path: Path) -> None:
     """A resize and Ctrl-C, say: both are told that the group is saved, though it listens to neither once it holds."""
     run_dir, generation = str(tmp_path), begun(tmp_path)
-    ear = saving.RequestPoller(run_dir, generation.number)
-    ear._every_s = 0.1
+    poller = checkpoint_request.RequestPoller(run_dir, generation.number)
+    poller._every_s = 0.1
 
     def group() -> None:
-        poll = 0
-        while poll != saving.HOLD and not ear._closed.is_set():
-            if poll := ear.poll():
-                holds = {"holds_since": time.time()} if poll == saving.HOLD else {}
-                control.note(run_dir, generation.number, answered=ear.answered, **holds)
+        heard = 0
+        while heard != HOLD and not poller._closed.is_set():
+            if heard := poller.poll():
+                holds = {"holds_since": time.time()} if heard == HOLD else {}
+                control.note(run_dir, generation.number, answered=poller.answered, **holds)
             time.sleep(0.02)
 
     with ThreadPoolExecutor(3) as pool:
         pool.submit(group)
-        first = pool.submit(saving.ask, run_dir, wants[0])
+        first = pool.submit(checkpoint_request.request, run_dir, wants[0])
         time.sleep(apart_s)
-        second = pool.submit(saving.ask, run_dir, wants[1])
+        second = pool.submit(checkpoint_request.request, run_dir, wants[1])
         try:
             assert first.result(timeout=20)
             assert second.result(timeout=20)
         finally:
-            ear.close()
+            poller.close()
 
 
 def test_nobody_waits_for_a_group_that_was_replaced(tmp_path: Path) -> None:
     """The new group does not know of the request: the answer is no, at once."""
     begun(tmp_path)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(saving.ask, str(tmp_path), saving.SAVE)
+        asked = pool.submit(checkpoint_request.request, str(tmp_path), SAVE)
         time.sleep(0.3)
         journal.begin_generation(str(tmp_path))
         assert asked.result(timeout=5) is False

@@ -123,7 +123,7 @@ def test_pinned_samples_and_draws() -> None:
 
 def test_a_fresh_process_gives_the_same_samples() -> None:
     """Neither the hash seed nor what was asked before matters, nor the order of asking."""
-    code = "from raytrain_brats.data.sampler import Plan; p = {!r}; print([p.sample(i) for i in range(23, -1, -1)])"
+    code = "from raytrain_brats.data.sampler import Sampler; p = {!r}; print([p.sample(i) for i in range(23, -1, -1)])"
     fresh = subprocess.run([sys.executable, "-c", code.format(GOLDEN)], capture_output=True, text=True, check=True)
     assert fresh.stdout.strip() == str([GOLDEN.sample(i) for i in range(23, -1, -1)])
 

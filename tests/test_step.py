@@ -21,6 +21,7 @@ from raytrain_brats.learn.model import build_network, learning_rate, sample_loss
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint
 from raytrain_brats.run.spec import RunSpec
+from raytrain_brats.run.worker import batch_of, train_step_of
 
 CPU = torch.device("cpu")
 EDGE = 8
@@ -78,8 +79,8 @@ def weights(train_step: TrainStep) -> torch.Tensor:
 
 
 def stepped(batch: list[Patch]) -> torch.Tensor:
-    train_step = TrainStep(spec(), 1, CPU)
-    train_step.step(batch, 0)
+    train_step = train_step_of(spec(), 1, CPU)
+    train_step.step(batch_of(batch, 0), 0)
     return weights(train_step)
 
 
@@ -101,9 +102,9 @@ def by_hand(batch: list[Patch], todo: RunSpec) -> tuple[torch.Tensor, float]:
 def test_step_is_the_gradient_of_the_mean_loss(network: str) -> None:
     """One SGD step moves the weights by rate * (1 + momentum) * gradient of the batch's mean loss (Nesterov)."""
     todo, batch = spec(network), [patch(i) for i in range(4)]
-    train_step = TrainStep(todo, 1, CPU)
+    train_step = train_step_of(todo, 1, CPU)
     before = weights(train_step)
-    result = train_step.step(batch, 0)
+    result = train_step.step(batch_of(batch, 0), 0)
     gradient, loss = by_hand(batch, todo)
     rate = learning_rate(todo.config.train.optimiser, 0, todo.sampler.total)
     decayed = gradient + todo.config.train.optimiser.weight_decay * before
@@ -118,9 +119,9 @@ def test_gradients_are_clipped_as_one_batch() -> None:
     limit = float(gradient.norm()) / 3
     found = []
     for micro_batch in (1, 4):
-        train_step = TrainStep(spec(micro_batch=micro_batch, clip_norm=limit), 1, CPU)
+        train_step = train_step_of(spec(micro_batch=micro_batch, clip_norm=limit), 1, CPU)
         before = weights(train_step)
-        train_step.step(batch, 0)
+        train_step.step(batch_of(batch, 0), 0)
         found.append((before - weights(train_step)).norm() / (0.01 * 1.99))
     assert [float(norm) for norm in found] == pytest.approx([limit, limit], rel=1e-3)
 
@@ -130,8 +131,8 @@ def test_neither_micro_batches_nor_rows_of_weight_zero_change_the_update(micro_b
     """Any micro-batch gives the same weights; an unreadable case leaves the step of the other three, and is counted."""
     real = [patch(i) for i in range(3)]
     for batch, bad in ((real, 0), ([real[0], empty(9, "missing: gone"), *real[1:]], 1)):
-        train_step = TrainStep(spec(micro_batch=micro_batch), 1, CPU)
-        result = train_step.step(batch, 0)
+        train_step = train_step_of(spec(micro_batch=micro_batch), 1, CPU)
+        result = train_step.step(batch_of(batch, 0), 0)
         torch.testing.assert_close(weights(train_step), stepped(real), rtol=0, atol=2e-6)
         assert (result.loss, result.bad) == (pytest.approx(by_hand(real, spec())[1], abs=1e-6), bad)
 
@@ -143,10 +144,10 @@ def _frozen_state(train_step: TrainStep) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 def test_a_step_without_samples_changes_nothing(optimiser: str) -> None:
     """Only placeholders: weights and optimiser state stay bit for bit (no decay, no momentum), the loss is None."""
-    train_step = TrainStep(spec(optimiser=optimiser), 1, CPU)
-    train_step.step([patch(i) for i in range(4)], 0)
+    train_step = train_step_of(spec(optimiser=optimiser), 1, CPU)
+    train_step.step(batch_of([patch(i) for i in range(4)], 0), 0)
     before = _frozen_state(train_step)
-    result = train_step.step([empty(4), empty(5, "missing: x"), empty(6), empty(7)], 4)
+    result = train_step.step(batch_of([empty(4), empty(5, "missing: x"), empty(6), empty(7)], 4), 4)
     after = train_step.state()[0]
     assert result.loss is None and result.bad == 1
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
@@ -155,8 +156,8 @@ def test_a_step_without_samples_changes_nothing(optimiser: str) -> None:
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A NaN in the loss, or only in a gradient, reaches neither the weights nor the optimiser."""
-    train_step = TrainStep(spec(optimiser="adamw"), 1, CPU)
-    train_step.step([patch(i) for i in range(4)], 0)
+    train_step = train_step_of(spec(optimiser="adamw"), 1, CPU)
+    train_step.step(batch_of([patch(i) for i in range(4)], 0), 0)
     before = _frozen_state(train_step)
     bad = patch(4)
     if where == "loss":
@@ -164,7 +165,7 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str, monkeypatch: pyte
     else:
         first = next(train_step.network.parameters())
         first.register_hook(lambda gradient: gradient * float("inf"))
-    train_step.step([bad, *(patch(i) for i in range(5, 8))], 4)
+    train_step.step(batch_of([bad, *(patch(i) for i in range(5, 8))], 4), 4)
     assert all(torch.equal(before[key], tensor) for key, tensor in train_step.state()[0].items())
 
 
@@ -172,14 +173,15 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str, monkeypatch: pyte
 def test_a_restored_learner_goes_on_bit_for_bit(optimiser: str, tmp_path: Path) -> None:
     """State through a checkpoint on disk, into a learner of another history: the next steps are the very same."""
     todo = spec(optimiser=optimiser)
-    train_step, other = TrainStep(todo, 1, CPU), TrainStep(todo, 1, CPU)
+    train_step, other = train_step_of(todo, 1, CPU), train_step_of(todo, 1, CPU)
     for start in (0, 4):
-        train_step.step([patch(start + i) for i in range(4)], start)
+        train_step.step(batch_of([patch(start + i) for i in range(4)], start), start)
     made = checkpoint.save(str(tmp_path), 8, 1, *train_step.state())
-    other.step([patch(50 + i) for i in range(4)], 0)
+    other.step(batch_of([patch(50 + i) for i in range(4)], 0), 0)
     other.restore(*checkpoint.load(str(tmp_path), made.name))
     for start in (8, 12):
-        results = [one.step([patch(start + i) for i in range(4)], start) for one in (train_step, other)]
+        batch = batch_of([patch(start + i) for i in range(4)], start)
+        results = [one.step(batch, start) for one in (train_step, other)]
         assert results[0] == results[1]
     first, second = train_step.state(), other.state()
     assert first[0].keys() == second[0].keys() and all(torch.equal(first[0][k], second[0][k]) for k in first[0])
@@ -191,8 +193,8 @@ def _rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name, (network, micro_batch, shares) in CASES.items():
-        train_step = TrainStep(spec(network, micro_batch), 2, CPU)
-        results = [train_step.step([_row(n) for n in shares[rank]], start) for start in (0, 4)]
+        train_step = train_step_of(spec(network, micro_batch), 2, CPU)
+        results = [train_step.step(batch_of([_row(n) for n in shares[rank]], start), start) for start in (0, 4)]
         torch.save((weights(train_step), [(r.loss, r.bad) for r in results]), f"{folder}/{name}-{rank}.pt")
     os._exit(0)  # the group's destructor may wait for ever in a forked process; there is nothing left to do
 
@@ -217,9 +219,9 @@ def test_two_ranks_make_the_step_of_one(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     multiprocessing.start_processes(_rank, (port, str(tmp_path)), 2, start_method="fork")
     for name, (network, _, shares) in CASES.items():
-        alone = TrainStep(spec(network, 8), 1, CPU)
+        alone = train_step_of(spec(network, 8), 1, CPU)
         batch = [_row(n) for share in shares for n in share]
-        expected = [alone.step(batch, start) for start in (0, 4)]
+        expected = [alone.step(batch_of(batch, start), start) for start in (0, 4)]
         ranks = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)]
         assert torch.equal(ranks[0][0], ranks[1][0]), name
         torch.testing.assert_close(ranks[0][0], weights(alone), rtol=0, atol=1e-5, msg=name)

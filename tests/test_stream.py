@@ -22,8 +22,9 @@ from raytrain_brats.data.scan import open_manifest
 from raytrain_brats.data.store import Source, put
 from raytrain_brats.data.stream import OrderedSplit, dataset, patches
 from raytrain_brats.ray_ext import cluster
+from raytrain_brats.ray_ext.internals.core import spilled_bytes
 from raytrain_brats.run import journal
-from raytrain_brats.run.spilling import Spilling, spilled_bytes
+from raytrain_brats.run.spilling import Spilling
 from tests.conftest import make_volume, write_msd_folder
 from tests.test_patch import equal
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import distributed, multiprocessing, nn
 
 from raytrain_brats.learn import tree_reduce
-from raytrain_brats.learn.step import TrainStep, differing, weight_hash
+from raytrain_brats.learn.batch import Batch
+from raytrain_brats.learn.step import differing, weight_hash
+from raytrain_brats.run.worker import batch_of, train_step_of
 from tests.test_step import CPU, empty, patch, spec
 
 shapes = st.integers(1, 40).flatmap(
@@ -60,13 +62,13 @@ def test_few_partial_sums_wait(total: int) -> None:
 def _rank(rank: int, world_size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    train_step = TrainStep(spec("dynunet", optimiser="adamw", reduction="exact"), world_size, CPU)
+    train_step = train_step_of(spec("dynunet", optimiser="adamw", reduction="exact"), world_size, CPU)
     results = []
     for step in range(3):
         turn = (
             rank + step
         ) % world_size  # where the world size does not divide the batch, turns move from step to step
-        results.append(train_step.step([row(4 * step + place) for place in range(turn, 4, world_size)], 4 * step))
+        results.append(train_step.step(rows(step, range(turn, 4, world_size)), 4 * step))
     agree = differing("cpu", train_step.network)
     if rank == world_size - 1:
         flip(train_step.network)
@@ -76,8 +78,10 @@ def _rank(rank: int, world_size: int, port: int, folder: str) -> None:
     os._exit(0)  # the group's destructor may wait for ever in a forked process; there is nothing left to do
 
 
-def row(position: int) -> object:
-    return empty(position, "missing: x") if position == 5 else patch(position)
+def rows(step: int, places: range) -> Batch:
+    """The samples at these places of a global step of four; the one at position 5 cannot be read."""
+    positions = [4 * step + place for place in places]
+    return batch_of([empty(p, "missing: x") if p == 5 else patch(p) for p in positions], 4 * step)
 
 
 def flip(network: nn.Module) -> None:
@@ -89,8 +93,8 @@ def flip(network: nn.Module) -> None:
 def test_weights_and_losses_are_the_same_bits_at_any_world_size(tmp_path: Path) -> None:
     """AdamW on 1, 2 and 3 real ranks, one sample unreadable; then one flipped bit is found, and the rank named."""
     torch.set_num_threads(1)
-    train_step = TrainStep(spec("dynunet", optimiser="adamw", reduction="exact"), 1, CPU)
-    losses = [train_step.step([row(4 * step + place) for place in range(4)], 4 * step).loss for step in range(3)]
+    train_step = train_step_of(spec("dynunet", optimiser="adamw", reduction="exact"), 1, CPU)
+    losses = [train_step.step(rows(step, range(4)), 4 * step).loss for step in range(3)]
     alone = train_step.state()[0]
     for world_size in (2, 3):
         with socket.socket() as probe:
@@ -109,8 +113,8 @@ def test_fast_and_exact_make_the_same_step_but_for_rounding() -> None:
     """Both are the gradient of the mean loss over the batch."""
     states = []
     for reduction in ("fast", "exact"):
-        train_step = TrainStep(spec("segresnet", reduction=reduction), 1, CPU)
-        train_step.step([patch(i) for i in range(4)], 0)
+        train_step = train_step_of(spec("segresnet", reduction=reduction), 1, CPU)
+        train_step.step(batch_of([patch(i) for i in range(4)], 0), 0)
         states.append(nn.utils.parameters_to_vector(train_step.network.parameters()).detach())
     torch.testing.assert_close(*states, rtol=0, atol=1e-6)
 

@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Datasource
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
@@ -26,6 +25,7 @@ from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source
+from raytrain_brats.ray_ext.internals.data import ExecutionCallback, execution_index
 
 WORLD_SIZE = "raytrain_brats.world_size"
 """The number of ranks that read tasks pack for, in the dataset's context: known only once the workers are."""
@@ -53,11 +53,8 @@ class PositionSource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        # _execution_idx is private to Ray Data; should it ever change its meaning, the position guard of the
-        # training loop stops the run.
-        execution = data_context._execution_idx if data_context is not None else 0
         low, high = self.sampler.segment(self.cursor)
-        for _ in range(execution):
+        for _ in range(execution_index(data_context)):
             low, high = self.sampler.segment(high)
         world_size = data_context.get_config(WORLD_SIZE, 1) if data_context is not None else 1
         return [self._task(positions, world_size) for positions in self.sampler.windows(low, high)]

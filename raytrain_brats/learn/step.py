@@ -1,6 +1,6 @@
-"""One rank's share of a global step: forward, backward, one update that is the same on all ranks.
+"""One rank's share of a global step: forward, backward, one update that is the same on all ranks. Runs in a worker.
 
-In: the patches this rank owns in the step.
+In: the batch of this rank in the step.
 Out: updated weights; the step's loss over the whole global batch.
 
 The update is that of one worker with the whole batch: each sample's loss is weighted, gradients are summed over ranks
@@ -12,7 +12,7 @@ fixed tree, so the weights are the same bits at any world size.
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,14 +21,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.sampler import draw, fingerprint
+from raytrain_brats.config import Config
 from raytrain_brats.labels import region_table
 from raytrain_brats.learn import tree_reduce
-from raytrain_brats.learn.augment import DRAWS, augment, normalise, to_regions
+from raytrain_brats.learn.batch import Batch, Sample, to_device
 from raytrain_brats.learn.inference import amp_dtype, autocast
 from raytrain_brats.learn.model import build_network, build_optimiser, learning_rate, sample_losses
-from raytrain_brats.run.spec import RunSpec
 
 
 @dataclass(frozen=True)
@@ -51,18 +49,21 @@ class StepResult:
 class TrainStep:
     """Network, optimiser and loss scaler of one rank; everything a checkpoint holds."""
 
-    def __init__(self, spec: RunSpec, world_size: int, device: torch.device) -> None:
-        self.config, self.total, self.world_size, self.device = spec.config, spec.sampler.total, world_size, device
-        self.network = build_network(spec.config).to(device)
-        self.optimiser = build_optimiser(self.network, spec.config.train.optimiser)
-        self.precision = amp_dtype(device, spec.config.train.amp)
+    def __init__(
+        self, config: Config, total_samples: int, convention: str, world_size: int, device: torch.device
+    ) -> None:
+        """`convention` says what label values mean; `total_samples` is the length of the learning rate's schedule."""
+        self.config, self.total, self.world_size, self.device = config, total_samples, world_size, device
+        self.network = build_network(config).to(device)
+        self.optimiser = build_optimiser(self.network, config.train.optimiser)
+        self.precision = amp_dtype(device, config.train.amp)
         if self.precision and world_size > 1:  # ranks must agree: one without bf16 takes all to fp16
             bf16 = torch.tensor(int(self.precision is torch.bfloat16), device=device)
             distributed.all_reduce(bf16, distributed.ReduceOp.MIN)
             self.precision = torch.bfloat16 if bf16.item() else torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
-        self.table = torch.from_numpy(region_table(spec.source.convention)).to(device)
-        self.exact = spec.config.train.reduction == "exact"
+        self.table = torch.from_numpy(region_table(convention)).to(device)
+        self.exact = config.train.reduction == "exact"
         if self.exact and device.type == "cuda":
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
             torch.use_deterministic_algorithms(True, warn_only=True)  # trilinear upsampling has no such kernel
@@ -72,13 +73,14 @@ class TrainStep:
         self._forward_s, self._forward = 0.0, list[tuple[Any, Any]]()
 
     def step(
-        self, patches: list[Patch], samples_seen: int, asked: int = 0, mark: Callable[[str], None] = lambda phase: None
+        self, batch: Batch, samples_seen: int, asked: int = 0, enter: Callable[[str], None] = lambda phase: None
     ) -> StepResult:
         """Apply one global step. A step without weight or with a non-finite loss or gradient changes nothing.
 
-        `asked` (of rank 0, else 0) travels with the sums, so that all ranks know it after the same step. `mark` is
+        `asked` (of rank 0, else 0) travels with the sums, so that all ranks know it after the same step. `enter` is
         told each phase as it begins.
         """
+        enter("forward")
         rate = learning_rate(self.config.train.optimiser, samples_seen, self.total)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -87,18 +89,17 @@ class TrainStep:
         # bad samples, fingerprints (float64 holds the sum of 2^20 of them exactly), asked, seconds by rank
         rank = distributed.get_rank() if self.world_size > 1 else 0
         sums = torch.zeros(3 + self.world_size, dtype=torch.float64)
-        sums[0] = sum(bool(p.reason) for p in patches)
-        sums[1] = sum(fingerprint(p.position, p.case_id, p.seed) for p in patches)
+        sums[0], sums[1] = batch.bad, batch.fingerprint
         sums[2], sums[3 + rank] = asked, self._forward_s
-        weighed = (self._exact if self.exact else self._fast)(patches, samples_seen, mark)
+        weighed = (self._exact if self.exact else self._fast)(batch.samples, enter)
         totals = torch.cat([weighed, sums.to(self.device)])
-        mark("reduce")
+        enter("reduce")
         if self.world_size > 1:
             distributed.all_reduce(totals[2:] if self.exact else totals)
         weight, loss, bad, samples, asked, *seconds = totals.tolist()
-        mark("update")
+        enter("update")
         spans = [a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in self._forward]
-        self._forward_s, self._forward = sum(spans) / max(1, len(patches)), []
+        self._forward_s, self._forward = sum(spans) / max(1, len(batch.samples)), []
         finite = math.isfinite(loss)
         overflow = False
         if weight > 0 and finite:
@@ -113,29 +114,29 @@ class TrainStep:
         mean = loss / weight if weight > 0 and math.isfinite(loss) else None
         return StepResult(mean, round(bad), finite, overflow, round(samples), round(asked), rate, tuple(seconds))
 
-    def _fast(self, patches: list[Patch], _: int, mark: Callable[[str], None]) -> Tensor:
+    def _fast(self, samples: Sequence[Sample], enter: Callable[[str], None]) -> Tensor:
         """DDP: gradients summed while the last backward goes on. (this rank's weight, its weighted loss)."""
         weighed = torch.zeros(2, dtype=torch.float64, device=self.device)
         size = self.config.train.micro_batch
-        for first in range(0, len(patches), size):
-            last = first + size >= len(patches)
+        for first in range(0, len(samples), size):
+            last = first + size >= len(samples)
             with nullcontext() if last or self.world_size == 1 else self.parallel.no_sync():  # type: ignore[operator]
-                total, weighed_here = self._losses(patches[first : first + size], mark)
-                mark("backward")
+                total, weighed_here = self._losses(samples[first : first + size], enter)
+                enter("backward")
                 # DDP averages over ranks what is to be summed
                 self.scaler.scale(total * self.world_size).backward()
             weighed += weighed_here
         return weighed
 
-    def _exact(self, patches: list[Patch], samples_seen: int, mark: Callable[[str], None]) -> Tensor:
+    def _exact(self, samples: Sequence[Sample], enter: Callable[[str], None]) -> Tensor:
         """A gradient per sample, summed along the tree. (weight, weighted loss) of the whole global step."""
         parameters, total = list(self.network.parameters()), self.config.train.global_batch
-        by_place = {patch.position - samples_seen: patch for patch in patches}
+        by_place = {sample.place: sample for sample in samples}
 
         def vectors() -> Iterator[tuple[tree_reduce.Node, Tensor]]:
             for place in tree_reduce.order(by_place, total):
-                loss, weighed = self._losses([by_place[place]], mark)
-                mark("backward")
+                loss, weighed = self._losses([by_place[place]], enter)
+                enter("backward")
                 gradients = torch.autograd.grad(
                     self.scaler.scale(loss), parameters, allow_unused=True, materialize_grads=True
                 )
@@ -145,7 +146,7 @@ class TrainStep:
                 )
 
         mine = tree_reduce.fold(vectors(), total)
-        mark("reduce")
+        enter("reduce")
         places = [list(by_place)]
         if self.world_size > 1:  # ranks take turns along the stream: one own place tells all
             turn = min(by_place) - distributed.get_rank()
@@ -156,11 +157,11 @@ class TrainStep:
             parameter.grad = part.view_as(parameter)
         return summed[-2:].double()
 
-    def _losses(self, batch: list[Patch], mark: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+    def _losses(self, samples: Sequence[Sample], enter: Callable[[str], None]) -> tuple[Tensor, Tensor]:
         """(sum of the weighted losses, to be differentiated; (weight, the same sum))."""
-        mark("forward")
+        enter("forward")
         began = self._now()
-        image, regions, weights = self._to_device(batch)
+        image, regions, weights = to_device(samples, self.table, self.device, self.config.train.augment)
         with autocast(self.device, self.precision):
             logits = self.parallel(image)
         total = (sample_losses(logits, regions) * weights).sum()
@@ -175,18 +176,6 @@ class TrainStep:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def _to_device(self, batch: list[Patch]) -> tuple[Tensor, Tensor, Tensor]:
-        def stacked(arrays: list[Any]) -> Tensor:
-            # one by one: dtypes may differ between cases; copied, as blocks of the object store are read-only
-            return torch.stack([torch.tensor(a).to(self.device) for a in arrays])
-
-        images = torch.stack([torch.tensor(p.image_czyx).to(self.device).float() for p in batch])
-        image = normalise(images, stacked([p.mean for p in batch]), stacked([p.std for p in batch]))
-        regions = to_regions(stacked([p.label_zyx for p in batch]), self.table)
-        draws = [draw(p.seed, "augment", DRAWS) for p in batch]
-        image, regions = augment(image, regions, draws, self.config.train.augment)
-        return image, regions, torch.tensor([p.weight for p in batch], device=self.device)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values) of everything that must survive."""

@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 
 import ray
 import ray.data  # sets its logger up, which `connect` quiets
-from ray._private import auto_init_hook
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain_brats import interrupt, storage
 from raytrain_brats.config import Run
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import roles, start_up
+from raytrain_brats.ray_ext.internals import core
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -73,7 +73,7 @@ def connect(local_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     start_up.check_folder()
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that tokens are in use is no news
+    logging.getLogger(core.TOKEN_LOGGER).setLevel(logging.ERROR)  # that tokens are in use is no news
     with interrupt.gracefully(0):  # nothing is ours yet, and Ray's start may hold the main thread for long
         _connect(start_up.address(), local_cpus)
         interrupt.again()
@@ -81,8 +81,8 @@ def connect(local_cpus: int | None = None) -> None:
 
 def _connect(address: str, local_cpus: int | None) -> None:
     if interrupt.installed():
-        ray._private.utils.set_sigterm_handler = lambda _: None  # Ray's own ends the process with 15, or never
-    auto_init_hook.enable_auto_connect = False  # else a thread that outlives `ray.shutdown` starts a Ray of its own
+        core.keep_own_signals()
+    core.stop_auto_connect()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     verbose = bool(os.environ.get("RAYTRAIN_BRATS_VERBOSE"))

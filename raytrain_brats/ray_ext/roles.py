@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import ray
 import yaml
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+
+from raytrain_brats.ray_ext.internals import data as ray_data
 
 LABEL = "role"
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
@@ -81,25 +82,7 @@ def keep_apart(data: Part) -> None:
     if not data.selector:
         return
 
-    def install(book: Any, selector: dict[str, str], ahead: float) -> None:  # runs where our package may not be
-        def refresh() -> None:
-            type(book)._refresh_resource_reservations(book)
-            asking = [
-                request
-                for name, request in book._ongoing_reqs.items()
-                if (book._subcluster_selectors.get(name) or {}) == selector
-            ]
-            for request in asking:
-                request.reserved_resources = {"": {"CPU": ahead}} if ahead else {}
-                for node in book._get_cluster_nodes():
-                    if node["Alive"] and selector.items() <= (node["Labels"] or {}).items():
-                        share = {key: amount / len(asking) for key, amount in node["Resources"].items()}
-                        request.reserved_resources[node["NodeID"]] = share
-
-        book._refresh_resource_reservations = refresh
-
     try:
-        book: Any = get_or_create_autoscaling_coordinator()
-        ray.get(book.__ray_call__.remote(install, data.selector, data.largest_cpus if data.grows else 0.0), timeout=60)
+        ray_data.reserve_labelled_nodes(data.selector, data.largest_cpus if data.grows else 0.0)
     except Exception as error:  # noqa: BLE001 - the work is done all the same
         print(f"warning: Ray Data counts the CPUs of training nodes as its own ({error!r})", flush=True)

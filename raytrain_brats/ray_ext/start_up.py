@@ -12,14 +12,10 @@ import secrets
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
-
-from ray._common.utils import get_ray_address_file
-from ray._private import services
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from raytrain_brats import home, shadow
 from raytrain_brats.errors import UserError
+from raytrain_brats.ray_ext.internals import core
 
 PATIENCE_S = 15.0
 """A head that is named may be about to start, or be busy."""
@@ -54,14 +50,14 @@ def address() -> str:
             )
         _await_node(given)
         return given
-    for file in dict.fromkeys((get_ray_address_file(None), "/tmp/ray/ray_current_cluster")):  # noqa: S108 - Ray's place
+    for file in dict.fromkeys((core.address_file(), "/tmp/ray/ray_current_cluster")):  # noqa: S108 - Ray's place
         try:
             left = Path(file).read_text().strip()
         except OSError:
             continue
         said = silence(left, _LEFT_S) if left else ""
         if left and said in ("", _TOKEN):
-            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for a cluster it finds
+            core.use_token_if_there()
             return left
         if left and not given:
             print(f"no Ray answers at {left} ({said}), which `ray start` left in {file}: starting one here", flush=True)
@@ -73,7 +69,7 @@ def address() -> str:
 def _await_node(head: str) -> None:
     """Raises UserError unless a node of a Ray cluster runs on this machine, which a driver needs."""
     until = time.monotonic() + PATIENCE_S
-    while not services.find_node_ids():
+    while not core.node_runs_here():
         if time.monotonic() > until:
             raise UserError(
                 f"the Ray head at {head} answers, but no node of it runs on this machine; run the command on one of "
@@ -85,14 +81,9 @@ def _await_node(head: str) -> None:
 def silence(head: str, patience_s: float) -> str:
     """Why no Ray head takes our calls there, as a person would say it; "" when it does."""
     import grpc
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-    channel = init_grpc_channel(head, options=(("grpc.enable_http_proxy", 0),))
     try:
-        question: Any = vars(gcs_service_pb2)["GetClusterIdRequest"]()  # all else asks for this id
-        ask: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId
-        ask(question, timeout=patience_s, wait_for_ready=patience_s > _LEFT_S)
+        core.ask_cluster_id(head, patience_s, patience_s > _LEFT_S)
     except grpc.RpcError as error:
         code = error.code()
         if code == grpc.StatusCode.UNAUTHENTICATED:
@@ -100,8 +91,6 @@ def silence(head: str, patience_s: float) -> str:
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             return f"no answer within {patience_s:g} s" if code.name.startswith("DEADLINE") else "nothing listens there"
         return f"what answers is no Ray head: {code.name.lower()}"
-    finally:
-        channel.close()
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Start (or go on with) a run: the driver's part.
+"""Start (or go on with) a run. Runs in the driver.
 
 In: a `RunSpec`, a connected cluster.
 Out: the finished run folder; or RunFailed with the cause.
@@ -9,77 +9,27 @@ import threading
 import time
 import uuid
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from raytrain_brats import interrupt, storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.ray_ext import cluster, elastic, roles, warm_pool
-from raytrain_brats.run import checkpoint, control, gauges, journal, saving
+from raytrain_brats.run import checkpoint, checkpoint_request, control, gauges, journal
+from raytrain_brats.run.controller import CheckpointBeforeResize, FailureLogger, StreamFactory
 from raytrain_brats.run.hang_detector import HangDetector
 from raytrain_brats.run.lease import Lease
 from raytrain_brats.run.progress import Progress
-from raytrain_brats.run.saving import CheckpointBeforeResize
 from raytrain_brats.run.spec import RunSpec, write_config
 from raytrain_brats.run.spilling import Spilling
 
 LAST_WORDS_S = 3.0
 """How long Ray's call may take to notice that Ray was shut down; a thread it holds for ever holds no driver up."""
-
-
-@dataclass(frozen=True)
-class StreamFactory:
-    """Called by Ray Train's controller before each worker group starts: decides where it goes on."""
-
-    spec: RunSpec
-    needed: cluster.Resources
-    driver: str
-    """Token of the driver's lease."""
-
-    def __call__(self) -> Any:
-        generation = journal.begin_generation(self.spec.run_dir, self.driver)
-        spec, again = self.spec, generation.failures_in_place
-        if again > spec.config.run.max_failures_in_place:
-            causes = [e["error"] for e in journal.read_events(spec.run_dir) if e["event"] == "failure"]
-            last = f"; the last failure: {causes[-1]}" if causes else ""
-            raise RunFailed(f"{again} failures in a row at sample {generation.samples_seen}{last}")
-        made = stream.dataset(
-            spec.sampler, spec.train_cases, spec.source, spec.patch_spec, generation.samples_seen,
-            self.needed.cpus_per_task, self.needed.tasks, roles.part("data").selector,
-        )  # fmt: skip
-        made.set_name(elastic.tag(spec.run_dir))
-        return made
-
-
-@dataclass(frozen=True)
-class FailureLogger(UserCallback):
-    """Lives in Ray Train's controller: notes why workers failed, also those that were killed."""
-
-    run_dir: str
-    driver: str
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        try:
-            self._note(worker_exceptions)
-        except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here
-            print(f"a failure of workers is not in the books: {error!r}")
-
-    def _note(self, worker_exceptions: dict[int, Exception]) -> None:
-        generation = journal.current(self.run_dir)
-        rank, error = min(worker_exceptions.items())
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        cause = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[0])[:500]
-        if generation and generation.driver != self.driver:
-            return  # fenced off by the driver that took the run over: none of its groups failed
-        number = generation.number if generation else 0
-        control.note(self.run_dir, number, failure=cause)
-        last = {"last_row": at} if (at := elastic.last_row_time(self.run_dir)) else {}
-        journal.event(self.run_dir, "failure", generation=number, rank=rank, error=cause, **last)
 
 
 def _work(arguments: dict[str, Any]) -> None:
@@ -137,14 +87,15 @@ def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) ->
     resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
     workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
     place, filesystem = storage.for_ray(storage.join(spec.run_dir, "ray"))
-    ready, train_nodes = warm_pool.WarmPool(spec.run_dir), roles.part("train").selector
+    tag, train_nodes = elastic.tag(spec.run_dir), roles.part("train").selector
+    pool = warm_pool.WarmPool(partial(checkpoint_request.is_training, spec.run_dir))
     callbacks: list[Any] = [
         FailureLogger(spec.run_dir, lease.token),
-        elastic.LiveNodesPolicy(spec.run_dir, ready),
+        elastic.LiveNodesPolicy(tag, pool),
         CheckpointBeforeResize(spec.run_dir, needed.low if needed.low < needed.high else 0, resources, train_nodes),
-        ready,
+        pool,
     ]
-    elastic.free_reservations(spec.run_dir)
+    elastic.free_reservations(tag)
     roles.keep_apart(roles.part("data"))
     trainer = TorchTrainer(
         _work,
@@ -195,11 +146,11 @@ def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) ->
 
 def _save(run_dir: str) -> None:
     """On Ctrl-C: have the group that trains save, if one does."""
-    interrupt.allow(saving.TIMEOUT_S + interrupt.GRACE_S)
-    if saving.training(run_dir):
+    interrupt.allow(checkpoint_request.TIMEOUT_S + interrupt.GRACE_S)
+    if checkpoint_request.training(run_dir):
         print("saving a checkpoint ...", flush=True)
         try:
-            saved = saving.ask(run_dir, saving.HOLD)
+            saved = checkpoint_request.request(run_dir, checkpoint_request.HOLD)
         except OSError as error:
             print(f"cannot ask for one: {error}", flush=True)
             saved = False

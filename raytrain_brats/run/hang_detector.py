@@ -1,6 +1,6 @@
-"""Find a rank that hangs: the driver watches the ranks' signs of life.
+"""Find a rank that hangs, by the ranks' heartbeats. Runs in the driver.
 
-In: what `pulse` tells of each rank.
+In: what each rank's heartbeat reports.
 Out: a `hang` event that names the rank, every rank's stack in `stacks/`, and the rank killed, so that the group starts
 again from the newest checkpoint. Without this a hung rank holds all others in their collective for half an hour.
 """
@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain_brats import storage
+from raytrain_brats.ray_ext.internals import core
 from raytrain_brats.run import journal
-from raytrain_brats.run.heartbeat import NAMESPACE, PHASES
+from raytrain_brats.run.heartbeat import PREFIX
+from raytrain_brats.run.phase_timer import PHASES
 
 PATIENCE_S = {"start": 300.0, "load": 300.0, "data": 300.0, "save": 120.0, "validate": 900.0}
 """How long a rank may stay in a phase that is no computation; data come from elsewhere, which has its own retries."""
@@ -54,7 +55,7 @@ def news(life: RankStatus | None, about: dict[str, Any], now_s: float) -> RankSt
     if life is None or life.about["pid"] != about["pid"] or life.about["generation"] != about["generation"]:
         return RankStatus(about, now_s, now_s)
     beaten_s = now_s if about["beats"] != life.about["beats"] else life.beaten_s
-    moved_s = now_s if about["marks"] != life.about["marks"] else life.moved_s
+    moved_s = now_s if about["entries"] != life.about["entries"] else life.moved_s
     return replace(life, about=about, beaten_s=beaten_s, moved_s=moved_s)
 
 
@@ -105,10 +106,9 @@ class HangDetector:
                 print(f"watchdog: cannot look just now: {error}", flush=True)
 
     def _look(self, now_s: float) -> None:
-        if not internal_kv._internal_kv_initialized():  # Ray is being left
+        if not core.kv_ready():  # Ray is being left
             return
-        keys = internal_kv._internal_kv_list(f"{self._run_id}/", namespace=NAMESPACE)
-        told = [json.loads(internal_kv._internal_kv_get(key, namespace=NAMESPACE) or b"null") for key in keys]
+        told = [json.loads(core.kv_get(key) or b"null") for key in core.kv_list(f"{PREFIX}{self._run_id}/")]
         told = [about for about in told if about]
         newest = max((about["generation"] for about in told), default=0)
         if newest <= self._judged:  # a group that was found hanging is on its way out

@@ -202,6 +202,12 @@ def recent(run_dir: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return books[0], books[1]
 
 
+def last_row_time(run_dir: str) -> float | None:
+    """When the last step on record was applied; None on S3, where rows come late."""
+    rows = recent(run_dir)[0]
+    return float(rows[-1]["time"]) if rows and not storage.is_s3(run_dir) else None
+
+
 def _metrics(run_dir: str) -> str:
     return storage.join(run_dir, "metrics.jsonl")
 

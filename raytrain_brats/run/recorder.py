@@ -1,4 +1,4 @@
-"""What a rank writes down while it trains, and when it must stop.
+"""What a rank writes down while it trains, and when it must stop. Runs in a worker.
 
 In: results of steps, checkpoints, validations.
 Out: rows, events and checkpoints in the run folder (rank 0), quarantined cases (every rank).
@@ -16,13 +16,14 @@ import torch
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.learn.step import StepResult, TrainStep, differing
-from raytrain_brats.ray_ext.elastic import Stopwatch
+from raytrain_brats.ray_ext import warm_pool
 from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.run.checkpoint import Writer
+from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, RequestPoller
 from raytrain_brats.run.control import StatusWriter
 from raytrain_brats.run.gauges import StepGauges
 from raytrain_brats.run.journal import Generation, MetricsLog
-from raytrain_brats.run.saving import HOLD, HOLD_S, RequestPoller
+from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.spec import RunSpec
 
 ROLL_BACK_AFTER = 10
@@ -31,31 +32,6 @@ ROLL_BACKS = 2
 """From one place; after that the data or the settings are at fault, not a device."""
 SAVE_PATIENCE_S = 300.0
 """How long the last checkpoint of a run is tried again, while the disk is full or the storage away."""
-
-
-class Clock:
-    """Where rank 0's time goes: every moment since `began` is charged to one cause, so the parts are the whole."""
-
-    def __init__(self) -> None:
-        self.began = 0.0
-        self.spent: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def charge(self, cause: str) -> float:
-        """Charge what passed since the last charge; the seconds. Until the first batch is there, all is start-up."""
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        if self.began:
-            self.spent[cause] = self.spent.get(cause, 0.0) + seconds
-        elif cause == "data_wait_s":
-            self.began = time.time()
-        return seconds
-
-    def mark(self) -> dict[str, Any]:
-        """What was spent since the mark before; begins anew."""
-        self.charge("other_s")
-        spent, self.spent = self.spent, {}
-        return {"mark": time.time(), "spent": {cause: round(seconds, 4) for cause, seconds in spent.items()}}
 
 
 class Stragglers:
@@ -92,32 +68,40 @@ class Stragglers:
 class RunRecorder:
     """Bookkeeping of one rank, for the time of one worker group. `stopped` is the same on all ranks."""
 
-    def __init__(self, spec: RunSpec, generation: Generation, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        generation: Generation,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        timer: PhaseTimer,
+    ) -> None:
         self.spec, self.generation, self.rank, self.world_size = spec, generation, rank, world_size
         self.stopped = False
-        self.clock = Clock()
+        self.timer = timer
         self._log = MetricsLog(spec.run_dir, generation)
         self._writer = Writer()
         self._bad_in_epoch = generation.bad_in_epoch
         self._skipped: list[int] = []
-        self._ear = RequestPoller(spec.run_dir, generation.number) if rank == 0 else None
+        self._requests = RequestPoller(spec.run_dir, generation.number) if rank == 0 else None
         self._status = StatusWriter(spec.run_dir, generation.number) if rank == 0 else None
         self._stragglers = Stragglers(world_size)
         self._quarantined: set[str] = set()
-        self._stopwatch, self._gauges = Stopwatch(spec.run_dir), StepGauges(spec.run_dir)
+        self._gauges = StepGauges(spec.run_dir)
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def __enter__(self) -> "RunRecorder":
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if self._ear:
-            self._ear.close()
+        if self._requests:
+            self._requests.close()
         try:
             if kind is None and self.rank == 0:
                 self._writer.wait()
                 self._log.flush()
-                self.event("closed", **self.clock.mark())
+                self.event("closed", **self.timer.cut())
         finally:
             self._writer.close()
             if self._status:
@@ -132,22 +116,21 @@ class RunRecorder:
 
     def poll(self) -> int:
         """What the controller or the driver asks for just now; all ranks learn it with the next step."""
-        return self._ear.poll() if self._ear else 0
+        return self._requests.poll() if self._requests else 0
 
     def ready(self) -> None:
         """This rank is about to take its first patch."""
-        self._stopwatch.ready()
         node = ray.util.get_node_ip_address()
         self.event("worker", rank=self.rank, world_size=self.world_size, node=node, device=self._device)
 
-    def step(self, before: int, seen: int, result: StepResult, mine: list[Patch], wait_s: float, step_s: float) -> None:
+    def step(self, before: int, seen: int, result: StepResult, mine: list[Patch]) -> None:
         """Write the row of an applied step; name what is wrong; stop or roll back when it is too much."""
         for patch in mine:
             if patch.reason and patch.case_id not in self._quarantined:
                 self._quarantined.add(patch.case_id)
                 reason, _, detail = patch.reason.partition(": ")
                 self.event("quarantine", case=patch.case_id, reason=reason, detail=detail, position=patch.position)
-        sampler = self.spec.sampler
+        sampler, (wait_s, step_s) = self.spec.sampler, self.timer.step_times()
         if before % sampler.epoch_length == 0:
             self._bad_in_epoch = 0
         self._bad_in_epoch += result.bad
@@ -160,7 +143,7 @@ class RunRecorder:
             self._log.add(about | {"wait_s": round(wait_s, 4), "step_s": round(step_s, 4), "time": time.time()})
             if before == self.generation.samples_seen:
                 self._note(trains=True)
-            self._stopwatch.stepped(self.generation.number, self.world_size, self.clock.began, wait_s, step_s)
+                self._recovered()
             self._gauges.stepped(seen - before, seen, self.world_size, result.loss, wait_s, step_s)
             for rank, times in slow:
                 self.event("straggler", rank=rank, times_slower=times, samples_seen=seen)
@@ -169,6 +152,13 @@ class RunRecorder:
             self._stop(f"more than {share} of an epoch's samples cannot be read (data.max_bad_share)")
         elif len(self._skipped) >= ROLL_BACK_AFTER:
             self._roll_back(seen)
+
+    def _recovered(self) -> None:
+        """Write down where the time from the failure, resize or launch to this first step went."""
+        first, now = self.timer.first_entered, time.time()
+        marks = [first["start"], first.get("data", now), first.get("forward", now), now]
+        parts = breakdown(journal.recent(self.spec.run_dir)[1], warm_pool.imported, marks)
+        self.event("recovered", world_size=self.world_size, began=self.timer.first_batch, **parts)
 
     def _stop(self, reason: str) -> None:
         self.stopped = True
@@ -228,10 +218,10 @@ class RunRecorder:
         state |= {"metrics_bytes": self._log.bytes, "bad_in_epoch": self._bad_in_epoch}
         facts: dict[str, Any] = {"samples_seen": seen}
         answer: dict[str, float] = {}
-        if asked and self._ear:
-            facts |= {"request": self._ear.answered, "hold": asked == HOLD}
-            answer = {"answered": self._ear.answered} | ({"holds_since": time.time()} if asked == HOLD else {})
-        facts |= {"stall_s": round(time.perf_counter() - began, 4)} | self.clock.mark()
+        if asked and self._requests:
+            facts |= {"request": self._requests.answered, "hold": asked == HOLD}
+            answer = {"answered": self._requests.answered} | ({"holds_since": time.time()} if asked == HOLD else {})
+        facts |= {"stall_s": round(time.perf_counter() - began, 4)} | self.timer.cut()
 
         def write() -> None:
             began = time.perf_counter()
@@ -266,3 +256,29 @@ class RunRecorder:
         """Record a validation; `means` is None on all ranks but 0."""
         if means:
             self.event("validation", samples_seen=seen, seconds=round(seconds, 3), **means)
+
+
+def breakdown(
+    events: list[dict[str, Any]], imported: tuple[float, float], marks: list[float]
+) -> dict[str, str | float]:
+    """Where the time from a failure, resize or launch to the first applied step went; the parts add up to `total_s`.
+
+    `imported` is when the worker's process began and ended its imports (long before, when it was a spare); `marks` are
+    when it entered the training function, was ready, had its first batch, had applied its first step.
+    """
+    last = max((n for n, e in enumerate(events) if e["event"] == "recovered"), default=-1)
+    causes = [e for e in events[last + 1 :] if e["event"] in ("launch", "failure", "resize", "preemption")]
+    launches = [e for e in causes if e["event"] == "launch"]  # the driver's end leaves no trace but the next start
+    cause = (launches[-1:] or causes[:1] or [{"event": "unknown", "time": marks[0]}])[0]
+    noticed, entered = cause["time"], max(marks[0], cause["time"])
+    detect_s = max(0.0, cause.get("seconds", noticed - cause.get("last_row", noticed)))
+    on_the_way = max(0.0, min(imported[1], entered) - max(imported[0], noticed))
+    parts = {
+        "detect_s": detect_s,
+        "reschedule_s": entered - noticed - on_the_way,
+        "import_s": on_the_way + marks[1] - entered,
+        "first_batch_s": marks[2] - marks[1],
+        "first_step_s": marks[3] - marks[2],
+    }
+    rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
+    return {"cause": cause["event"], **rounded, "total_s": round(sum(rounded.values()), 3)}

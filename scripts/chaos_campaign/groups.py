@@ -19,6 +19,7 @@ from torch import distributed
 
 from raytrain_brats.run import journal, worker
 from raytrain_brats.run.journal import Generation
+from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.spec import RunSpec
 from scripts.chaos_campaign.board import MAIN, Board
 from scripts.chaos_campaign.setting import CPU, stream
@@ -92,10 +93,10 @@ class Group:
                 store = distributed.FileStore(str(meeting), world_size)
                 distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
 
-            def mark(phase: str, samples_seen: int | None = None) -> None:
-                self.board.put(rank, MAIN, phase)
-
-            worker.train_rank(todo, generation, rank, world_size, CPU, mark, stream(todo, generation, rank, world_size))
+            timer = PhaseTimer(lambda phase: self.board.put(rank, MAIN, phase))
+            worker.train_rank(
+                todo, generation, rank, world_size, CPU, timer, stream(todo, generation, rank, world_size)
+            )
 
         self.processes = [
             Process(forked(log, lambda rank=rank: rank_work(rank))) for rank in range(world_size)

@@ -24,6 +24,7 @@ from raytrain_brats.data.phantom import write_set
 from raytrain_brats.data.stream import unpacked
 from raytrain_brats.run import checkpoint, journal, spec, worker
 from raytrain_brats.run.journal import Generation
+from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.spec import RunSpec
 
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ class Setting:
 def train_alone(todo: RunSpec) -> None:
     """The whole run in this process."""
     generation = journal.begin_generation(todo.run_dir)
-    worker.train_rank(todo, generation, 0, 1, CPU, lambda *_: None, stream(todo, generation, 0, 1))
+    worker.train_rank(todo, generation, 0, 1, CPU, PhaseTimer(), stream(todo, generation, 0, 1))
 
 
 def stream(todo: RunSpec, generation: Generation, rank: int, world_size: int) -> Callable[[], Iterator[Patch]]:

@@ -3,8 +3,8 @@
 In: a folder, a seed, how many changes.
 Out: how many steps each way cost, and whether the runs ended as with one worker undisturbed, bit for bit.
 
-A graceful change asks through `saving.ask`, as Ray Train's controller does before it resizes: all ranks save at the
-same step and wait; it must cost no step. A forced one kills all ranks.
+A graceful change asks through `checkpoint_request.request`, as Ray Train's controller does before it resizes: all
+ranks save at the same step and wait; it must cost no step. A forced one kills all ranks.
 """
 
 import os
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytrain_brats.run import journal, saving
+from raytrain_brats.run import checkpoint_request, journal
 from raytrain_brats.run.spec import RunSpec
 from scripts.chaos_campaign.core import Progress
 from scripts.chaos_campaign.groups import Group, begin
@@ -39,15 +39,15 @@ def schedule(rng: random.Random, changes: int, sizes: tuple[int, ...] = SIZES) -
     return legs[:changes]
 
 
-def listen_often() -> None:
+def poll_often() -> None:
     """Ranks hear a request within 0.05 s instead of 0.5 s, so that a leg is a few steps long."""
-    listen = saving.RequestPoller._listen
+    poll_all = checkpoint_request.RequestPoller._poll_all
 
-    def _listen(ear: saving.RequestPoller) -> None:
-        ear._every_s = 0.05
-        listen(ear)
+    def _poll_all(poller: checkpoint_request.RequestPoller) -> None:
+        poller._every_s = 0.05
+        poll_all(poller)
 
-    saving.RequestPoller._listen = _listen
+    checkpoint_request.RequestPoller._poll_all = _poll_all
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Storm:
             left = (todo.sampler.total - generation.samples_seen) // GLOBAL_BATCH
             last = self.done >= len(self.legs) or left < 25  # too short for a request to be heard in time
             size, graceful = self.legs[min(self.done, len(self.legs) - 1)]
-            group = Group(todo, generation, size, listen_often)
+            group = Group(todo, generation, size, poll_often)
             self.sizes[size] += 1
             if last:
                 if not group.finish():
@@ -111,7 +111,7 @@ class Storm:
             if len(own) >= steps:
                 break
             time.sleep(0.005)
-        saved = not graceful or saving.ask(todo.run_dir, saving.HOLD)
+        saved = not graceful or checkpoint_request.request(todo.run_dir, checkpoint_request.HOLD)
         alone = group.over()
         group.kill()
         if alone or not saved or time.monotonic() >= until:

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from raytrain_brats import verify
-from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import accounts, checkpoint, journal, spec, worker
 from raytrain_brats.run.journal import Generation
+from raytrain_brats.run.worker import batch_of, train_step_of
 from scripts.chaos_campaign.core import Progress
 from scripts.chaos_campaign.ray_cluster import Cluster, ElasticRun, kill, ours
 from scripts.chaos_campaign.setting import CPU, stream
@@ -321,11 +321,11 @@ def undisturbed(run_dir: str, data: str, until: int) -> dict[str, torch.Tensor]:
     torch.set_num_threads(1)
     settings, _, _ = spec.read_config(run_dir)
     todo = spec.build(settings, f"{run_dir}-calm", data, "")
-    train_step, next_segment, seen = TrainStep(todo, 1, CPU), stream(todo, Generation(0), 0, 1), 0
+    train_step, next_segment, seen = train_step_of(todo, 1, CPU), stream(todo, Generation(0), 0, 1), 0
     while seen < until:
         start, end = todo.sampler.segment(seen)
         patches = next_segment()
         while seen < min(end, until):
-            train_step.step(worker.take(patches, todo.sampler.rank_positions(seen, start, 0, 1)), seen)
+            train_step.step(batch_of(worker.take(patches, todo.sampler.rank_positions(seen, start, 0, 1)), seen), seen)
             seen += todo.sampler.global_batch
     return train_step.state()[0]
