@@ -38,7 +38,7 @@ def _resolved(where: str) -> Any:
     if path == "ScalingConfig()":
         return ray.train.ScalingConfig()
     if path == "_AutoscalingCoordinatorActor()":
-        return found._AutoscalingCoordinatorActor(lambda: 0.0, lambda *_, **__: None, lambda: [])
+        return found._AutoscalingCoordinatorActor(lambda: 0.0, lambda *_, **__: None, list)
     for part in filter(None, path.removesuffix("()").split(".")):
         found = vars(found)[part] if name.startswith("ray.core.generated") else getattr(found, part)
     return found() if path.endswith("()") else found
