@@ -7,7 +7,6 @@ leave; the machine shut down when the cluster's head is gone for good; a line fo
 Nothing here ends the watch: a metadata service or a Ray that is away is asked again with the next look.
 """
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -24,6 +23,8 @@ from datetime import UTC, datetime
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock, Timeout
 
 from raytrain_brats.cli import entry
 from raytrain_brats.errors import UserError
@@ -238,31 +239,32 @@ def work(args: Args) -> None:
     endpoint = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
     if not endpoint.startswith(("http://", "https://")):
         raise UserError(f"AWS_EC2_METADATA_SERVICE_ENDPOINT={endpoint} is no http:// address")
-    # `ray up` runs start commands again on every update: they need no `pgrep`, which finds its own shell
-    with Path(tempfile.gettempdir(), "raytrain_brats-spot.lock").open("w") as lock:
+    try:  # `ray up` runs start commands again on every update: they need no `pgrep`, which finds its own shell
+        with FileLock(Path(tempfile.gettempdir(), "raytrain_brats-spot.lock"), timeout=0):
+            _watch(args, endpoint)
+    except Timeout:
+        _log("another watcher is at work here")
+
+
+def _watch(args: Args, endpoint: str) -> None:
+    _log(f"asking {endpoint} every {args.every:g} s on {socket.gethostname()}")
+    watcher = Watcher(
+        Imds(endpoint),
+        lambda notice: apart(drain, notice, args.node),
+        args.rebalance,
+        lambda notice: apart(save, notice, args.node),
+    )
+    head = Head(args.head, args.headless_minutes, shut_down) if args.head else None
+    if head:  # set at boot, for a node whose set-up never comes to this
+        subprocess.run(["sudo", "shutdown", "-c"], check=False)  # noqa: S607
+    while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log("another watcher is at work here")
-            return
-        _log(f"asking {endpoint} every {args.every:g} s on {socket.gethostname()}")
-        watcher = Watcher(
-            Imds(endpoint),
-            lambda notice: apart(drain, notice, args.node),
-            args.rebalance,
-            lambda notice: apart(save, notice, args.node),
-        )
-        head = Head(args.head, args.headless_minutes, shut_down) if args.head else None
-        if head:  # set at boot, for a node whose set-up never comes to this
-            subprocess.run(["sudo", "shutdown", "-c"], check=False)  # noqa: S607
-        while True:
-            try:
-                watcher.look()
-                if head:
-                    head.look()
-            except Exception as error:  # noqa: BLE001 - no memory for a process, say: that passes, or the machine goes
-                _log(f"this look failed: {error!r}")
-            time.sleep(args.every)
+            watcher.look()
+            if head:
+                head.look()
+        except Exception as error:  # noqa: BLE001 - no memory for a process, say: that passes, or the machine goes
+            _log(f"this look failed: {error!r}")
+        time.sleep(args.every)
 
 
 def _log(line: str) -> None:

@@ -3,7 +3,6 @@
 Eight minutes; needs root, namespaces and sshd, and is skipped, saying why, without.
 """
 
-import json
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ import yaml
 from raytrain_brats import s3, storage, verify
 from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import journal
+from tests import account as template
 from tests.rigs.machines import GATEWAY, ROOT, Machines, missing, own_network, tool
 
 WHY_NOT = missing()
@@ -213,9 +213,9 @@ def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.Capt
     run(rig, f"ray down -y {config}")
     wait(lambda: not rig.instances() and not rig.live, 30, "end of all machines")
     assert "instance" not in run(rig, "raytrain-brats ec2 left")
-    for who, files in (("you", ["launcher"]), ("head", ["head", "node"]), ("node", ["node"])):
-        allowed = {action for name in files for action in actions(name)}
-        assert {call for call in rig.calls(who) if not call.startswith("s3:")} <= allowed | set(RIG_ONLY[who])
+    for who, policy in (("you", "LauncherEc2"), ("head", "Head"), ("node", "Node")):
+        called = {call for call in rig.calls(who) if not call.startswith("s3:")}
+        assert called <= template.actions(policy) | set(RIG_ONLY[who])
 
 
 RIG_ONLY: dict[str, tuple[str, ...]] = {
@@ -228,11 +228,6 @@ RIG_ONLY: dict[str, tuple[str, ...]] = {
         "service-quotas:GetServiceQuota",  # moto's name for servicequotas
     ),
 }  # fmt: skip
-
-
-def actions(name: str) -> set[str]:
-    statements = json.loads((ROOT / "cluster" / "iam" / f"{name}.json").read_text())["Statement"]
-    return {a for s in statements for a in ([s["Action"]] if isinstance(s["Action"], str) else s["Action"])}
 
 
 def test_local_machines_by_ssh(rig: Machines) -> None:

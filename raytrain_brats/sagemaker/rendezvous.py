@@ -10,13 +10,15 @@ import json
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raytrain_brats import storage
 from raytrain_brats.errors import RunFailed
 
+T = TypeVar("T")
 PORT = 6380
 
 
@@ -119,26 +121,25 @@ def _missing(hosts: list[str], after_s: float) -> str:
 
 def call(cluster: Cluster, token: str, deadline: float) -> Channel:
     """A line to the head. Raises RunFailed when it does not answer before the deadline."""
-    while True:
-        try:
-            channel = Channel(socket.create_connection((cluster.head, PORT), timeout=5))
-            break
-        except OSError as error:  # no name yet, or nobody listens yet
-            if time.monotonic() > deadline:
-                raise RunFailed(f"{cluster.head}, the head, did not come up in time ({error})") from error
-            time.sleep(0.5)
+    told = f"{cluster.head}, the head, did not come up in time"
+    channel = _until(deadline, lambda: Channel(socket.create_connection((cluster.head, PORT), timeout=5)), told)
     channel.send({"host": cluster.me, "token": token})
     return channel
 
 
 def address_of(host: str, deadline: float) -> str:
     """Its IP address. Raises RunFailed when it has no name before the deadline."""
+    return _until(deadline, lambda: socket.gethostbyname(host), f"host {host} has no address")
+
+
+def _until(deadline: float, ask: Callable[[], T], told: str) -> T:
+    """The answer: there is no name yet, or nobody listens yet. Raises RunFailed at the deadline (monotonic)."""
     while True:
         try:
-            return socket.gethostbyname(host)
+            return ask()
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RunFailed(f"host {host} has no address ({error})") from error
+                raise RunFailed(f"{told} ({error})") from error
             time.sleep(0.5)
 
 
