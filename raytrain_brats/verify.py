@@ -17,6 +17,7 @@ from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.sampler import Sampler, fingerprint
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.run import accounts, checkpoint, journal, spec
+from raytrain_brats.run.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def work(args: Args) -> None:
         raise UserError("no run folder given; name one with --run-dir")
     run_dir = storage.normal(run_dir)
     settings, convention, dataset_identity = spec.open_run(run_dir)
-    manifest = manifests.read(storage.join(run_dir, "manifest.jsonl"))
+    manifest = manifests.read(RunDir(run_dir).manifest)
     if not manifests.is_dataset_identity(dataset_identity, manifest.cases, spec.preprocessing(settings), convention):
         raise RunFailed(f"{run_dir}/manifest.jsonl is not the data that config.yaml names ({dataset_identity})")
     cases, _ = manifest.split(settings.data.fold)
