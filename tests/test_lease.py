@@ -17,6 +17,7 @@ from raytrain_brats import storage, train
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import checkpoint, journal, lease
+from raytrain_brats.run.run_dir import Document
 from tests.conftest import write_msd_folder
 
 TTL_S = 1.2
@@ -181,7 +182,7 @@ def test_a_lease_outlives_its_time_and_a_storage_outage(run_dir: str, monkeypatc
             raise OSError("out")
 
         with monkeypatch.context() as broken:
-            broken.setattr(lease, "_read", out)
+            broken.setattr(Document, "read", out)
             time.sleep(1)
             before = renewals()
         deadline = time.monotonic() + 10

@@ -58,7 +58,7 @@ def threshold(prepared: Prepared, *_: Any) -> npt.NDArray[np.bool_]:
 def predicted(monkeypatch: pytest.MonkeyPatch, item: tuple[str, Case], out: Path, spacing_mm: float = 1.0) -> Path:
     """The file that `predict` writes for a case, by its own function: all but the network is real."""
     monkeypatch.setattr(predict, "shared_network", lambda _: (None, SimpleNamespace(), None))
-    monkeypatch.setattr(predict, "segment", threshold)
+    monkeypatch.setattr(predict, "predict_masks", threshold)
     root, case = item
     kind, _ = predict._one(None, str(out), (Source(root, "msd", spacing_mm), case))  # type: ignore[arg-type]
     assert kind != "refused"
