@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from raytrain_brats import interrupt, storage
+from raytrain_brats import interrupt, messages, storage
 from raytrain_brats.data.manifest import Skipped
 from raytrain_brats.errors import RunFailed, UserError
 
@@ -132,6 +132,7 @@ def choose(program: str, kind: str, given: list[str], choices: dict[str, str]) -
 
 def entry(options: type[Options], work: Callable[[Options], None], name: str, argv: list[str] | None) -> int:
     """Parse and work; a user's mistake is one line on standard error, never a traceback."""
+    messages.show()
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -17,7 +17,7 @@ SOURCES = {
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 LEAVES = {
     f"raytrain_brats.{name}"
-    for name in ("errors", "s3", "storage", "outputs", "labels", "config", "interrupt", "shadow", "home")
+    for name in ("errors", "s3", "storage", "outputs", "labels", "config", "interrupt", "shadow", "home", "messages")
 }
 ENTRIES = {
     name

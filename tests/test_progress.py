@@ -128,3 +128,27 @@ def test_a_save_that_fails_is_told_at_once(
         journal.event(str(tmp_path), "checkpoint", samples_seen=8)
         time.sleep(1.5)
         assert "saved again" in capsys.readouterr().out
+
+
+def test_what_a_person_should_know_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Why a group failed, who hung, what case is not used, what another process warns of: from events, each one line."""
+    spec: Any = SimpleNamespace(run_dir=str(tmp_path), sampler=SimpleNamespace(total=4000))
+    journal.warn(str(tmp_path), "of an earlier launch")
+    time.sleep(0.01)
+    with progress.Progress(spec):
+        for _ in range(2):
+            journal.event(str(tmp_path), "quarantine", case="BRATS_007", reason="truncated", detail="12 bytes short")
+        journal.event(str(tmp_path), "failure", generation=1, rank=0, error="RuntimeError: it died")
+        hang = {"rank": 1, "for_s": 63.0, "phase": "forward", "stacks": "run/stacks/x.txt"}
+        journal.event(str(tmp_path), "hang", generation=2, **hang)
+        journal.warn(str(tmp_path), "no checkpoint before the resize")
+        time.sleep(1.5)
+    lines = capsys.readouterr().out.splitlines()
+    for told in (
+        "warning: case BRATS_007 is not used: truncated (12 bytes short)",
+        "worker group 1 failed and starts again: RuntimeError: it died",
+        "warning: rank 1 hung for 63 s in phase forward and was killed, its group starts again; stacks: run/stacks/x.txt",
+        "warning: no checkpoint before the resize",
+    ):
+        assert lines.count(told) == 1, lines
+    assert not [line for line in lines if "earlier" in line]

@@ -8,6 +8,7 @@ cease when the stream is full. Its other source, Ray Data asking for one more no
 GPUs for want of CPUs, and what it asks in vain takes the trainer's own request down with it (`connect` turns it off).
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 
 from raytrain_brats.ray_ext.internals import data as ray_data
 
+_logger = logging.getLogger(__name__)
 LABEL = "role"
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` leaves the cluster's YAML on the head."""
@@ -85,4 +87,4 @@ def keep_apart(data: Part) -> None:
     try:
         ray_data.reserve_labelled_nodes(data.selector, data.largest_cpus if data.grows else 0.0)
     except Exception as error:  # noqa: BLE001 - the work is done all the same
-        print(f"warning: Ray Data counts the CPUs of training nodes as its own ({error!r})", flush=True)
+        _logger.warning("Ray Data counts the CPUs of training nodes as its own (%r)", error)

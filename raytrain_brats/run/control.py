@@ -7,6 +7,7 @@ Each group has a document of its own, so that what is left of a replaced group c
 """
 
 import json
+import logging
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.run.run_dir import Document, RunDir
 
+_logger = logging.getLogger(__name__)
 _TRIES = 20
 """Rank 0 and the controller are the only writers of a document; each loses a few times at most."""
 
@@ -96,7 +98,7 @@ class StatusWriter:
                     note(self._run_dir, self._generation, **changes)
                     changes = {}
                 except OSError as error:
-                    print(f"the status of worker group {self._generation} is not written yet: {error}", flush=True)
+                    _logger.warning("the status of worker group %d is not written yet: %s", self._generation, error)
                     time.sleep(1)
                     with self._lock:
                         changes, self._waiting = changes | self._waiting, {}

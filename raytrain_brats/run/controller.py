@@ -4,7 +4,6 @@ In: a `RunSpec`, the driver's lease token; states and failures of worker groups.
 Out: the dataset of each worker group; generations, statuses, events in the run folder.
 """
 
-import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,6 @@ from raytrain_brats.ray_ext.internals.train import ControllerCallback, Preemptin
 from raytrain_brats.run import checkpoint_request, control, journal
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
 from raytrain_brats.run.spec import RunSpec
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class FailureLogger(UserCallback):
         try:
             self._note(worker_exceptions)
         except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here
-            _logger.error("a failure of workers is not on record: %r", error)
+            journal.warn(self.run_dir, f"a failure of workers is not on record: {error!r}")
 
     def _note(self, worker_exceptions: dict[int, Exception]) -> None:
         generation = journal.current(self.run_dir)
@@ -96,7 +93,7 @@ class CheckpointBeforeResize(ControllerCallback):
                 )
                 saved = checkpoint_request.request(self.run_dir, HOLD if resize or leave else SAVE)
             except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here; a full disk, say
-                _logger.error("no checkpoint could be asked for: %r", error)
+                journal.warn(self.run_dir, f"no checkpoint before the resize or preemption: {error!r}")
             seconds = round(time.perf_counter() - began, 3)
             journal.event(self.run_dir, "resize" if resize else "preemption", saved=saved, seconds=seconds)
             if saved and leave:  # what is trained until the node's deadline would be lost with it

@@ -6,6 +6,7 @@ again from the newest checkpoint. Without this a hung rank holds all others in t
 """
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -25,6 +26,7 @@ from raytrain_brats.run.heartbeat import PREFIX
 from raytrain_brats.run.phase_timer import PHASES
 from raytrain_brats.run.run_dir import RunDir
 
+_logger = logging.getLogger(__name__)
 PATIENCE_S = {"start": 300.0, "load": 300.0, "data": 300.0, "save": 120.0, "validate": 900.0}
 """How long a rank may stay in a phase that is no computation; data come from elsewhere, which has its own retries."""
 FIRST_STEP_S = 300.0
@@ -104,7 +106,7 @@ class HangDetector:
             try:
                 self._look(time.monotonic())
             except Exception as error:  # noqa: BLE001 - whatever it was, it must look again
-                print(f"watchdog: cannot look just now: {error}", flush=True)
+                _logger.warning("cannot look for ranks that hang just now: %s", error)
 
     def _look(self, now_s: float) -> None:
         if not core.kv_ready():  # Ray is being left

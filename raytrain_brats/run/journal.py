@@ -10,6 +10,7 @@ beyond c are dropped: their steps are lost and will be done again.
 import contextlib
 import errno
 import json
+import logging
 import os
 import socket
 import threading
@@ -23,6 +24,7 @@ from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint, control
 from raytrain_brats.run.run_dir import Document, RunDir
 
+_logger = logging.getLogger(__name__)
 _TAIL_BYTES = 1 << 16
 _TAKEN = "another driver has taken {} over; this one ends, and the run goes on there"
 
@@ -180,7 +182,13 @@ def event(run_dir: str, kind: str, **facts: Any) -> None:
             storage.append(uri, lines)
         except OSError as error:
             _untold[uri] = "\n" + lines.lstrip("\n")  # a part may have been written: readers pass over a torn line
-            print(f"{kind}: not written to events.jsonl yet ({error})", flush=True)
+            _logger.warning("%s: not written to events.jsonl yet (%s)", kind, error)
+
+
+def warn(run_dir: str, text: str) -> None:
+    """Tell what a person must act on: in this process's log, and as an event that the driver's progress shows."""
+    _logger.warning("%s", text)
+    event(run_dir, "warning", text=text)
 
 
 def read_rows(run_dir: str) -> list[dict[str, Any]]:

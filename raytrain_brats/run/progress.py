@@ -32,6 +32,7 @@ class Progress:
         """`trouble` tells why the run folder cannot be written just now, also when the books cannot."""
         self._spec, self._trouble = spec, trouble
         self._since, self._told = time.time(), ""
+        self._told_news: set[str] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._console = Console(stderr=False)
@@ -77,7 +78,11 @@ class Progress:
         return rows, describe(rows, events, self._spec.sampler.total, self._trouble()) + cost
 
     def _tell(self, events: list[dict[str, Any]], say: Callable[[str], None]) -> None:
-        """A line when saving begins to fail, or fails for another reason, and one when it works again."""
+        """A line for each thing to know; about saving, when it begins to fail and when it works again."""
+        for line in [news(e) for e in events if e["time"] >= self._since]:
+            if line and line not in self._told_news:
+                self._told_news.add(line)
+                say(line)
         failure = unsaved([e for e in events if e["time"] >= self._since], self._trouble())
         why = failure[1] if failure else ""
         if why and why != self._told:
@@ -97,6 +102,22 @@ class Progress:
             self._cost.look(roles.alive(), events)
             self._gauges.set("dollars_per_hour", self._cost.rate)
         self._next_measure = began + max(_MEASURE_S, 100 * (time.monotonic() - began))
+
+
+def news(event: dict[str, Any]) -> str:
+    """What an event has to say to the person at the terminal; "" for most."""
+    kind = event["event"]
+    if kind == "failure":
+        return f"worker group {event['generation']} failed and starts again: {event['error']}"
+    if kind == "hang":
+        return (
+            f"warning: rank {event['rank']} hung for {event['for_s']:g} s in phase {event['phase']} and was killed, its "
+            f"group starts again; stacks: {event['stacks']}"
+        )
+    if kind == "quarantine":
+        detail = f" ({event['detail']})" if event.get("detail") else ""
+        return f"warning: case {event['case']} is not used: {event['reason']}{detail}"
+    return f"warning: {event['text']}" if kind == "warning" else ""
 
 
 def unsaved(events: list[dict[str, Any]], trouble: str = "") -> tuple[int, str] | None:

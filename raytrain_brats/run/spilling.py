@@ -3,6 +3,7 @@
 In: the connected cluster, the run folder. Out: a line on the terminal and a `spilling` event each time there is more.
 """
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from raytrain_brats.ray_ext.internals import core
 from raytrain_brats.run import journal
 
+_logger = logging.getLogger(__name__)
 EVERY_S = 15.0
 _REMEDY = (
     "give Ray a larger object store (`ray start --object-store-memory`), or lower data.window_cases, run.prefetch or "
@@ -42,7 +44,7 @@ class Spilling:
                 now = known or 0
             if known is not None and now > known:
                 grown = f"{(now - known) / 1e9:.2f} GB"
-                print(f"warning: Ray's object store wrote {grown} to disk, which is slow; {_REMEDY}", flush=True)
+                _logger.warning("Ray's object store wrote %s to disk, which is slow; %s", grown, _REMEDY)
                 journal.event(self._run_dir, "spilling", bytes=now - known, remedy=_REMEDY)
             known = now  # what was spilled before the run is not its doing
             if self._done.wait(self._every_s):
