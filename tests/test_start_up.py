@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from raytrain_brats import home, interrupt, shadow
-from raytrain_brats.data.phantom import write_set
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.run import cluster, surroundings
+from raytrain_brats.synthetic.phantom import write_set
 
 ROOT = Path(__file__).parents[1]
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -38,8 +38,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(command: str, place: Path, mark: str = "", **more: str) -> subprocess.Popen[str]:
+    module = ["scripts.demo_story"] if command == "demo" else ["raytrain_brats", command]
     return subprocess.Popen(
-        [sys.executable, "-m", "raytrain_brats", command, *COMMANDS.get(command, ())],
+        [sys.executable, "-m", *module, *COMMANDS.get(command, ())],
         env=environment(MARK=mark, **more), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
@@ -263,7 +264,7 @@ import pwd, sys
 def getpwuid(number):
     raise KeyError(f"getpwuid(): uid not found: {number}")
 pwd.getpwuid, sys.argv = getpwuid, ["raytrain-brats"]
-import raytrain_brats.__main__, raytrain_brats.run.launch, raytrain_brats.figures
+import raytrain_brats.__main__, raytrain_brats.run.launch, raytrain_brats.reporting.figures
 import torch._inductor.runtime.cache_dir_utils as torch_caches
 torch_caches.default_cache_dir()
 """

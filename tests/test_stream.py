@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import ray
 
-from raytrain_brats.benchmark.meter import Meter
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.parcel import Cutting
 from raytrain_brats.data.patch import Patch
@@ -23,6 +22,7 @@ from raytrain_brats.data.store import Source, put
 from raytrain_brats.data.stream import OrderedSplit, dataset, patches
 from raytrain_brats.run import cluster, ledger
 from raytrain_brats.run.spilling import Spilling, spilled_bytes
+from scripts.bench_pipelines.meter import Meter
 from tests.conftest import make_volume, write_msd_folder
 from tests.test_patch import equal
 

@@ -20,11 +20,11 @@ from raytrain_brats.data import plan as plans
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.parcel import parcels
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.phantom import write_set
 from raytrain_brats.data.stream import unpacked
 from raytrain_brats.run import checkpoint, job, ledger, loop
 from raytrain_brats.run.job import Job
 from raytrain_brats.run.ledger import Generation
+from raytrain_brats.synthetic.phantom import write_set
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 """Where a run's wall time went, by cause, with nothing left out.
 
 In: events of events.jsonl in the file's order, rows of metrics.jsonl; no clock and no disk.
-Out: an `Account`, whose parts sum to the wall time; the recoveries, each with its breakdown.
+Out: a `TimeBreakdown`, whose parts sum to the wall time; the recoveries, each with its breakdown.
 
 A cursor goes over the time line from mark to mark (launch, begin of a group's work, snapshot of a committed
 checkpoint, last row of a group that died) and never back, so that clocks of two hosts may disagree: each second it
@@ -22,7 +22,7 @@ STEPS = ("detect_s", "reschedule_s", "import_s", "first_batch_s", "first_step_s"
 
 
 @dataclass(frozen=True)
-class Account:
+class TimeBreakdown:
     """Seconds since the first launch by what they were spent on."""
 
     productive_s: float = 0.0
@@ -72,7 +72,7 @@ class Recovery:
     """By the names in STEPS; NaN where nothing is known."""
 
 
-def account(events: Sequence[Row], rows: Sequence[Row] = ()) -> Account:
+def time_breakdown(events: Sequence[Row], rows: Sequence[Row] = ()) -> TimeBreakdown:
     """Share out the time from the first launch to the last sign of life. Rows tell of what no mark tells."""
     line = _Line([e for e in events if _known(e)], [r for r in rows if _known(r)])
     launches = {i for i, e in enumerate(line.events) if e.get("event") == "launch"}
@@ -81,7 +81,7 @@ def account(events: Sequence[Row], rows: Sequence[Row] = ()) -> Account:
         for index in range(first, end):
             line.read(index)
         line.close(line.end, line.heir(end), ended=True)
-    return Account(**line.seconds)
+    return TimeBreakdown(**line.seconds)
 
 
 def recoveries(events: Sequence[Row]) -> list[Recovery]:
@@ -122,7 +122,7 @@ class _Line:
     """The time line: the cursor `at`, what it has passed, and the worker group it is in."""
 
     def __init__(self, events: list[Row], rows: list[Row]) -> None:
-        self.events, self.seconds = events, dict.fromkeys((f.name for f in fields(Account)), 0.0)
+        self.events, self.seconds = events, dict.fromkeys((f.name for f in fields(TimeBreakdown)), 0.0)
         self._rows = sorted(rows, key=_time)
         scored = sorted((e for e in events if e.get("event") == "validation"), key=_time)
         self._validations = [(_time(e) - _number(e, "seconds", 0.0), _time(e)) for e in scored]
