@@ -1,4 +1,4 @@
-"""What `bench data` compares: orders for one measurement, its figures, what each pipeline hands over.
+"""What `scripts/bench data` compares: orders for one measurement, its figures, what each pipeline hands over.
 
 In: what a pipeline's process read off its meter. Out: a `Run`.
 """

@@ -2,7 +2,7 @@
 
 In: an `Order`, a store. Out: endless counts of the patches that each batch of the loader holds.
 
-Both are optional (`pip install raytrain_brats[bench]`); imported only when asked for.
+Both are optional (`EXTRAS=bench scripts/bench`); imported only when asked for.
 """
 
 import os
