@@ -31,7 +31,7 @@ RANGE_BYTES = 16 << 20
 TRIES = 5
 """Reads of one place before we believe that it is damaged: a bit that flips on the way looks the same."""
 MAX_MEMBERS = 20_000  # Task01 has some 1,240 files; macOS adds one `._` file to each
-MAX_HEADER_BYTES, MAX_MEMBER_BYTES = 1 << 16, 64 << 20  # its largest file has 12 MB
+MAX_HEADER_BYTES, MAX_MEMBER_BYTES = 1 << 16, 64 << 20  # of a member; Task01's largest has 12 MB
 MAX_RATIO = 200  # of a .gz beyond 64 MB; the label of an empty volume has 300, but is small
 _PATIENCE_S = "180"
 _BEGIN_ANEW = "remove what was made, or give another --out, and begin anew"
@@ -101,6 +101,8 @@ class Remote:
         """Read on from here; what was fetched and is not done is fetched anew."""
         self._start, self._buffer = offset, bytearray()  # of the archive, from byte `start` on
         self._at = self._done = offset
+        self.limit = offset + MAX_HEADER_BYTES
+        """Where a member's headers must have ended: sizes that a header made up must not fill the memory."""
 
     @s3.patient
     def fetch(self, offset: int, size: int) -> bytes:
@@ -137,9 +139,9 @@ class Remote:
         self._at = offset
 
     def read(self, size: int) -> bytes:
-        """For tarfile, which reads headers alone: a size that a header made up must not fill the memory."""
-        if not 0 <= size <= MAX_HEADER_BYTES:
-            raise ArchiveError(f"the header before byte {self._at:,} has {size:,} bytes, {MAX_HEADER_BYTES:,} allowed")
+        """For tarfile, which reads headers alone."""
+        if not 0 <= size <= self.limit - self._at:
+            raise ArchiveError(f"headers at byte {self._at:,} have more than the {MAX_HEADER_BYTES:,} bytes allowed")
         found = self.take(self._at, size)
         self._at += len(found)
         return found
@@ -153,6 +155,7 @@ def members(remote: Remote) -> Iterator[tarfile.TarInfo]:
             if number > MAX_MEMBERS:
                 raise ArchiveError(f"more than {MAX_MEMBERS:,} entries")
             _judge(member, remote.bytes)
+            remote.limit = tar.offset + MAX_HEADER_BYTES
             yield member
     except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         raise ArchiveError(f"before byte {remote.tell():,}: {error}") from error

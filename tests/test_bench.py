@@ -35,6 +35,14 @@ def test_the_meter_counts_children_that_live_and_that_are_gone() -> None:
     assert meter.peak_mb()["driver"] > 10
 
 
+def test_a_meter_left_at_once_has_looked_twice() -> None:
+    """What takes no time costs next to nothing, and is no error: a busy machine starts the meter's process late."""
+    with Meter() as meter:
+        begun = time.monotonic()
+    assert sum(meter.spent(begun, time.monotonic()).values()) < 1
+    assert meter.peak_mb()["driver"] > 10
+
+
 def test_the_file_of_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every pipeline has its rates, memory, disk and conditions; Ray's own processes are in the sum; what is not
     installed is named."""

@@ -69,6 +69,14 @@ def test_imports_go_one_way(name: str) -> None:
     assert not foreign(name) & (forbidden - ({"ray"} if name == "raytrain_brats.data.stream" else set()))
 
 
+@pytest.mark.parametrize("name", list(SOURCES))
+def test_what_runs_needs_neither_scripts_nor_pictures(name: str) -> None:
+    """scripts/ use the package, never the other way round; of reporting, `run` takes the sums alone: no Matplotlib."""
+    assert not foreign(name) & {"scripts", "tests"}
+    if layer(name) == "run":
+        assert {module for module in own(name) if layer(module) == "reporting"} <= {"raytrain_brats.reporting.goodput"}
+
+
 def test_the_rules_see_the_package() -> None:
     """The tests here are about something."""
     assert all(sum(layer(name) == rule for name in SOURCES) >= 3 for rule in RULES)
