@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prometheus and Grafana on the head: installed where they are missing, started anew for Ray's newest session.
-# In: Ray's own configuration (/tmp/ray/session_latest/metrics), cluster/grafana.
+# In: Ray's own configuration (/tmp/ray/session_latest/metrics), cluster/grafana; INSTALL=no: what is missing stays so.
 # Out: 127.0.0.1:9090 and :3000; what they keep in ~/prometheus and ~/grafana; logs in /tmp/raytrain_brats-*.log.
 # The head runs it in the background, and works all the same where it fails.
 set -uo pipefail
@@ -11,12 +11,12 @@ session=${RAY_TMPDIR:-/tmp}/ray/session_latest
 GRAFANA_VERSION=12.4.3
 apt() { sudo DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -yqq "$@"; }
 
-if ! command -v prometheus >/dev/null; then # Ubuntu's own; masked, as it would start and listen on all addresses
+if [ "${INSTALL:-}" != no ] && ! command -v prometheus >/dev/null; then # Ubuntu's own; masked, as it would start and listen on all addresses
   sudo systemctl mask prometheus
   apt update && apt install --no-install-recommends prometheus || echo "warning: no Prometheus could be installed"
 fi
 grafana=${GRAFANA_HOME:-/usr/share/grafana}
-if ! [ -x $grafana/bin/grafana ]; then # Grafana's own, signed with its key
+if [ "${INSTALL:-}" != no ] && ! [ -x $grafana/bin/grafana ]; then # Grafana's own, signed with its key
   key=/usr/share/keyrings/grafana.gpg
   curl -fsS https://apt.grafana.com/gpg.key | sudo gpg --dearmor --yes -o $key &&
     echo "deb [signed-by=$key] https://apt.grafana.com stable main" | sudo tee /etc/apt/sources.list.d/grafana.list >/dev/null &&

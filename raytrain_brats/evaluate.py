@@ -22,14 +22,15 @@ from raytrain_brats import config, outputs, storage
 from raytrain_brats.cli import Uri, cases_from, entry, run_folder, show, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
-from raytrain_brats.data.nifti import Refused
+from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.preprocess import restore, to_ras
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import REGIONS, comparable, described, to_regions
+from raytrain_brats.ray_ext import cluster
 from raytrain_brats.reporting import figures
-from raytrain_brats.run import cluster, job
-from raytrain_brats.run.validate import Score, means, newest_weights, score, segment, shared_network, table
+from raytrain_brats.run import spec
+from raytrain_brats.run.predictor import Score, means, newest_weights, predict_masks, score, shared_network, table
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,18 @@ class Args:
 
 def work(args: Args) -> None:
     run_dir = run_folder(args.run_dir)
-    settings, convention, identity = job.open_run(run_dir)
-    manifest, source = job.open_cases(settings, *cases_from(args.data, args.store), run_dir)
+    settings, convention, dataset_identity = spec.open_run(run_dir)
+    manifest, source = spec.open_cases(settings, *cases_from(args.data, args.store), run_dir)
     if not comparable(convention, source.convention):
         raise UserError(
             f"{run_dir} learned labels read as {described(convention)}, {manifest.root} holds "
             f"{described(source.convention)}: WT, TC and ET are other tissues there; evaluate on data of the run's own "
             "convention"
         )
-    preprocessing = job.preprocessing(settings)
-    own = convention == source.convention and manifests.is_identity(identity, manifest.cases, preprocessing, convention)
+    preprocessing = spec.preprocessing(settings)
+    own = convention == source.convention and manifests.is_dataset_identity(
+        dataset_identity, manifest.cases, preprocessing, convention
+    )
     if not own and args.split != "all":
         raise UserError(
             f"{manifest.root} is not what {run_dir} was trained on, so its folds do not say what was held out; "
@@ -71,7 +74,7 @@ def work(args: Args) -> None:
         "checkpoint": name,
         "split": args.split,
         "data_root": outputs.place(manifest.root),
-        "identity": manifests.identity(manifest.cases, preprocessing, source.convention),
+        "identity": manifests.dataset_identity(manifest.cases, preprocessing, source.convention),
         "convention": source.convention,
     }
     print(f"{config.described('run', settings)}; labels: {described(source.convention)}")
@@ -143,10 +146,10 @@ def _one(shared: ray.ObjectRef[Any], source: Source, drawn: set[str], case: Case
     """A case's score and its overlay, if it is to be drawn; or why it was left out."""
     try:
         prepared = source.load(case)
-    except Refused as error:
+    except InvalidCase as error:
         return f"case {case.id}: {error.reason}, {error.detail}"
     network, settings, device = shared_network(shared)
-    predicted = segment(prepared, network, settings, device)
+    predicted = predict_masks(prepared, network, settings, device)
     result = score(case.id, predicted, prepared, source.convention)
     if case.id not in drawn:
         return result, b""

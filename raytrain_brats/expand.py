@@ -20,11 +20,11 @@ from raytrain_brats.cli import Uri, default, entry, progress, show_refused, show
 from raytrain_brats.data import dataset_json, scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Manifest
-from raytrain_brats.data.nifti import Refused
+from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import names
-from raytrain_brats.run import cluster
+from raytrain_brats.ray_ext import cluster
 from raytrain_brats.synthetic import deform
 
 VERSION = 1  # of the way copies are made; files of another are not mixed with ours
@@ -93,7 +93,7 @@ def _expand_all(manifest: Manifest, out: str, seed: int, todo: list[dict[str, An
         about = {"case": case.id, "uri": storage.join(source.root, case.images[0]), "reason": "", "detail": ""}
         try:
             volume = source.volume(case)
-        except Refused as error:
+        except InvalidCase as error:
             about |= {"uri": storage.join(source.root, error.file or case.images[0])}
             return about | {"count": len(row["copies"]), "reason": error.reason, "detail": error.detail}
         for copy in row["copies"]:

@@ -115,8 +115,8 @@ def _forget() -> None:
 def _watch(hearing: int) -> None:
     while True:
         if select.select([hearing], [], [], 0.2 if _state.first else None)[0]:
-            heard = {n for n in os.read(hearing, 64) if n in _SIGNALS and signal.getsignal(n) is _raise}
-            if heard and not _hear() and time.monotonic() > _state.first + _TWICE_S:
+            poll = {n for n in os.read(hearing, 64) if n in _SIGNALS and signal.getsignal(n) is _raise}
+            if poll and not _hear() and time.monotonic() > _state.first + _TWICE_S:
                 _state.deadline = 0.0
         if time.monotonic() >= _state.deadline:
             _end()

@@ -7,7 +7,6 @@ Out: below URI/SESSION/NODE what has changed, each minute and once more when thi
 A process of its own beside `spot`: a put that takes long must not keep a spot notice waiting.
 """
 
-import fcntl
 import os
 import socket
 import sys
@@ -15,6 +14,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from raytrain_brats import interrupt, storage
 from raytrain_brats.cli import Uri, default, entry
@@ -155,21 +156,23 @@ def work(args: Args) -> None:
         raise UserError("--every and --limit-mb are more than 0")
     helpers = Path(tempfile.gettempdir())
     copier = Copier(storage.normal(to), Path(args.session), args.limit_mb * MB, helpers)
-    with (helpers / "raytrain_brats-logs.lock").open("w") as lock:  # start commands are run again with each `ray up`
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log("another one is at work here")
-            return
-        os.nice(19)
-        said = ""
-        try:
-            while True:
-                said = _look(copier, said)
-                time.sleep(args.every)
-        finally:
-            interrupt.allow(END_S)
-            _look(copier, said)
+    try:  # start commands are run again with each `ray up`
+        with FileLock(helpers / "raytrain_brats-logs.lock", timeout=0):
+            _go_on(copier, args.every)
+    except Timeout:
+        _log("another one is at work here")
+
+
+def _go_on(copier: Copier, every_s: float) -> None:
+    os.nice(19)
+    said = ""
+    try:
+        while True:
+            said = _look(copier, said)
+            time.sleep(every_s)
+    finally:
+        interrupt.allow(END_S)
+        _look(copier, said)
 
 
 def _look(copier: Copier, said: str) -> str:

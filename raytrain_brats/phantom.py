@@ -14,7 +14,7 @@ from rich.progress import track
 from raytrain_brats import storage
 from raytrain_brats.cli import Uri, entry
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import cluster
+from raytrain_brats.ray_ext import cluster
 from raytrain_brats.synthetic.phantom import missing, write_set
 
 

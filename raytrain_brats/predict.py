@@ -23,13 +23,14 @@ from raytrain_brats.cli import Uri, entry, run_folder, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import scan
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.nifti import Refused, background_warning, label_file
+from raytrain_brats.data.nifti import InvalidCase, background_warning, label_file
 from raytrain_brats.data.preprocess import preprocess
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import MODALITIES, comparable, described, from_regions
-from raytrain_brats.run import cluster, job
-from raytrain_brats.run.validate import newest_weights, segment, shared_network
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.run import spec
+from raytrain_brats.run.predictor import newest_weights, predict_masks, shared_network
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ RUN_FOLDERS = ("checkpoints", "validation", "evaluation", "evaluations", "ray")
 
 def work(args: Args) -> None:
     run_dir, out = run_folder(args.run_dir), storage.normal(args.out)
-    settings, learned, _ = job.open_run(run_dir)
+    settings, learned, _ = spec.open_run(run_dir)
     convention = args.convention or learned
     if not comparable(convention, learned):
         raise UserError(
@@ -142,10 +143,10 @@ def _one(shared: ray.ObjectRef[Any], out: str, item: tuple[Source, Case]) -> tup
         volume = source.volume(case)
         header, warning, prepared = volume.header, background_warning(volume), preprocess(volume, source.spacing_mm)
         del volume
-    except Refused as error:
+    except InvalidCase as error:
         return "refused", f"case {case.id}: {error.reason}, {error.detail}"
     network, settings, device = shared_network(shared)
-    label = from_regions(segment(prepared, network, settings, device), source.convention)
+    label = from_regions(predict_masks(prepared, network, settings, device), source.convention)
     storage.write_bytes(storage.join(out, f"{case.id}.nii.gz"), label_file(label, header))
     return "warning", warning and f"case {case.id}: {warning}"
 

@@ -21,11 +21,12 @@ from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.layouts import QUARANTINED
 from raytrain_brats.data.manifest import Case, Manifest
-from raytrain_brats.data.nifti import Refused
+from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.store import Codec, Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import described
-from raytrain_brats.run import cluster, job
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.run import spec
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def work(args: Args) -> None:
         missing = "store" if data else "data"
         raise UserError(f"no {missing} given; name it with --{missing}")
     recipe, settings = _settings(args, data)
-    store, options = storage.normal(store), job.preprocessing(settings)
+    store, options = storage.normal(store), spec.preprocessing(settings)
     begun = stores.begun(store)
     known = "" if args.verify or begun is None else store
-    manifest, source = job.open_cases(
+    manifest, source = spec.open_cases(
         settings, data, run_dir=known, progress=lambda rows, total: progress(rows, "checksums", total)
     )
     about = stores.About(options, source.convention, manifest.root)
@@ -69,7 +70,7 @@ def work(args: Args) -> None:
     storage.check_writable(store)
     print(config.described(recipe, settings) if recipe else f"voxels of {settings.preprocess.spacing_mm:g} mm")
     print(f"{len(manifest.cases)} cases, {manifest.layout}; labels: {described(source.convention)}")
-    for warning in job.warnings(settings, manifest, source) if begun is None else ():
+    for warning in spec.warnings(settings, manifest, source) if begun is None else ():
         print(warning, file=sys.stderr)
     storage.sweep(store)
     stores.begin(store, about)
@@ -116,7 +117,7 @@ def _settings(args: Args, data: str) -> tuple[str, config.Config]:
     given = default(args.recipe, "RECIPE")
     if not given and any(change.startswith("preprocess.spacing_mm=") for change in args.set):
         return "", config.load("demo", args.set)
-    recipe = job.recipe_for(given, data, "")
+    recipe = spec.recipe_for(given, data, "")
     return recipe, config.load(recipe, args.set)
 
 
@@ -153,7 +154,7 @@ def _prepare_all(
             storage.delete(storage.join(store, about["object"]))
         try:
             about["object"] = stores.put(store, source, case, options, codec).object
-        except Refused as error:
+        except InvalidCase as error:
             uri = storage.join(source.root, error.file or case.images[0])
             about |= {"uri": uri, "reason": error.reason, "detail": error.detail}
         return about

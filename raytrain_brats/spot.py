@@ -7,7 +7,6 @@ leave; the machine shut down when the cluster's head is gone for good; a line fo
 Nothing here ends the watch: a metadata service or a Ray that is away is asked again with the next look.
 """
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -24,6 +23,8 @@ from datetime import UTC, datetime
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock, Timeout
 
 from raytrain_brats.cli import entry
 from raytrain_brats.errors import UserError
@@ -193,15 +194,12 @@ def apart(target: Callable[[Notice, str], None], notice: Notice, node: str = "")
 
 def drain(notice: Notice, node: str = "") -> None:
     """Tell Ray that this machine's node goes. Exits with 1 when nobody accepts, saying why."""
-    from ray.core.generated import autoscaler_pb2
-
     try:
-        gcs, ours = _nodes_here(node)
-        reason = vars(autoscaler_pb2)["DrainNodeReason"].Value("DRAIN_NODE_REASON_PREEMPTION")
+        store, ours = _nodes_here(node)
         # in the future, or Ray refuses; 0 is no deadline
         by_ms = int(1000 * max(notice.deadline, time.time() + 1)) if notice.deadline else 0
         for key in ours:
-            accepted, why = gcs.drain_node(key, reason, notice.text, by_ms)
+            accepted, why = store.drain_for_preemption(key, notice.text, by_ms)
             if not accepted:
                 raise RuntimeError(f"refused: {why}")
     except Exception as error:  # noqa: BLE001 - whatever Ray raises: the watcher tries again
@@ -211,14 +209,13 @@ def drain(notice: Notice, node: str = "") -> None:
 
 def save(_notice: Notice, node: str = "") -> None:
     """Have the runs that train on this machine save. Exits with 1 when none did."""
-    from raytrain_brats.run import pulse, saving
+    from raytrain_brats.run import checkpoint_request, heartbeat
 
     try:
-        gcs, ours = _nodes_here(node)
-        keys = gcs.internal_kv_keys(b"", pulse.NAMESPACE, timeout=DRAIN_S)
-        told = [json.loads(gcs.internal_kv_get(key, pulse.NAMESPACE, timeout=DRAIN_S) or b"{}") for key in keys]
+        store, ours = _nodes_here(node)
+        told = [json.loads(value or b"{}") for value in store.values(heartbeat.PREFIX)]
         runs = {a["run_dir"] for a in told if a.get("node") in ours and a["phase"] != "end" and _alive(a["pid"])}
-        sys.exit(0 if [run for run in sorted(runs) if saving.ask(run, saving.SAVE)] else 1)
+        sys.exit(0 if [run for run in sorted(runs) if checkpoint_request.request(run, checkpoint_request.SAVE)] else 1)
     except Exception as error:  # noqa: BLE001 - it was a recommendation
         _log(f"no checkpoint could be asked for: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         sys.exit(1)
@@ -230,47 +227,44 @@ def _alive(pid: int) -> bool:
 
 def _nodes_here(node: str) -> tuple[Any, list[str]]:
     """(the cluster's control store, the ids of its living nodes on this machine). Raises LookupError for none."""
-    from ray._private import services
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from raytrain_brats.ray_ext.internals import core
 
-    address = services.canonicalize_bootstrap_address_or_die("auto")
-    gcs, here = GcsClient(address=address), services.get_node_ip_address()
-    nodes = {key.hex(): about for key, about in gcs.get_all_node_info().items() if not about.state}
-    ours = [key for key, n in nodes.items() if (n.node_name == node if node else n.node_manager_address == here)]
-    if not ours:
-        raise LookupError(f"no living node {node or 'at ' + here} in the cluster at {address}")
-    return gcs, ours
+    store = core.ControlStore(DRAIN_S)
+    if not (ours := store.nodes_here(node)):
+        raise LookupError(f"no living node {node or 'at ' + store.here} in the cluster at {store.address}")
+    return store, ours
 
 
 def work(args: Args) -> None:
     endpoint = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
     if not endpoint.startswith(("http://", "https://")):
         raise UserError(f"AWS_EC2_METADATA_SERVICE_ENDPOINT={endpoint} is no http:// address")
-    # `ray up` runs start commands again on every update: they need no `pgrep`, which finds its own shell
-    with Path(tempfile.gettempdir(), "raytrain_brats-spot.lock").open("w") as lock:
+    try:  # `ray up` runs start commands again on every update: they need no `pgrep`, which finds its own shell
+        with FileLock(Path(tempfile.gettempdir(), "raytrain_brats-spot.lock"), timeout=0):
+            _watch(args, endpoint)
+    except Timeout:
+        _log("another watcher is at work here")
+
+
+def _watch(args: Args, endpoint: str) -> None:
+    _log(f"asking {endpoint} every {args.every:g} s on {socket.gethostname()}")
+    watcher = Watcher(
+        Imds(endpoint),
+        lambda notice: apart(drain, notice, args.node),
+        args.rebalance,
+        lambda notice: apart(save, notice, args.node),
+    )
+    head = Head(args.head, args.headless_minutes, shut_down) if args.head else None
+    if head:  # set at boot, for a node whose set-up never comes to this
+        subprocess.run(["sudo", "shutdown", "-c"], check=False)  # noqa: S607
+    while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log("another watcher is at work here")
-            return
-        _log(f"asking {endpoint} every {args.every:g} s on {socket.gethostname()}")
-        watcher = Watcher(
-            Imds(endpoint),
-            lambda notice: apart(drain, notice, args.node),
-            args.rebalance,
-            lambda notice: apart(save, notice, args.node),
-        )
-        head = Head(args.head, args.headless_minutes, shut_down) if args.head else None
-        if head:  # set at boot, for a node whose set-up never comes to this
-            subprocess.run(["sudo", "shutdown", "-c"], check=False)  # noqa: S607
-        while True:
-            try:
-                watcher.look()
-                if head:
-                    head.look()
-            except Exception as error:  # noqa: BLE001 - no memory for a process, say: that passes, or the machine goes
-                _log(f"this look failed: {error!r}")
-            time.sleep(args.every)
+            watcher.look()
+            if head:
+                head.look()
+        except Exception as error:  # noqa: BLE001 - no memory for a process, say: that passes, or the machine goes
+            _log(f"this look failed: {error!r}")
+        time.sleep(args.every)
 
 
 def _log(line: str) -> None:

@@ -10,7 +10,6 @@ silence.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import time
@@ -19,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from raytrain_brats import s3
 from raytrain_brats.errors import UserError
@@ -221,25 +222,20 @@ def swap(uri: str, before: bytes | None, after: bytes) -> bool:
 def _locked(path: Path) -> Iterator[Path]:
     """Hold the lock of a local file: on a hidden sibling, as the file itself is replaced."""
     _make_folder(path.parent)
-    lock, deadline = path.with_name(f".{path.name}.lock"), time.monotonic() + _LOCK_S
-    file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), _LOCK_S, poll_interval=0.02, fallback_to_soft=False)
     try:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:  # whoever holds it was stopped just there
-                    raise OSError(errno.EAGAIN, f"another process has held its lock for {_LOCK_S:g} s", path) from error
-                time.sleep(0.02)
-            except OSError as error:
-                raise UserError(
-                    f"{path.parent}: its file system does not lock files ({error.strerror}); mount it with locks "
-                    "(Lustre: -o flock), or give a place on another one or on S3"
-                ) from error
+        held = lock.acquire()
+    except Timeout as error:  # whoever holds it was stopped just there
+        raise OSError(errno.EAGAIN, f"another process has held its lock for {_LOCK_S:g} s", path) from error
+    except OSError as error:
+        if error.filename:  # the file itself: a full disk, or no right to it
+            raise
+        raise UserError(
+            f"{path.parent}: its file system does not lock files ({error.strerror}); mount it with locks "
+            "(Lustre: -o flock), or give a place on another one or on S3"
+        ) from error
+    with held:
         yield path
-    finally:
-        os.close(file)  # ends the lock
 
 
 def exists(uri: str) -> bool:

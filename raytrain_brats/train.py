@@ -13,7 +13,8 @@ from typing import Any
 from raytrain_brats import config, storage
 from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry, run_folder, show_skipped
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import checkpoint, cluster, job, launch, lease, ledger
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.run import checkpoint, driver, journal, lease, spec
 from raytrain_brats.synthetic.phantom import missing, write_set
 
 HOME = "~/raytrain_brats"
@@ -53,7 +54,7 @@ def work(args: Args) -> None:
     overrides = args.set + ((f"run.workers={args.workers!r}",) if args.workers else ())
     data, store = cases_from(args.data, args.store)
     real = bool(data or store)
-    recipe = job.recipe_for(default(args.recipe, "RECIPE") if real else args.recipe, data, store)
+    recipe = spec.recipe_for(default(args.recipe, "RECIPE") if real else args.recipe, data, store)
     settings = config.load(recipe, overrides)
     if real:
         run_dir = run_folder(args.run_dir)
@@ -63,27 +64,27 @@ def work(args: Args) -> None:
     _check_run_dir(run_dir)
     if not real:
         _make_phantoms(data)
-    todo = job.build(settings, run_dir, data, store, recipe)
+    todo = spec.build(settings, run_dir, data, store, recipe)
     storage.check_writable(todo.run_dir)
     found, _ = checkpoint.newest_valid(todo.run_dir)
-    scored = not todo.held_out_cases or ledger.validated(todo.run_dir, todo.plan.total)
-    if found and found.samples_seen >= todo.plan.total and scored:
-        print(f"{todo.run_dir} is finished: {todo.plan.total:,} samples; evaluate it, or give another --run-dir")
+    scored = not todo.held_out_cases or journal.validated(todo.run_dir, todo.sampler.total)
+    if found and found.samples_seen >= todo.sampler.total and scored:
+        print(f"{todo.run_dir} is finished: {todo.sampler.total:,} samples; evaluate it, or give another --run-dir")
         return
     with lease.hold(todo.run_dir) as held:
         print(config.described(recipe, settings))
-        for warning in job.warnings(settings, todo.manifest, todo.source):
+        for warning in spec.warnings(settings, todo.manifest, todo.source):
             print(warning, file=sys.stderr)
         show_skipped(todo.manifest.skipped)
         cluster.connect()
-        needed = launch.check(todo)
+        needed = driver.check(todo)
         kind = "GPU" if needed.gpus else "CPU"
         done = f"{found.samples_seen:,} of them done" if found else "a new run"
         print(
             f"{len(todo.train_cases)} cases to train on, {len(todo.held_out_cases)} held out; "
-            f"{needed.low} to {needed.high} {kind} workers; {todo.plan.total:,} samples, {done}"
+            f"{needed.low} to {needed.high} {kind} workers; {todo.sampler.total:,} samples, {done}"
         )
-        launch.train(todo, needed, held)
+        driver.train(todo, needed, held)
     print(f"done: {todo.run_dir}")
 
 
@@ -97,9 +98,9 @@ def _demo_places() -> tuple[str, str]:
 
 def _check_run_dir(run_dir: str) -> None:
     """Raises UserError when the folder holds something that is no run of ours; whether one is of the same data and
-    settings, `job.build` asks."""
+    settings, `spec.build` asks."""
     try:
-        job.read_config(run_dir)
+        spec.read_config(run_dir)
         return
     except FileNotFoundError:
         pass

@@ -14,10 +14,10 @@ from raytrain_brats import storage
 from raytrain_brats.cli import Uri, entry, run_folder
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.plan import Plan, fingerprint
+from raytrain_brats.data.sampler import Sampler, fingerprint
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.reporting import goodput
-from raytrain_brats.run import checkpoint, job, ledger
+from raytrain_brats.run import checkpoint, journal, spec
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Args:
 
 def work(args: Args) -> None:
     run_dir = run_folder(args.run_dir)
-    settings, convention, identity = job.open_run(run_dir)
+    settings, convention, dataset_identity = spec.open_run(run_dir)
     manifest = manifests.read(storage.join(run_dir, "manifest.jsonl"))
-    if not manifests.is_identity(identity, manifest.cases, job.preprocessing(settings), convention):
-        raise RunFailed(f"{run_dir}/manifest.jsonl is not the data that config.yaml names ({identity})")
+    if not manifests.is_dataset_identity(dataset_identity, manifest.cases, spec.preprocessing(settings), convention):
+        raise RunFailed(f"{run_dir}/manifest.jsonl is not the data that config.yaml names ({dataset_identity})")
     cases, _ = manifest.split(settings.data.fold)
-    plan, rows = job.plan_of(settings, len(cases)), ledger.read_rows(run_dir)
+    sampler, rows = spec.sampler_of(settings, len(cases)), journal.read_rows(run_dir)
     for number, row in enumerate(rows):
-        if wrong := difference(row, number, plan, cases):
+        if wrong := difference(row, number, sampler, cases):
             raise RunFailed(f"{run_dir}/metrics.jsonl, row {number + 1}: {wrong}")
     applied = rows[-1]["samples_seen"] if rows else 0
     found, damaged = checkpoint.newest_valid(run_dir)
@@ -47,10 +47,10 @@ def work(args: Args) -> None:
         raise RunFailed(f"checkpoint {found.name} holds more samples than the {applied:,} of metrics.jsonl")
     groups, sizes = {row["generation"] for row in rows}, sorted({row["world_size"] for row in rows})
     print(
-        f"{applied:,} of {plan.total:,} positions applied in {len(rows):,} steps: each once, in order, with the seed's "
-        f"own samples; {len(groups)} worker groups, of {', '.join(map(str, sizes))} workers"
+        f"{applied:,} of {sampler.total:,} positions applied in {len(rows):,} steps: each once, in order, with the "
+        f"seed's own samples; {len(groups)} worker groups, of {', '.join(map(str, sizes))} workers"
     )
-    if events := ledger.read_events(run_dir):
+    if events := journal.read_events(run_dir):
         print(time_line(goodput.time_breakdown(events, rows)))
 
 
@@ -61,13 +61,13 @@ def time_line(spent: goodput.TimeBreakdown) -> str:
     return f"goodput {goodput} (steps that were kept / time up); wall time {spent.wall_s:,.0f} s: {', '.join(shares)}"
 
 
-def difference(row: dict[str, Any], step: int, plan: Plan, cases: tuple[Case, ...]) -> str:
+def difference(row: dict[str, Any], step: int, sampler: Sampler, cases: tuple[Case, ...]) -> str:
     """What is wrong with the row of a step; an empty string when nothing is."""
-    low, high = step * plan.global_batch, (step + 1) * plan.global_batch
+    low, high = step * sampler.global_batch, (step + 1) * sampler.global_batch
     expected = {"step": step, "positions": [low, high], "samples_seen": high}
-    if high > plan.total:
-        return f"the run ends at {plan.total:,}"
-    samples = [plan.sample(position) for position in range(low, high)]
+    if high > sampler.total:
+        return f"the run ends at {sampler.total:,}"
+    samples = [sampler.sample(position) for position in range(low, high)]
     ids = ["" if s.case is None else cases[s.case].id for s in samples]
     expected["samples"] = sum(fingerprint(s.position, i, s.seed) for s, i in zip(samples, ids, strict=True))
     wrong = [f"{key} is {row.get(key)}, the seed says {v}" for key, v in expected.items() if row.get(key) != v]

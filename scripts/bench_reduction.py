@@ -25,18 +25,19 @@ from torch import distributed, multiprocessing
 
 from raytrain_brats import config
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.run import exact
-from raytrain_brats.run.job import Job, plan_of
-from raytrain_brats.run.step import Learner, differing
+from raytrain_brats.learn import tree_reduce
+from raytrain_brats.learn.step import differing
+from raytrain_brats.run.spec import RunSpec, sampler_of
+from raytrain_brats.run.worker import batch_of, train_step_of
 
 GLOBAL_BATCH, EDGE = 8, 32
 
 
-def job(reduction: str) -> Job:
+def spec(reduction: str) -> RunSpec:
     settings = config.load("demo", (f"train.reduction={reduction}", f"train.global_batch={GLOBAL_BATCH}"))
-    fields: dict[str, Any] = dict.fromkeys(Job.__dataclass_fields__)
+    fields: dict[str, Any] = dict.fromkeys(RunSpec.__dataclass_fields__)
     source = type("Source", (), {"convention": "msd"})()
-    return Job(**fields | {"config": settings, "plan": plan_of(settings, 24), "source": source})
+    return RunSpec(**fields | {"config": settings, "sampler": sampler_of(settings, 24), "source": source})
 
 
 def patch(position: int) -> Patch:
@@ -51,7 +52,7 @@ def rank_main(rank: int, world_size: int, port: int, steps: int, folder: str) ->
     torch.set_num_threads(1)
     if world_size > 1:
         distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    learners = {kind: Learner(job(kind), world_size, torch.device("cpu")) for kind in ("fast", "exact")}
+    learners = {kind: train_step_of(spec(kind), world_size, torch.device("cpu")) for kind in ("fast", "exact")}
     spent: dict[str, list[tuple[float, float]]] = {kind: [] for kind in (*learners, "compare")}
     for step in range(steps):
         mine = [patch(step * GLOBAL_BATCH + place) for place in range(rank, GLOBAL_BATCH, world_size)]
@@ -59,7 +60,7 @@ def rank_main(rank: int, world_size: int, port: int, steps: int, folder: str) ->
             if world_size > 1:
                 distributed.barrier()
             cpu, wall = time.process_time(), time.perf_counter()
-            learners[kind].step(mine, step * GLOBAL_BATCH)
+            learners[kind].step(batch_of(mine, step * GLOBAL_BATCH), step * GLOBAL_BATCH)
             spent[kind].append((time.process_time() - cpu, time.perf_counter() - wall))
         if world_size > 1:
             cpu, wall = time.process_time(), time.perf_counter()
@@ -85,7 +86,7 @@ def measure(world_size: int, steps: int) -> dict[str, float]:
         result[f"{kind}_wall_s"] = statistics.median(max(wall for _, wall in step) for step in of_steps)
     places = [list(range(rank, GLOBAL_BATCH, world_size)) for rank in range(world_size)]
     others = (world_size - 1) / world_size
-    sent = max(len(exact.held(own, GLOBAL_BATCH)) for own in places) * others + others
+    sent = max(len(tree_reduce.held(own, GLOBAL_BATCH)) for own in places) * others + others
     return result | {"exact_vectors_sent": sent, "all_reduce_vectors_sent": 2 * others}
 
 

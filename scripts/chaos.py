@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=120.0, help="core stops (and fails) when it takes longer")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--scratch", type=Path, help="where the runs go; kept, else a temporary folder")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     scratch = options.scratch or Path(tempfile.mkdtemp(prefix="chaos-"))
     failed = False
     command = shlex.join(["scripts/chaos", *(sys.argv[1:] if argv is None else argv)])

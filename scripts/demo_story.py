@@ -34,7 +34,8 @@ from raytrain_brats.cli import Changes, Uri, entry, show
 from raytrain_brats.data import scan
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import REGIONS
-from raytrain_brats.run import cluster, ledger
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.run import journal
 
 RECORD = ".made-by-demo"
 MADE = {RECORD, "data", "store", "run", "predictions", "manifest.jsonl", "summary.json"}
@@ -179,19 +180,19 @@ def _delete(out: Path) -> None:
 def _kill_a_worker(run_dir: str, since: float, over: threading.Event) -> None:
     """SIGKILL the last rank of this launch once a third of the samples is applied; nothing when training is over."""
     while not over.wait(0.5):
-        rows, events = ledger.recent(run_dir)
+        rows, events = journal.recent(run_dir)
         launches = [e for e in events if e["event"] == "launch" and e["time"] >= since]
         workers = [e for e in events if e["event"] == "worker" and e["time"] >= since]
         if rows and launches and workers and rows[-1]["samples_seen"] > launches[-1]["total_samples"] / 3:
             victim = workers[-1]
             print(f"chaos: killing the worker of rank {victim['rank']} (process {victim['pid']})", flush=True)
             os.kill(victim["pid"], signal.SIGKILL)
-            ledger.event(run_dir, "chaos", killed_pid=victim["pid"], rank=victim["rank"])
+            journal.event(run_dir, "chaos", killed_pid=victim["pid"], rank=victim["rank"])
             return
 
 
 def _summarise(out: Path, run_dir: str, seconds: dict[str, float]) -> None:
-    rows, events = ledger.read_rows(run_dir), ledger.read_events(run_dir)
+    rows, events = journal.read_rows(run_dir), journal.read_events(run_dir)
     scores = json.loads((out / "run" / "evaluation" / "summary.json").read_bytes())
     launch = max(i for i, e in enumerate(events) if e["event"] == "launch")
     summary = {

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from raytrain_brats.data.nifti import Refused, Volume, decode_case
+from raytrain_brats.data.nifti import InvalidCase, Volume, decode_case
 from raytrain_brats.data.preprocess import preprocess
 from scripts.chaos import progress
 from scripts.chaos_campaign.outcome import measured
@@ -119,7 +119,7 @@ def judge(case: Mutant) -> tuple[str, str]:
     try:
         volume = decode_case([case.image], case.label, ALLOWED, NAMES)
         trouble = _prepared(case, volume)
-    except Refused as refusal:
+    except InvalidCase as refusal:
         if case.family in ("good", "meaningless"):
             return "violation", f"a good file refused: {refusal}"
         if case.reasons and refusal.reason not in case.reasons:
@@ -143,7 +143,7 @@ def _prepared(case: Mutant, volume: Volume) -> str:
     edges_mm = np.linalg.norm(volume.affine[:3, :3], axis=0)
     try:
         prepared = preprocess(volume, float(edges_mm.max()))
-    except Refused as refusal:
+    except InvalidCase as refusal:
         unchanged = case.family in ("good", "meaningless") and np.ptp(edges_mm) < 1e-3
         return f"a good file refused by preprocessing: {refusal}" if unchanged else ""
     return "" if np.isfinite(prepared.image_czyx.astype(np.float64)).all() else "prepared voxels that are not finite"

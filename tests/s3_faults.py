@@ -106,8 +106,8 @@ def _read_all(root: str, store: str, epochs: int) -> list[str]:
     found = scan.open_manifest(f"{root}/data")
     raw, options = Source(f"{root}/data", found.convention, 7.5), {"spacing_mm": 7.5}
 
-    def load(job: tuple[Source, Case]) -> str:
-        made = job[0].load(job[1])
+    def load(spec: tuple[Source, Case]) -> str:
+        made = spec[0].load(spec[1])
         return hashlib.sha256(stores.encode(made)).hexdigest()
 
     with ThreadPoolExecutor(4) as pool:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from raytrain_brats import verify
-from raytrain_brats.run import checkpoint, gauges, ledger
+from raytrain_brats.run import checkpoint, gauges, journal
 from raytrain_brats.synthetic.phantom import write_set
 from scripts.chaos_campaign import under_ray
 from scripts.chaos_campaign.ray_cluster import SMALL, Cluster, ElasticRun, free_port
@@ -64,7 +64,7 @@ def test_a_node_that_joins_is_used_and_no_step_is_lost(cluster: Cluster) -> None
     run.rows_until(2, after=1)
     run.interrupt()
 
-    rows = ledger.read_rows(run.folder)
+    rows = journal.read_rows(run.folder)
     assert [row["world_size"] for row in rows] == sorted(row["world_size"] for row in rows)
     assert run.events("resize")[0]["saved"]
     assert [e["redone_steps"] for e in run.events("group")] == [0, 0]
@@ -171,9 +171,9 @@ def test_a_minute_without_s3_is_outlived(place: Path, s3_server: str) -> None:
         proxy.set("refuse")
         time.sleep(60)
         proxy.set("pass")
-        back = len(ledger.read_rows(run.folder))
+        back = len(journal.read_rows(run.folder))
         until = time.monotonic() + 120
-        while len(ledger.read_rows(run.folder)) < back + 100:
+        while len(journal.read_rows(run.folder)) < back + 100:
             assert time.monotonic() < until and run.driver.poll() is None, run.said.read_text()[-2000:]
             time.sleep(1)
         run.interrupt()

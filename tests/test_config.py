@@ -140,3 +140,11 @@ def test_differences_are_those_that_make_another_run() -> None:
     assert config.differences(one, one) == []
     assert config.differences(one, other) == ["data.fold: 0 -> 2", "train.epochs: 12 -> 99"]
     assert "network.name: segresnet -> dynunet" in config.differences(one, load("demo", DYNUNET))
+
+
+@pytest.mark.parametrize(("name", "rate", "batch"), [("segresnet", 1e-4, 1), ("dynunet", 0.01, 2)])
+def test_the_learning_rate_is_for_the_batch(name: str, rate: float, batch: int) -> None:
+    """The field's rate and batch, scaled by the square root: who changes one in a recipe must look at the other."""
+    train = load(name).train
+    assert train.optimiser.learning_rate == pytest.approx(rate * (train.global_batch / batch) ** 0.5, rel=0.02)
+    assert train.optimiser.warmup_share > 0

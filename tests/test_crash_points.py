@@ -21,8 +21,8 @@ import torch
 from botocore.client import BaseClient
 
 from raytrain_brats import storage
-from raytrain_brats.run import checkpoint, ledger
-from raytrain_brats.run.ledger import MetricsLog
+from raytrain_brats.run import checkpoint, journal
+from raytrain_brats.run.journal import MetricsLog
 
 CALLS = ("open", "write", "fsync", "replace", "unlink", "rmdir", "mkdir")
 
@@ -39,7 +39,7 @@ class Disk:
         for name in CALLS:
             setattr(os, name, self.counted(name, self.real[name]))
         self.plain_open = builtins.open
-        storage.open = ledger.open = self.open  # type: ignore[attr-defined]
+        storage.open = journal.open = self.open  # type: ignore[attr-defined]
 
     def tick(self) -> None:
         if self.left == 0:
@@ -153,7 +153,7 @@ def die_before_request(last: int) -> Callable[[], None]:
 
 def begun(folder: str) -> None:
     """A run with rows 4 and 8 and a checkpoint at 8, of worker group 1."""
-    log = MetricsLog(folder, ledger.begin_generation(folder))
+    log = MetricsLog(folder, journal.begin_generation(folder))
     for seen in (4, 8):
         log.add({"samples_seen": seen})
     log.flush()
@@ -162,7 +162,7 @@ def begun(folder: str) -> None:
 
 def go_on(folder: str) -> None:
     """What a worker group does from 8 to 16, checkpoint and clean-up included."""
-    generation = ledger.current(folder)
+    generation = journal.current(folder)
     assert generation is not None
     log = MetricsLog(folder, generation)
     log.bytes = len(storage.read_bytes(storage.join(folder, "metrics.jsonl")))
@@ -174,7 +174,7 @@ def go_on(folder: str) -> None:
 
 
 def start_again(folder: str) -> None:
-    ledger.begin_generation(folder)
+    journal.begin_generation(folder)
 
 
 def in_child(*todo: Callable[[], Any]) -> int:
@@ -211,10 +211,10 @@ def check_every_point(place: Callable[[int], str], work: Any, arm: Callable[[int
         found, damaged = checkpoint.newest_valid(folder)
         assert not damaged and (found is not None or work is begun)
         seen = found.samples_seen if found else 0
-        generation = ledger.begin_generation(folder)
+        generation = journal.begin_generation(folder)
         ends.add(generation.samples_seen)
         assert generation.samples_seen == seen
-        assert [row["samples_seen"] for row in ledger.read_rows(folder)] == [*range(4, seen + 1, 4)]
+        assert [row["samples_seen"] for row in journal.read_rows(folder)] == [*range(4, seen + 1, 4)]
         events = storage.read_bytes(storage.join(folder, "events.jsonl")).decode()
         assert all(json.loads(line) for line in events.splitlines() if line[-1:] == "}")
         if not storage.is_s3(folder):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from raytrain_brats import config, verify
-from raytrain_brats.run import checkpoint, job, ledger
+from raytrain_brats.run import checkpoint, journal, spec
 from raytrain_brats.synthetic.phantom import write_set
 from scripts.chaos_campaign.setting import train_alone
 
@@ -53,7 +53,7 @@ def wait_until(run_dir: Path, samples: int, generation: int, process: subprocess
     """Until the run has applied so many samples in a worker group of that number."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        rows = ledger.read_rows(str(run_dir))
+        rows = journal.read_rows(str(run_dir))
         if rows and rows[-1]["samples_seen"] >= samples and rows[-1]["generation"] >= generation:
             return
         assert process.poll() is None, f"the driver ended early; see {run_dir}/driver.log"
@@ -76,14 +76,14 @@ def test_a_run_killed_twice_and_resized_equals_an_uninterrupted_one(tmp_path: Pa
 
     calm.mkdir()
     rough.mkdir()
-    alone = job.build(config.load(recipe(rough)), str(calm), str(data), "")
-    job.write_config(alone)
+    alone = spec.build(config.load(recipe(rough)), str(calm), str(data), "")
+    spec.write_config(alone)
     train_alone(alone)  # one worker, without Ray
 
     with open(rough / "driver.log", "wb") as log:
         driver = subprocess.Popen(command(rough, data, "1:2"), env=environment(), stdout=log, stderr=log)
         wait_until(rough, 90, 1, driver)
-        worker = [e for e in ledger.read_events(str(rough)) if e["event"] == "worker"][-1]
+        worker = [e for e in journal.read_events(str(rough)) if e["event"] == "worker"][-1]
         os.kill(worker["pid"], signal.SIGKILL)
         wait_until(rough, 200, 2, driver)
         driver.kill()
@@ -91,7 +91,7 @@ def test_a_run_killed_twice_and_resized_equals_an_uninterrupted_one(tmp_path: Pa
     done = subprocess.run(command(rough, data, "3"), env=environment(), capture_output=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
-    expected, found = ledger.read_rows(str(calm)), ledger.read_rows(str(rough))
+    expected, found = journal.read_rows(str(calm)), journal.read_rows(str(rough))
     total = 24 * 16  # 5 cases x 3 patches = 15 samples, padded to 16, 24 epochs
     assert [row["positions"] for row in expected] == [[p, p + 4] for p in range(0, total, 4)]
     assert [row["positions"] for row in found] == [row["positions"] for row in expected]

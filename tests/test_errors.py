@@ -17,8 +17,9 @@ from raytrain_brats.config import Run
 from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.run import checkpoint, cluster, job, roles
-from raytrain_brats.run.step import Learner
+from raytrain_brats.ray_ext import cluster, roles
+from raytrain_brats.run import checkpoint, spec
+from raytrain_brats.run.worker import train_step_of
 from tests.conftest import write_msd_folder
 
 Call = Callable[..., str]
@@ -65,9 +66,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the demo recipe on `data`, with a checkpoint."""
     folder = tmp_path_factory.mktemp("run")
-    todo = job.build(config.load("demo"), str(folder), str(data), None)
-    job.write_config(todo)
-    checkpoint.save(str(folder), 4, 1, *Learner(todo, 1, torch.device("cpu")).state())
+    todo = spec.build(config.load("demo"), str(folder), str(data), None)
+    spec.write_config(todo)
+    checkpoint.save(str(folder), 4, 1, *train_step_of(todo, 1, torch.device("cpu")).state())
     return folder
 
 
@@ -167,8 +168,8 @@ def test_places_that_cannot_be_written(command: str, fails: Call, data: Path, ru
 def test_a_run_is_not_mixed_with_another(fails: Call, data: Path, run_dir: Path, tmp_path: Path) -> None:
     """Other data, other preprocessing and another config are refused, with both values."""
     other = write_msd_folder(tmp_path / "other", 4, shape=(8, 8, 8))
-    here = job.build(config.load("demo"), str(tmp_path / "x"), str(data), None).identity
-    there = job.build(config.load("demo"), str(tmp_path / "x"), str(other), None).identity
+    here = spec.build(config.load("demo"), str(tmp_path / "x"), str(data), None).dataset_identity
+    there = spec.build(config.load("demo"), str(tmp_path / "x"), str(other), None).dataset_identity
     line = fails("train", "--data", other, "--run-dir", run_dir)
     assert here in line and there in line and str(run_dir) in line
     assert "identity" in fails("train", "--data", data, "--run-dir", run_dir, "--set", "preprocess.spacing_mm=2")
@@ -349,7 +350,7 @@ def test_a_store_is_not_read_in_another_convention(fails: Call, data: Path, tmp_
     """Its labels would silently mean something else; one of equal values (article) may be asked for."""
     settings = config.load("demo", ("data.convention=brats2017_2021",))
     manifest = scan.open_manifest(str(data))
-    stores.write_index(str(tmp_path / "store"), manifest, job.preprocessing(settings))
+    stores.write_index(str(tmp_path / "store"), manifest, spec.preprocessing(settings))
     train = ("train", "--store", tmp_path / "store", "--run-dir", tmp_path / "run")
     assert "prepared as msd (1 edema" in fails(*train, "--set", "data.convention=brats2017_2021")
 

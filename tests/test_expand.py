@@ -18,7 +18,7 @@ import pytest
 from raytrain_brats import expand, storage
 from raytrain_brats.data.scan import open_manifest, scan
 from raytrain_brats.data.store import Source
-from raytrain_brats.run import cluster
+from raytrain_brats.ray_ext import cluster
 from tests.conftest import write_brats_folder, write_msd_folder
 from tests.test_crash_points import Disk, die_before_request, in_child
 

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from raytrain_brats.data import inflate, nifti
+from raytrain_brats.data import gunzip, nifti
 from scripts import fuzz
 from scripts.fuzz_files import good, read
 from scripts.fuzz_mutants import DAMAGE, FAULTS, LABELS, mutant
@@ -37,11 +37,11 @@ def test_the_whole_campaign_with_another_seed(tmp_path: Path) -> None:
 def _unchecked(content: bytes, wanted: int) -> Any:
     """Gzip as nibabel reads it: as much as is wanted, never the end."""
     found = b""
-    for piece in inflate._pieces(content):
+    for piece in gunzip._pieces(content):
         found += piece
         if len(found) >= wanted:
             return np.frombuffer(found[:wanted], np.uint8)
-    raise inflate.WrongLength("")
+    raise gunzip.WrongLength("")
 
 
 def _only_first(real: Callable[..., bool]) -> Callable[..., bool]:
@@ -57,8 +57,8 @@ TAKEN_AWAY = {
     "extensions": (nifti, "_check_extensions", lambda *_: None),
     "shape and affine of the label": (nifti, "_same_grid", lambda *_: None),
     "label values": (nifti, "_label", lambda array, allowed: array.astype(np.uint8)),
-    "end of the stream": (inflate, "unpack", _unchecked),
-    "what follows the stream": (inflate, "_by_libdeflate", _only_first(inflate._by_libdeflate)),
+    "end of the stream": (gunzip, "unpack", _unchecked),
+    "what follows the stream": (gunzip, "_by_libdeflate", _only_first(gunzip._by_libdeflate)),
     "singular affines": (nifti.np.linalg, "det", lambda _: 1.0),
     "bounds of an image": (nifti.math, "isfinite", lambda _: True),
 }

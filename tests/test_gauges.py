@@ -10,7 +10,7 @@ import yaml
 from ray.util.metrics import Gauge
 
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import gauges, ledger
+from raytrain_brats.run import gauges, journal
 
 GRAFANA = Path(__file__).parents[1] / "cluster" / "grafana"
 DASHBOARD = json.loads((GRAFANA / "dashboards" / "raytrain_brats.json").read_text())
@@ -150,12 +150,12 @@ def test_what_a_run_has_cost_so_far_is_kept_over_launches(tmp_path: Path, monkey
     for launch in range(2):
         cost = gauges.Cost(run_dir, {"train": 36.0})
         for up in (nodes, nodes * 2, nodes * 2):  # a minute with one node, a minute with two
-            cost.look(up, ledger.read_events(run_dir))
+            cost.look(up, journal.read_events(run_dir))
             now[0] += 61
         assert cost.rate == 72.0
         assert cost.total == pytest.approx((launch + 1) * (0.61 + 1.22) + launch * 1.22)
-        cost.look(nodes * 2, ledger.read_events(run_dir))
+        cost.look(nodes * 2, journal.read_events(run_dir))
         cost.note()
-    noted = [e["dollars"] for e in ledger.read_events(run_dir) if e["event"] == "cost"]
+    noted = [e["dollars"] for e in journal.read_events(run_dir) if e["event"] == "cost"]
     assert sum(noted) == pytest.approx(2 * (0.61 + 2 * 1.22), abs=1e-4)
     assert len(noted) == 6

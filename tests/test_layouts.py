@@ -13,7 +13,7 @@ from raytrain_brats import index, storage
 from raytrain_brats.data import folds, layouts, scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
-from raytrain_brats.data.nifti import Refused
+from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import to_regions
@@ -187,7 +187,7 @@ def test_values_of_2021_under_names_of_2023_are_not_taken_for_a_cavity(tmp_path:
             scan.open_manifest(str(tmp_path))
     else:
         found = scan.open_manifest(str(tmp_path))
-        with pytest.raises(Refused, match="label_values"):
+        with pytest.raises(InvalidCase, match="label_values"):
             Source(found.root, found.convention, 1.0).volume(found.cases[0])
 
 

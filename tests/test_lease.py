@@ -15,7 +15,8 @@ import torch
 
 from raytrain_brats import storage, train
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.run import checkpoint, cluster, lease, ledger
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.run import checkpoint, journal, lease
 from tests.conftest import write_msd_folder
 
 TTL_S = 1.2
@@ -199,16 +200,16 @@ def test_a_stopped_driver_that_comes_back_is_fenced_off(tmp_path: Path, drivers:
     run_dir = str(tmp_path)
     zombie = drivers.start(run_dir)
     token = said(zombie, "holds")
-    ledger.forgive(run_dir, token)
-    first = ledger.begin_generation(run_dir, token)
+    journal.take_over(run_dir, token)
+    first = journal.begin_generation(run_dir, token)
     assert (first.number, first.driver) == (1, token)
     zombie.send_signal(signal.SIGSTOP)
     with lease.hold(run_dir, TTL_S) as held:
-        ledger.forgive(run_dir, held.token)
+        journal.take_over(run_dir, held.token)
         for _ in range(2):
             with pytest.raises(RunFailed, match=r"another driver has taken .* over"):
-                ledger.begin_generation(run_dir, token)
-            assert ledger.begin_generation(run_dir, held.token).driver == held.token
+                journal.begin_generation(run_dir, token)
+            assert journal.begin_generation(run_dir, held.token).driver == held.token
         zombie.send_signal(signal.SIGCONT)
         assert f"process {lease.os.getpid()} on " in said(zombie, "lost to")
         assert zombie.wait(20) == 0 and not held.lost
@@ -221,8 +222,8 @@ def test_a_driver_replaced_amid_its_decision_changes_nothing(
     run_dir: str, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Stopped between check and write, or between fence and cut, while another driver begins and its group trains."""
-    ledger.forgive(run_dir, "old")
-    log = ledger.MetricsLog(run_dir, ledger.begin_generation(run_dir, "old"))
+    journal.take_over(run_dir, "old")
+    log = journal.MetricsLog(run_dir, journal.begin_generation(run_dir, "old"))
     log.add({"samples_seen": 4})
     log.flush()
     checkpoint.save(run_dir, 4, 1, {"a": torch.ones(2)}, {"metrics_bytes": log.bytes, "bad_in_epoch": 0})
@@ -232,32 +233,32 @@ def test_a_driver_replaced_amid_its_decision_changes_nothing(
         read = real(uri) if moment == "read_bytes" else None
         if not entered and (moment != "read_bytes" or "metrics" in uri):
             entered.append(uri)
-            ledger.forgive(run_dir, "new")
-            new = ledger.MetricsLog(run_dir, ledger.begin_generation(run_dir, "new"))
+            journal.take_over(run_dir, "new")
+            new = journal.MetricsLog(run_dir, journal.begin_generation(run_dir, "new"))
             new.add({"samples_seen": 8})
             new.flush()
         return read or real(uri, *arguments)
 
     monkeypatch.setattr(storage, moment, interrupted)
     with pytest.raises(RunFailed, match="another driver has taken"):
-        ledger.begin_generation(run_dir, "old")
-    assert entered and [row["samples_seen"] for row in ledger.read_rows(run_dir)] == [4, 8]
+        journal.begin_generation(run_dir, "old")
+    assert entered and [row["samples_seen"] for row in journal.read_rows(run_dir)] == [4, 8]
 
 
 def test_rows_held_up_until_a_later_group_has_begun_do_not_count(s3_server: str) -> None:
     """A put on S3 may wait minutes for an outage to end, past the fence: it finds other books and leaves them."""
-    log = ledger.MetricsLog(s3_server, ledger.begin_generation(s3_server))
+    log = journal.MetricsLog(s3_server, journal.begin_generation(s3_server))
     log.add({"samples_seen": 4})
     log.flush()
     log.add({"samples_seen": 8})
     log.check = lambda: None  # type: ignore[method-assign] # passed before the outage
     checkpoint.save(s3_server, 4, 1, {"a": torch.ones(2)}, {"metrics_bytes": log.bytes - 20, "bad_in_epoch": 0})
-    new = ledger.MetricsLog(s3_server, ledger.begin_generation(s3_server))
+    new = journal.MetricsLog(s3_server, journal.begin_generation(s3_server))
     new.add({"samples_seen": 8, "generation": 2})
     new.flush()
     with pytest.raises(RuntimeError, match="another writer was first"):
         log.flush()
-    assert [row["samples_seen"] for row in ledger.read_rows(s3_server)] == [4, 8]
+    assert [row["samples_seen"] for row in journal.read_rows(s3_server)] == [4, 8]
 
 
 @pytest.mark.parametrize("left", ["free", "stale"])

@@ -24,8 +24,8 @@ from tests.conftest import write_brats_folder, write_msd_folder
 OPTIONS: dict[str, Any] = {"spacing_mm": 1.0}
 
 
-def identity(cases: Any, options: dict[str, Any]) -> str:
-    return manifests.identity(cases, options, "msd")
+def dataset_identity(cases: Any, options: dict[str, Any]) -> str:
+    return manifests.dataset_identity(cases, options, "msd")
 
 
 def decoded(manifest: Manifest, case: Case) -> Any:
@@ -202,21 +202,21 @@ def test_identity_is_that_of_content_and_preprocessing(tmp_path: Path) -> None:
     """A changed byte, a case more or less, or other preprocessing change it; where the folder lies does not."""
     folder = write_msd_folder(tmp_path / "here", 3, shape=(8, 8, 8))
     cases = open_manifest(str(folder)).cases
-    first = identity(cases, OPTIONS)
+    first = dataset_identity(cases, OPTIONS)
     moved = shutil.copytree(folder, tmp_path / "there")
-    assert identity(open_manifest(str(moved)).cases, OPTIONS) == first
-    assert identity(cases, {"spacing_mm": 1.5}) != first
-    assert identity(cases[:-1], OPTIONS) != first
+    assert dataset_identity(open_manifest(str(moved)).cases, OPTIONS) == first
+    assert dataset_identity(cases, {"spacing_mm": 1.5}) != first
+    assert dataset_identity(cases[:-1], OPTIONS) != first
     for part in ("imagesTr", "labelsTr"):
         path = moved / part / "BRATS_002.nii.gz"
         content = bytearray(path.read_bytes())
         content[-9] ^= 1
         path.write_bytes(content)
-        changed = identity(open_manifest(str(moved)).cases, OPTIONS)
+        changed = dataset_identity(open_manifest(str(moved)).cases, OPTIONS)
         assert changed != first
         content[-9] ^= 1
         path.write_bytes(content)
-    assert identity(open_manifest(str(moved)).cases, OPTIONS) == first
+    assert dataset_identity(open_manifest(str(moved)).cases, OPTIONS) == first
 
 
 def test_a_manifest_file_comes_back_whole(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import cluster, job
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.run import spec
 from tests.conftest import LPS, make_arrays, save, write_brats_folder, write_msd_folder
 
 SHAPE = (10, 9, 8)
@@ -82,9 +83,9 @@ def test_an_order_that_changes_is_another_data_set(msd: Path) -> None:
         state(msd, **about)
         found = scan.open_manifest(str(msd))
         options = {"spacing_mm": 1.0}
-        identity = manifests.identity(found.cases, options, found.convention)
-        keys.append((identity, stores.key(found.cases[0], options, found.convention)))
-    assert len({identity for identity, _ in keys}) == len({key for _, key in keys}) == 3
+        dataset_identity = manifests.dataset_identity(found.cases, options, found.convention)
+        keys.append((dataset_identity, stores.key(found.cases[0], options, found.convention)))
+    assert len({dataset_identity for dataset_identity, _ in keys}) == len({key for _, key in keys}) == 3
 
 
 def test_a_convention_against_the_stated_labels_is_refused(msd: Path) -> None:
@@ -120,16 +121,16 @@ def test_a_run_goes_on_under_its_own_convention_alone(msd: Path, tmp_path: Path)
     """A dataset.json that says other tissues by now, or another setting: refused with both, config.yaml as it was."""
     state(msd, labels=MSD)
     run_dir = tmp_path / "run"
-    job.write_config(job.build(settings(), str(run_dir), str(msd), "", "demo"))
+    spec.write_config(spec.build(settings(), str(run_dir), str(msd), "", "demo"))
     before = (run_dir / "config.yaml").read_bytes()
     for word in (b"convention: msd", b"enhancing tumour", b"- FLAIR", b"recipe: demo"):
         assert word in before
-    job.build(settings(), str(run_dir), str(msd), "")
+    spec.build(settings(), str(run_dir), str(msd), "")
     with pytest.raises(UserError, match=r"begun on labels read as msd \(1 edema.*as article \(1 edema, 2 enhancing"):
-        job.build(settings("data.convention=article"), str(run_dir), str(msd), "")
+        spec.build(settings("data.convention=article"), str(run_dir), str(msd), "")
     state(msd, labels=OTHER)
     with pytest.raises(UserError, match=r"begun on labels read as msd \(.*as brats2023 \("):
-        job.build(settings(), str(run_dir), str(msd), "")
+        spec.build(settings(), str(run_dir), str(msd), "")
     assert (run_dir / "config.yaml").read_bytes() == before
 
 
@@ -145,7 +146,7 @@ def test_a_store_is_served_as_it_was_prepared(
     assert prepared(msd, store) == 0
     index = (store / "index.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"prepared as brats2024_gli \(.*, data\.convention says msd \("):
-        job.build(settings("data.convention=msd"), str(tmp_path / "run"), "", str(store))
+        spec.build(settings("data.convention=msd"), str(tmp_path / "run"), "", str(store))
     state(msd, labels=MSD)
     assert prepared(msd, store) == 2
     assert "labels read as brats2024_gli (1 NETC" in capsys.readouterr().err
@@ -193,7 +194,7 @@ def test_a_label_corrected_in_place_is_noticed(tmp_path: Path, here: None, capsy
         path.unlink()
     assert prepared(data, store) == 0
     first = stores.open_index(str(store), {"spacing_mm": 1.0})
-    job.write_config(job.build(settings(), run_dir, str(data), ""))
+    spec.write_config(spec.build(settings(), run_dir, str(data), ""))
     manifests.write(scan.open_manifest(str(data)), str(tmp_path / "m.jsonl"))
 
     label = data / "BraTS2021_00003" / "BraTS2021_00003_seg.nii"
@@ -209,7 +210,7 @@ def test_a_label_corrected_in_place_is_noticed(tmp_path: Path, here: None, capsy
     with pytest.raises(UserError, match=r"files of case BraTS2021_00003 .* changed since"):
         scan.open_manifest(str(tmp_path / "m.jsonl"))
     with pytest.raises(UserError, match=r"begun on other data .*; 1 cases changed, such as BraTS2021_00003"):
-        job.build(settings(), run_dir, str(data), "")
+        spec.build(settings(), run_dir, str(data), "")
 
 
 def test_what_did_not_change_is_not_read_again(msd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,17 +270,17 @@ def test_real_cases_need_a_named_recipe(
 
 def test_voxels_as_fine_as_the_scans_need_no_warning(msd: Path) -> None:
     """By either route."""
-    found = job.open_cases(settings(), str(msd))
-    assert job.warnings(settings(), *found) == []
-    (told,) = job.warnings(settings("preprocess.spacing_mm=1.5"), *found)
+    found = spec.open_cases(settings(), str(msd))
+    assert spec.warnings(settings(), *found) == []
+    (told,) = spec.warnings(settings("preprocess.spacing_mm=1.5"), *found)
     assert "coarser" in told
 
 
 def test_identity_is_that_of_the_convention_read_by(msd: Path) -> None:
     """`article` on MSD's files is another data set than `msd`."""
-    manifest, source = job.open_cases(settings("data.convention=article"), str(msd))
+    manifest, source = spec.open_cases(settings("data.convention=article"), str(msd))
     assert source.convention == "article"
-    both = {manifests.identity(manifest.cases, {}, name) for name in ("msd", "article")}
+    both = {manifests.dataset_identity(manifest.cases, {}, name) for name in ("msd", "article")}
     assert len(both) == 2
     assert dataclasses.replace(manifest, convention="msd") == scan.open_manifest(str(msd))
 
@@ -289,14 +290,14 @@ def test_a_run_begun_before_identities_told_the_meaning_goes_on(msd: Path, tmp_p
     chosen = config.load("demo", ["data.patch_xyz=[16,16,16]"])
     found, run = scan.open_manifest(str(msd)), tmp_path / "run"
     rows = [[c.id, c.bytes, c.sha256, c.fold] for c in found.cases]
-    text = json.dumps([rows, job.preprocessing(chosen)], sort_keys=True)
+    text = json.dumps([rows, spec.preprocessing(chosen)], sort_keys=True)
     earlier = hashlib.sha256(text.encode()).hexdigest()[:16]
-    new = job.build(chosen, str(run), str(msd), "")
-    job.write_config(dataclasses.replace(new, identity=earlier))
-    job.build(chosen, str(run), str(msd), "")  # is not refused
+    new = spec.build(chosen, str(run), str(msd), "")
+    spec.write_config(dataclasses.replace(new, dataset_identity=earlier))
+    spec.build(chosen, str(run), str(msd), "")  # is not refused
 
     about = json.loads((msd / "dataset.json").read_text())
     turned = {"0": "T1", "1": "T1Gd", "2": "T2", "3": "FLAIR"}
     (msd / "dataset.json").write_text(json.dumps(about | {"modality": turned}))
     with pytest.raises(UserError, match="was begun on other data"):
-        job.build(chosen, str(run), str(msd), "")
+        spec.build(chosen, str(run), str(msd), "")

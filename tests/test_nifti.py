@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from raytrain_brats.data.nifti import REASONS, Refused, background_warning, decode, decode_case
+from raytrain_brats.data.nifti import REASONS, InvalidCase, background_warning, decode, decode_case
 from scripts.fuzz_files import nifti
 from tests.conftest import LPS, make_affine, make_arrays, make_volume
 
@@ -25,7 +25,7 @@ IMAGE, LABEL = make_arrays((8, 7, 6), dtype=np.int16)
 
 
 def refusal(images: list[bytes], label: bytes | None = None, allowed: tuple[int, ...] = MSD) -> str:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidCase) as caught:
         decode_case(images, label, allowed)
     assert caught.value.reason in REASONS
     assert caught.value.detail
@@ -129,7 +129,7 @@ def test_fractions_in_a_scaled_label_stay_refused(fraction: float) -> None:
     """What is no rounding is named alone, with what to do; and without scaling 0.001 is a fraction too."""
     values = LABEL * np.float32(1.00001)
     values[0, 0, 0] = fraction
-    with pytest.raises(Refused, match="nearest voxel") as caught:
+    with pytest.raises(InvalidCase, match="nearest voxel") as caught:
         decode_case([nifti(IMAGE)], nifti(values / 2, scl_slope=2, scl_inter=0), MSD)
     assert "1.00001" not in caught.value.detail and str(fraction)[:3] in caught.value.detail
     assert refusal([nifti(IMAGE)], nifti(LABEL * np.float32(1.001))) == "label_values"
@@ -166,7 +166,7 @@ def test_the_file_at_fault_is_named(reason: str, number: int) -> None:
     contents[number] = SPOILT[reason](arrays[number])
     if number == 4 and reason in ("constant", "empty", "not_finite"):
         return  # a label may be empty, and has values of its own to be refused for
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidCase) as caught:
         decode_case(contents[:4], contents[4], MSD, NAMES)
     assert (caught.value.reason, caught.value.file) == (reason, NAMES[number])
     assert caught.value.detail.startswith(f"{NAMES[number]}: ")
@@ -179,7 +179,7 @@ def test_a_modality_of_a_4d_file_is_named() -> None:
     """There the file is one, so only its channel's name tells what to look at; also with channels in another order."""
     content = nifti(IMAGE * np.array([1, 0, 1, 1], np.int16))
     for channels, name in ((None, "T1w"), ((3, 2, 1, 0), "T1gd")):
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(InvalidCase) as caught:
             decode_case([content], None, MSD, ["i/a.nii"], channels)
         assert caught.value.file == "i/a.nii"
         assert caught.value.detail == f"i/a.nii: {name} is 0 everywhere"
@@ -389,7 +389,7 @@ def test_flipped_bits_in_a_gz_body_are_refused() -> None:
         damaged[dice.randrange(10, len(PACKED))] ^= 1 << dice.randrange(8)
         try:
             assert np.array_equal(decode(bytes(damaged), "x")[0], IMAGE)
-        except Refused:
+        except InvalidCase:
             refused += 1
     assert refused > 285
 

@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError
 
 from raytrain_brats import s3, storage
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import cluster, surroundings
+from raytrain_brats.ray_ext import cluster, start_up
 
 CONTENT = os.urandom(300_000)
 KINDS = ("refuse", "hang", "503", "cut")
@@ -224,7 +224,7 @@ def test_rays_processes_are_patient(monkeypatch: pytest.MonkeyPatch, own: Any, j
     for name in (storage.PATIENCE, "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.setenv(name, "")  # so that it is put back as it was
         monkeypatch.delenv(name)
-    monkeypatch.setattr(surroundings, "address", lambda: "10.0.0.1:6379")
+    monkeypatch.setattr(start_up, "address", lambda: "10.0.0.1:6379")
     if own:
         monkeypatch.setenv(storage.PATIENCE, own)
     if job:

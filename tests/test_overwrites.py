@@ -19,8 +19,9 @@ import ray
 import torch
 
 from raytrain_brats import config, evaluate, outputs, predict, storage
-from raytrain_brats.run import checkpoint, cluster, job, launch
-from raytrain_brats.run.step import Learner
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.run import checkpoint, driver, spec
+from raytrain_brats.run.worker import train_step_of
 from raytrain_brats.synthetic import phantom
 from raytrain_brats.synthetic.phantom import write_set
 from scripts import bench, demo_story
@@ -92,9 +93,9 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`data`, six MSD cases, and `run`, a run on it with one checkpoint."""
     folder = tmp_path_factory.mktemp("made")
     write_msd_folder(folder / "data", 6, shape=(16, 14, 12))
-    todo = job.build(config.load("demo", SMALL), str(folder / "run"), str(folder / "data"), "")
-    job.write_config(todo)
-    checkpoint.save(todo.run_dir, 4, 1, *Learner(todo, 1, torch.device("cpu")).state())
+    todo = spec.build(config.load("demo", SMALL), str(folder / "run"), str(folder / "data"), "")
+    spec.write_config(todo)
+    checkpoint.save(todo.run_dir, 4, 1, *train_step_of(todo, 1, torch.device("cpu")).state())
     return folder
 
 
@@ -107,9 +108,9 @@ def made(_made: Path, tmp_path: Path) -> Path:
 
 def train_on(run: Path, data: Path) -> None:
     """Another checkpoint of the run, of other weights."""
-    todo = job.build(config.load("demo", (*SMALL, "train.seed=0")), str(run), str(data), "")
-    learner = Learner(todo, 1, torch.device("cpu"))
-    tensors, state = learner.state()
+    todo = spec.build(config.load("demo", (*SMALL, "train.seed=0")), str(run), str(data), "")
+    train_step = train_step_of(todo, 1, torch.device("cpu"))
+    tensors, state = train_step.state()
     checkpoint.save(str(run), 8, 1, {n: t + 0.01 if t.is_floating_point() else t for n, t in tensors.items()}, state)
 
 
@@ -311,7 +312,7 @@ def test_train_begins_no_run_among_other_files(
         (made / "begun" / name).write_text("{}")
     for name in ("connect", "check_shared"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
-    monkeypatch.setattr(launch, "check", lambda _: pytest.skip("begun: the rest is training"))
+    monkeypatch.setattr(driver, "check", lambda _: pytest.skip("begun: the rest is training"))
     from raytrain_brats import train
 
     with pytest.raises(pytest.skip.Exception):

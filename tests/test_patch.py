@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.data import DataContext
 
+from raytrain_brats.data.boxes import Buffer, PatchSpec, cover, pack, parcels, unpack
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.nifti import Refused, Volume
-from raytrain_brats.data.parcel import Buffer, Cutting, cover, pack, parcels, unpack
+from raytrain_brats.data.nifti import InvalidCase, Volume
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.plan import Plan, Sample, draw
 from raytrain_brats.data.preprocess import Prepared, preprocess
+from raytrain_brats.data.sampler import Sample, Sampler, draw
 from raytrain_brats.data.scan import open_manifest
 from raytrain_brats.data.store import Source, put
 from raytrain_brats.data.stream import PositionSource
@@ -36,8 +36,8 @@ def equal(a: Patch, b: Patch) -> bool:
 
 def cut(prepared: Prepared, sample: Sample, case_id: str, patch_xyz: Any, share: float) -> Patch:
     """The patch of one sample, through a parcel of its own."""
-    cutting = Cutting(patch_xyz, share)
-    left, (patch,) = unpack(pack(cover(prepared, case_id, [sample], cutting), cutting.size_zyx, 0))
+    patch_spec = PatchSpec(patch_xyz, share)
+    left, (patch,) = unpack(pack(cover(prepared, case_id, [sample], patch_spec), patch_spec.size_zyx, 0))
     assert left == 0
     return patch
 
@@ -112,8 +112,8 @@ def cases(tmp_path: Path) -> tuple[Source, tuple[Case, ...]]:
     return Source(manifest.root, manifest.convention, 1.0), manifest.cases
 
 
-PLAN = Plan(seed=1, cases=4, global_batch=3, patches_per_case=2, window_cases=2, epochs=2)
-CUTTING = Cutting((16, 14, 12), 0.5)
+PLAN = Sampler(seed=1, cases=4, global_batch=3, patches_per_case=2, window_cases=2, epochs=2)
+CUTTING = PatchSpec((16, 14, 12), 0.5)
 
 
 def items(found: tuple[Case, ...]) -> list[tuple[Sample, Case | None]]:
@@ -121,11 +121,11 @@ def items(found: tuple[Case, ...]) -> list[tuple[Sample, Case | None]]:
     return [(s, None if s.case is None else found[s.case]) for s in samples]
 
 
-def dealt(source: Source, wanted: Any, world_size: int = 1, cutting: Cutting = CUTTING) -> list[list[Patch]]:
+def dealt(source: Source, wanted: Any, world_size: int = 1, patch_spec: PatchSpec = CUTTING) -> list[list[Patch]]:
     """Each rank's patches of one window, in the order in which it trains on them."""
     ranks: list[list[Patch]] = [[] for _ in range(world_size)]
     held: list[list[Patch]] = [[] for _ in range(world_size)]
-    for number, table in enumerate(parcels(source, wanted, cutting, world_size)):
+    for number, table in enumerate(parcels(source, wanted, patch_spec, world_size)):
         left, found = unpack(table)
         held[number % world_size] += found
         if not left:
@@ -163,10 +163,10 @@ def test_a_parcel_holds_a_case_once_and_never_more_than_its_patches() -> None:
     prepared = dataclasses.replace(PREPARED, image_czyx=PREPARED.image_czyx.astype(np.float16))
     buffer = Buffer()
     for size in ((20, 18, 16), (3, 2, 2)):
-        cutting = Cutting(size, 0.5)
+        patch_spec = PatchSpec(size, 0.5)
         samples = [Sample(2**62 + n, 0, 0, 2**63 - 1 - n) for n in range(9)]
-        apart = sum(pack(cover(prepared, "é", [s], cutting), cutting.size_zyx, 0).nbytes for s in samples)
-        together = pack(cover(prepared, "é", samples, cutting), cutting.size_zyx, 2, buffer)
+        apart = sum(pack(cover(prepared, "é", [s], patch_spec), patch_spec.size_zyx, 0).nbytes for s in samples)
+        together = pack(cover(prepared, "é", samples, patch_spec), patch_spec.size_zyx, 2, buffer)
         assert together.nbytes < (apart / 2 if size[0] > 10 else apart)
         whole = pa.concat_tables([pack([], size, 0), together]).combine_chunks()
         for table in (together, whole.slice(1, 1)):
@@ -224,7 +224,7 @@ def test_storage_that_fails_stops_the_window_and_each_case_is_read_once() -> Non
             if case.id == "down":
                 raise OSError("no route to host")
             if case.id == "bad":
-                raise Refused("size", "cut")
+                raise InvalidCase("size", "cut")
             return PREPARED
 
     def rows(*ids: str) -> list[Patch]:
@@ -239,7 +239,7 @@ def test_storage_that_fails_stops_the_window_and_each_case_is_read_once() -> Non
 
 def test_executions_of_the_datasource_chain_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The read tasks of execution 0, 1, 2 ... from any step on hold every later position once, in order."""
-    monkeypatch.setattr("raytrain_brats.data.plan.STRETCH_WINDOWS", 1)
+    monkeypatch.setattr("raytrain_brats.data.sampler.SEGMENT_WINDOWS", 1)
     found = tuple(Case(str(i), str(i), (), None, 0) for i in range(4))
     for cursor in range(0, PLAN.total, PLAN.global_batch):
         datasource = PositionSource(PLAN, found, Source("", "msd", 1.0), CUTTING, cursor)

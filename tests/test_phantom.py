@@ -14,7 +14,7 @@ import pytest
 from scipy import ndimage
 
 from raytrain_brats import phantom as command
-from raytrain_brats.run import cluster
+from raytrain_brats.ray_ext import cluster
 from raytrain_brats.synthetic import phantom
 
 GRID, SEED = 48, 11

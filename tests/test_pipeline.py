@@ -16,7 +16,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from raytrain_brats import s3, storage
-from raytrain_brats.run import ledger
+from raytrain_brats.run import journal
 from raytrain_brats.synthetic.phantom import write_set
 from tests.conftest import save
 
@@ -64,7 +64,7 @@ def test_real_cases_go_through_every_command_by_both_routes(tmp_path: Path) -> N
         ["report", "--run-dir", raw],
     )
 
-    by_raw, by_store = ledger.read_rows(raw), ledger.read_rows(stored)
+    by_raw, by_store = journal.read_rows(raw), journal.read_rows(stored)
     assert len(by_raw) == 4  # 1 case x 8 patches x 2 epochs in batches of 4
     assert [r["positions"] for r in by_raw] == [r["positions"] for r in by_store]
     assert [r["loss"] for r in by_raw] == pytest.approx([r["loss"] for r in by_store], rel=1e-6)
@@ -86,11 +86,11 @@ def test_a_full_size_volume_streams_raw_in_patches_of_96(tmp_path: Path) -> None
     run = str(tmp_path / "run")
     run_all(["train", "--data", str(tmp_path / "data"), "--run-dir", run, "--workers", "1", *options])
 
-    row, *others = ledger.read_rows(run)
+    row, *others = journal.read_rows(run)
     assert not others
     assert row["bad"] == 0
     assert 0 < row["loss"] < 3
-    assert any(e["event"] == "validation" for e in ledger.read_events(run))
+    assert any(e["event"] == "validation" for e in journal.read_events(run))
 
 
 def test_everything_may_live_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_everything_may_live_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         )
 
         assert "is finished" in printed
-        rows = ledger.read_rows("s3://brats/run")
+        rows = journal.read_rows("s3://brats/run")
         assert [r["positions"] for r in rows] == [[p, p + 4] for p in range(0, 32, 4)]  # 4 cases x 4 patches x 2
         made = storage.list_files("s3://brats")
         assert "run/report.html" in made
@@ -210,8 +210,8 @@ def test_a_bad_case_is_named_and_the_run_goes_on_or_stops_by_its_share(tmp_path:
     train = ["train", "--data", str(data), "--workers", "1", *options]
     run_all([*train, "--run-dir", str(run), "--set=data.max_bad_share=0.5"])
 
-    assert sum(row["bad"] for row in ledger.read_rows(str(run))) == 2 * 4  # epochs x patches of the one case
-    quarantined = [e for e in ledger.read_events(str(run)) if e["event"] == "quarantine"]
+    assert sum(row["bad"] for row in journal.read_rows(str(run))) == 2 * 4  # epochs x patches of the one case
+    quarantined = [e for e in journal.read_events(str(run)) if e["event"] == "quarantine"]
     assert {(e["case"], e["reason"]) for e in quarantined} == {("BRATS_001", "gzip_damaged")}
 
     command = [sys.executable, "-m", "raytrain_brats", *train, "--run-dir", str(tmp_path / "strict")]
@@ -237,7 +237,7 @@ def test_the_demo_survives_a_killed_worker_and_says_what_it_made(tmp_path: Path)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
     summary = json.loads((out / "summary.json").read_text())
-    rows = ledger.read_rows(str(out / "run"))
+    rows = journal.read_rows(str(out / "run"))
     assert summary["restarts"] == 1
     assert summary["samples_seen"] == 6 * 4 * 10
     assert [row["positions"] for row in rows] == [[p, p + 4] for p in range(0, 240, 4)]

@@ -23,7 +23,7 @@ from raytrain_brats import prepare, storage
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
-from raytrain_brats.run import cluster
+from raytrain_brats.ray_ext import cluster
 from tests.conftest import write_msd_folder
 from tests.test_crash_points import Disk, die_before_request, in_child
 

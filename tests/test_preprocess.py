@@ -27,7 +27,7 @@ from monai.transforms import (
 )
 
 from raytrain_brats.data import preprocess as module
-from raytrain_brats.data.nifti import Refused, Volume, decode_case, survey
+from raytrain_brats.data.nifti import InvalidCase, Volume, decode_case, intensity_range
 from raytrain_brats.data.preprocess import Prepared, preprocess, restore
 from tests.conftest import make_affine, make_arrays, make_volume, save
 
@@ -304,7 +304,7 @@ def test_what_16_bits_cannot_tell_apart_is_refused_with_the_remedy(name: str, wa
     image[2] = REFUSED_RANGES[name](image[2])
     files = ("p_flair.nii.gz", "p_t1.nii.gz", "p_t1ce.nii.gz", "p_t2.nii.gz")
     for known, start in ((files, "p_t1ce.nii.gz: T1gd: values "), ((), "T1gd: values ")):
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(InvalidCase) as caught:
             preprocess(Volume(image, volume.label_xyz, volume.affine, None, b"", known), wanted_mm)
         assert (caught.value.reason, caught.value.file) == ("range", known[2] if known else "")
         assert caught.value.detail.startswith(start)
@@ -334,7 +334,7 @@ def test_ordinary_images_are_stored_as_ever(name: str) -> None:
 
 def test_a_grid_beyond_memory_is_refused() -> None:
     """Thick voxels resampled to very thin ones are a refusal, not a MemoryError on a worker."""
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidCase) as caught:
         preprocess(make_volume(np.diag([90.0, 90, 90, 1])), 0.5)
     assert caught.value.reason == "affine"
 
@@ -352,7 +352,7 @@ def test_one_pass_finds_bounds_and_box_in_any_order_of_memory(dtype: Any, order:
             )
         back = np.argsort(order)
         image = np.ascontiguousarray(image.transpose(0, *(1 + np.array(order)))).transpose(0, *(1 + back))
-        found = survey(image)
+        found = intensity_range(image)
         assert found.low == tuple(image.min(axis=(1, 2, 3)))
         assert found.high == tuple(image.max(axis=(1, 2, 3)))
         places = np.argwhere(image.any(axis=0))

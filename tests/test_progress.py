@@ -10,7 +10,7 @@ import pytest
 from ray.util.metrics import Gauge
 
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import ledger, progress
+from raytrain_brats.run import journal, progress
 from raytrain_brats.run.progress import describe
 from tests.simulation import Run
 
@@ -67,11 +67,11 @@ def test_books_that_cannot_be_read_do_not_end_the_picture(error: Exception, monk
     def fail(_: str) -> Any:
         raise error
 
-    class Job:
+    class RunSpec:
         run_dir = "s3://x/run"
 
-    monkeypatch.setattr(ledger, "recent", fail)
-    _, line = progress.Progress(Job())._look()  # type: ignore[arg-type]
+    monkeypatch.setattr(journal, "recent", fail)
+    _, line = progress.Progress(RunSpec())._look()  # type: ignore[arg-type]
     assert "cannot be read just now" in line and str(error) in line
 
 
@@ -79,9 +79,9 @@ def test_metrics_are_taken_from_the_books_now_and_then(tmp_path: Path, monkeypat
     """From all events, not from the tail that the line needs; at most every ten seconds; nothing when nobody knows."""
     run, step, told = Run(), ("step", 2.0, 0.5), dict[str, float]()
     run.group([*[step, ("checkpoint", 0.1, 0.5), ("commit", 0, 0)] * 300, step], "alive")
-    job: Any = SimpleNamespace(run_dir=str(tmp_path), plan=SimpleNamespace(total=4000))
+    spec: Any = SimpleNamespace(run_dir=str(tmp_path), sampler=SimpleNamespace(total=4000))
     monkeypatch.setattr(Gauge, "set", lambda gauge, value, tags: told.update({gauge.info["name"]: value}))
-    picture = progress.Progress(job)
+    picture = progress.Progress(spec)
     picture._look()
     assert "raytrain_brats_goodput" not in told
     for name, lines in (("events", run.events), ("metrics", run.rows)):
@@ -116,15 +116,15 @@ def test_a_save_that_fails_is_told_at_once(
     terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line when it begins, none for the next of the same cause, one when it is over; also above a live bar."""
-    job: Any = SimpleNamespace(run_dir=str(tmp_path), plan=SimpleNamespace(total=4000))
+    spec: Any = SimpleNamespace(run_dir=str(tmp_path), sampler=SimpleNamespace(total=4000))
     monkeypatch.setenv("COLUMNS", "200")
-    with progress.Progress(job) as picture:
+    with progress.Progress(spec) as picture:
         picture._console._force_terminal = terminal
         for name in ("a", "b"):
-            ledger.event(str(tmp_path), "checkpoint_failed", samples_seen=4, error=FULL.replace("000040", name))
+            journal.event(str(tmp_path), "checkpoint_failed", samples_seen=4, error=FULL.replace("000040", name))
             time.sleep(1.5)
         said = capsys.readouterr().out
         assert said.count("warning: not saved: No space left on device;") == 1
-        ledger.event(str(tmp_path), "checkpoint", samples_seen=8)
+        journal.event(str(tmp_path), "checkpoint", samples_seen=8)
         time.sleep(1.5)
         assert "saved again" in capsys.readouterr().out

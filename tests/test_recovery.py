@@ -1,16 +1,18 @@
 """Where the time of a recovery went, and which nodes a new worker group may count on."""
 
 import socket
-import time
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from raytrain_brats.run import ledger, recovery, spares
-from raytrain_brats.run.recovery import FreshNodes, Stopwatch, breakdown
+from raytrain_brats.ray_ext import elastic, warm_pool
+from raytrain_brats.ray_ext.elastic import LiveNodesPolicy
+from raytrain_brats.ray_ext.internals import core
+from raytrain_brats.ray_ext.internals import data as ray_data
+from raytrain_brats.ray_ext.internals import train as ray_train
+from raytrain_brats.run.recorder import breakdown
 
 PARTS = ("detect_s", "reschedule_s", "import_s", "first_batch_s", "first_step_s")
 
@@ -47,19 +49,8 @@ def test_several_failures_in_a_row_count_from_the_first() -> None:
     assert breakdown(events, (0.0, 0.0), [110.0, 111.0, 112.0, 113.0])["total_s"] == 14.0
 
 
-def test_one_event_is_written_for_the_first_step(tmp_path: Path) -> None:
-    """Later steps write none."""
-    watch = Stopwatch(str(tmp_path))
-    watch.ready()
-    for _ in range(2):
-        watch.stepped(generation=3, world_size=2, began=time.time(), wait_s=0.1, step_s=0.2)
-    (found,) = ledger.read_events(str(tmp_path))
-    assert (found["event"], found["generation"], found["world_size"]) == ("recovered", 3, 2)
-    assert found["total_s"] == pytest.approx(sum(found[part] for part in PARTS), abs=1e-3)
-
-
 def test_workers_are_counted_on_nodes_that_are_up_and_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not on the dead, not on the drained; no answer of Ray's stays no answer.
+    """Not on the dead, not on the drained.
 
     Where nodes have roles, on those with the right one, all of each: the reservations do not look at labels.
     """
@@ -73,16 +64,13 @@ def test_workers_are_counted_on_nodes_that_are_up_and_stay(monkeypatch: pytest.M
         }
         for name in ("here", "other", "dead", "drained")
     ]
-    monkeypatch.setattr(recovery.ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(recovery, "_get_draining_nodes", lambda: {"drained": 0})
+    monkeypatch.setattr(elastic.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray_train, "_get_draining_nodes", lambda: {"drained": 0})
     reserved: Any = {name: {"CPU": 2.0} for name in ("here", "dead", "drained")}
-    monkeypatch.setattr(recovery, "_reserved", lambda policy: reserved)
     policy = SimpleNamespace(scaling_config=SimpleNamespace(label_selector=None))
-    assert recovery._reserved_where_nodes_stay(policy) == {"here": {"CPU": 2.0}}
+    assert elastic.nodes_that_stay(policy, reserved) == {"here": {"CPU": 2.0}}
     policy.scaling_config.label_selector = {"role": "train"}
-    assert recovery._reserved_where_nodes_stay(policy) == {"other": {"CPU": 4.0}}
-    reserved = None
-    assert recovery._reserved_where_nodes_stay(policy) is None
+    assert elastic.nodes_that_stay(policy, reserved) == {"other": {"CPU": 4.0}}
 
 
 @pytest.mark.parametrize("listening", [True, False])
@@ -95,11 +83,11 @@ def test_only_a_node_that_does_not_answer_is_waited_for(monkeypatch: pytest.Monk
         node = {"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": raylet.getsockname()[1], "NodeID": "n"}
         answers = iter([[node | {"Alive": True}], [node | {"Alive": False}]])
         asked: list[int] = []
-        monkeypatch.setattr(recovery.ray, "nodes", lambda: asked.append(1) or next(answers))
+        monkeypatch.setattr(elastic.ray, "nodes", lambda: asked.append(1) or next(answers))
         book = SimpleNamespace(get_reserved_resources=SimpleNamespace(remote=lambda *_, **__: None))
-        monkeypatch.setattr(recovery, "get_or_create_autoscaling_coordinator", lambda: book)
-        monkeypatch.setattr(recovery.ray, "get", lambda *_, **__: {})
-        callback = FreshNodes("run", spares.Spares("run"))
+        monkeypatch.setattr(ray_data, "get_or_create_autoscaling_coordinator", lambda: book)
+        monkeypatch.setattr(ray_data.ray, "get", lambda *_, **__: {})
+        callback = LiveNodesPolicy("run", warm_pool.WarmPool(lambda: False))
         callback._requester = "train-x"
         callback.before_controller_execute_failure_decision(None)
     assert len(asked) == (1 if listening else 2)
@@ -119,8 +107,8 @@ def test_a_node_that_joined_counts_once_it_is_warm(
     monkeypatch: pytest.MonkeyPatch, reserved: dict[str, int], warm: list[str], counted: int
 ) -> None:
     """A group on a and b; workers take 1.5 CPUs each."""
-    monkeypatch.setattr(recovery.ray, "nodes", lambda: [{"NodeID": name} for name in "abc"])
-    ready: Any = SimpleNamespace(warm=lambda node, number: node["NodeID"] in warm)
+    monkeypatch.setattr(elastic.ray, "nodes", lambda: [{"NodeID": name} for name in "abc"])
+    ready: Any = SimpleNamespace(is_warm=lambda node, number: node["NodeID"] in warm)
     policy = SimpleNamespace(
         scaling_config=SimpleNamespace(_resources_per_worker_not_none={"CPU": 1.5, "GPU": 0}),
         _count_possible_workers=lambda there: sum(node["CPU"] // 1.5 for node in there.values()),
@@ -128,22 +116,22 @@ def test_a_node_that_joined_counts_once_it_is_warm(
     workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in "ab"]
     group = SimpleNamespace(workers=workers, num_workers=2)
     there = {name: {"CPU": float(cpus)} for name, cpus in reserved.items()}
-    kept = FreshNodes("run", ready)._in_use_or_warm(policy, group, there)
+    kept = LiveNodesPolicy("run", ready).in_use_or_warm(policy, group, there)
     assert policy._count_possible_workers(kept) == counted
 
 
 def test_only_spares_that_are_missing_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stood ready; a group of one took one of them: none is missing then."""
     ordered = []
-    monkeypatch.setattr(spares, "_prestart", lambda node, number, env: ordered.append(number))
-    callback = spares.Spares("run")
+    monkeypatch.setattr(core, "prestart", lambda node, number, env, keep_s: ordered.append(number))
+    callback = warm_pool.WarmPool(lambda: True)
     for workers in (2, 2, 1, 2):
         callback._fill({"NodeID": "node"}, workers)
     assert ordered == [2, 2, 0, 2]
     assert callback._ready == Counter(node=2)
 
 
-def test_an_import_that_fails_ahead_ends_no_process(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_import_that_fails_ahead_ends_no_process(caplog: pytest.LogCaptureFixture) -> None:
     """Ray would end a process whose hook raises."""
-    spares._warm("raytrain_brats.no_such_module")
-    assert "no_such_module" in capsys.readouterr().out
+    warm_pool._warm("raytrain_brats.no_such_module")
+    assert "no_such_module" in caplog.text

@@ -3,7 +3,6 @@
 Eight minutes; needs root, namespaces and sshd, and is skipped, saying why, without.
 """
 
-import json
 import os
 import signal
 import socket
@@ -19,8 +18,9 @@ import pytest
 import yaml
 
 from raytrain_brats import s3, storage, verify
-from raytrain_brats.run import ledger
+from raytrain_brats.run import journal
 from raytrain_brats.synthetic.phantom import write_set
+from tests import account as template
 from tests.rigs.machines import GATEWAY, ROOT, Machines, missing, own_network, tool
 
 WHY_NOT = missing()
@@ -145,7 +145,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
 
 def worlds() -> list[int]:
     """World size of each worker group that applied steps, in order."""
-    found: dict[int, int] = {row["generation"]: row["world_size"] for row in ledger.read_rows(RUN)}
+    found: dict[int, int] = {row["generation"]: row["world_size"] for row in journal.read_rows(RUN)}
     return list(found.values())
 
 
@@ -180,8 +180,8 @@ def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.Capt
         (rig.folder / "no_spot").touch()
         rig.notice(victim, within_s=60)
         wait(lambda: len(worlds()) > groups and worlds()[-1] == 2, 400, "two workers again")
-        rows = len(ledger.read_rows(RUN))
-        wait(lambda: len(ledger.read_rows(RUN)) > rows + 20, 120, "steps after the reclaim")
+        rows = len(journal.read_rows(RUN))
+        wait(lambda: len(journal.read_rows(RUN)) > rows + 20, 120, "steps after the reclaim")
         train_nodes = rig.instances("train")
         assert victim not in [node["InstanceId"] for node in train_nodes]
         assert sorted(node.get("InstanceLifecycle", "on demand") for node in train_nodes) == ["on demand", "spot"]
@@ -190,7 +190,7 @@ def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.Capt
         logs = run(rig, "ray job logs rig", **api)
         assert "s3://the-runs/brats/store is no finished store yet" in logs, logs[:3000]
         assert "goes on from the newest checkpoint" in logs, logs[-3000:] + stopped
-    events = ledger.read_events(RUN)
+    events = journal.read_events(RUN)
     told = [event for event in events if event["event"] in ("preemption", "resize", "failure", "group")]
     assert any(event["saved"] for event in told if event["event"] in ("preemption", "resize")), told
     assert {event["redone_steps"] for event in told if event["event"] == "group"} == {0}, told
@@ -213,9 +213,9 @@ def test_a_run_on_ec2_outlives_a_spot_reclaim(rig: Machines, capsys: pytest.Capt
     run(rig, f"ray down -y {config}")
     wait(lambda: not rig.instances() and not rig.live, 30, "end of all machines")
     assert "instance" not in run(rig, "raytrain-brats ec2 left")
-    for who, files in (("you", ["launcher"]), ("head", ["head", "node"]), ("node", ["node"])):
-        allowed = {action for name in files for action in actions(name)}
-        assert {call for call in rig.calls(who) if not call.startswith("s3:")} <= allowed | set(RIG_ONLY[who])
+    for who, policy in (("you", "LauncherEc2"), ("head", "Head"), ("node", "Node")):
+        called = {call for call in rig.calls(who) if not call.startswith("s3:")}
+        assert called <= template.actions(policy) | set(RIG_ONLY[who])
 
 
 RIG_ONLY: dict[str, tuple[str, ...]] = {
@@ -228,11 +228,6 @@ RIG_ONLY: dict[str, tuple[str, ...]] = {
         "service-quotas:GetServiceQuota",  # moto's name for servicequotas
     ),
 }  # fmt: skip
-
-
-def actions(name: str) -> set[str]:
-    statements = json.loads((ROOT / "cluster" / "iam" / f"{name}.json").read_text())["Statement"]
-    return {a for s in statements for a in ([s["Action"]] if isinstance(s["Action"], str) else s["Action"])}
 
 
 def test_local_machines_by_ssh(rig: Machines) -> None:

@@ -16,8 +16,10 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 
 from raytrain_brats.config import Run
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import cluster, roles, saving
-from raytrain_brats.run.roles import Part
+from raytrain_brats.ray_ext import cluster, elastic, roles
+from raytrain_brats.ray_ext.internals import data as ray_data
+from raytrain_brats.ray_ext.internals import train as ray_train
+from raytrain_brats.ray_ext.roles import Part
 
 HEAD, DATA, TRAIN = {"CPU": 0.0}, {"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}
 KINDS = {
@@ -175,8 +177,8 @@ def test_each_side_counts_on_its_own_nodes(
     nodes += [row("head", HEAD), row("data", DATA), row("train", {"CPU": 4.0})]
     book = _AutoscalingCoordinatorActor(time.time, lambda *_, **__: None, lambda: nodes)
     call = SimpleNamespace(remote=lambda function, *arguments: function(book, *arguments))
-    monkeypatch.setattr(roles, "get_or_create_autoscaling_coordinator", lambda: SimpleNamespace(__ray_call__=call))
-    monkeypatch.setattr(roles.ray, "get", lambda *_, **__: None)
+    monkeypatch.setattr(ray_data, "get_or_create_autoscaling_coordinator", lambda: SimpleNamespace(__ray_call__=call))
+    monkeypatch.setattr(ray_data.ray, "get", lambda *_, **__: None)
     if grows:
         autoscaled(KINDS)
     data = roles.part("data")
@@ -200,8 +202,8 @@ def test_room_for_workers_is_on_training_nodes_that_stay(
 ) -> None:
     """A drained group leaves early only for a place where it may run."""
     nodes += [row("data", DATA), row("train", TRAIN)]
-    monkeypatch.setattr(saving, "_get_draining_nodes", dict)
-    assert saving._room({"CPU": 4.0}, {"role": "train"}) == 4
-    assert saving._room({"CPU": 4.0}, {}) == 6
-    monkeypatch.setattr(saving, "_get_draining_nodes", lambda: {"train": 0})
-    assert saving._room({"CPU": 4.0}, {"role": "train"}) == 0
+    monkeypatch.setattr(ray_train, "_get_draining_nodes", dict)
+    assert elastic.room_for_workers({"CPU": 4.0}, {"role": "train"}) == 4
+    assert elastic.room_for_workers({"CPU": 4.0}, {}) == 6
+    monkeypatch.setattr(ray_train, "_get_draining_nodes", lambda: {"train": 0})
+    assert elastic.room_for_workers({"CPU": 4.0}, {"role": "train"}) == 0

@@ -14,7 +14,7 @@ from botocore.config import Config
 
 from raytrain_brats import s3, storage
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.nifti import Refused
+from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.store import Source
 from tests import s3_faults
 from tests.proxy import FaultyProxy
@@ -106,11 +106,13 @@ def test_a_case_is_not_refused_for_a_bit_flipped_on_the_way(proxy: FaultyProxy, 
     for case, verdict in ((raw, "gzip_damaged|not_nifti|size"), (stored, "not a store object")):
         for fault in FAULTS:
             proxy.next = [fault]
-            with pytest.raises(Refused, match=verdict):  # the bytes got through to the decoder, which they are not for
+            with pytest.raises(
+                InvalidCase, match=verdict
+            ):  # the bytes got through to the decoder, which they are not for
                 source.load(case)
     storage.write_bytes(f"{s3_server}/parts", CONTENT[::-1])
     for case in (raw, stored):
-        with pytest.raises(Refused, match="changed"):
+        with pytest.raises(InvalidCase, match="changed"):
             source.load(case)
 
 

@@ -33,9 +33,9 @@ SHIMS = {
     'touch "$3/.venv/bin/activate"; printf "#!/bin/bash\n" > "$3/scripts/venv"; chmod +x "$3/scripts/venv"',
     "docker": 'echo "docker $*" >> "$TYPED"; case "$*" in *inspect*) echo "sha256:$(printf "%064d" 7)";; '
     '*--password-stdin*) test -n "$(cat)";; esac',
-    # what needs a person or a plugin is checked by the CLI itself against AWS's model, and goes no further
-    "aws": 'echo "aws $*" >> "$TYPED"; case "$1" in configure) ;; '
-    'ssm) exec "$REAL_AWS" "$@" --generate-cli-skeleton output;; *) exec "$REAL_AWS" "$@";; esac',
+    # what needs a person or a plugin, or moto has not, the CLI itself checks against AWS's model, and sends nothing
+    "aws": 'echo "aws $*" >> "$TYPED"; case "$1 ${2-}" in configure*) ;; '
+    'ssm*|*stop-training-job) exec "$REAL_AWS" "$@" --generate-cli-skeleton output;; *) exec "$REAL_AWS" "$@";; esac',
     "raytrain-brats": 'echo "raytrain-brats $*" >> "$TYPED"; exec "$PYTHON" "$PROGRAM" "$@"',
 }
 PROGRAM = """
@@ -69,6 +69,9 @@ def test_the_page_can_be_typed(s3_server: str, tmp_path: Path, monkeypatch: pyte
     pytest.importorskip("sagemaker.train.model_trainer", reason="the SageMaker SDK is an extra: scripts/venv sagemaker")
     if not (aws := real_aws()):
         pytest.skip("the AWS CLI is not here: pip install awscli, in an environment of its own")
+    boto3.client("logs").create_log_group(
+        logGroupName="/aws/sagemaker/TrainingJobs"
+    )  # SageMaker does, with the first line
     calls: set[str] = set()
     answer = BaseResponse.call_action
 

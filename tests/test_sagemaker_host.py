@@ -18,15 +18,15 @@ from raytrain_brats import sagemaker, storage
 from raytrain_brats.config import load
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint
-from raytrain_brats.sagemaker import host, meeting
-from raytrain_brats.sagemaker.meeting import Cluster, Line
+from raytrain_brats.sagemaker import host, rendezvous
+from raytrain_brats.sagemaker.rendezvous import Channel, Cluster
 
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 
 FAKE = """
 import os, sys, time
 from pathlib import Path
-from raytrain_brats.sagemaker import host, meeting
+from raytrain_brats.sagemaker import host, rendezvous
 
 def start_ray(cluster, deadline):
     Path(os.environ["RAYTRAIN_BRATS_ML"], "joined").touch()
@@ -35,7 +35,7 @@ def start_ray(cluster, deadline):
     return "127.0.0.1:6379"
 
 host.start_ray = start_ray
-meeting.PORT = int(os.environ["FAKE_PORT"])
+rendezvous.PORT = int(os.environ["FAKE_PORT"])
 host.program = lambda name: [sys.executable, "-u", "-c", os.environ["FAKE_" + name.upper()]]
 host.export = lambda run_dir, model: (model.mkdir(), (model / "exported").write_text(run_dir))
 sys.exit(host.main("host", ["train"]))
@@ -59,11 +59,11 @@ def test_all_hosts_choose_the_same_head(tmp_path: Path) -> None:
     hosts = ("algo-10", "algo-2", "algo-1", "algo-3")
     groups = {"train": ("algo-1", "algo-2"), "data": ("algo-10", "algo-3")}
     for me in hosts:
-        cluster = meeting.read_cluster(lay_out(tmp_path / me, me, hosts, groups))
+        cluster = rendezvous.read_cluster(lay_out(tmp_path / me, me, hosts, groups))
         assert (cluster.me, cluster.head) == (me, "algo-3")
         assert cluster.group == ("train" if me in groups["train"] else "data")
         assert cluster.peers == ("algo-1", "algo-2", "algo-10")
-    alone = meeting.read_cluster(lay_out(tmp_path / "one", "algo-2", ("algo-2", "algo-1"), {}))
+    alone = rendezvous.read_cluster(lay_out(tmp_path / "one", "algo-2", ("algo-2", "algo-1"), {}))
     assert (alone.head, alone.group) == ("algo-1", "all")
 
 
@@ -76,7 +76,7 @@ def test_a_place_that_is_no_container_is_told(tmp_path: Path, monkeypatch: pytes
     assert "at home use `train` itself" in capfd.readouterr().err
     (lay_out(tmp_path / "x", "a", ("a",), {}) / "input/config/resourceconfig.json").write_text('{"hosts": 3}')
     with pytest.raises(RunFailed, match=r'is not as expected .*"hosts": 3'):
-        meeting.read_cluster(tmp_path / "x")
+        rendezvous.read_cluster(tmp_path / "x")
 
 
 def test_hyperparameters_become_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_hyperparameters_become_the_command(tmp_path: Path, monkeypatch: pytest.
 def test_the_token_is_made_once(tmp_path: Path) -> None:
     """Hosts that ask at the same time get the same secret, and so does the next attempt."""
     found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(meeting.shared_token(str(tmp_path)))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(rendezvous.shared_token(str(tmp_path)))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -123,12 +123,12 @@ def test_strangers_are_not_taken_for_hosts(server: socket.socket) -> None:
             with socket.create_connection(server.getsockname()) as stranger:
                 stranger.sendall(message)
         for name in ("c", "b"):
-            Line(socket.create_connection(server.getsockname())).send({"host": name, "token": "secret"})
+            Channel(socket.create_connection(server.getsockname())).send({"host": name, "token": "secret"})
 
     threading.Thread(target=visit).start()
-    lines: dict[str, Line] = {}
-    meeting.gather(cluster, "secret", server, time.monotonic() + 20, lines)
-    assert lines.keys() == {"b"}
+    channels: dict[str, Channel] = {}
+    rendezvous.gather(cluster, "secret", server, time.monotonic() + 20, channels)
+    assert channels.keys() == {"b"}
 
 
 def free_port() -> int:
@@ -231,7 +231,7 @@ def test_a_store_holds_nothing_of_the_jobs(tmp_path: Path, monkeypatch: pytest.M
         places.append(place)
         raise RunFailed("enough")
 
-    monkeypatch.setattr(meeting, "shared_token", enough)
+    monkeypatch.setattr(rendezvous, "shared_token", enough)
     root, restored = lay_out(tmp_path / "ml", "127.0.0.1", ("127.0.0.1",), {}), signal.getsignal(signal.SIGTERM)
     for command in (["prepare", "--store", "s3://brats/store/"], ["train", "--run-dir=s3://brats/run"]):
         assert host.Host(root, command).run() == 1
@@ -249,7 +249,7 @@ def test_the_dashboard_is_for_who_asked(monkeypatch: pytest.MonkeyPatch, asked: 
         return subprocess.CompletedProcess(arguments, 0, "")
 
     monkeypatch.setattr(host.subprocess, "run", run)
-    monkeypatch.setattr(meeting, "address_of", lambda name, deadline: "127.0.0.1")
+    monkeypatch.setattr(rendezvous, "address_of", lambda name, deadline: "127.0.0.1")
     monkeypatch.setenv(host.DASHBOARD, asked)
     host.start_ray(Cluster(me, ("here", "there"), "here", "all", "lo"), 0)
     assert ("--include-dashboard=true" in given) == ("--dashboard-host=127.0.0.1" in given) == shown

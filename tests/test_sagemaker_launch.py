@@ -1,4 +1,4 @@
-"""What `sagemaker launch` and `process` send, captured on its way to a local AWS; how jobs are seen."""
+"""What `sagemaker launch` and `process` send, captured on its way to a local AWS."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -18,7 +17,7 @@ import yaml
 
 from raytrain_brats import sagemaker
 from raytrain_brats.run import progress
-from raytrain_brats.sagemaker import host, jobs, launch, service
+from raytrain_brats.sagemaker import host, launch, service
 
 ROLE = "arn:aws:iam::123456789012:role/brats"
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/raytrain-brats:1"
@@ -397,44 +396,3 @@ def test_prices_are_dated_and_of_types_that_exist() -> None:
     assert "about 54.19 USD an hour" in service.cost([("ml.m5.4xlarge", 4), ("ml.p4d.24xlarge", 2)])
     assert "about 35.86 USD an hour" in service.cost([("ml.p3dn.24xlarge", 1)])
     assert "without ml.p4de.24xlarge" in service.cost([("ml.m5.4xlarge", 1), ("ml.p4de.24xlarge", 1)])
-
-
-def test_a_job_is_followed_and_stopped(sent: Capture, capsys: pytest.CaptureFixture[str]) -> None:
-    """status, logs and stop ask AWS by the job's name, without the SDK."""
-    name = sent("launch", *SMALL)["TrainingJobName"]
-    logs = boto3.client("logs")
-    logs.create_log_group(logGroupName="/aws/sagemaker/TrainingJobs")
-    stream = {"logGroupName": "/aws/sagemaker/TrainingJobs", "logStreamName": f"{name}/algo-1-1790000000"}
-    logs.create_log_stream(**stream)
-    logs.put_log_events(**stream, logEvents=[{"timestamp": int(time.time() * 1000), "message": "sample 4 of 8"}])
-    capsys.readouterr()
-
-    assert sagemaker.main(["status", name]) == 0
-    assert f"Training job {name}: Completed" in (said := capsys.readouterr().out)
-    assert "run folder: s3://brats/run" in said
-    assert sagemaker.main(["logs", name, "--follow"]) == 0
-    assert capsys.readouterr().out == "[algo-1] sample 4 of 8\n"
-    assert sagemaker.main(["stop", name]) == 0
-    assert "already" in capsys.readouterr().out  # the local AWS ends jobs at once
-    assert sagemaker.main(["status", "nobody"]) == 2
-    assert "no training or processing job nobody" in capsys.readouterr().err
-
-
-def test_a_job_that_runs_is_asked_to_stop(
-    s3_server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    running = {"TrainingJobStatus": "InProgress", "SecondaryStatus": "Training"}
-    monkeypatch.setattr(jobs, "_describe", lambda args: ("Training", running))
-    asked: list[str] = []
-    monkeypatch.setattr(boto3, "client", lambda *_, **__: Stopping(asked))
-    assert sagemaker.main(["stop", "mine"]) == 0
-    assert asked == ["mine"]
-    assert "saves a checkpoint first" in capsys.readouterr().out
-
-
-class Stopping:
-    def __init__(self, asked: list[str]) -> None:
-        self._asked = asked
-
-    def stop_training_job(self, TrainingJobName: str) -> None:  # noqa: N803 - boto3's name
-        self._asked.append(TrainingJobName)

@@ -4,11 +4,12 @@ from typing import Any
 
 import botocore.session
 import pytest
+from botocore.exceptions import ParamValidationError
 from moto.ec2.models.instance_types import INSTANCE_TYPES
 
 from raytrain_brats import config, sagemaker
 from raytrain_brats.errors import UserError
-from raytrain_brats.sagemaker import rules
+from raytrain_brats.sagemaker import rules, service
 
 BASE = ("--role", "arn:aws:iam::123456789012:role/brats", "--image", "123456789012.dkr.ecr.us-east-1.amazonaws.com/b:1")
 LAUNCH = ("launch", *BASE, "--data", "s3://brats/cases", "--run-dir", "s3://brats/run")
@@ -116,15 +117,26 @@ WRONG = {
     "--recipe": {"HyperParameters": {"recipe": "x" * 2501}},
     "ResourceConfig.InstanceType": {"ResourceConfig": {"InstanceType": "ml.z9.huge"}},
     "RetryStrategy.MaximumRetryAttempts": {"RetryStrategy": {"MaximumRetryAttempts": 31}},
-    "OutputDataConfig.S3OutputPath": {"OutputDataConfig": {}},
-    "Colour": {"Colour": "red"},
 }
 
 
 @pytest.mark.parametrize("option", WRONG)
 def test_a_request_is_held_against_awss_own_model(option: str) -> None:
-    """Choices, patterns, bounds at both ends, what must be there: by the option's name where it has one."""
+    """Choices, patterns, bounds at both ends: by the option's name where it has one."""
     rules.check_request("CreateTrainingJob", WHOLE)
     with pytest.raises(UserError, match="AWS would refuse") as refused:
         rules.check_request("CreateTrainingJob", WHOLE | WRONG[option])
     assert str(refused.value).startswith(option)
+
+
+@pytest.mark.parametrize("change", [{"OutputDataConfig": {}}, {"Colour": "red"}, {"Tags": "x"}])
+def test_names_types_and_what_must_be_there_are_checked_by_botocore(change: dict[str, Any]) -> None:
+    """Before the request is seen here, so that our own look need not."""
+
+    def seen(request: dict[str, Any]) -> Any:
+        start = lambda session: session.client("sagemaker").create_training_job(**request)  # noqa: E731
+        return service.captured("us-east-1", "brats", "CreateTrainingJob", start)
+
+    assert seen(WHOLE) == WHOLE
+    with pytest.raises(ParamValidationError):
+        seen(WHOLE | change)

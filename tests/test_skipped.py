@@ -13,7 +13,7 @@ from raytrain_brats.data import layouts, scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Skipped
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import cluster
+from raytrain_brats.ray_ext import cluster
 from tests.conftest import save, write_brats_folder, write_msd_folder
 
 SHAPE = (10, 9, 8)

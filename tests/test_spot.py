@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import ray
-from ray.experimental import internal_kv
 
 from raytrain_brats import spot
-from raytrain_brats.run import pulse, saving
+from raytrain_brats.ray_ext.internals import core
+from raytrain_brats.run import checkpoint_request, heartbeat
 from raytrain_brats.spot import ACTION, REBALANCE, Imds, Notice, Watcher
 
 
@@ -154,7 +154,11 @@ def test_a_recommendation_is_a_reason_to_save_and_no_more(
 def test_the_runs_on_this_machine_are_asked_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
     """By what their ranks tell the cluster: those that train here and are alive, each run once."""
     asked: list[str] = []
-    monkeypatch.setattr(saving, "ask", lambda run_dir, what: asked.append(run_dir) is None and what == saving.SAVE)
+    monkeypatch.setattr(
+        checkpoint_request,
+        "request",
+        lambda run_dir, what: asked.append(run_dir) is None and what == checkpoint_request.SAVE,
+    )
     try:
         context = ray.init(address="local", num_cpus=1, include_dashboard=False)
         monkeypatch.setenv("RAY_ADDRESS", context.address_info["gcs_address"])
@@ -169,7 +173,8 @@ def test_the_runs_on_this_machine_are_asked_to_save(monkeypatch: pytest.MonkeyPa
         others = ({"node": "0"}, {"phase": "end"}, {"pid": 2**22 + 1})
         rows = [about, about, *(about | other | {"run_dir": "other"} for other in others)]
         for number, each in enumerate(rows):
-            internal_kv._internal_kv_put(f"run/{number}".encode(), json.dumps(each).encode(), namespace=pulse.NAMESPACE)
+            core.kv_put(f"{heartbeat.PREFIX}run/{number}", json.dumps(each).encode())
+        core.kv_put("reservations/x", b"another key of ours")
         with pytest.raises(SystemExit, match="0"):
             spot.save(Notice("", 0))
     finally:

@@ -14,7 +14,7 @@ import pytest
 
 from raytrain_brats import home, interrupt, shadow
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.run import cluster, surroundings
+from raytrain_brats.ray_ext import cluster, start_up
 from raytrain_brats.synthetic.phantom import write_set
 
 ROOT = Path(__file__).parents[1]
@@ -156,19 +156,19 @@ def silent() -> Iterator[str]:
 
 def test_a_ray_that_does_not_answer_is_told_within_seconds(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At RAY_ADDRESS: nothing there, something mute, something else; each with what to do, not after 14 minutes."""
-    monkeypatch.setattr(surroundings, "PATIENCE_S", 5.5)
+    monkeypatch.setattr(start_up, "PATIENCE_S", 5.5)
     with socket.create_server(("127.0.0.1", 0)) as free:
         nobody = f"127.0.0.1:{free.getsockname()[1]}"
     for given in (silent, nobody):
         monkeypatch.setenv("RAY_ADDRESS", given)
         began = time.monotonic()
         with pytest.raises(UserError, match=f"no Ray cluster answers at RAY_ADDRESS={given} .*unset RAY_ADDRESS"):
-            surroundings.address()
+            start_up.address()
         assert time.monotonic() - began < 15
     for given in ("ray://127.0.0.1:10001", "http://127.0.0.1:8265", "head"):
         monkeypatch.setenv("RAY_ADDRESS", given)
         with pytest.raises(UserError, match=r"is no HOST:PORT of a Ray head.*ray job submit"):
-            surroundings.address()
+            start_up.address()
 
 
 def test_a_file_left_by_a_cluster_that_is_gone_means_none(
@@ -179,13 +179,13 @@ def test_a_file_left_by_a_cluster_that_is_gone_means_none(
     (place / "ray" / "ray_current_cluster").write_text("127.0.0.1:1\n")
     monkeypatch.setenv("RAY_TMPDIR", str(place))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert surroundings.address() == ""
+    assert start_up.address() == ""
     assert f"no Ray answers at 127.0.0.1:1 (nothing listens there), which `ray start` left in {place}" in (
         capsys.readouterr().out
     )
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     with pytest.raises(UserError, match="RAY_ADDRESS=auto, but no Ray cluster runs here"):
-        surroundings.address()
+        start_up.address()
 
 
 @pytest.mark.campaign
@@ -231,17 +231,17 @@ def test_ray_finds_room_for_its_sockets(place: Path, monkeypatch: pytest.MonkeyP
     long.mkdir()
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(long))
-    surroundings.make_room()
-    assert len(os.environ["RAY_TMPDIR"]) <= surroundings.ROOM
+    start_up.make_room()
+    assert len(os.environ["RAY_TMPDIR"]) <= start_up.ROOM
     for given, why in ((long, "Ray's sockets leave room for"), (place / "gone", "does not exist")):
         monkeypatch.setenv("RAY_TMPDIR", str(given))
         with pytest.raises(UserError, match=f"RAY_TMPDIR={given} .*{why}.* short path"):
-            surroundings.make_room()
+            start_up.make_room()
     monkeypatch.setenv("RAY_TMPDIR", str(place))
-    surroundings.make_room()
+    start_up.make_room()
     (place / "ray").write_text("a file in the way")
     with pytest.raises(UserError, match="is no folder"):
-        surroundings.make_room()
+        start_up.make_room()
 
 
 def test_without_a_home_libraries_get_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ import pwd, sys
 def getpwuid(number):
     raise KeyError(f"getpwuid(): uid not found: {number}")
 pwd.getpwuid, sys.argv = getpwuid, ["raytrain-brats"]
-import raytrain_brats.__main__, raytrain_brats.run.launch, raytrain_brats.reporting.figures
+import raytrain_brats.__main__, raytrain_brats.run.driver, raytrain_brats.figures
 import torch._inductor.runtime.cache_dir_utils as torch_caches
 torch_caches.default_cache_dir()
 """
@@ -294,7 +294,7 @@ def test_workers_are_not_given_a_folder_that_hides_a_library(place: Path, monkey
     (place / "nibabel.py").write_text("x = 1")
     monkeypatch.chdir(place)
     with pytest.raises(UserError, match=r"nibabel\.py would be taken for the Python library nibabel; rename it"):
-        surroundings.check_folder()
+        start_up.check_folder()
 
 
 def test_a_forked_child_is_nobodys_signal(place: Path) -> None:

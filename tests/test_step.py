@@ -13,14 +13,15 @@ from torch import distributed, multiprocessing, nn
 
 from raytrain_brats import labels
 from raytrain_brats.config import parse
-from raytrain_brats.data.patch import Patch, placeholder
-from raytrain_brats.data.plan import Plan, draw
+from raytrain_brats.data.patch import Patch, empty_patch
+from raytrain_brats.data.sampler import Sampler, draw
 from raytrain_brats.data.store import Source
 from raytrain_brats.learn.augment import DRAWS, augment, normalise, to_regions
 from raytrain_brats.learn.model import build_network, learning_rate, sample_losses
+from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint
-from raytrain_brats.run.job import Job
-from raytrain_brats.run.step import Learner
+from raytrain_brats.run.spec import RunSpec
+from raytrain_brats.run.worker import batch_of, train_step_of
 
 CPU = torch.device("cpu")
 EDGE = 8
@@ -39,21 +40,21 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def job(
+def spec(
     network: str = "segresnet",
     micro_batch: int = 4,
     optimiser: str = "sgd",
     clip_norm: float = 1e6,
     reduction: str = "fast",
-) -> Job:
+) -> RunSpec:
     """A job whose data are never opened. SGD by default: Adam's first step hides the gradient's size."""
     options = {"name": optimiser, "learning_rate": 0.01, "warmup_share": 0.0, "clip_norm": clip_norm}
     train = {"global_batch": 4, "micro_batch": micro_batch, "optimiser": options, "reduction": reduction}
     data = {"patch_xyz": [EDGE] * 3}
     config = parse({"network": NETWORKS[network], "data": data, "train": train}, "test")
-    plan = Plan(0, 10, 4, 4, 4, 10)
-    fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(Job)}
-    return Job(**fields | {"config": config, "plan": plan, "source": Source("nowhere", "msd", 1.0)})
+    sampler = Sampler(0, 10, 4, 4, 4, 10)
+    fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(RunSpec)}
+    return RunSpec(**fields | {"config": config, "sampler": sampler, "source": Source("nowhere", "msd", 1.0)})
 
 
 def patch(position: int) -> Patch:
@@ -70,20 +71,20 @@ def patch(position: int) -> Patch:
 
 
 def empty(position: int, reason: str = "") -> Patch:
-    return placeholder(position, 0, "", reason, (EDGE, EDGE, EDGE))
+    return empty_patch(position, 0, "", reason, (EDGE, EDGE, EDGE))
 
 
-def weights(learner: Learner) -> torch.Tensor:
-    return nn.utils.parameters_to_vector(learner.network.parameters()).detach()
+def weights(train_step: TrainStep) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(train_step.network.parameters()).detach()
 
 
 def stepped(batch: list[Patch]) -> torch.Tensor:
-    learner = Learner(job(), 1, CPU)
-    learner.step(batch, 0)
-    return weights(learner)
+    train_step = train_step_of(spec(), 1, CPU)
+    train_step.step(batch_of(batch, 0), 0)
+    return weights(train_step)
 
 
-def by_hand(batch: list[Patch], todo: Job) -> tuple[torch.Tensor, float]:
+def by_hand(batch: list[Patch], todo: RunSpec) -> tuple[torch.Tensor, float]:
     """Gradient of the mean loss over the whole batch, by autograd, and that loss."""
     network = build_network(todo.config)
     image = torch.stack([torch.tensor(p.image_czyx).float() for p in batch])
@@ -100,28 +101,28 @@ def by_hand(batch: list[Patch], todo: Job) -> tuple[torch.Tensor, float]:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_step_is_the_gradient_of_the_mean_loss(network: str) -> None:
     """One SGD step moves the weights by rate * (1 + momentum) * gradient of the batch's mean loss (Nesterov)."""
-    todo, batch = job(network), [patch(i) for i in range(4)]
-    learner = Learner(todo, 1, CPU)
-    before = weights(learner)
-    result = learner.step(batch, 0)
+    todo, batch = spec(network), [patch(i) for i in range(4)]
+    train_step = train_step_of(todo, 1, CPU)
+    before = weights(train_step)
+    result = train_step.step(batch_of(batch, 0), 0)
     gradient, loss = by_hand(batch, todo)
-    rate = learning_rate(todo.config.train.optimiser, 0, todo.plan.total)
+    rate = learning_rate(todo.config.train.optimiser, 0, todo.sampler.total)
     decayed = gradient + todo.config.train.optimiser.weight_decay * before
     assert result.loss == pytest.approx(loss, abs=1e-6) and result.bad == 0 and result.learning_rate == rate
-    torch.testing.assert_close(weights(learner), before - rate * 1.99 * decayed, rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights(train_step), before - rate * 1.99 * decayed, rtol=0, atol=1e-6)
 
 
 def test_gradients_are_clipped_as_one_batch() -> None:
     """The clip norm applies to the mean gradient of the whole batch, whatever the micro-batch."""
     batch = [patch(i) for i in range(4)]
-    gradient, _ = by_hand(batch, job())
+    gradient, _ = by_hand(batch, spec())
     limit = float(gradient.norm()) / 3
     found = []
     for micro_batch in (1, 4):
-        learner = Learner(job(micro_batch=micro_batch, clip_norm=limit), 1, CPU)
-        before = weights(learner)
-        learner.step(batch, 0)
-        found.append((before - weights(learner)).norm() / (0.01 * 1.99))
+        train_step = train_step_of(spec(micro_batch=micro_batch, clip_norm=limit), 1, CPU)
+        before = weights(train_step)
+        train_step.step(batch_of(batch, 0), 0)
+        found.append((before - weights(train_step)).norm() / (0.01 * 1.99))
     assert [float(norm) for norm in found] == pytest.approx([limit, limit], rel=1e-3)
 
 
@@ -130,24 +131,24 @@ def test_neither_micro_batches_nor_rows_of_weight_zero_change_the_update(micro_b
     """Any micro-batch gives the same weights; an unreadable case leaves the step of the other three, and is counted."""
     real = [patch(i) for i in range(3)]
     for batch, bad in ((real, 0), ([real[0], empty(9, "missing: gone"), *real[1:]], 1)):
-        learner = Learner(job(micro_batch=micro_batch), 1, CPU)
-        result = learner.step(batch, 0)
-        torch.testing.assert_close(weights(learner), stepped(real), rtol=0, atol=2e-6)
-        assert (result.loss, result.bad) == (pytest.approx(by_hand(real, job())[1], abs=1e-6), bad)
+        train_step = train_step_of(spec(micro_batch=micro_batch), 1, CPU)
+        result = train_step.step(batch_of(batch, 0), 0)
+        torch.testing.assert_close(weights(train_step), stepped(real), rtol=0, atol=2e-6)
+        assert (result.loss, result.bad) == (pytest.approx(by_hand(real, spec())[1], abs=1e-6), bad)
 
 
-def _frozen_state(learner: Learner) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in learner.state()[0].items()}
+def _frozen_state(train_step: TrainStep) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in train_step.state()[0].items()}
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 def test_a_step_without_samples_changes_nothing(optimiser: str) -> None:
     """Only placeholders: weights and optimiser state stay bit for bit (no decay, no momentum), the loss is None."""
-    learner = Learner(job(optimiser=optimiser), 1, CPU)
-    learner.step([patch(i) for i in range(4)], 0)
-    before = _frozen_state(learner)
-    result = learner.step([empty(4), empty(5, "missing: x"), empty(6), empty(7)], 4)
-    after = learner.state()[0]
+    train_step = train_step_of(spec(optimiser=optimiser), 1, CPU)
+    train_step.step(batch_of([patch(i) for i in range(4)], 0), 0)
+    before = _frozen_state(train_step)
+    result = train_step.step(batch_of([empty(4), empty(5, "missing: x"), empty(6), empty(7)], 4), 4)
+    after = train_step.state()[0]
     assert result.loss is None and result.bad == 1
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
@@ -155,33 +156,34 @@ def test_a_step_without_samples_changes_nothing(optimiser: str) -> None:
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A NaN in the loss, or only in a gradient, reaches neither the weights nor the optimiser."""
-    learner = Learner(job(optimiser="adamw"), 1, CPU)
-    learner.step([patch(i) for i in range(4)], 0)
-    before = _frozen_state(learner)
+    train_step = train_step_of(spec(optimiser="adamw"), 1, CPU)
+    train_step.step(batch_of([patch(i) for i in range(4)], 0), 0)
+    before = _frozen_state(train_step)
     bad = patch(4)
     if where == "loss":
         bad = dataclasses.replace(bad, std=np.full(4, np.nan, np.float32))
     else:
-        first = next(learner.network.parameters())
+        first = next(train_step.network.parameters())
         first.register_hook(lambda gradient: gradient * float("inf"))
-    learner.step([bad, *(patch(i) for i in range(5, 8))], 4)
-    assert all(torch.equal(before[key], tensor) for key, tensor in learner.state()[0].items())
+    train_step.step(batch_of([bad, *(patch(i) for i in range(5, 8))], 4), 4)
+    assert all(torch.equal(before[key], tensor) for key, tensor in train_step.state()[0].items())
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 def test_a_restored_learner_goes_on_bit_for_bit(optimiser: str, tmp_path: Path) -> None:
     """State through a checkpoint on disk, into a learner of another history: the next steps are the very same."""
-    todo = job(optimiser=optimiser)
-    learner, other = Learner(todo, 1, CPU), Learner(todo, 1, CPU)
+    todo = spec(optimiser=optimiser)
+    train_step, other = train_step_of(todo, 1, CPU), train_step_of(todo, 1, CPU)
     for start in (0, 4):
-        learner.step([patch(start + i) for i in range(4)], start)
-    made = checkpoint.save(str(tmp_path), 8, 1, *learner.state())
-    other.step([patch(50 + i) for i in range(4)], 0)
+        train_step.step(batch_of([patch(start + i) for i in range(4)], start), start)
+    made = checkpoint.save(str(tmp_path), 8, 1, *train_step.state())
+    other.step(batch_of([patch(50 + i) for i in range(4)], 0), 0)
     other.restore(*checkpoint.load(str(tmp_path), made.name))
     for start in (8, 12):
-        results = [one.step([patch(start + i) for i in range(4)], start) for one in (learner, other)]
+        batch = batch_of([patch(start + i) for i in range(4)], start)
+        results = [one.step(batch, start) for one in (train_step, other)]
         assert results[0] == results[1]
-    first, second = learner.state(), other.state()
+    first, second = train_step.state(), other.state()
     assert first[0].keys() == second[0].keys() and all(torch.equal(first[0][k], second[0][k]) for k in first[0])
     assert [group["lr"] for group in first[1]["param_groups"]] == [group["lr"] for group in second[1]["param_groups"]]
 
@@ -191,9 +193,9 @@ def _rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name, (network, micro_batch, shares) in CASES.items():
-        learner = Learner(job(network, micro_batch), 2, CPU)
-        results = [learner.step([_row(n) for n in shares[rank]], start) for start in (0, 4)]
-        torch.save((weights(learner), [(r.loss, r.bad) for r in results]), f"{folder}/{name}-{rank}.pt")
+        train_step = train_step_of(spec(network, micro_batch), 2, CPU)
+        results = [train_step.step(batch_of([_row(n) for n in shares[rank]], start), start) for start in (0, 4)]
+        torch.save((weights(train_step), [(r.loss, r.bad) for r in results]), f"{folder}/{name}-{rank}.pt")
     os._exit(0)  # the group's destructor may wait for ever in a forked process; there is nothing left to do
 
 
@@ -217,9 +219,9 @@ def test_two_ranks_make_the_step_of_one(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     multiprocessing.start_processes(_rank, (port, str(tmp_path)), 2, start_method="fork")
     for name, (network, _, shares) in CASES.items():
-        alone = Learner(job(network, 8), 1, CPU)
+        alone = train_step_of(spec(network, 8), 1, CPU)
         batch = [_row(n) for share in shares for n in share]
-        expected = [alone.step(batch, start) for start in (0, 4)]
+        expected = [alone.step(batch_of(batch, start), start) for start in (0, 4)]
         ranks = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)]
         assert torch.equal(ranks[0][0], ranks[1][0]), name
         torch.testing.assert_close(ranks[0][0], weights(alone), rtol=0, atol=1e-5, msg=name)

@@ -1,5 +1,6 @@
 """Whole objects on a local disk and on S3 by the same names; nothing torn, nothing lost."""
 
+import fcntl
 import os
 import threading
 from collections.abc import Callable
@@ -144,7 +145,7 @@ def test_a_lock_that_never_comes_free_and_one_that_does_not_work_are_told(
     def unknown(*_: Any) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(storage.fcntl, "flock", unknown)
+    monkeypatch.setattr(fcntl, "flock", unknown)
     with pytest.raises(UserError, match=r"does not lock files .*-o flock"):
         storage.swap(uri, b"1", b"2")
 

@@ -14,7 +14,7 @@ from raytrain_brats import storage
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.nifti import Refused, Volume
+from raytrain_brats.data.nifti import InvalidCase, Volume
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.scan import open_manifest
 from raytrain_brats.data.store import Source, decode, encode, open_index, put, write_index
@@ -79,7 +79,7 @@ def test_damaged_objects_are_refused() -> None:
             damaged[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
         try:
             assert same(decode(bytes(damaged)), VARIANTS["resampled"])
-        except Refused as error:
+        except InvalidCase as error:
             refused += error.reason == "changed"
     assert refused > 300
 
@@ -93,9 +93,9 @@ def test_an_object_of_another_format_is_refused(monkeypatch: pytest.MonkeyPatch)
     for odd in (table.drop_columns(["label"]), table.slice(0, 0)):
         sink = store.io.BytesIO()
         pq.write_table(odd, sink)
-        with pytest.raises(Refused):
+        with pytest.raises(InvalidCase):
             decode(sink.getvalue())
-    with pytest.raises(Refused, match="format"):
+    with pytest.raises(InvalidCase, match="format"):
         decode(content)
 
 
@@ -204,8 +204,8 @@ def test_a_kill_between_settings_and_index_leaves_no_store(
             open_index(home, options)
 
 
-def refusal(source: Source, case: Case) -> Refused:
-    with pytest.raises(Refused) as caught:
+def refusal(source: Source, case: Case) -> InvalidCase:
+    with pytest.raises(InvalidCase) as caught:
         source.load(case)
     return caught.value
 

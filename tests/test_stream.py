@@ -12,22 +12,24 @@ import numpy as np
 import pytest
 import ray
 
+from raytrain_brats.data.boxes import PatchSpec
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.parcel import Cutting
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.plan import Plan
 from raytrain_brats.data.preprocess import Prepared, preprocess
+from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.scan import open_manifest
 from raytrain_brats.data.store import Source, put
 from raytrain_brats.data.stream import OrderedSplit, dataset, patches
-from raytrain_brats.run import cluster, ledger
-from raytrain_brats.run.spilling import Spilling, spilled_bytes
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.ray_ext.internals.core import spilled_bytes
+from raytrain_brats.run import journal
+from raytrain_brats.run.spilling import Spilling
 from scripts.bench_pipelines.meter import Meter
 from tests.conftest import make_volume, write_msd_folder
 from tests.test_patch import equal
 
 STORE_BYTES = 100_000_000
-CUTTING = Cutting((16, 14, 12), 0.5)
+CUTTING = PatchSpec((16, 14, 12), 0.5)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,14 +74,14 @@ def test_both_routes_give_the_same_patches_through_ray_at_any_number_of_ranks(tm
     stored = tuple(put(home, raw, case, {"spacing_mm": 1.0}) for case in manifest.cases)
     lost = stored[2].object
     stored = tuple(dataclasses.replace(c, object="gone.parquet") if c.object == lost else c for c in stored)
-    plan = Plan(seed=1, cases=5, global_batch=4, patches_per_case=2, window_cases=2, epochs=2)
+    sampler = Sampler(seed=1, cases=5, global_batch=4, patches_per_case=2, window_cases=2, epochs=2)
     routes = [(raw, manifest.cases), (Source(home, raw.convention, 1.0), stored)]
-    by_raw, by_store = [streamed(dataset(plan, cases, source, CUTTING, 4, 0.5, 2), 3) for source, cases in routes]
-    (alone,) = streamed(dataset(plan, manifest.cases, raw, CUTTING, 4, 0.5, 1), 1)
+    by_raw, by_store = [streamed(dataset(sampler, cases, source, CUTTING, 4, 0.5, 2), 3) for source, cases in routes]
+    (alone,) = streamed(dataset(sampler, manifest.cases, raw, CUTTING, 4, 0.5, 1), 1)
 
-    assert [patch.position for patch in alone] == list(range(4, plan.total))
+    assert [patch.position for patch in alone] == list(range(4, sampler.total))
     for rank in range(3):
-        wanted = list(range(4 + rank, plan.total, 3))
+        wanted = list(range(4 + rank, sampler.total, 3))
         assert [p.position for p in by_raw[rank]] == [p.position for p in by_store[rank]] == wanted
         for one, other in zip(by_raw[rank], by_store[rank], strict=True):
             assert equal(one, alone[one.position - 4])
@@ -89,7 +91,7 @@ def test_both_routes_give_the_same_patches_through_ray_at_any_number_of_ranks(tm
             else:
                 assert equal(one, other)
     assert sum(bool(patch.reason) for share in by_store for patch in share) == sum(
-        plan.sample(position).case == 2 for position in range(4, plan.total)
+        sampler.sample(position).case == 2 for position in range(4, sampler.total)
     )
 
 
@@ -111,9 +113,9 @@ def test_a_slow_trainer_holds_the_stream_back(tmp_path: Path) -> None:
     """While nobody takes patches, loading stops before the object store is full, nothing goes to disk, and Ray Data's
     loop rests (it would turn without a pause); afterwards the stream goes on where it stood."""
     cases = tuple(Case(str(n), str(n), (), None, 0) for n in range(400))
-    plan = Plan(seed=0, cases=400, global_batch=1, patches_per_case=4, window_cases=2, epochs=1)
+    sampler = Sampler(seed=0, cases=400, global_batch=1, patches_per_case=4, window_cases=2, epochs=1)
     before = spilled_bytes()
-    made = dataset(plan, cases, Endless("", "msd", 1.0, str(tmp_path)), Cutting((64, 64, 64), 0.0), 0, 0.5, 2)
+    made = dataset(sampler, cases, Endless("", "msd", 1.0, str(tmp_path)), PatchSpec((64, 64, 64), 0.0), 0, 0.5, 2)
     (share,) = OrderedSplit().configure({"train": made}, 1)
     stream = patches(share["train"], 2)
     assert next(stream).position == 0
@@ -141,13 +143,13 @@ def test_spilling_is_told_with_its_remedy(tmp_path: Path, capfd: pytest.CaptureF
     held = []
     with Spilling(str(tmp_path), every_s=0.2):
         time.sleep(1)
-        assert not list(ledger.read_events(str(tmp_path)))
+        assert not list(journal.read_events(str(tmp_path)))
         for _ in range(8):
             held.append(ray.put(np.ones(20_000_000, np.uint8)))
         deadline = time.monotonic() + 30
-        while not ledger.read_events(str(tmp_path)) and time.monotonic() < deadline:
+        while not journal.read_events(str(tmp_path)) and time.monotonic() < deadline:
             time.sleep(0.2)
-    event, *_ = ledger.read_events(str(tmp_path))
+    event, *_ = journal.read_events(str(tmp_path))
     assert event["event"] == "spilling"
     assert event["bytes"] > 0
     assert "object-store-memory" in event["remedy"]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from raytrain_brats import config, verify
-from raytrain_brats.data.plan import fingerprint
-from raytrain_brats.run import job
+from raytrain_brats.data.sampler import fingerprint
+from raytrain_brats.run import spec
 from tests.conftest import write_msd_folder
 from tests.simulation import Run
 
@@ -20,15 +20,15 @@ def run(tmp_path: Path) -> Path:
     """A run folder with the rows that an undisturbed run would leave; no Ray, no training."""
     write_msd_folder(tmp_path / "data", 6)
     settings = config.load("demo", ("train.epochs=2", "data.patches_per_case=3"))
-    made = job.build(settings, str(tmp_path / "run"), str(tmp_path / "data"), "")
-    job.write_config(made)
+    made = spec.build(settings, str(tmp_path / "run"), str(tmp_path / "data"), "")
+    spec.write_config(made)
     lines = []
-    for low in range(0, made.plan.total, made.plan.global_batch):
-        high, total = low + made.plan.global_batch, 0
-        for sample in map(made.plan.sample, range(low, high)):
+    for low in range(0, made.sampler.total, made.sampler.global_batch):
+        high, total = low + made.sampler.global_batch, 0
+        for sample in map(made.sampler.sample, range(low, high)):
             name = "" if sample.case is None else made.train_cases[sample.case].id
             total += fingerprint(sample.position, name, sample.seed)
-        about = {"step": low // made.plan.global_batch, "positions": [low, high], "samples_seen": high}
+        about = {"step": low // made.sampler.global_batch, "positions": [low, high], "samples_seen": high}
         lines.append(about | {"samples": total, "generation": 1, "world_size": 2})
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path / "run"

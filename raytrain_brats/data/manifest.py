@@ -77,20 +77,20 @@ def meaning(convention: str) -> dict[str, Any]:
     return {"convention": convention, "labels": words, "modalities": list(MODALITIES)}
 
 
-def identity(cases: Iterable[Case], preprocessing: dict[str, Any], convention: str) -> str:
+def dataset_identity(cases: Iterable[Case], preprocessing: dict[str, Any], convention: str) -> str:
     """Short hash of what is trained on: ids, sizes, checksums, folds, what voxels mean, preprocessing."""
     rows = [[c.id, c.bytes, c.sha256, c.fold, list(c.channels)] for c in cases]
     text = json.dumps([rows, preprocessing, meaning(convention)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def is_identity(stored: str, cases: Iterable[Case], preprocessing: dict[str, Any], convention: str) -> bool:
+def is_dataset_identity(stored: str, cases: Iterable[Case], preprocessing: dict[str, Any], convention: str) -> bool:
     """Whether a run's identity is that of these; `convention` must be the run's own.
 
     Runs begun before identities told what voxels mean go on where that has not changed: channels in their old order.
     """
     cases = list(cases)
-    if stored == identity(cases, preprocessing, convention):
+    if stored == dataset_identity(cases, preprocessing, convention):
         return True
     rows = [[c.id, c.bytes, c.sha256, c.fold] for c in cases]
     earlier = hashlib.sha256(json.dumps([rows, preprocessing], sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Decode: the bytes of a case's NIfTI files, checked, as arrays with geometry; and a label's file on the same grid.
 
 In: bytes of .nii or .nii.gz (NIfTI-1, https://nifti.nimh.nih.gov/nifti-1).
-Out: a `Volume`, or `Refused` with a reason code (docs/refusals.md) and the file at fault. Nothing is half-used:
+Out: a `Volume`, or `InvalidCase` with a reason code (docs/refusals.md) and the file at fault. Nothing is half-used:
 nibabel alone reads cut-off and bit-flipped files without a word, because it never reaches the gzip checksum.
 
 The arrays are views of buffers that this thread uses again as soon as nobody holds them (`inflate.take`).
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.spatialimages import HeaderDataError
 
-from raytrain_brats.data import inflate
+from raytrain_brats.data import gunzip
 from raytrain_brats.labels import MODALITIES
 
 REASONS = {
@@ -49,7 +49,7 @@ _PLACE = ("dim_info", "pixdim", "xyzt_units", "qform_code", "sform_code", "quate
           "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")  # fmt: skip
 
 
-class Refused(Exception):  # noqa: N818 (a verdict on a file, not a fault of ours)
+class InvalidCase(Exception):  # noqa: N818 (a verdict on a file, not a fault of ours)
     """A case that cannot be used; `reason` is a key of REASONS, `file` the one at fault ("": the case as a whole)."""
 
     def __init__(self, reason: str, detail: str, file: str = "") -> None:
@@ -59,7 +59,7 @@ class Refused(Exception):  # noqa: N818 (a verdict on a file, not a fault of our
 
 
 @dataclass(frozen=True)
-class Extent:
+class VolumeStats:
     """What one pass over an image finds: the least and greatest value per channel, and where it is not zero.
 
     `box`: (low, high) per axis x, y, z of the voxels that are not zero in every channel; None when there is none.
@@ -82,7 +82,7 @@ class Volume:
     image_cxyz: npt.NDArray[Any]
     label_xyz: npt.NDArray[np.uint8] | None
     affine: npt.NDArray[np.float64]
-    extent: Extent | None = None
+    extent: VolumeStats | None = None
     header: bytes = b""
     files: tuple[str, ...] = ()
 
@@ -113,12 +113,12 @@ def decode_case(
     parts = [decode(content, name) for content, name in zip(images, names, strict=False)]
     first, files = parts[0], tuple(part.name for part in parts) * (1 if len(parts) > 1 else len(MODALITIES))
     image_cxyz = _four_files(parts) if len(parts) > 1 else _one_file(first, channels)
-    extent = survey(image_cxyz)
+    extent = intensity_range(image_cxyz)
     for name, file, low, high in zip(MODALITIES, files, extent.low, extent.high, strict=True):
         if not math.isfinite(low) or not math.isfinite(high):
-            raise Refused("not_finite", f"{file}: {name} has a voxel that is NaN or infinite", file)
+            raise InvalidCase("not_finite", f"{file}: {name} has a voxel that is NaN or infinite", file)
         if low == high:
-            raise Refused("constant" if low else "empty", f"{file}: {name} is {low} everywhere", file)
+            raise InvalidCase("constant" if low else "empty", f"{file}: {name} is {low} everywhere", file)
     found = None
     if label is not None:
         last = decode(label, names[len(images)])
@@ -147,7 +147,7 @@ def _one_file(file: File, channels: tuple[int, ...] | None) -> npt.NDArray[Any]:
     """The image (c, x, y, z) of a 4D file: a view, but for channels in another order."""
     if file.array.ndim != 4 or file.array.shape[3] != len(MODALITIES):
         shape = file.array.shape
-        raise Refused("header", f"{file.name}: image has shape {shape}, expected (x, y, z, 4)", file.name)
+        raise InvalidCase("header", f"{file.name}: image has shape {shape}, expected (x, y, z, 4)", file.name)
     if channels is None or channels == tuple(range(len(MODALITIES))):
         return np.moveaxis(file.array, 3, 0)
     assert sorted(channels) == list(range(len(MODALITIES))), channels
@@ -167,14 +167,14 @@ def _four_files(parts: list[File]) -> npt.NDArray[Any]:
         with _about(part.name):
             _same_grid(part, first.array.shape, first.affine, first.name)
             if part.array.ndim != 3:
-                raise Refused("header", f"a modality has shape {part.array.shape}, expected (x, y, z)")
+                raise InvalidCase("header", f"a modality has shape {part.array.shape}, expected (x, y, z)")
     return _stacked([part.array for part in parts])
 
 
 def _stacked(arrays_xyz: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """(c, z, y, x) in memory like a 4D file, seen as (c, x, y, z)."""
     kind, shape = np.result_type(*arrays_xyz), (len(arrays_xyz), *arrays_xyz[0].shape[::-1])
-    whole = inflate.take(kind.itemsize * math.prod(shape)).view(kind).reshape(shape)
+    whole = gunzip.take(kind.itemsize * math.prod(shape)).view(kind).reshape(shape)
     return np.stack([array.T for array in arrays_xyz], out=whole).transpose(0, 3, 2, 1)
 
 
@@ -183,25 +183,25 @@ def _about(name: str) -> Iterator[None]:
     """What is refused inside is refused because of this file, and says so."""
     try:
         yield
-    except inflate.Damaged as error:
-        raise Refused("gzip_damaged", f"{name}: {error}", name) from error
-    except inflate.WrongLength as error:
-        raise Refused("size", f"{name}: {error}", name) from error
-    except Refused as error:
-        raise Refused(error.reason, f"{name}: {error.detail}", name) from error
+    except gunzip.Damaged as error:
+        raise InvalidCase("gzip_damaged", f"{name}: {error}", name) from error
+    except gunzip.WrongLength as error:
+        raise InvalidCase("size", f"{name}: {error}", name) from error
+    except InvalidCase as error:
+        raise InvalidCase(error.reason, f"{name}: {error.detail}", name) from error
 
 
 def decode(content: bytes, name: str) -> File:
     """One file. Raises Refused."""
     with _about(name):
         packed = content[:2] == b"\x1f\x8b"
-        start = inflate.head(content, 352) if packed else content[:352]
+        start = gunzip.head(content, 352) if packed else content[:352]
         header, offset, wanted = _header(start)
         if packed and wanted > max(_PLAUSIBLE_BYTES, _PLAUSIBLE_RATIO * len(content)):
-            raise Refused("limit", f"header asks for {wanted} bytes out of {len(content)}")
+            raise InvalidCase("limit", f"header asks for {wanted} bytes out of {len(content)}")
         if not packed and len(content) != wanted:
-            raise Refused("size", f"{len(content)} bytes, header says {wanted}")
-        raw: Any = inflate.unpack(content, wanted) if packed else content  # never more memory than the header says
+            raise InvalidCase("size", f"{len(content)} bytes, header says {wanted}")
+        raw: Any = gunzip.unpack(content, wanted) if packed else content  # never more memory than the header says
         _check_extensions(bytes(raw[348:offset]), header.endianness)
         affine = _affine(header)
     shape = tuple(int(n) for n in header.get_data_shape())
@@ -211,7 +211,7 @@ def decode(content: bytes, name: str) -> File:
     if scaled:
         voxels = _scaled(voxels, slope, inter)
     elif not voxels.dtype.isnative:
-        native = inflate.take(voxels.nbytes).view(voxels.dtype.newbyteorder("="))
+        native = gunzip.take(voxels.nbytes).view(voxels.dtype.newbyteorder("="))
         native[:] = voxels
         voxels = native
     while len(shape) > 3 and shape[-1] == 1:
@@ -237,7 +237,7 @@ def label_file(label_xyz: npt.NDArray[np.uint8], header: bytes) -> bytes:
     return bytes(deflate.gzip_compress(ours.binaryblock + bytes(4) + label_xyz.tobytes("F"), 6))
 
 
-def survey(image_cxyz: npt.NDArray[Any]) -> Extent:
+def intensity_range(image_cxyz: npt.NDArray[Any]) -> VolumeStats:
     """The extent of an image, which is read once, in the order of memory; NaN shows in both bounds."""
     order = np.argsort([-abs(stride) for stride in image_cxyz.strides[1:]], kind="stable")
     slowest_first = image_cxyz.transpose(0, *(1 + order))
@@ -251,14 +251,14 @@ def survey(image_cxyz: npt.NDArray[Any]) -> Extent:
     planes = range(slowest_first.shape[1])
     first = next((n for n in planes if slowest_first[:, n].any()), None)
     if first is None:
-        return Extent(tuple(lows), tuple(highs), None)
+        return VolumeStats(tuple(lows), tuple(highs), None)
     last = next(n for n in reversed(planes) if slowest_first[:, n].any())
     spans = [(first, last + 1)]
     for axis in (1, 0):
         touched = np.flatnonzero(used.any(axis=axis))
         spans.append((int(touched[0]), int(touched[-1]) + 1))
     box = tuple(spans[list(order).index(axis)] for axis in range(3))
-    return Extent(tuple(lows), tuple(highs), box)
+    return VolumeStats(tuple(lows), tuple(highs), box)
 
 
 def _bounds(planes: npt.NDArray[Any]) -> tuple[float, float, npt.NDArray[np.bool_]]:
@@ -283,7 +283,7 @@ def _along(better: np.ufunc, planes: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _scaled(voxels: npt.NDArray[Any], slope: float, inter: float) -> npt.NDArray[np.float32]:
     """slope * voxel + inter in float64, rounded once."""
-    scaled, wide = inflate.take(4 * voxels.size).view(np.float32), np.empty(_CHUNK)
+    scaled, wide = gunzip.take(4 * voxels.size).view(np.float32), np.empty(_CHUNK)
     with np.errstate(over="ignore", invalid="ignore"):  # infinite voxels are refused later
         for start in range(0, voxels.size, _CHUNK):
             chunk = voxels[start : start + _CHUNK]
@@ -309,39 +309,39 @@ def _label(array: npt.NDArray[Any], allowed: tuple[int, ...]) -> npt.NDArray[np.
         remedy = "map them to the convention's, or name the convention that the labels follow"
         if any(value != np.rint(value) for value in strange):
             remedy = "labels are whole numbers: resample by the nearest voxel, save as integers and run again"
-        raise Refused("label_values", f"{strange[:5]} not in {list(allowed)}; {remedy}")
+        raise InvalidCase("label_values", f"{strange[:5]} not in {list(allowed)}; {remedy}")
     return label
 
 
 def _header(start: bytes) -> tuple[nib.Nifti1Header, int, int]:
     """(header, offset of the voxels, whole length in bytes), or Refused."""
     if len(start) < 352 or start[344:348] != b"n+1\0":
-        raise Refused("not_nifti", "no single-file NIfTI-1 header")
+        raise InvalidCase("not_nifti", "no single-file NIfTI-1 header")
     header = nib.Nifti1Header(start[:348], check=False)
     if int(header["sizeof_hdr"]) != 348:
-        raise Refused("not_nifti", f"sizeof_hdr is {int(header['sizeof_hdr'])}")
+        raise InvalidCase("not_nifti", f"sizeof_hdr is {int(header['sizeof_hdr'])}")
     dims = [int(n) for n in header["dim"]]
     if not 3 <= dims[0] <= 7 or min(dims[1 : dims[0] + 1]) < 1:
-        raise Refused("header", f"dim is {dims}")
+        raise InvalidCase("header", f"dim is {dims}")
     try:
         kind = header.get_data_dtype().str[1:]
         header.get_slope_inter()
     except (KeyError, HeaderDataError) as error:
-        raise Refused("header", f"datatype or scaling: {error}") from error
+        raise InvalidCase("header", f"datatype or scaling: {error}") from error
     slope, inter, units = float(header["scl_slope"]), float(header["scl_inter"]), int(header["xyzt_units"]) & 7
     if math.isinf(slope) or (math.isnan(slope) and not (math.isnan(inter) or inter == 0)):
-        raise Refused("header", f"scl_slope {slope}, scl_inter {inter}")
+        raise InvalidCase("header", f"scl_slope {slope}, scl_inter {inter}")
     if units not in (0, 2):
-        raise Refused("header", f"the unit of length is not mm (xyzt_units {int(header['xyzt_units'])})")
+        raise InvalidCase("header", f"the unit of length is not mm (xyzt_units {int(header['xyzt_units'])})")
     codes = int(header["qform_code"]), int(header["sform_code"])
     if min(codes) < 0 or max(codes) > 5:
-        raise Refused("header", f"qform_code and sform_code are {codes}")
+        raise InvalidCase("header", f"qform_code and sform_code are {codes}")
     offset, bits = float(header["vox_offset"]), int(header["bitpix"])
     if kind not in _KINDS or bits != 8 * int(kind[1:]) or not (352 <= offset < 2**31) or offset % 1:
-        raise Refused("header", f"datatype {int(header['datatype'])}, bitpix {bits}, vox_offset {offset}")
+        raise InvalidCase("header", f"datatype {int(header['datatype'])}, bitpix {bits}, vox_offset {offset}")
     wanted = int(offset) + math.prod(dims[1 : dims[0] + 1]) * int(kind[1:])
     if wanted > MAX_BYTES:
-        raise Refused("limit", f"header asks for {wanted} bytes")
+        raise InvalidCase("limit", f"header asks for {wanted} bytes")
     return header, int(offset), wanted
 
 
@@ -351,7 +351,7 @@ def _check_extensions(block: bytes, endian: str) -> None:
     while block[0] and (position == 4 or block[position:].strip(b"\0")):
         size = int.from_bytes(block[position : position + 4], order, signed=True)  # type: ignore[arg-type]
         if size < 8 or position + size > len(block):
-            raise Refused("extension", f"{size} bytes, {len(block) - position} are left before the voxels")
+            raise InvalidCase("extension", f"{size} bytes, {len(block) - position} are left before the voxels")
         position += size
 
 
@@ -362,20 +362,20 @@ def _affine(header: nib.Nifti1Header) -> npt.NDArray[np.float64]:
     try:
         affine = np.asarray(header.get_best_affine(), np.float64)
     except (ValueError, HeaderDataError) as error:  # a quaternion longer than 1, a qfac other than 1 or -1
-        raise Refused("affine", str(error)) from error
+        raise InvalidCase("affine", str(error)) from error
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
     # Edges outside 0.01 to 100 mm: metres, microns or damage; resampling would ask for a grid of any size
     sound = np.isfinite(affine).all() and spacing_mm.min() >= 0.01 and spacing_mm.max() <= 100
     if not sound or abs(np.linalg.det(affine[:3, :3])) < 1e-3 * spacing_mm.prod():
-        raise Refused("affine", f"{affine[:3].round(6).tolist()}")
+        raise InvalidCase("affine", f"{affine[:3].round(6).tolist()}")
     if not np.allclose(spacing_mm, header.get_zooms()[:3], rtol=1e-2):
-        raise Refused("affine", f"affine says {spacing_mm.round(4)} mm, pixdim {header.get_zooms()[:3]}")
+        raise InvalidCase("affine", f"affine says {spacing_mm.round(4)} mm, pixdim {header.get_zooms()[:3]}")
     return affine
 
 
 def _same_grid(file: File, shape: tuple[int, ...], affine: npt.NDArray[np.float64], other: str) -> None:
     if file.array.shape != shape:
-        raise Refused("mismatch", f"shape {file.array.shape}, that of {other} is {shape}")
+        raise InvalidCase("mismatch", f"shape {file.array.shape}, that of {other} is {shape}")
     if not np.allclose(file.affine, affine, atol=1e-3):
         apart = np.abs(file.affine - affine).max()
-        raise Refused("mismatch", f"its affine differs from that of {other} by up to {apart:.3g}")
+        raise InvalidCase("mismatch", f"its affine differs from that of {other} by up to {apart:.3g}")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raytrain_brats.data.plan import Sample, draw
 from raytrain_brats.data.preprocess import Prepared
+from raytrain_brats.data.sampler import Sample, draw
 
 Triple = tuple[int, int, int]
 
@@ -60,7 +60,7 @@ def window(array: npt.NDArray[Any], start: Triple, size_zyx: Triple) -> npt.NDAr
     return view
 
 
-def placeholder(position: int, seed: int, case_id: str, reason: str, size_zyx: Triple) -> Patch:
+def empty_patch(position: int, seed: int, case_id: str, reason: str, size_zyx: Triple) -> Patch:
     """A patch of weight zero: a position never goes missing, whatever becomes of its case."""
     nothing = np.zeros(1, np.int16), np.zeros(1, np.uint8)
     image, label = np.broadcast_to(nothing[0], (4, *size_zyx)), np.broadcast_to(nothing[1], size_zyx)

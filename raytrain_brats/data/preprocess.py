@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from raytrain_brats.data.nifti import MAX_BYTES, Extent, Refused, Volume, survey
+from raytrain_brats.data.nifti import MAX_BYTES, InvalidCase, Volume, VolumeStats, intensity_range
 from raytrain_brats.labels import MODALITIES
 
 FOREGROUND_VOXELS = 512
@@ -102,21 +102,21 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
     ratio = wanted_mm / native_mm
     if (ratio != 1).any():
         if 4 * image.shape[0] * math.prod(grid_shape) > MAX_BYTES:
-            raise Refused("affine", f"voxels of {native_mm.round(3)} mm resampled to {spacing_mm} mm: {grid_shape}")
+            raise InvalidCase("affine", f"voxels of {native_mm.round(3)} mm resampled to {spacing_mm} mm: {grid_shape}")
         traces = _traces(volume)
         image = resample(image.astype(np.float32), ratio, grid_shape, 1, offset)
         image[np.abs(image) <= traces] = 0  # rounded coordinates leave 1e-13 beside the brain; float16 holds it as 0
         label = None if label is None else resample(label, ratio, grid_shape, 0, offset)
-        extent = survey(image)
+        extent = intensity_range(image)
         box = extent.box
     else:
-        extent = volume.extent or survey(volume.image_cxyz)
+        extent = volume.extent or intensity_range(volume.image_cxyz)
         box = extent.box and tuple(
             extent.box[axis] if flip > 0 else (size - extent.box[axis][1], size - extent.box[axis][0])
             for axis, flip, size in zip(axes, flips, grid_shape, strict=True)
         )
     if box is None:
-        raise Refused("empty", "no voxel left that is not zero")
+        raise InvalidCase("empty", "no voxel left that is not zero")
     crop = tuple(slice(low, high) for low, high in box)
     label_zyx = None if label is None else np.ascontiguousarray(label[crop].T)
     stored, mean, std = _condensed(image[(slice(None), *crop)].transpose(0, 3, 2, 1), extent, volume.files)
@@ -207,7 +207,7 @@ def to_ras(array: npt.NDArray[Any], axes: Any, flips: Any) -> npt.NDArray[Any]:
 
 
 def _condensed(
-    image_czyx: npt.NDArray[Any], extent: Extent, files: tuple[str, ...] = ()
+    image_czyx: npt.NDArray[Any], extent: VolumeStats, files: tuple[str, ...] = ()
 ) -> tuple[npt.NDArray[Any], tuple[float, ...], tuple[float, ...]]:
     """(the image in 16 bits, mean and standard deviation per channel), all as stored."""
     if whole := _integers(image_czyx, extent):
@@ -228,7 +228,7 @@ def _condensed(
     return halves, means, stds
 
 
-def _peaks(extent: Extent, files: tuple[str, ...]) -> list[float]:
+def _peaks(extent: VolumeStats, files: tuple[str, ...]) -> list[float]:
     """The greatest absolute value of each channel. Raises Refused when float32 does not hold it."""
     peaks = [max(-low, high) for low, high in zip(extent.low, extent.high, strict=True)]
     single = np.finfo(np.float32)
@@ -247,19 +247,19 @@ def _factor(peak: float) -> float:
 
 def _traces(volume: Volume) -> npt.NDArray[np.float32]:
     """What is nothing but a trace of rounding in each channel of the resampled image: float16 will hold it as 0."""
-    extent = volume.extent or survey(volume.image_cxyz)
+    extent = volume.extent or intensity_range(volume.image_cxyz)
     traces = [_ROUNDED_TO_ZERO / _factor(peak) for peak in _peaks(extent, volume.files)]
     return np.array(traces, np.float32).reshape(-1, 1, 1, 1)
 
 
-def _beyond(channel: int, files: tuple[str, ...], what: str) -> Refused:
+def _beyond(channel: int, files: tuple[str, ...], what: str) -> InvalidCase:
     file = files[channel] if files else ""
     place = f"{file}: {MODALITIES[channel]}" if file else MODALITIES[channel]
-    return Refused("range", f"{place}: {what}; subtract the offset or rescale the image, and run again", file)
+    return InvalidCase("range", f"{place}: {what}; subtract the offset or rescale the image, and run again", file)
 
 
 def _integers(
-    image_czyx: npt.NDArray[Any], extent: Extent
+    image_czyx: npt.NDArray[Any], extent: VolumeStats
 ) -> tuple[npt.NDArray[np.int16], tuple[float, ...], tuple[float, ...]] | None:
     """The image as int16 with its statistics, if that changes no value."""
     if min(extent.low) < -32768 or max(extent.high) > 32767:

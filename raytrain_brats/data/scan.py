@@ -272,7 +272,7 @@ def case_versions(case: Case) -> tuple[tuple[str, str], ...]:
 
 def _values(label: bytes) -> set[int]:
     """The values of a label file; none of one that cannot be read, which is refused later with its reason."""
-    with contextlib.suppress(nifti.Refused):
+    with contextlib.suppress(nifti.InvalidCase):
         return {int(value) for value in np.unique(nifti.decode(label, "label").array) if value == int(value)}
     return set()
 

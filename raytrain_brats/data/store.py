@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from raytrain_brats import storage
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
-from raytrain_brats.data.nifti import Refused, Volume, decode_case
+from raytrain_brats.data.nifti import InvalidCase, Volume, decode_case
 from raytrain_brats.data.nifti import decode as decode_file
 from raytrain_brats.data.preprocess import Geometry, Prepared, preprocess
 from raytrain_brats.errors import UserError
@@ -50,10 +50,10 @@ class Source:
             try:
                 (content,) = storage.read_checked([storage.join(self.root, case.object)], case.object_sha256)
             except FileNotFoundError as error:
-                raise Refused("missing", f"{case.object}; run `prepare` again", case.object) from error
+                raise InvalidCase("missing", f"{case.object}; run `prepare` again", case.object) from error
             except storage.ChangedError as error:
                 told = f"{case.object} differs from its checksum; run `prepare --verify`"
-                raise Refused("changed", told, case.object) from error
+                raise InvalidCase("changed", told, case.object) from error
             return decode(content, verified=True)
         return preprocess(self.volume(case), self.spacing_mm)
 
@@ -66,22 +66,22 @@ class Source:
         except FileNotFoundError as error:
             gone = str(error.filename or error)
             file = next((path for path, uri in zip(paths, uris, strict=True) if uri == gone), "")
-            raise Refused("missing", file or gone, file) from error
+            raise InvalidCase("missing", file or gone, file) from error
         except storage.ChangedError as error:
             if fault := self._damaged(paths):
                 told = f"{fault.detail} ({fault.reason}), since the manifest was written"
-                raise Refused("changed", told, fault.file) from error
-            raise Refused("changed", f"{error}, by the manifest") from error
+                raise InvalidCase("changed", told, fault.file) from error
+            raise InvalidCase("changed", f"{error}, by the manifest") from error
         images = len(case.images)
         label = files[images] if case.label else None
         return decode_case(files[:images], label, allowed_values(self.convention), paths, case.channels or None)
 
-    def _damaged(self, paths: tuple[str, ...]) -> Refused | None:
+    def _damaged(self, paths: tuple[str, ...]) -> InvalidCase | None:
         """The verdict on the first of these files that cannot be decoded: the manifest sums up all files of a case."""
         for path in paths:
             try:
                 decode_file(storage.read_bytes(storage.join(self.root, path)), path)
-            except Refused as error:
+            except InvalidCase as error:
                 return error
             except OSError:  # it went just now
                 return None
@@ -163,7 +163,7 @@ def decode(content: bytes, verified: bool = False) -> Prepared:
             native,
         )
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
-        raise Refused("changed", f"not a store object of format {FORMAT}: {error}") from error
+        raise InvalidCase("changed", f"not a store object of format {FORMAT}: {error}") from error
 
 
 def key(case: Case, preprocessing: dict[str, Any], convention: str) -> str:

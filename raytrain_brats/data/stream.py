@@ -16,31 +16,33 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Datasource
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
 
+from raytrain_brats.data.boxes import Buffer, Item, PatchSpec, parcels, unpack
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.parcel import Buffer, Cutting, Item, parcels, unpack
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.plan import Plan
+from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source
+from raytrain_brats.ray_ext.internals.data import ExecutionCallback, execution_index
 
 WORLD_SIZE = "raytrain_brats.world_size"
 """The number of ranks that read tasks pack for, in the dataset's context: known only once the workers are."""
 
 
-SPIN_S, BREATH_S = 0.01, 0.03
+BUSY_LOOP_S, PAUSE_S = 0.01, 0.03
 """A turn of Ray Data's loop that waited for nothing is shorter than the one, and is followed by the other."""
 
 
 class PositionSource(Datasource):
     """Positions as a Ray datasource; every execution of the dataset asks anew and gets the next stretch."""
 
-    def __init__(self, plan: Plan, cases: tuple[Case, ...], source: Source, cutting: Cutting, cursor: int) -> None:
+    def __init__(
+        self, sampler: Sampler, cases: tuple[Case, ...], source: Source, patch_spec: PatchSpec, cursor: int
+    ) -> None:
         super().__init__()
-        self.plan, self.cases, self.source, self.cutting, self.cursor = plan, cases, source, cutting, cursor
+        self.sampler, self.cases, self.source, self.patch_spec, self.cursor = sampler, cases, source, patch_spec, cursor
 
     def get_name(self) -> str:
         return "Positions"
@@ -51,24 +53,21 @@ class PositionSource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        # _execution_idx is private to Ray Data; should it ever change its meaning, the position guard of the
-        # training loop stops the run.
-        execution = data_context._execution_idx if data_context is not None else 0
-        low, high = self.plan.stretch(self.cursor)
-        for _ in range(execution):
-            low, high = self.plan.stretch(high)
+        low, high = self.sampler.segment(self.cursor)
+        for _ in range(execution_index(data_context)):
+            low, high = self.sampler.segment(high)
         world_size = data_context.get_config(WORLD_SIZE, 1) if data_context is not None else 1
-        return [self._task(positions, world_size) for positions in self.plan.windows(low, high)]
+        return [self._task(positions, world_size) for positions in self.sampler.windows(low, high)]
 
     def _task(self, positions: range, world_size: int) -> ReadTask:
-        samples = [self.plan.sample(p) for p in positions]
+        samples = [self.sampler.sample(p) for p in positions]
         items = [(s, None if s.case is None else self.cases[s.case]) for s in samples]
-        x, y, z = self.cutting.patch_xyz
+        x, y, z = self.patch_spec.patch_xyz
         about = BlockMetadata(None, len(items) * x * y * z * 9, None, None)
-        return ReadTask(partial(_read, self.source, items, self.cutting, world_size), about)
+        return ReadTask(partial(_read, self.source, items, self.patch_spec, world_size), about)
 
 
-class Breath(ExecutionCallback):
+class SchedulerThrottle(ExecutionCallback):
     """Holds Ray Data's scheduling loop up when it spins.
 
     It waits for read tasks with something to hand over; where all have and nobody has room for it, as whenever loading
@@ -78,24 +77,24 @@ class Breath(ExecutionCallback):
     _before = 0.0
 
     def on_execution_step(self, executor: Any) -> None:
-        if time.monotonic() - self._before < SPIN_S:
-            time.sleep(BREATH_S)
+        if time.monotonic() - self._before < BUSY_LOOP_S:
+            time.sleep(PAUSE_S)
         self._before = time.monotonic()
 
 
 _buffer = Buffer()
 
 
-def _read(source: Source, items: list[Item], cutting: Cutting, world_size: int) -> Iterator[pa.Table]:
+def _read(source: Source, items: list[Item], patch_spec: PatchSpec, world_size: int) -> Iterator[pa.Table]:
     # A process does one task at a time, and Ray has copied a table to the object store when it asks for the next.
-    return parcels(source, items, cutting, world_size, _buffer)
+    return parcels(source, items, patch_spec, world_size, _buffer)
 
 
 def dataset(
-    plan: Plan,
+    sampler: Sampler,
     cases: tuple[Case, ...],
     source: Source,
-    cutting: Cutting,
+    patch_spec: PatchSpec,
     cursor: int,
     cpus_per_task: float,
     tasks: int | None = None,
@@ -103,15 +102,15 @@ def dataset(
 ) -> Any:
     """The ordered Ray Dataset of all positions from `cursor` on, read by so many tasks at a time (by default as many
     as Ray Data finds CPUs and object store for), on nodes with these labels (by default on any)."""
-    positions = PositionSource(plan, cases, source, cutting, cursor)
-    windows = len(plan.windows(*plan.stretch(cursor)))
+    positions = PositionSource(sampler, cases, source, patch_spec, cursor)
+    windows = len(sampler.windows(*sampler.segment(cursor)))
     made = ray.data.read_datasource(
         positions, override_num_blocks=max(1, windows), num_cpus=cpus_per_task, concurrency=tasks
     )
     made.context.target_max_block_size = 1  # one row a block: the split deals blocks
     made.context.execution_options.preserve_order = True
     made.context.execution_options.label_selector = nodes or None
-    made.context.custom_execution_callback_classes = [Breath]
+    made.context.custom_execution_callback_classes = [SchedulerThrottle]
     made.context.memory_usage_poll_interval_s = None  # reading a process's memory map costs as much as a patch
     made.context.execution_no_progress_timeout_s = 6 * 3600  # a long validation is no hang of the stream
     return made

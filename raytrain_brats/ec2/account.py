@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
-from ray._private.authentication import authentication_token_setup as ray_token
 
 from raytrain_brats import config as recipes
 from raytrain_brats.ec2 import network
 from raytrain_brats.errors import UserError
+from raytrain_brats.ray_ext.internals import core
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ def fill(config: dict[str, Any], path: str = "") -> None:
     network.fill(session.client("ec2"), config, place, ssh_from)
     _places(config, values, region)
     if not (token := Path("~/.ray/auth_token").expanduser()).exists():
-        ray_token.generate_and_save_token()
+        core.make_token()
         token.chmod(0o600)
 
 

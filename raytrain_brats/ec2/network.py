@@ -165,8 +165,7 @@ def fill(ec2: Any, config: dict[str, Any], place: Place, ssh_from: str) -> None:
     for kind in config["available_node_types"].values():
         node = kind["node_config"]
         if name := node.get("Placement", {}).get("GroupName"):
-            with _allowed("InvalidPlacementGroup.Duplicate"):
-                ec2.create_placement_group(GroupName=name, Strategy="cluster")
+            node["Placement"]["GroupName"] = _placement_group(ec2, name)
         for card in node.get("NetworkInterfaces", []):
             card.setdefault("SubnetId", place.private)
             card.setdefault("Groups", [group])
@@ -175,6 +174,17 @@ def fill(ec2: Any, config: dict[str, Any], place: Place, ssh_from: str) -> None:
         else:
             node.setdefault("SubnetIds", [place.public])
             node.setdefault("SecurityGroupIds", [group])
+
+
+def _placement_group(ec2: Any, name: str) -> str:
+    """For our own name the account stack's, which CloudFormation called otherwise; else `name`, made if missing."""
+    if name == GROUP:
+        ours = [{"Name": "tag:project", "Values": [GROUP]}, {"Name": "state", "Values": ["available"]}]
+        if found := sorted(g["GroupName"] for g in ec2.describe_placement_groups(Filters=ours)["PlacementGroups"]):
+            return str(found[0])
+    with _allowed("InvalidPlacementGroup.Duplicate"):
+        ec2.create_placement_group(GroupName=name, Strategy="cluster")
+    return name
 
 
 def _security_group(ec2: Any, vpc: str, ssh_from: str) -> str:

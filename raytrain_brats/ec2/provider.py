@@ -16,12 +16,11 @@ from typing import Any
 
 import click
 from botocore.exceptions import BotoCoreError, ClientError
-from ray.autoscaler._private.aws.config import _configure_key_pair
-from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 
 from raytrain_brats.ec2 import account
 from raytrain_brats.errors import UserError
+from raytrain_brats.ray_ext.internals.ec2 import AWSNodeProvider, configure_key_pair
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ class Provider(AWSNodeProvider):
                 config["provider"]["on_demand_fallback"] = _fallback(config["provider"], bool(given.get("yes")))
             else:
                 config["provider"]["region"] = account.region_of(config["provider"])
-            return dict(_configure_key_pair(config))
+            return dict(configure_key_pair(config))
         except (UserError, ClientError, BotoCoreError) as error:
             raise NotReadyError(str(error)) from error
 

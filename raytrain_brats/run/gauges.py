@@ -16,7 +16,7 @@ from ray.util.metrics import Gauge
 
 from raytrain_brats.errors import UserError
 from raytrain_brats.reporting.goodput import recoveries, time_breakdown
-from raytrain_brats.run.ledger import event
+from raytrain_brats.run.journal import event
 
 PRICES = "RAYTRAIN_BRATS_DOLLARS_PER_HOUR"
 NAMES = {

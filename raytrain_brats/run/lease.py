@@ -140,7 +140,10 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in the kernel's ticks; "" when there is none, or only its exit code is left."""
+    """When a process began; "" when there is none, or only its exit code is left.
+
+    In the kernel's ticks: psutil's create_time counts from 1970, and moves when somebody sets the clock.
+    """
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -18,8 +18,9 @@ from rich.progress import Progress as Bar
 from raytrain_brats import storage
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS
-from raytrain_brats.run import gauges, ledger, roles
-from raytrain_brats.run.job import Job
+from raytrain_brats.ray_ext import roles
+from raytrain_brats.run import gauges, journal
+from raytrain_brats.run.spec import RunSpec
 
 _RECENT, _MEASURE_S, _LINE_S = 20, 10.0, 10.0
 
@@ -27,15 +28,15 @@ _RECENT, _MEASURE_S, _LINE_S = 20, 10.0, 10.0
 class Progress:
     """Follow a run from the driver, in a thread, for the time of a `with` block."""
 
-    def __init__(self, job: Job, trouble: Callable[[], str] = lambda: "") -> None:
+    def __init__(self, spec: RunSpec, trouble: Callable[[], str] = lambda: "") -> None:
         """`trouble` tells why the run folder cannot be written just now, also when the books cannot."""
-        self._job, self._trouble = job, trouble
+        self._spec, self._trouble = spec, trouble
         self._since, self._told = time.time(), ""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._console = Console(stderr=False)
-        self._gauges, self._prices = gauges.Gauges(job.run_dir), gauges.prices()
-        self._cost = gauges.Cost(job.run_dir, self._prices)
+        self._gauges, self._prices = gauges.Gauges(spec.run_dir), gauges.prices()
+        self._cost = gauges.Cost(spec.run_dir, self._prices)
         self._next_measure = 0.0
 
     def __enter__(self) -> "Progress":
@@ -48,14 +49,14 @@ class Progress:
         self._cost.note()
 
     def _follow(self) -> None:
-        every_s = 1.0 if not storage.is_s3(self._job.run_dir) else 5.0
+        every_s = 1.0 if not storage.is_s3(self._spec.run_dir) else 5.0
         if self._console.is_terminal:
             with Bar(BarColumn(20), TextColumn("{task.description}", markup=False), console=self._console) as bar:
-                run = bar.add_task("", total=self._job.plan.total)
+                run = bar.add_task("", total=self._spec.sampler.total)
                 while not self._done.wait(every_s):
                     rows, line = self._look(lambda said: bar.console.print(said, markup=False, soft_wrap=True))
                     bar.update(run, description=line, completed=rows[-1]["samples_seen"] if rows else 0)
-                bar.update(run, description=self._look()[1], completed=self._job.plan.total)
+                bar.update(run, description=self._look()[1], completed=self._spec.sampler.total)
             return
         last, said, over = "", time.monotonic(), False
         while not over:  # what goes wrong is told at once, how far it is now and then
@@ -67,13 +68,13 @@ class Progress:
 
     def _look(self, say: Callable[[str], None] = lambda said: print(said, flush=True)) -> tuple[list[Any], str]:
         try:
-            rows, events = ledger.recent(self._job.run_dir)
+            rows, events = journal.recent(self._spec.run_dir)
             self._tell(events, say)
             self._measure(rows)
         except (OSError, ValueError, UserError, RayError) as error:  # the picture is not the run: storage may come back
             return [], f"run folder cannot be read just now: {error}"
         cost = f" | ${self._cost.rate:,.2f}/h, ${self._cost.total:,.2f} so far" if self._cost.rate is not None else ""
-        return rows, describe(rows, events, self._job.plan.total, self._trouble()) + cost
+        return rows, describe(rows, events, self._spec.sampler.total, self._trouble()) + cost
 
     def _tell(self, events: list[dict[str, Any]], say: Callable[[str], None]) -> None:
         """A line when saving begins to fail, or fails for another reason, and one when it works again."""
@@ -90,8 +91,8 @@ class Progress:
         if (began := time.monotonic()) < self._next_measure:
             return
         self._next_measure = began + _MEASURE_S  # also when a next line fails
-        events = ledger.read_events(self._job.run_dir)
-        gauges.tell(self._gauges, events, rows, self._job.plan.total)
+        events = journal.read_events(self._spec.run_dir)
+        gauges.tell(self._gauges, events, rows, self._spec.sampler.total)
         if self._prices:
             self._cost.look(roles.alive(), events)
             self._gauges.set("dollars_per_hour", self._cost.rate)

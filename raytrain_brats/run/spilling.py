@@ -7,10 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import ray
-from ray._private.internal_api import get_memory_info_reply, get_state_from_address
-
-from raytrain_brats.run import ledger
+from raytrain_brats.ray_ext.internals import core
+from raytrain_brats.run import journal
 
 EVERY_S = 15.0
 _REMEDY = (
@@ -19,16 +17,10 @@ _REMEDY = (
 )
 
 
-def spilled_bytes() -> int:
-    """Bytes that all nodes' object stores have written to disk since they were started."""
-    state = get_state_from_address(ray.get_runtime_context().gcs_address)
-    return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)
-
-
 class Spilling:
     """Watches from the driver, in a thread, for the time of a `with` block."""
 
-    def __init__(self, run_dir: str, spilled: Callable[[], int] = spilled_bytes, every_s: float = EVERY_S) -> None:
+    def __init__(self, run_dir: str, spilled: Callable[[], int] = core.spilled_bytes, every_s: float = EVERY_S) -> None:
         self._run_dir, self._spilled, self._every_s = run_dir, spilled, every_s
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="spilling", daemon=True)
@@ -51,7 +43,7 @@ class Spilling:
             if known is not None and now > known:
                 grown = f"{(now - known) / 1e9:.2f} GB"
                 print(f"warning: Ray's object store wrote {grown} to disk, which is slow; {_REMEDY}", flush=True)
-                ledger.event(self._run_dir, "spilling", bytes=now - known, remedy=_REMEDY)
+                journal.event(self._run_dir, "spilling", bytes=now - known, remedy=_REMEDY)
             known = now  # what was spilled before the run is not its doing
             if self._done.wait(self._every_s):
                 return

@@ -26,8 +26,8 @@ from typing import Any
 
 from raytrain_brats import storage
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.sagemaker import meeting
-from raytrain_brats.sagemaker.meeting import Cluster, Line
+from raytrain_brats.sagemaker import rendezvous
+from raytrain_brats.sagemaker.rendezvous import Channel, Cluster
 
 RAY_PORT = 6379
 DASHBOARD, DASHBOARD_PORT = "RAYTRAIN_BRATS_DASHBOARD", 8265
@@ -74,7 +74,7 @@ def program(name: str) -> list[str]:
 
 def start_ray(cluster: Cluster, deadline: float) -> str:
     """Start this host's part of the Ray cluster; its head's address. Raises RunFailed."""
-    head = f"{meeting.address_of(cluster.head, deadline)}:{RAY_PORT}"
+    head = f"{rendezvous.address_of(cluster.head, deadline)}:{RAY_PORT}"
     # Nothing but Systems Manager's tunnel, which ends inside the container, reaches the dashboard.
     shown = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD_PORT}"]
     shown = shown if os.environ.get(DASHBOARD) else ["--include-dashboard=false"]
@@ -82,7 +82,7 @@ def start_ray(cluster: Cluster, deadline: float) -> str:
     part = part if cluster.me == cluster.head else [f"--address={head}"]
     started = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", *part),
-        f"--node-ip-address={meeting.address_of(cluster.me, deadline)}",
+        f"--node-ip-address={rendezvous.address_of(cluster.me, deadline)}",
         f"--labels=role={cluster.group},sagemaker-host={cluster.me}",
         *shlex.split(os.environ.get("RAYTRAIN_BRATS_RAY_START", "")),
     ]
@@ -99,7 +99,7 @@ class Host:
     def __init__(self, root: Path, arguments: list[str]) -> None:
         self._root, self._arguments = root, arguments
         self._driver: subprocess.Popen[str] | None = None
-        self._to_head: Line | None = None
+        self._to_head: Channel | None = None
         self._stopping = False
         self._cluster: Cluster | None = None
 
@@ -116,14 +116,14 @@ class Host:
         return code
 
     def _run(self) -> tuple[int, str]:
-        cluster = self._cluster = meeting.read_cluster(self._root)
+        cluster = self._cluster = rendezvous.read_cluster(self._root)
         deadline = time.monotonic() + float(os.environ.get("RAYTRAIN_BRATS_JOIN_S", "900"))
         arguments = command(self._root, self._arguments)
         run_dir, store = option(arguments, "run-dir"), option(arguments, "store")
         if not run_dir and not store:
             raise UserError("`host` runs `train` or `prepare`, with a --run-dir or --store that all containers see")
         place = run_dir or f"{store.rstrip('/')}-job"  # in the store itself `prepare` takes no files but its own
-        token = meeting.shared_token(place)
+        token = rendezvous.shared_token(place)
         os.environ |= {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": token,
@@ -138,24 +138,24 @@ class Host:
         return (self._lead if cluster.me == cluster.head else self._follow)(cluster, token, deadline, arguments)
 
     def _lead(self, cluster: Cluster, token: str, deadline: float, arguments: list[str]) -> tuple[int, str]:
-        lines: dict[str, Line] = {}
-        with socket.create_server(("", meeting.PORT), reuse_port=False) as server:
+        channels: dict[str, Channel] = {}
+        with socket.create_server(("", rendezvous.PORT), reuse_port=False) as server:
             try:
-                meeting.gather(cluster, token, server, deadline, lines)
+                rendezvous.gather(cluster, token, server, deadline, channels)
                 os.environ["RAY_ADDRESS"] = start_ray(cluster, deadline)
-                for line in lines.values():
-                    line.send("join")
-                for host, line in lines.items():
-                    self._await_join(host, line, deadline)
-                verdict = self._work(lines, arguments)
+                for channel in channels.values():
+                    channel.send("join")
+                for host, channel in channels.items():
+                    self._await_join(host, channel, deadline)
+                verdict = self._work(channels, arguments)
             except Exception as error:  # noqa: BLE001 - the peers must hear of it
                 verdict = _verdict(error)
-            self._part(lines, *verdict)
+            self._part(channels, *verdict)
         return verdict
 
-    def _await_join(self, host: str, line: Line, deadline: float) -> None:
+    def _await_join(self, host: str, channel: Channel, deadline: float) -> None:
         try:
-            said = line.receive(max(1.0, deadline - time.monotonic()))
+            said = channel.receive(max(1.0, deadline - time.monotonic()))
         except TimeoutError:
             said = "time is up"
         if said == "stop":
@@ -163,40 +163,40 @@ class Host:
         if said != "joined":
             raise RunFailed(f"{host} did not join: {said or 'its container ended'}")
 
-    def _work(self, lines: dict[str, Line], arguments: list[str]) -> tuple[int, str]:
+    def _work(self, channels: dict[str, Channel], arguments: list[str]) -> tuple[int, str]:
         """Run the command here, on all hosts' resources; (exit code, cause)."""
-        code, cause = self._run_command(arguments, lines)
+        code, cause = self._run_command(arguments, channels)
         if code and self._stopping:
             return STOPPED, "stopped; the same job goes on from its last checkpoint"
         if code == 0 and arguments[0] == "train":
             run_dir = option(arguments, "run-dir")
-            self._run_command(["report", f"--run-dir={run_dir}"], lines)
+            self._run_command(["report", f"--run-dir={run_dir}"], channels)
             export(run_dir, self._root / "model")
         return code, cause
 
-    def _run_command(self, arguments: list[str], lines: dict[str, Line]) -> tuple[int, str]:
+    def _run_command(self, arguments: list[str], channels: dict[str, Channel]) -> tuple[int, str]:
         name, *rest = arguments
         tail: deque[str] = deque(maxlen=40)
         ran = [*program(name), *rest]
         self._driver = subprocess.Popen(ran, stderr=subprocess.PIPE, text=True, errors="replace")  # noqa: S603
 
         def tee(stream: Any) -> None:
-            for line in stream:
-                sys.stderr.write(line)
+            for channel in stream:
+                sys.stderr.write(channel)
                 sys.stderr.flush()
-                tail.append(line)
+                tail.append(channel)
 
         reader = threading.Thread(target=tee, args=(self._driver.stderr,), daemon=True)
         reader.start()
         if self._stopping:  # it came between
             self._driver.terminate()
-        sockets = {line.socket: (host, line) for host, line in lines.items()}
+        sockets = {channel.socket: (host, channel) for host, channel in channels.items()}
         while self._driver.poll() is None:
             readable, _, _ = select.select(list(sockets), [], [], 0.5)
-            for there in [at for at, (_, line) in sockets.items() if at in readable or line.pending]:
-                host, line = sockets[there]
+            for there in [at for at, (_, channel) in sockets.items() if at in readable or channel.pending]:
+                host, channel = sockets[there]
                 with contextlib.suppress(TimeoutError):
-                    said = line.receive(1.0)
+                    said = channel.receive(1.0)
                     if said == "stop":  # any host's SIGTERM stops the job: the service takes all of them
                         self._on_sigterm()
                     elif said is None:  # Ray and the run notice that by themselves, and may go on
@@ -204,32 +204,32 @@ class Host:
                         del sockets[there]
         reader.join(5)
         code, self._driver = self._driver.returncode, None
-        told = [line.strip() for line in tail if line.startswith(("failed:", "error:"))]
+        told = [channel.strip() for channel in tail if channel.startswith(("failed:", "error:"))]
         return (code if 0 <= code < 256 else 1), (told[-1] if told else "".join(tail)) if code else ""
 
-    def _part(self, lines: dict[str, Line], code: int, cause: str) -> None:
+    def _part(self, channels: dict[str, Channel], code: int, cause: str) -> None:
         """Tell every peer how it ended, and wait until they have heard it."""
-        for line in lines.values():
-            line.send({"code": code, "cause": f"{self._name()}: {cause}" if cause else ""})
+        for channel in channels.values():
+            channel.send({"code": code, "cause": f"{self._name()}: {cause}" if cause else ""})
         until = time.monotonic() + PARTING_S
-        for line in lines.values():
+        for channel in channels.values():
             with contextlib.suppress(TimeoutError):
-                while line.receive(max(0.1, until - time.monotonic())) is not None:
+                while channel.receive(max(0.1, until - time.monotonic())) is not None:
                     pass
 
     def _follow(self, cluster: Cluster, token: str, deadline: float, arguments: list[str]) -> tuple[int, str]:
-        line = meeting.call(cluster, token, deadline)
-        self._to_head = line
+        channel = rendezvous.call(cluster, token, deadline)
+        self._to_head = channel
         if self._stopping:
-            line.send("stop")
+            channel.send("stop")
         while True:
-            said = line.receive()
+            said = channel.receive()
             if said == "join":
                 try:
                     start_ray(cluster, deadline)
-                    line.send("joined")
+                    channel.send("joined")
                 except (RunFailed, OSError) as error:
-                    line.send(str(error))
+                    channel.send(str(error))
             elif isinstance(said, dict):
                 return int(said["code"]), str(said["cause"])
             elif self._stopping:

@@ -195,7 +195,7 @@ def _train(request: Request, session: Any) -> None:
         trainer.train(wait=False, logs=False)
         job = trainer._latest_training_job
     name = job.training_job_name
-    print(f"{name} is sent; raytrain-brats sagemaker status|logs|stop {name}")
+    print(f"{name} is sent; aws sagemaker describe-training-job --training-job-name {name}")
     if args.remote_debug:
         print(f"the dashboard, once it trains: {TUNNEL.format(name=name)}")
         print(f"it asks for a token: aws s3 cp {own}/ray_token -")

@@ -78,7 +78,7 @@ def _start(args: Args, instances: tuple[str, int], arguments: list[str], session
     )
     processor.run(arguments=arguments, wait=False, logs=False)
     name = processor.latest_job.processing_job_name
-    print(f"{name} is sent; raytrain-brats sagemaker status|logs|stop {name}")
+    print(f"{name} is sent; aws sagemaker describe-processing-job --processing-job-name {name}")
     if args.wait:
         processor.latest_job.wait(logs=True)
 

@@ -121,7 +121,7 @@ def check_workers(config: Config, kind: str, number: int) -> str:
 def check_request(operation: str, request: dict[str, Any]) -> None:
     """Hold a request against botocore's model of SageMaker. Raises UserError naming the option and what is allowed.
 
-    botocore itself checks names and types and the lower bounds; not patterns, choices and upper bounds.
+    botocore itself has checked names, types and lower bounds before; not patterns, choices and upper bounds.
     """
     shape = botocore.session.get_session().get_service_model("sagemaker").operation_model(operation).input_shape
     for path, told in _faults(shape, request, ()):
@@ -134,13 +134,8 @@ def _faults(shape: Any, value: Any, path: tuple[str, ...]) -> Iterator[tuple[tup
     """(path, what is wrong) of all that the model does not allow."""
     kind = shape.type_name
     if kind == "structure":
-        for name in [name for name in shape.required_members if name not in value]:
-            yield (*path, name), "it is missing"
         for name, part in value.items():
-            if name not in shape.members:
-                yield (*path, name), "there is no such setting"
-            else:
-                yield from _faults(shape.members[name], part, (*path, name))
+            yield from _faults(shape.members[name], part, (*path, name))
         return
     size = value if kind in ("integer", "long", "float", "double") else len(value) if kind != "boolean" else None
     bounds, unit = shape.metadata, {"string": " characters", "list": " entries", "map": " entries"}.get(kind, "")

@@ -10,22 +10,22 @@ from pathlib import Path
 import torch
 
 from raytrain_brats.config import Config
+from raytrain_brats.data.boxes import Buffer, PatchSpec, parcels, unpack
 from raytrain_brats.data.manifest import Manifest
-from raytrain_brats.data.parcel import Buffer, Cutting, parcels, unpack
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.plan import Plan
+from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source
-from raytrain_brats.run.job import open_cases
+from raytrain_brats.run.spec import open_cases
 from scripts.bench_pipelines.pipelines import Order
 
 
-def opened(order: Order, config: Config) -> tuple[Manifest, Source, Plan, Cutting]:
+def opened(order: Order, config: Config) -> tuple[Manifest, Source, Sampler, PatchSpec]:
     raw = order.pipeline.startswith("raw")
     known = str(Path(order.work) / "known") if raw else ""
     manifest, source = open_cases(config, *((order.source, "") if raw else ("", order.source)), known)
     # batches of one: no padding; as good as endless
-    plan = Plan(0, len(manifest.cases), 1, config.data.patches_per_case, config.data.window_cases, 100_000)
-    return manifest, source, plan, Cutting(config.data.patch_xyz, config.data.foreground_share)
+    sampler = Sampler(0, len(manifest.cases), 1, config.data.patches_per_case, config.data.window_cases, 100_000)
+    return manifest, source, sampler, PatchSpec(config.data.patch_xyz, config.data.foreground_share)
 
 
 def settings(order: Order) -> Config:
@@ -33,7 +33,7 @@ def settings(order: Order) -> Config:
     return Config.model_validate(sections | {"preprocess": {"spacing_mm": order.spacing_mm}})
 
 
-class Taker:
+class CopySink:
     """What training does first with a patch: copy it into the device's memory, here a buffer that is used again."""
 
     def __init__(self, patch: int) -> None:
@@ -49,12 +49,12 @@ class Taker:
 
 def alone(order: Order) -> Iterator[int]:
     """Load, check, preprocess, pack, unpack and copy as the routes do, in one thread; in the order of the parcels."""
-    manifest, source, plan, cutting = opened(order, settings(order))
-    taker, buffer = Taker(order.patch), Buffer()
-    for window in plan.windows(0, plan.total):
-        samples = [plan.sample(p) for p in window]
+    manifest, source, sampler, patch_spec = opened(order, settings(order))
+    taker, buffer = CopySink(order.patch), Buffer()
+    for window in sampler.windows(0, sampler.total):
+        samples = [sampler.sample(p) for p in window]
         items = [(s, None if s.case is None else manifest.cases[s.case]) for s in samples]
-        for table in parcels(source, items, cutting, 1, buffer):
+        for table in parcels(source, items, patch_spec, 1, buffer):
             for patch in unpack(table)[1]:
                 taker.take(patch)
                 yield 1

@@ -2,7 +2,7 @@
 
 In: a prepared or raw set of cases, how many patches to count. Out: a `Run`.
 
-The worker does with each patch what training does first (`alone.Taker`). Counted from the patch after the warm-up to
+The worker does with each patch what training does first (`alone.CopySink`). Counted from the patch after the warm-up to
 the last, over every process of the tree.
 """
 
@@ -20,8 +20,8 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from raytrain_brats.data import stream
-from raytrain_brats.run import cluster
-from scripts.bench_pipelines.alone import Taker, opened, settings
+from raytrain_brats.ray_ext import cluster
+from scripts.bench_pipelines.alone import CopySink, opened, settings
 from scripts.bench_pipelines.meter import Meter
 from scripts.bench_pipelines.pipelines import Order, Run, counted, enough
 
@@ -30,7 +30,7 @@ def consume(arguments: dict[str, Any]) -> None:
     """The training worker: take the stream's patches as training does; write down when counting began and ended."""
     order: Order = arguments["order"]
     torch.set_num_threads(1)
-    taker = Taker(order.patch)
+    taker = CopySink(order.patch)
     begun = ended = time.monotonic()
     number = 0
     for number, patch in enumerate(stream.patches(ray.train.get_dataset_shard("train"), arguments["prefetch"]), 1):
@@ -48,7 +48,7 @@ def consume(arguments: dict[str, Any]) -> None:
 def measure(order: Order) -> Run:
     """Start Ray, stream, count. In a process of its own, whose whole tree is the pipeline."""
     config = settings(order)
-    manifest, source, plan, cutting = opened(order, config)
+    manifest, source, sampler, patch_spec = opened(order, config)
     with Meter() as meter, tempfile.TemporaryDirectory() as folder:
         cluster.connect()
         needed = cluster.measure(config.run, 8)
@@ -60,7 +60,7 @@ def measure(order: Order) -> Run:
             run_config=RunConfig(storage_path=folder),
             datasets={
                 "train": lambda: stream.dataset(
-                    plan, manifest.cases, source, cutting, 0, needed.cpus_per_task, needed.tasks
+                    sampler, manifest.cases, source, patch_spec, 0, needed.cpus_per_task, needed.tasks
                 )
             },
             dataset_config=stream.OrderedSplit(),

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from raytrain_brats import storage
 from raytrain_brats.run import checkpoint
-from raytrain_brats.run.ledger import MetricsLog
+from raytrain_brats.run.journal import MetricsLog
 
 TRAINING = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "end")
 WRITING = ("checkpoint write", "commit", "rows", "ledger", "prune")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_brats import storage
-from raytrain_brats.run import checkpoint, ledger
-from raytrain_brats.run.ledger import MetricsLog
+from raytrain_brats.run import checkpoint, journal
+from raytrain_brats.run.journal import MetricsLog
 from scripts.chaos_campaign import bits
 from scripts.chaos_campaign.core import Campaign, Fault, Progress, draw
 from scripts.chaos_campaign.groups import Twist
@@ -68,7 +68,7 @@ def without_marker() -> None:
 
 def without_cut() -> None:
     """Rows beyond the checkpoint stay when a group begins."""
-    ledger._cut_metrics = lambda run_dir, length, decision: 0
+    journal._cut_metrics = lambda run_dir, length, decision: 0
 
 
 def without_fence() -> None:

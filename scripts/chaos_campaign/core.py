@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import checkpoint, ledger
-from raytrain_brats.run.job import Job
+from raytrain_brats.run import checkpoint, journal
+from raytrain_brats.run.spec import RunSpec
 from scripts.chaos_campaign.board import MAIN, WRITER, WRITING, Board
 from scripts.chaos_campaign.groups import POLL_S, Group, Process, Twist, begin
 from scripts.chaos_campaign.setting import Setting, faults_at_end
@@ -113,7 +113,7 @@ class Campaign:
         while figures.kills + (figures.pauses if self.stop_early else 0) < self._wanted and not self._stop():
             number = figures.runs
             seed = self.seed * 1000 + number
-            todo = self.setting.job(f"run-{seed}-{number}", seed)
+            todo = self.setting.spec(f"run-{seed}-{number}", seed)
             os.makedirs(todo.run_dir, exist_ok=True)
             found = len(figures.violations)
             try:
@@ -131,10 +131,10 @@ class Campaign:
     def _stop(self) -> bool:
         return self.stop_early and bool(self.figures.violations)
 
-    def _violation(self, todo: Job, why: str) -> None:
+    def _violation(self, todo: RunSpec, why: str) -> None:
         self.figures.violations.append(f"{todo.run_dir}, kill {self.figures.kills}: {why}")
 
-    def _one_run(self, todo: Job) -> None:
+    def _one_run(self, todo: RunSpec) -> None:
         """From begin to the last position, in as many groups as it takes."""
         rows, seen, attempts = 0, 0, 0
         while not self._stop():
@@ -144,13 +144,13 @@ class Campaign:
             if not self._begin(todo):
                 self._look(todo)
                 continue
-            generation = ledger.current(todo.run_dir)
+            generation = journal.current(todo.run_dir)
             assert generation is not None
-            applied = generation.samples_seen // todo.plan.global_batch
+            applied = generation.samples_seen // todo.sampler.global_batch
             if generation.samples_seen < seen:
                 self._violation(todo, f"went back from {seen} to {generation.samples_seen}")
-            elif len(ledger.read_rows(todo.run_dir)) != applied:
-                self._violation(todo, f"{len(ledger.read_rows(todo.run_dir))} rows at the start, {applied} applied")
+            elif len(journal.read_rows(todo.run_dir)) != applied:
+                self._violation(todo, f"{len(journal.read_rows(todo.run_dir))} rows at the start, {applied} applied")
             seen = generation.samples_seen
             self.figures.redone.append(max(0, rows - applied))
             world_size = self.rng.randint(1, 4)
@@ -160,11 +160,11 @@ class Campaign:
             finished = self._disturb(todo, group)
             if not finished:
                 self._look(todo)
-            rows = len(ledger.read_rows(todo.run_dir))
+            rows = len(journal.read_rows(todo.run_dir))
             if finished:
                 return
 
-    def _begin(self, todo: Job) -> bool:
+    def _begin(self, todo: RunSpec) -> bool:
         if self.figures.kills >= self._wanted or self.rng.random() >= self.controller_share:
             return begin(todo, self.twist)
         delay = self.rng.uniform(0, 0.03)
@@ -189,7 +189,7 @@ class Campaign:
         self.progress(figures.kills, self._wanted, f"{len(figures.violations)} violations")
         return True
 
-    def _disturb(self, todo: Job, group: Group) -> bool:
+    def _disturb(self, todo: RunSpec, group: Group) -> bool:
         """Strike the group; True when it came to the end of the run before that."""
         if time.monotonic() > self._until:
             self._wanted = self.figures.kills  # out of time: this run to its end, then no more
@@ -258,12 +258,12 @@ class Campaign:
             process.kill()
         self._zombies.clear()
 
-    def _look(self, todo: Job) -> None:
+    def _look(self, todo: RunSpec) -> None:
         """After each kill: what was committed once is there, whole."""
         found, damaged = checkpoint.newest_valid(todo.run_dir)
         for name, why in damaged:
             self._violation(todo, f"checkpoint {name} is damaged: {why}")
-        done = any(e["event"] == "checkpoint" for e in ledger.read_events(todo.run_dir))
+        done = any(e["event"] == "checkpoint" for e in journal.read_events(todo.run_dir))
         if done and found is None:
             self._violation(todo, "no valid checkpoint is left")
 

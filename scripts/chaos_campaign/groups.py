@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from raytrain_brats.run import ledger, loop
-from raytrain_brats.run.job import Job
-from raytrain_brats.run.ledger import Generation
+from raytrain_brats.run import journal, worker
+from raytrain_brats.run.journal import Generation
+from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.spec import RunSpec
 from scripts.chaos_campaign.board import MAIN, Board
 from scripts.chaos_campaign.setting import CPU, stream
 
@@ -79,7 +80,7 @@ class Process:
 class Group:
     """The ranks of one generation."""
 
-    def __init__(self, todo: Job, generation: Generation, world_size: int, twist: Twist) -> None:
+    def __init__(self, todo: RunSpec, generation: Generation, world_size: int, twist: Twist) -> None:
         self.generation, self.world_size, self.board = generation, world_size, Board(world_size)
         log = Path(todo.run_dir, "processes.log")
         meeting = Path(todo.run_dir, f"meeting-{generation.number}")
@@ -92,10 +93,10 @@ class Group:
                 store = distributed.FileStore(str(meeting), world_size)
                 distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
 
-            def mark(phase: str, samples_seen: int | None = None) -> None:
-                self.board.put(rank, MAIN, phase)
-
-            loop.train_rank(todo, generation, rank, world_size, CPU, mark, stream(todo, generation, rank, world_size))
+            timer = PhaseTimer(lambda phase: self.board.put(rank, MAIN, phase))
+            worker.train_rank(
+                todo, generation, rank, world_size, CPU, timer, stream(todo, generation, rank, world_size)
+            )
 
         self.processes = [
             Process(forked(log, lambda rank=rank: rank_work(rank))) for rank in range(world_size)
@@ -122,7 +123,7 @@ class Group:
             process.wait()
 
 
-def begin(todo: Job, twist: Twist, strike: Callable[[Process, Board], bool] | None = None) -> bool:
+def begin(todo: RunSpec, twist: Twist, strike: Callable[[Process, Board], bool] | None = None) -> bool:
     """`begin_generation` in a process of its own, which `strike` may kill; whether it got through.
 
     Raises RuntimeError when it failed by itself.
@@ -133,7 +134,7 @@ def begin(todo: Job, twist: Twist, strike: Callable[[Process, Board], bool] | No
         twist()
         board.put(0, MAIN, "begin")
         board.watch_writes(0)
-        ledger.begin_generation(todo.run_dir)
+        journal.begin_generation(todo.run_dir)
 
     process = Process(forked(log, work))
     if strike is not None and strike(process, board):

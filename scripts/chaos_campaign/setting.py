@@ -1,7 +1,7 @@
 """What is trained while things are broken: a tiny run, its stream without Ray, and how it ends when nothing happens.
 
 In: a folder, a seed.
-Out: a `Job`; a rank's stream; the end of the undisturbed run; what is wrong with the end of another run.
+Out: a `RunSpec`; a rank's stream; the end of the undisturbed run; what is wrong with the end of another run.
 """
 
 import dataclasses
@@ -16,14 +16,15 @@ import torch
 
 from raytrain_brats import verify
 from raytrain_brats.config import Config, parse
-from raytrain_brats.data import plan as plans
+from raytrain_brats.data import sampler as samplers
 from raytrain_brats.data import store as stores
-from raytrain_brats.data.parcel import parcels
+from raytrain_brats.data.boxes import parcels
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.stream import unpacked
-from raytrain_brats.run import checkpoint, job, ledger, loop
-from raytrain_brats.run.job import Job
-from raytrain_brats.run.ledger import Generation
+from raytrain_brats.run import checkpoint, journal, spec, worker
+from raytrain_brats.run.journal import Generation
+from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.spec import RunSpec
 from raytrain_brats.synthetic.phantom import write_set
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ class Setting:
 
     def __init__(self, folder: Path, steps: int = 80, global_batch: int = 4, reduction: str = "exact") -> None:
         torch.set_num_threads(1)  # ranks are forked from here: no pool of threads may be alive
-        plans.STRETCH_WINDOWS = 8  # several stretches a run, as in a long one
+        samplers.SEGMENT_WINDOWS = 8  # several stretches a run, as in a long one
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         self.folder, self._data, self._store = folder, folder / "data", folder / "store"
         self._steps, self._global_batch, self._reduction = steps, global_batch, reduction
@@ -42,7 +43,7 @@ class Setting:
         if not self._data.exists():
             write_set(str(self._data), cases=7, seed=3, grid=32, anatomy="procedural")
 
-    def job(self, name: str, seed: int) -> Job:
+    def spec(self, name: str, seed: int) -> RunSpec:
         """Five cases of three patches: 15 samples an epoch, so there is padding, and windows that are not full."""
         epoch = -(-15 // self._global_batch)
         config = {
@@ -61,17 +62,17 @@ class Setting:
         parsed, run_dir = parse(config, "chaos"), str(self.folder / name)
         self._prepare(parsed)
         if seed % 4:
-            made = job.build(parsed, run_dir, "", str(self._store))
+            made = spec.build(parsed, run_dir, "", str(self._store))
         else:  # now and then straight from .nii.gz, which costs more
-            made = job.build(parsed, run_dir, str(self._data), "")
+            made = spec.build(parsed, run_dir, str(self._data), "")
         assert len(made.train_cases) == 5, "the fold of the seven cases"
         return dataclasses.replace(made, held_out_cases=())  # nothing to validate
 
     def _prepare(self, config: Config) -> None:
         if (self._store / "index.jsonl").exists():
             return
-        options = job.preprocessing(config)
-        manifest, source = job.open_cases(config, str(self._data))
+        options = spec.preprocessing(config)
+        manifest, source = spec.open_cases(config, str(self._data))
         cases = tuple(stores.put(str(self._store), source, case, options) for case in manifest.cases)
         stores.write_index(str(self._store), dataclasses.replace(manifest, cases=cases), options)
 
@@ -79,7 +80,7 @@ class Setting:
         """Train a few steps here: everything that is imported late is there before ranks are forked."""
         steps, self._steps = self._steps, 4
         for seed in (0, 1):  # both routes
-            train_alone(self.job(f"warm-{seed}", seed))
+            train_alone(self.spec(f"warm-{seed}", seed))
         self._steps = steps
         gc.collect()
         gc.freeze()  # a forked child that collects would copy every page
@@ -87,47 +88,47 @@ class Setting:
     def end(self, seed: int) -> "End":
         """How the run of this seed ends with one worker, undisturbed."""
         if seed not in self._ends:
-            calm = self.job(f"calm-{seed}", seed)
+            calm = self.spec(f"calm-{seed}", seed)
             train_alone(calm)
             self._ends[seed] = End(calm)
         return self._ends[seed]
 
 
-def train_alone(todo: Job) -> None:
+def train_alone(todo: RunSpec) -> None:
     """The whole run in this process."""
-    generation = ledger.begin_generation(todo.run_dir)
-    loop.train_rank(todo, generation, 0, 1, CPU, lambda *_: None, stream(todo, generation, 0, 1))
+    generation = journal.begin_generation(todo.run_dir)
+    worker.train_rank(todo, generation, 0, 1, CPU, PhaseTimer(), stream(todo, generation, 0, 1))
 
 
-def stream(todo: Job, generation: Generation, rank: int, world_size: int) -> Callable[[], Iterator[Patch]]:
-    """`next_stretch` as Ray Data gives it: this rank's rows of each stretch in order, decoded window by window."""
+def stream(todo: RunSpec, generation: Generation, rank: int, world_size: int) -> Callable[[], Iterator[Patch]]:
+    """`next_segment` as Ray Data gives it: this rank's rows of each stretch in order, decoded window by window."""
     cursor = generation.samples_seen
 
-    def next_stretch() -> Iterator[Patch]:
+    def next_segment() -> Iterator[Patch]:
         nonlocal cursor
-        low, high = todo.plan.stretch(cursor)
+        low, high = todo.sampler.segment(cursor)
         cursor = high
-        for window in todo.plan.windows(low, high):
-            samples = [todo.plan.sample(p) for p in window if (p - low) % world_size == rank]
+        for window in todo.sampler.windows(low, high):
+            samples = [todo.sampler.sample(p) for p in window if (p - low) % world_size == rank]
             items = [(s, None if s.case is None else todo.train_cases[s.case]) for s in samples]
-            yield from unpacked(parcels(todo.source, items, todo.cutting, world_size=1))
+            yield from unpacked(parcels(todo.source, items, todo.patch_spec, world_size=1))
 
-    return next_stretch
+    return next_segment
 
 
 class End:
     """The newest checkpoint of a run that is finished."""
 
-    def __init__(self, todo: Job) -> None:
-        self.job = todo
+    def __init__(self, todo: RunSpec) -> None:
+        self.spec = todo
 
     @cached_property
     def _loaded(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        found, damaged = checkpoint.newest_valid(self.job.run_dir)
+        found, damaged = checkpoint.newest_valid(self.spec.run_dir)
         assert found is not None
         assert not damaged
-        assert found.samples_seen == self.job.plan.total
-        return checkpoint.load(self.job.run_dir, found.name)
+        assert found.samples_seen == self.spec.sampler.total
+        return checkpoint.load(self.spec.run_dir, found.name)
 
     def differs_from(self, other: "End") -> str:
         """What is not bit-equal in weights and optimiser; an empty string when nothing is."""
@@ -144,14 +145,14 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
 
 
-def faults_at_end(todo: Job, calm: End) -> list[str]:
+def faults_at_end(todo: RunSpec, calm: End) -> list[str]:
     """What is wrong with a finished run: its rows, weights, optimiser, events, leftovers."""
     wrong = []
-    rows = ledger.read_rows(todo.run_dir)
-    if len(rows) != todo.plan.total // todo.plan.global_batch:
-        wrong.append(f"{len(rows)} rows instead of {todo.plan.total // todo.plan.global_batch}")
+    rows = journal.read_rows(todo.run_dir)
+    if len(rows) != todo.sampler.total // todo.sampler.global_batch:
+        wrong.append(f"{len(rows)} rows instead of {todo.sampler.total // todo.sampler.global_batch}")
     for number, row in enumerate(rows):
-        if why := verify.difference(row, number, todo.plan, todo.train_cases):
+        if why := verify.difference(row, number, todo.sampler, todo.train_cases):
             wrong.append(f"row {number + 1}: {why}")
             break
     try:
@@ -159,9 +160,9 @@ def faults_at_end(todo: Job, calm: End) -> list[str]:
             wrong.append(f"not the undisturbed run's end: {why}")
     except (AssertionError, ValueError) as error:
         wrong.append(f"no valid last checkpoint: {error}")
-    damaged = [e for e in ledger.read_events(todo.run_dir) if e["event"] == "damaged_checkpoint"]
+    damaged = [e for e in journal.read_events(todo.run_dir) if e["event"] == "damaged_checkpoint"]
     wrong += [f"checkpoint {e['name']} was damaged: {e['why']}" for e in damaged]
-    generation = ledger.current(todo.run_dir)
+    generation = journal.current(todo.run_dir)
     assert generation is not None
     checkpoint.prune(todo.run_dir, todo.config.checkpoint.keep, generation.number)
     kept = checkpoint.committed(todo.run_dir)

@@ -3,8 +3,8 @@
 In: a folder, a seed, how many changes.
 Out: how many steps each way cost, and whether the runs ended as with one worker undisturbed, bit for bit.
 
-A graceful change asks through `saving.ask`, as Ray Train's controller does before it resizes: all ranks save at the
-same step and wait; it must cost no step. A forced one kills all ranks.
+A graceful change asks through `checkpoint_request.request`, as Ray Train's controller does before it resizes: all
+ranks save at the same step and wait; it must cost no step. A forced one kills all ranks.
 """
 
 import os
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytrain_brats.run import ledger, saving
-from raytrain_brats.run.job import Job
+from raytrain_brats.run import checkpoint_request, journal
+from raytrain_brats.run.spec import RunSpec
 from scripts.chaos_campaign.core import Progress
 from scripts.chaos_campaign.groups import Group, begin
 from scripts.chaos_campaign.setting import Setting, faults_at_end
@@ -39,15 +39,15 @@ def schedule(rng: random.Random, changes: int, sizes: tuple[int, ...] = SIZES) -
     return legs[:changes]
 
 
-def listen_often() -> None:
+def poll_often() -> None:
     """Ranks hear a request within 0.05 s instead of 0.5 s, so that a leg is a few steps long."""
-    listen = saving.Ear._listen
+    poll_all = checkpoint_request.RequestPoller._poll_all
 
-    def _listen(ear: saving.Ear) -> None:
-        ear._every_s = 0.05
-        listen(ear)
+    def _poll_all(poller: checkpoint_request.RequestPoller) -> None:
+        poller._every_s = 0.05
+        poll_all(poller)
 
-    saving.Ear._listen = _listen
+    checkpoint_request.RequestPoller._poll_all = _poll_all
 
 
 @dataclass
@@ -69,28 +69,28 @@ class Storm:
         rng = random.Random(self.seed)
         while self.done < len(self.legs) and not self.failures:
             seed = self.seed * 1000 + self.runs
-            todo = self.setting.job(f"storm-{seed}", seed)
+            todo = self.setting.spec(f"storm-{seed}", seed)
             os.makedirs(todo.run_dir, exist_ok=True)
             self._one_run(todo, rng)
             self.runs += 1
             if not self.failures:
                 self.failures += faults_at_end(todo, self.setting.end(seed))
 
-    def _one_run(self, todo: Job, rng: random.Random) -> None:
+    def _one_run(self, todo: RunSpec, rng: random.Random) -> None:
         how, rows = "", 0
         while True:
             begin(todo, lambda: None)
-            generation = ledger.current(todo.run_dir)
+            generation = journal.current(todo.run_dir)
             assert generation is not None
             if how:
                 lost = rows - generation.samples_seen // GLOBAL_BATCH
                 self.redone[how].append(lost)
                 if how == "graceful" and lost:
                     self.failures.append(f"{todo.run_dir}: a graceful change cost {lost} steps")
-            left = (todo.plan.total - generation.samples_seen) // GLOBAL_BATCH
+            left = (todo.sampler.total - generation.samples_seen) // GLOBAL_BATCH
             last = self.done >= len(self.legs) or left < 25  # too short for a request to be heard in time
             size, graceful = self.legs[min(self.done, len(self.legs) - 1)]
-            group = Group(todo, generation, size, listen_often)
+            group = Group(todo, generation, size, poll_often)
             self.sizes[size] += 1
             if last:
                 if not group.finish():
@@ -98,20 +98,20 @@ class Storm:
                 return
             if not self._leave(todo, group, graceful, rng.randint(2, 4)):
                 return
-            how, rows = "graceful" if graceful else "forced", len(ledger.read_rows(todo.run_dir))
+            how, rows = "graceful" if graceful else "forced", len(journal.read_rows(todo.run_dir))
             self.changes[how] += 1
             self.done += 1
             self.progress(self.done, len(self.legs), f"{len(self.failures)} violations")
 
-    def _leave(self, todo: Job, group: Group, graceful: bool, steps: int) -> bool:
+    def _leave(self, todo: RunSpec, group: Group, graceful: bool, steps: int) -> bool:
         """End the group once it has trained a few steps."""
         until = time.monotonic() + 120
         while not group.over() and time.monotonic() < until:
-            own = [r for r in ledger.recent(todo.run_dir)[0] if r["generation"] == group.generation.number]
+            own = [r for r in journal.recent(todo.run_dir)[0] if r["generation"] == group.generation.number]
             if len(own) >= steps:
                 break
             time.sleep(0.005)
-        saved = not graceful or saving.ask(todo.run_dir, saving.HOLD)
+        saved = not graceful or checkpoint_request.request(todo.run_dir, checkpoint_request.HOLD)
         alone = group.over()
         group.kill()
         if alone or not saved or time.monotonic() >= until:

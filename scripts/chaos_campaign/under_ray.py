@@ -24,9 +24,9 @@ import torch
 
 from raytrain_brats import verify
 from raytrain_brats.reporting.goodput import time_breakdown
-from raytrain_brats.run import checkpoint, job, ledger, loop
-from raytrain_brats.run.ledger import Generation
-from raytrain_brats.run.step import Learner
+from raytrain_brats.run import checkpoint, journal, spec, worker
+from raytrain_brats.run.journal import Generation
+from raytrain_brats.run.worker import batch_of, train_step_of
 from scripts.chaos_campaign.core import Progress
 from scripts.chaos_campaign.ray_cluster import Cluster, ElasticRun, kill, ours
 from scripts.chaos_campaign.setting import CPU, stream
@@ -141,7 +141,7 @@ class Strikes:
         """Wait for the first step of a later group; note what it took."""
         until, first, restarts = time.monotonic() + 240, None, 0
         while first is None:
-            rows = [r for r in ledger.recent(self.run.folder)[0] if r["generation"] > before]
+            rows = [r for r in journal.recent(self.run.folder)[0] if r["generation"] > before]
             first = rows[0] if rows and rows[-1]["time"] > began else None
             if self.run.driver.poll() is not None:
                 restarts += 1
@@ -224,7 +224,7 @@ def goodput(folder: Path, seed: int, minutes: float, progress: Progress) -> dict
         time.sleep(max(0.0, began + 60 * minutes - time.monotonic()))
         run.interrupt()
         cluster.close()
-        rows, events = ledger.read_rows(run.folder), run.events()
+        rows, events = journal.read_rows(run.folder), run.events()
     books = time_breakdown(events, rows)
     saves = [e for e in events if e["event"] == "checkpoint"]
     figures = {
@@ -262,7 +262,7 @@ def _judged(found: Strikes) -> dict[str, Any]:
     run_dir, failures = found.run.folder, found.failures
     if verify.main(["--run-dir", run_dir]):
         failures.append("verify: the rows are not each position once")
-    rows, events = ledger.read_rows(run_dir), ledger.read_events(run_dir)
+    rows, events = journal.read_rows(run_dir), journal.read_events(run_dir)
     newest, damaged = checkpoint.newest_valid(run_dir)
     assert newest is not None
     failures += [f"checkpoint {name} is damaged: {why}" for name, why in damaged]
@@ -320,13 +320,13 @@ def quantile(values: list[float], share: float) -> float:
 def undisturbed(run_dir: str, data: str, until: int) -> dict[str, torch.Tensor]:
     """What one worker, without Ray and without a break, has after so many samples of the same run."""
     torch.set_num_threads(1)
-    settings, _, _ = job.read_config(run_dir)
-    todo = job.build(settings, f"{run_dir}-calm", data, "")
-    learner, next_stretch, seen = Learner(todo, 1, CPU), stream(todo, Generation(0), 0, 1), 0
+    settings, _, _ = spec.read_config(run_dir)
+    todo = spec.build(settings, f"{run_dir}-calm", data, "")
+    train_step, next_segment, seen = train_step_of(todo, 1, CPU), stream(todo, Generation(0), 0, 1), 0
     while seen < until:
-        start, end = todo.plan.stretch(seen)
-        patches = next_stretch()
+        start, end = todo.sampler.segment(seen)
+        patches = next_segment()
         while seen < min(end, until):
-            learner.step(loop.take(patches, todo.plan.owned(seen, start, 0, 1)), seen)
-            seen += todo.plan.global_batch
-    return learner.state()[0]
+            train_step.step(batch_of(worker.take(patches, todo.sampler.rank_positions(seen, start, 0, 1)), seen), seen)
+            seen += todo.sampler.global_batch
+    return train_step.state()[0]

@@ -78,7 +78,7 @@ class Network:
         _sh(*within, "link", "set", "eth0", "up")
 
 
-class Job:
+class RunSpec:
     """One attempt at a request. `absent` hosts never come up."""
 
     def __init__(

@@ -29,17 +29,31 @@ def complete() -> None:
         EC2Backend.associate_iam_instance_profile,
         SimpleSystemManagerBackend.get_parameter,
     )
-    groups: set[tuple[str, str]] = set()
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
 
     def max_count(self: Any, name: str, *rest: Any, **more: Any) -> Any:
         return asked(self, "MaxCount" if name == "MinCount" else name, *rest, **more)
 
     def create_placement_group(self: Any) -> ActionResult:
-        group = (self.region, self._get_param("GroupName"))
-        if group in groups:
+        key = (self.region, self._get_param("GroupName"))
+        if key in groups:
             raise PlacementGroupExistsError
-        groups.add(group)
-        return ActionResult({"PlacementGroup": {"GroupName": group[1], "State": "available"}})
+        tags = self._parse_tag_specification().get("placement-group", {})
+        about = {"GroupName": key[1], "State": "available", "Strategy": self._get_param("Strategy")}
+        groups[key] = about | {"Tags": [{"Key": name, "Value": value} for name, value in tags.items()]}
+        return ActionResult({"PlacementGroup": groups[key]})
+
+    def describe_placement_groups(self: Any) -> ActionResult:
+        wanted = self._filters_from_querystring()
+        states, projects = wanted.get("state"), wanted.get("tag:project")
+        here = [group for (region, _), group in groups.items() if region == self.region]
+        here = [group for group in here if not states or group["State"] in states]
+        tagged = [g for g in here if not projects or any(t["Value"] in projects for t in g["Tags"])]
+        return ActionResult({"PlacementGroups": tagged})
+
+    def delete_placement_group(self: Any) -> ActionResult:
+        groups.pop((self.region, self._get_param("GroupName")))
+        return ActionResult({})
 
     def associate_all(self: Any, instance_id: str, **profile: Any) -> Any:
         of_one_call = next(r for r in self.reservations.values() if instance_id in [i.id for i in r.instances])
@@ -56,4 +70,6 @@ def complete() -> None:
     InstanceResponse._get_param = max_count
     EC2Backend.associate_iam_instance_profile = associate_all
     EC2Response.create_placement_group = create_placement_group
+    EC2Response.describe_placement_groups = describe_placement_groups
+    EC2Response.delete_placement_group = delete_placement_group
     SimpleSystemManagerBackend.get_parameter = get_parameter

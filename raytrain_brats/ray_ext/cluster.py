@@ -1,0 +1,249 @@
+"""The Ray cluster a command runs on: found or started, measured, refused when it cannot do the work.
+
+In: the environment (RAY_ADDRESS, a `ray start`ed cluster, or nothing), the config's `run` section.
+Out: a connection; `Resources` that fit; ordered parallel maps.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+import ray.data  # sets its logger up, which `connect` quiets
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raytrain_brats import interrupt, storage
+from raytrain_brats.config import Run
+from raytrain_brats.errors import RunFailed, UserError
+from raytrain_brats.ray_ext import roles, start_up
+from raytrain_brats.ray_ext.internals import core
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of tasks beside one that failed, which is told: a traceback each
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is noticed, and report() returns, this fast
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # after a node loss Ray asks for too many workers this long
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+    "RAY_prestart_worker_first_driver": "0",  # a process a CPU, 43 MB each, that no task of ours was seen to get
+    "RAY_num_workers_soft_limit": "16",  # else idle processes beyond one a CPU are ended and started anew all the time
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning
+}
+
+STORE_BYTES_PER_CPU = 160_000_000
+"""Object store of a cluster of our own. Ray would take 30 % of the memory, use all of it in turn, and each page costs
+every process some 2 microseconds when it meets it for the first time: 15 ms a case more until all are met."""
+
+# Where S3 is; workers on other nodes inherit their node's environment, not ours. Never credentials: they would show
+# in the dashboard.
+_PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", storage.PATIENCE)
+_JOINED = {"RAY_DATA_CLUSTER_SCALING_UP_UTIL_THRESHOLD": "inf"}  # roles.py says why
+_PATIENCE_S = "180"  # a run outlives an outage of S3 of this length; the command at the door does not wait for it
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run uses: workers from `low` to `high`, each `cpus` and `gpus`; data tasks of `cpus_per_task` each,
+    `tasks` of them at a time (None: as many as find room, also on nodes that join later); `prefetch` parcels ahead."""
+
+    low: int
+    high: int
+    cpus: float
+    gpus: int
+    cpus_per_task: float
+    tasks: int | None
+    prefetch: int
+
+
+def connect(local_cpus: int | None = None) -> None:
+    """Join the cluster of RAY_ADDRESS or of `ray start` on this machine; else start one inside this process.
+
+    `local_cpus` is the number of logical CPUs of a started one (by default the machine's, 2 at least).
+    Raises UserError when nothing answers at RAY_ADDRESS, or when Ray cannot run from here.
+    """
+    if ray.is_initialized():
+        return
+    start_up.check_folder()
+    logging.getLogger(core.TOKEN_LOGGER).setLevel(logging.ERROR)  # that tokens are in use is no news
+    with interrupt.gracefully(0):  # nothing is ours yet, and Ray's start may hold the main thread for long
+        _connect(start_up.address(), local_cpus)
+        interrupt.again()
+
+
+def _connect(address: str, local_cpus: int | None) -> None:
+    if interrupt.installed():
+        core.keep_own_signals()
+    core.stop_auto_connect()
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    verbose = bool(os.environ.get("RAYTRAIN_BRATS_VERBOSE"))
+    for handler in [] if verbose else logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # the console; its log file stays
+            handler.setLevel(logging.ERROR)
+    quiet: Any = {"log_to_driver": verbose, "logging_level": "WARNING" if verbose else "ERROR"}
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}  # Ray refuses to be given a variable twice
+    os.environ.setdefault(storage.PATIENCE, _PATIENCE_S)
+    passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ and name not in given}
+    passed |= {name: value for name, value in _JOINED.items() if name not in given}
+    joining = quiet | {"runtime_env": {"env_vars": passed}}  # a cluster of our own inherits them, and starts faster
+    if address:
+        try:
+            ray.init(address=address, **joining)
+        except (ConnectionError, TimeoutError, RuntimeError, ray.exceptions.RayError) as error:
+            why = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"cannot join the Ray cluster at {address} from here ({why}); run the command on one of its nodes, or "
+                "unset RAY_ADDRESS to use this machine alone"
+            ) from error
+        return
+    start_up.make_room()
+    cpus = local_cpus or max(2, os.cpu_count() or 1)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # 110 MB; nobody drains a node of ours
+    memory = min(int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), cpus * STORE_BYTES_PER_CPU)
+    try:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **quiet)
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # a bare Exception of Ray's
+            raise
+        raise RunFailed(
+            "Ray did not start in time: this machine is overloaded; the same command again goes on"
+        ) from error
+
+
+def measure(run: Run, global_batch: int) -> Resources:
+    """Resources that the connected cluster can give.
+
+    Raises UserError where Ray would wait for ever without a word: when `high` workers leave no CPU for data tasks.
+    """
+    train, data = roles.part("train"), roles.part("data")
+    cpus = sum(n.get("CPU", 0.0) for n in data.nodes)
+    gpus = int(sum(n.get("GPU", 0) for n in train.nodes))
+    low, high = (1, min(global_batch, max(1, gpus))) if run.workers == "auto" else _range(run.workers)
+    wanted = run.gpus_per_worker if run.gpus_per_worker is not None else int(gpus > 0)
+    if high > global_batch:
+        raise UserError(
+            f"run.workers {low}:{high}: more workers than train.global_batch = {global_batch}; "
+            "every worker needs a sample of each step"
+        )
+    if wanted and high < gpus:
+        print(
+            f"{gpus - high} of {gpus} GPUs stay idle: {high} workers at most, by "
+            f"{'--workers' if run.workers != 'auto' else f'train.global_batch = {global_batch}'}",
+            file=sys.stderr,
+        )
+    if wanted and 0 < gpus < low:
+        raise UserError(f"run.workers {low}:{high}: the cluster has {gpus} GPUs; lower --workers or add nodes")
+    per_worker = run.cpus_per_worker or (1.0 if wanted else 0.5)
+    per_task = run.cpus_per_task or (0.5 if cpus <= 4 else 1.0)
+    room = sum(_workers_on(node, per_worker, wanted) for node in train.nodes)
+    if train.selector and room < (high if train.grows else low):  # the autoscaler brings all that is asked, or nothing
+        raise UserError(
+            f"run.workers {low}:{high}: nodes labelled role: train have room for {room} workers of {per_worker:g} CPUs"
+            f"{' and a GPU' if wanted else ''}; lower --workers, or "
+            f"{'raise max_workers in the YAML of the cluster' if train.grows else 'add nodes'}"
+        )
+    fitting = max(low, min(high, room))
+    taken = 0.0 if train.selector and data.selector else fitting * per_worker
+    awaited = wanted and not gpus  # nodes that an autoscaler is to bring have CPUs of their own
+    if taken + per_task > cpus and not awaited:
+        most = math.floor((cpus - per_task) / per_worker)
+        remedy = f"use --workers {min(low, most)}:{most}, or " if most >= 1 else ""
+        raise UserError(
+            f"{fitting} workers of {per_worker:g} CPUs leave no CPU for data tasks of {per_task:g} on this cluster of "
+            f"{cpus:g} CPUs; {remedy}lower run.cpus_per_worker or run.cpus_per_task, or add CPUs"
+        )
+    # On a small machine each process counts: 0.25 GB, and pages of the object store that are new to it. One data task
+    # a CPU that is not a worker's is enough.
+    tasks = run.data_tasks or (max(1, int(cpus - taken)) if cpus <= 4 and not data.grows else None)
+    return Resources(low, high, per_worker, wanted, per_task, tasks, run.prefetch or (4 if wanted else 1))
+
+
+def _workers_on(node: dict[str, float], cpus: float, gpus: int) -> int:
+    """Training workers that fit on one node."""
+    by_cpu = math.floor(node.get("CPU", 0.0) / cpus)
+    return min(by_cpu, int(node.get("GPU", 0))) if gpus else by_cpu
+
+
+def _range(workers: str) -> tuple[int, int]:
+    low, _, high = workers.partition(":")
+    return int(low), int(high or low)
+
+
+def check_shared(written: dict[str, str], read: dict[str, str] | None = None) -> None:
+    """Raises UserError unless every node sees these local folders; each maps what it is to where it is.
+
+    Asked with a real file in those to be written, so a mounted network folder passes and a machine's own does not.
+    """
+    others = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] != ray.get_runtime_context().get_node_id()]
+    probe = f"probe-{uuid.uuid4().hex}"
+    probes = {what: storage.join(uri, probe) for what, uri in written.items() if not storage.is_s3(uri)}
+    paths = probes | {what: uri for what, uri in (read or {}).items() if not storage.is_s3(uri)}
+    if not others or not paths:
+        return
+
+    @ray.remote(num_cpus=0)
+    def missing(paths: dict[str, str]) -> list[str]:
+        return [what for what, path in paths.items() if not os.path.exists(path)]
+
+    try:
+        for path in probes.values():
+            storage.write_bytes(path, b"")
+        for node in others:
+            at = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            for what in ray.get(missing.options(scheduling_strategy=at).remote(paths)):
+                folder, host = paths[what].removesuffix(f"/{probe}"), node["NodeManagerHostname"]
+                raise UserError(
+                    f"{what} {folder} is not seen by node {host}; "
+                    "with several machines give an s3:// place or a folder that all of them mount (FSx, NFS)"
+                )
+    finally:
+        for path in probes.values():
+            storage.delete(path)
+
+
+def parallel_map(function: Callable[[T], R], items: Iterable[T], on_gpus: bool = False) -> Iterator[R]:
+    """`map` over the cluster's CPUs (or GPUs, when it has some), results in order, a bounded number under way.
+
+    What `function` raises is raised here as it was, without Ray's wrapping.
+    """
+    totals = ray.cluster_resources()
+    gpus = int(totals.get("GPU", 0)) if on_gpus else 0
+    where = roles.part("train" if gpus else "data")
+    # max_calls 0: a process serves many tasks and keeps its network; with GPUs Ray's default is one task a process
+    options: Any = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 2, "max_calls": 0}
+    if where.selector:
+        options["label_selector"] = where.selector
+    task: Any = ray.remote(**options)(lambda item: function(item))
+    width = 2 * max(1, gpus or int(max(totals.get("CPU", 0), where.largest_cpus)))
+    running: list[Any] = []
+    try:
+        for item in items:
+            running.append(task.remote(item))
+            if len(running) >= width:
+                yield ray.get(running.pop(0))
+        while running:
+            yield ray.get(running.pop(0))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause or error from None
+
+
+def data_map(function: Callable[[dict[str, Any]], dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[Any]:
+    """`function` of every row, by Ray Data over the cluster's CPUs; the results as they come, in no order."""
+    data = roles.part("data")
+    roles.keep_apart(data)
+    cpus = sum(node.get("CPU", 0.0) for node in data.nodes)
+    blocks = min(len(rows), 16 * max(1, int(cpus)))  # enough for an even load, not one task a row
+    made = ray.data.from_items(rows, override_num_blocks=blocks).map(function, num_cpus=min(1.0, cpus))
+    made.context.execution_options.label_selector = data.selector or None
+    made.context.memory_usage_poll_interval_s = None  # reading a process's memory map costs milliseconds a task
+    yield from made.iter_rows()

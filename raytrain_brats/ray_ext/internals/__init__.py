@@ -1,0 +1,7 @@
+"""The wall: every private name of Ray that this package uses stands in this folder, with its reason.
+
+In: Ray 2.60's own modules. Out: plain functions and base classes for the rest of the package.
+
+Nobody else may name a private symbol of Ray (tests/test_layers.py); when an upgrade changes one, a contract test fails
+with the list (tests/test_internals.py). `ATTRIBUTES` of each module names what is touched on Ray's objects.
+"""

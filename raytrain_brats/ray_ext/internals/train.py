@@ -1,0 +1,78 @@
+"""Private names of Ray Train: callbacks of its controller, its states, how it counts the workers that are possible.
+
+In: Ray Train's controller. Out: base classes; a policy that counts what it is told to. Runs in the controller.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import PreemptingState, ResizingState, RunningState
+from ray.train.v2._internal.execution.preemption import _get_draining_nodes
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+
+__all__ = ["ControllerCallback", "PreemptingState", "ResizingState", "RunningState", "WorkerGroupCallback"]
+
+ATTRIBUTES = {
+    "ray.train.v2._internal.execution.callback:ControllerCallback": (
+        "after_controller_start",
+        "after_controller_state_update",
+        "before_controller_execute_failure_decision",
+    ),
+    "ray.train.v2._internal.execution.callback:WorkerGroupCallback": ("after_worker_group_training_start",),
+    "ray.train.v2._internal.execution.scaling_policy.elastic:ElasticScalingPolicy": (
+        "_get_reserved_resources",
+        "make_decision_for_running_worker_group",
+        "_count_possible_workers",
+    ),
+    "ray.train:ScalingConfig()": ("_resources_per_worker_not_none",),
+}
+_reserved = ElasticScalingPolicy._get_reserved_resources
+_decide = ElasticScalingPolicy.make_decision_for_running_worker_group
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are about to go."""
+    return set(_get_draining_nodes() or {})
+
+
+def end_preemption_wait_at(state: Any, deadline_ms: int) -> None:
+    """Ray would wait for the node's deadline before it starts a group elsewhere."""
+    state.preemption_info = replace(state.preemption_info, deadline_ms=deadline_ms)
+
+
+def per_worker(policy: Any) -> dict[str, float]:
+    """What one worker needs of a node."""
+    return dict(policy.scaling_config._resources_per_worker_not_none)
+
+
+def possible_workers(policy: Any, reserved: Any) -> int:
+    return int(policy._count_possible_workers(reserved))
+
+
+def count_on(
+    nodes_for: Callable[[Any, dict[str, Any]], dict[str, Any]],
+    while_running: Callable[[Any, Any, dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Replace what Ray Train's elastic policy counts workers on, {node: resources}, for this controller's life.
+
+    `nodes_for(policy, reserved)` gives the nodes for any group; `while_running(policy, group, those)` what counts of
+    them while a group trains. Ray asks its own book, which knows neither dead, nor drained, nor cold nodes in time.
+    """
+
+    def reserved(policy: Any) -> Any:
+        found = _reserved(policy)
+        if found is None:
+            return None
+        return getattr(policy, "_counts_now", lambda nodes: nodes)(nodes_for(policy, found))
+
+    def decide(policy: Any, worker_group_state: Any, worker_group_status: Any) -> Any:
+        policy._counts_now = lambda nodes: while_running(policy, worker_group_state, nodes)
+        try:
+            return _decide(policy, worker_group_state, worker_group_status)
+        finally:
+            del policy._counts_now
+
+    ElasticScalingPolicy._get_reserved_resources = reserved  # type: ignore
+    ElasticScalingPolicy.make_decision_for_running_worker_group = decide  # type: ignore

@@ -1,0 +1,106 @@
+"""Ask a running worker group for a checkpoint now: before a resize, on a preemption notice, on Ctrl-C.
+
+In: `save-request.json`, put into the run folder by the driver, Ray Train's controller, or a node's spot watcher.
+Out: all ranks save at the same step; whoever asked knows when it is committed, by the group's status.
+
+Ray ends the workers of a resize amid their step and asks nobody; without this all since the last checkpoint is redone.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from typing import Any
+
+from raytrain_brats import storage
+from raytrain_brats.run import control, journal
+
+TIMEOUT_S = 30.0
+HOLD_S = 60.0
+SAVE, HOLD = 1, 2
+"""What ranks agree on: save and train on; save, then wait to be ended."""
+
+
+def training(run_dir: str) -> journal.Generation | None:
+    """The worker group that has applied a step; None while none has."""
+    generation = journal.current(run_dir)
+    return generation if generation and control.status(run_dir, generation.number).trains else None
+
+
+def is_training(run_dir: str) -> bool:
+    return training(run_dir) is not None
+
+
+def request(run_dir: str, what: int) -> bool:
+    """Ask for a checkpoint and wait until it is committed; False when no group trains, or none came in time.
+
+    Controller and driver may ask at once: whoever comes second asks for no less, and an answer to the later request
+    answers the earlier. A group that holds already is at its checkpoint.
+    """
+    if (generation := training(run_dir)) is None:
+        return False
+    asked = time.time()
+    for _ in range(20):  # as often as another is quicker
+        before = _content(run_dir)
+        other = _parsed(before)
+        if other.get("generation") == generation.number and other["time"] > asked - TIMEOUT_S:
+            what = max(what, other["what"])
+        wanted = {"generation": generation.number, "what": what, "time": asked}
+        if storage.swap(_request(run_dir), before, json.dumps(wanted).encode()):
+            break
+    else:
+        return False
+    while time.time() < asked + TIMEOUT_S and journal.current(run_dir) == generation:
+        now = control.status(run_dir, generation.number)
+        if now.holds_since > asked - HOLD_S or (now.answered >= asked and what == SAVE):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+class RequestPoller:
+    """Rank 0 looks for requests, in a thread: storage that is slow or away must not hold a step up."""
+
+    def __init__(self, run_dir: str, generation: int) -> None:
+        self._run_dir, self._generation = run_dir, generation
+        self._every_s = 5.0 if storage.is_s3(run_dir) else 0.5
+        self._request: dict[str, Any] = {}
+        self._closed = threading.Event()
+        self.answered = 0.0
+        """Time of the last request heard: its name."""
+        threading.Thread(target=self._poll_all, name="requests", daemon=True).start()
+
+    def poll(self) -> int:
+        """SAVE or HOLD when there is a new request to this worker group, else 0."""
+        request = self._request
+        if request.get("generation") != self._generation or request["time"] == self.answered:
+            return 0
+        self.answered = request["time"]
+        return int(request["what"])
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _poll_all(self) -> None:
+        while not self._closed.wait(self._every_s):
+            with contextlib.suppress(OSError):  # storage may be away for a while
+                self._request = _parsed(_content(self._run_dir)) or self._request
+
+
+def _request(run_dir: str) -> str:
+    return storage.join(run_dir, "save-request.json")
+
+
+def _content(run_dir: str) -> bytes | None:
+    try:
+        return storage.read_bytes(_request(run_dir))
+    except FileNotFoundError:
+        return None
+
+
+def _parsed(content: bytes | None) -> dict[str, Any]:
+    """A request; empty when there is none."""
+    with contextlib.suppress(ValueError):
+        found: dict[str, Any] = json.loads(content or b"{}")
+        return found
+    return {}

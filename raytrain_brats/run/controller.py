@@ -1,0 +1,103 @@
+"""What Ray Train's controller calls of ours: where a group goes on, why it failed, a checkpoint before a resize.
+
+In: a `RunSpec`, the driver's lease token; states and failures of worker groups. Runs in Ray Train's controller.
+Out: the dataset of each worker group; generations, statuses, events in the run folder.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ray.train import UserCallback
+
+from raytrain_brats.data import stream
+from raytrain_brats.errors import RunFailed
+from raytrain_brats.ray_ext import cluster, elastic, roles
+from raytrain_brats.ray_ext.internals import train as ray_train
+from raytrain_brats.ray_ext.internals.train import ControllerCallback, PreemptingState, ResizingState, RunningState
+from raytrain_brats.run import checkpoint_request, control, journal
+from raytrain_brats.run.checkpoint_request import HOLD, SAVE
+from raytrain_brats.run.spec import RunSpec
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StreamFactory:
+    """Called by Ray Train's controller before each worker group starts: decides where it goes on."""
+
+    spec: RunSpec
+    needed: cluster.Resources
+    driver: str
+    """Token of the driver's lease."""
+
+    def __call__(self) -> Any:
+        generation = journal.begin_generation(self.spec.run_dir, self.driver)
+        spec, again = self.spec, generation.failures_in_place
+        if again > spec.config.run.max_failures_in_place:
+            causes = [e["error"] for e in journal.read_events(spec.run_dir) if e["event"] == "failure"]
+            last = f"; the last failure: {causes[-1]}" if causes else ""
+            raise RunFailed(f"{again} failures in a row at sample {generation.samples_seen}{last}")
+        made = stream.dataset(
+            spec.sampler, spec.train_cases, spec.source, spec.patch_spec, generation.samples_seen,
+            self.needed.cpus_per_task, self.needed.tasks, roles.part("data").selector,
+        )  # fmt: skip
+        made.set_name(elastic.tag(spec.run_dir))
+        return made
+
+
+@dataclass(frozen=True)
+class FailureLogger(UserCallback):
+    """Notes why workers failed, also those that were killed."""
+
+    run_dir: str
+    driver: str
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        try:
+            self._note(worker_exceptions)
+        except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here
+            _logger.error("a failure of workers is not on record: %r", error)
+
+    def _note(self, worker_exceptions: dict[int, Exception]) -> None:
+        generation = journal.current(self.run_dir)
+        rank, error = min(worker_exceptions.items())
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        cause = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[0])[:500]
+        if generation and generation.driver != self.driver:
+            return  # fenced off by the driver that took the run over: none of its groups failed
+        number = generation.number if generation else 0
+        control.note(self.run_dir, number, failure=cause)
+        last = {"last_row": at} if (at := journal.last_row_time(self.run_dir)) else {}
+        journal.event(self.run_dir, "failure", generation=number, rank=rank, error=cause, **last)
+
+
+@dataclass(frozen=True)
+class CheckpointBeforeResize(ControllerCallback):
+    """Has a group saved before it is resized or its node goes."""
+
+    run_dir: str
+    low: int
+    """A group that can be resized goes on with fewer workers at once when a node is to go, if so many find room on the
+    nodes that stay; else, and with 0, it uses the node to its end."""
+    per_worker: dict[str, float]
+    """What a worker needs of a node, as Ray counts."""
+    nodes: dict[str, str]
+    """Labels of the nodes that workers may run on."""
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        if isinstance(previous_state, RunningState) and isinstance(current_state, ResizingState | PreemptingState):
+            began, resize = time.perf_counter(), isinstance(current_state, ResizingState)
+            saved = leave = False
+            try:
+                leave = (
+                    not resize and self.low > 0 and elastic.room_for_workers(self.per_worker, self.nodes) >= self.low
+                )
+                saved = checkpoint_request.request(self.run_dir, HOLD if resize or leave else SAVE)
+            except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here; a full disk, say
+                _logger.error("no checkpoint could be asked for: %r", error)
+            seconds = round(time.perf_counter() - began, 3)
+            journal.event(self.run_dir, "resize" if resize else "preemption", saved=saved, seconds=seconds)
+            if saved and leave:  # what is trained until the node's deadline would be lost with it
+                ray_train.end_preemption_wait_at(current_state, int(time.time() * 1000))

@@ -1,0 +1,67 @@
+"""Where a rank's time goes, measured once: heartbeat, rows, time breakdown and recovery all read this clock.
+
+In: each phase of the training loop as it begins. Runs in a worker.
+Out: the phase now; seconds by cause, which are the whole time since the first batch; when phases were first entered.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+PHASES = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "validate", "end")
+"""In the order of a step: the rank that is behind the others keeps them waiting."""
+_CAUSES = {
+    "data": "data_wait_s",
+    "forward": "productive_s",
+    "backward": "productive_s",
+    "reduce": "productive_s",
+    "update": "productive_s",
+    "save": "checkpoint_s",
+    "validate": "validation_s",
+}
+
+
+class PhaseTimer:
+    """Entering a phase takes a microsecond; reading is safe from another thread."""
+
+    def __init__(self, on_enter: Callable[[str], None] = lambda phase: None) -> None:
+        self.phase, self.samples_seen = "start", 0
+        self.entries, self.updates = 0, 0
+        """Phases entered so far, and updates among them: a rank whose `entries` stand still is stuck."""
+        self.first_entered = {"start": time.time()}
+        self.first_batch = 0.0
+        """When the first batch was there; all before is start-up, and no cause's."""
+        self._on_enter = on_enter
+        self._since = time.perf_counter()
+        self._of_step: dict[str, float] = {}
+        self._spent: dict[str, float] = {}
+
+    def enter(self, phase: str, samples_seen: int | None = None) -> None:
+        self._charge()
+        self.first_entered.setdefault(phase, time.time())
+        self.samples_seen = self.samples_seen if samples_seen is None else samples_seen
+        self.phase, self.entries, self.updates = phase, self.entries + 1, self.updates + (phase == "update")
+        self._on_enter(phase)
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        cause = _CAUSES.get(self.phase, "other_s")
+        self._of_step[cause] = self._of_step.get(cause, 0.0) + seconds
+        if self.first_batch:
+            self._spent[cause] = self._spent.get(cause, 0.0) + seconds
+        elif self.phase == "data":
+            self.first_batch = time.time()
+
+    def step_times(self) -> tuple[float, float]:
+        """(seconds waited for data, these and the seconds of computing) since the call before."""
+        self._charge()
+        times, self._of_step = self._of_step, {}
+        wait_s = times.get("data_wait_s", 0.0)
+        return wait_s, wait_s + times.get("productive_s", 0.0)
+
+    def cut(self) -> dict[str, Any]:
+        """What was spent since the cut before, as events hold it."""
+        self._charge()
+        spent, self._spent = self._spent, {}
+        return {"mark": time.time(), "spent": {cause: round(seconds, 4) for cause, seconds in spent.items()}}

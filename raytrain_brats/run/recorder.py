@@ -1,0 +1,284 @@
+"""What a rank writes down while it trains, and when it must stop. Runs in a worker.
+
+In: results of steps, checkpoints, validations.
+Out: rows, events and checkpoints in the run folder (rank 0), quarantined cases (every rank).
+"""
+
+import math
+import statistics
+import time
+from collections import deque
+from typing import Any
+
+import ray.util
+import torch
+
+from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data.patch import Patch
+from raytrain_brats.learn.step import StepResult, TrainStep, differing
+from raytrain_brats.ray_ext import warm_pool
+from raytrain_brats.run import checkpoint, journal
+from raytrain_brats.run.checkpoint import Writer
+from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, RequestPoller
+from raytrain_brats.run.control import StatusWriter
+from raytrain_brats.run.gauges import StepGauges
+from raytrain_brats.run.journal import Generation, MetricsLog
+from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.spec import RunSpec
+
+ROLL_BACK_AFTER = 10
+"""Steps in a row without a finite loss and gradient."""
+ROLL_BACKS = 2
+"""From one place; after that the data or the settings are at fault, not a device."""
+SAVE_PATIENCE_S = 300.0
+"""How long the last checkpoint of a run is tried again, while the disk is full or the storage away."""
+
+
+class Stragglers:
+    """Which rank needs far longer than the others for a sample, by medians, which single hiccups do not move.
+
+    What is judged is a rank's ratio to the median of the others in the same step, over a window of steps: its median
+    must be far above 1, also against its own spread (1.4826 MAD is a normal distribution's standard deviation, Hampel
+    1974; that of a median of n is 1.25 / sqrt(n) times it).
+    """
+
+    WINDOW, SLOWER, WELL = 17, 1.5, 1.2
+
+    def __init__(self, world_size: int) -> None:
+        self._recent: list[deque[float]] = [deque(maxlen=self.WINDOW) for _ in range(world_size)]
+        self._flagged: set[int] = set()
+
+    def add(self, seconds: tuple[float, ...]) -> list[tuple[int, float]]:
+        """(rank, times slower than the others) of those found with this step; again only once they were well."""
+        found = []
+        for rank, recent in enumerate(self._recent if len(seconds) > 1 else ()):
+            recent.append(seconds[rank] / max(statistics.median(seconds[:rank] + seconds[rank + 1 :]), 1e-9))
+            centre = statistics.median(recent)
+            deviation = 1.4826 * statistics.median(abs(ratio - centre) for ratio in recent)
+            error = 1.25 * deviation / math.sqrt(len(recent))
+            if len(recent) == self.WINDOW and centre > self.SLOWER and centre - 1 > 3 * error:
+                if rank not in self._flagged:
+                    found.append((rank, round(centre, 2)))
+                self._flagged.add(rank)
+            elif centre < self.WELL:
+                self._flagged.discard(rank)
+        return found
+
+
+class RunRecorder:
+    """Bookkeeping of one rank, for the time of one worker group. `stopped` is the same on all ranks."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        generation: Generation,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        timer: PhaseTimer,
+    ) -> None:
+        self.spec, self.generation, self.rank, self.world_size = spec, generation, rank, world_size
+        self.stopped = False
+        self.timer = timer
+        self._log = MetricsLog(spec.run_dir, generation)
+        self._writer = Writer()
+        self._bad_in_epoch = generation.bad_in_epoch
+        self._skipped: list[int] = []
+        self._requests = RequestPoller(spec.run_dir, generation.number) if rank == 0 else None
+        self._status = StatusWriter(spec.run_dir, generation.number) if rank == 0 else None
+        self._stragglers = Stragglers(world_size)
+        self._quarantined: set[str] = set()
+        self._gauges = StepGauges(spec.run_dir)
+        self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    def __enter__(self) -> "RunRecorder":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._requests:
+            self._requests.close()
+        try:
+            if kind is None and self.rank == 0:
+                self._writer.wait()
+                self._log.flush()
+                self.event("closed", **self.timer.cut())
+        finally:
+            self._writer.close()
+            if self._status:
+                self._status.close()
+
+    def event(self, kind: str, **facts: Any) -> None:
+        journal.event(self.spec.run_dir, kind, generation=self.generation.number, **facts)
+
+    def _note(self, **changes: Any) -> None:
+        if self._status:
+            self._status.note(**changes)
+
+    def poll(self) -> int:
+        """What the controller or the driver asks for just now; all ranks learn it with the next step."""
+        return self._requests.poll() if self._requests else 0
+
+    def ready(self) -> None:
+        """This rank is about to take its first patch."""
+        node = ray.util.get_node_ip_address()
+        self.event("worker", rank=self.rank, world_size=self.world_size, node=node, device=self._device)
+
+    def step(self, before: int, seen: int, result: StepResult, mine: list[Patch]) -> None:
+        """Write the row of an applied step; name what is wrong; stop or roll back when it is too much."""
+        for patch in mine:
+            if patch.reason and patch.case_id not in self._quarantined:
+                self._quarantined.add(patch.case_id)
+                reason, _, detail = patch.reason.partition(": ")
+                self.event("quarantine", case=patch.case_id, reason=reason, detail=detail, position=patch.position)
+        sampler, (wait_s, step_s) = self.spec.sampler, self.timer.step_times()
+        if before % sampler.epoch_length == 0:
+            self._bad_in_epoch = 0
+        self._bad_in_epoch += result.bad
+        self._skipped = [] if result.finite or result.overflow else [*self._skipped, before]
+        slow = self._stragglers.add(result.forward_s)
+        if self.rank == 0:
+            about = {"step": before // sampler.global_batch, "samples_seen": seen, "positions": [before, seen]}
+            about |= {"samples": result.samples, "world_size": self.world_size, "generation": self.generation.number}
+            about |= {"loss": result.loss, "lr": result.learning_rate, "bad": result.bad, "finite": result.finite}
+            self._log.add(about | {"wait_s": round(wait_s, 4), "step_s": round(step_s, 4), "time": time.time()})
+            if before == self.generation.samples_seen:
+                self._note(trains=True)
+                self._recovered()
+            self._gauges.stepped(seen - before, seen, self.world_size, result.loss, wait_s, step_s)
+            for rank, times in slow:
+                self.event("straggler", rank=rank, times_slower=times, samples_seen=seen)
+        if self._bad_in_epoch > self.spec.config.data.max_bad_share * sampler.epoch_samples:
+            share = f"{self.spec.config.data.max_bad_share:.0%}"
+            self._stop(f"more than {share} of an epoch's samples cannot be read (data.max_bad_share)")
+        elif len(self._skipped) >= ROLL_BACK_AFTER:
+            self._roll_back(seen)
+
+    def _recovered(self) -> None:
+        """Write down where the time from the failure, resize or launch to this first step went."""
+        first, now = self.timer.first_entered, time.time()
+        marks = [first["start"], first.get("data", now), first.get("forward", now), now]
+        parts = breakdown(journal.recent(self.spec.run_dir)[1], warm_pool.imported, marks)
+        self.event("recovered", world_size=self.world_size, began=self.timer.first_batch, **parts)
+
+    def _stop(self, reason: str) -> None:
+        self.stopped = True
+        if self.rank == 0:
+            self._note(stopped=reason)
+            self.event("stop", reason=reason)
+
+    def _roll_back(self, seen: int) -> None:
+        """Once more from the newest checkpoint, which is older than the trouble; if that did not help, stop."""
+        first = self._skipped[0]
+        where = f"positions {first} to {seen - 1}: no finite loss or gradient in {len(self._skipped)} steps"
+        if self.generation.rolled_back_from == first and self.generation.roll_backs >= ROLL_BACKS:
+            self._stop(f"{where}, also after {ROLL_BACKS} roll-backs; lower the learning rate, look at these samples")
+            return
+        if self.rank == 0:
+            self._note(rolled_back_from=first)
+            self.event("roll_back", first=first, positions=[first, seen])
+        raise FloatingPointError(where)
+
+    def checkpoint(self, seen: int, train_step: TrainStep, asked: int = 0) -> None:
+        """Save beside the training (rank 0), unless the last steps were not finite: a roll-back must lead before them.
+
+        Ray's own registry is not told: it would be a barrier for nothing.
+        """
+        needed = bool(asked) or seen == self.spec.sampler.total
+        if self._skipped and not needed:
+            return
+        self._compare(seen, train_step)
+        if self.rank == 0:
+            self._save(seen, train_step, needed, asked)
+        if asked == HOLD:
+            until = time.monotonic() + HOLD_S
+            while time.monotonic() < until:  # whoever asked ends this process; every step from here would be lost
+                time.sleep(0.1)
+
+    def compare(self, before: int, seen: int, train_step: TrainStep) -> None:
+        """Every so many steps, find a rank whose weights have become others: a flipped bit, a wrong sum."""
+        if before // self.spec.sampler.global_batch % self.spec.config.run.compare_weights_steps == 0:
+            self._compare(seen, train_step)
+
+    def _compare(self, seen: int, train_step: TrainStep) -> None:
+        if self.world_size > 1 and (ranks := differing(self._device, train_step.network)):
+            if self.rank == 0:
+                self.event("weights_differ", ranks=ranks, samples_seen=seen)
+            raise ArithmeticError(f"the weights of ranks {ranks} differ from the others' at sample {seen}")
+
+    def _save(self, seen: int, train_step: TrainStep, needed: bool, asked: int) -> None:
+        began = time.perf_counter()
+        if not needed and self._writer.busy():  # the disk is slow or full, the storage away: training goes on
+            self.event("checkpoint_left_out", samples_seen=seen)
+            return
+        self._writer.wait()
+        tensors, values = train_step.state()
+        tensors = checkpoint.snapshot(tensors)
+        state = {"samples_seen": seen, "identity": self.spec.dataset_identity, "learner": values}
+        state |= {"meaning": manifests.meaning(self.spec.source.convention)}
+        state |= {"metrics_bytes": self._log.bytes, "bad_in_epoch": self._bad_in_epoch}
+        facts: dict[str, Any] = {"samples_seen": seen}
+        answer: dict[str, float] = {}
+        if asked and self._requests:
+            facts |= {"request": self._requests.answered, "hold": asked == HOLD}
+            answer = {"answered": self._requests.answered} | ({"holds_since": time.time()} if asked == HOLD else {})
+        facts |= {"stall_s": round(time.perf_counter() - began, 4)} | self.timer.cut()
+
+        def write() -> None:
+            began = time.perf_counter()
+            self._log.flush()
+            number = self.generation.number
+            made = checkpoint.save(self.spec.run_dir, seen, number, tensors, state, fence=self._log.check)
+            self._log.check()  # a replaced group's writer takes nothing away either
+            checkpoint.prune(self.spec.run_dir, self.spec.config.checkpoint.keep, number, self.generation.samples_seen)
+            seconds = round(time.perf_counter() - began, 3)
+            self._note(committed=True, **answer)
+            self.event("checkpoint", name=made.name, bytes=made.bytes, seconds=seconds, **facts)
+
+        def persist() -> None:
+            """Where the storage fails the one before stays the newest, and the next one is due soon."""
+            last = seen == self.spec.sampler.total
+            until = time.monotonic() + (SAVE_PATIENCE_S if last else 0)
+            while True:
+                try:
+                    write()
+                    break
+                except OSError as error:
+                    self.event("checkpoint_failed", samples_seen=seen, error=str(error))
+                    if time.monotonic() > until:
+                        if last:
+                            self._stop(f"the last checkpoint cannot be written ({error}); make room, then start again")
+                        break
+                    time.sleep(5)
+
+        self._writer.start(persist)
+
+    def validated(self, seen: int, seconds: float, means: Any) -> None:
+        """Record a validation; `means` is None on all ranks but 0."""
+        if means:
+            self.event("validation", samples_seen=seen, seconds=round(seconds, 3), **means)
+
+
+def breakdown(
+    events: list[dict[str, Any]], imported: tuple[float, float], marks: list[float]
+) -> dict[str, str | float]:
+    """Where the time from a failure, resize or launch to the first applied step went; the parts add up to `total_s`.
+
+    `imported` is when the worker's process began and ended its imports (long before, when it was a spare); `marks` are
+    when it entered the training function, was ready, had its first batch, had applied its first step.
+    """
+    last = max((n for n, e in enumerate(events) if e["event"] == "recovered"), default=-1)
+    causes = [e for e in events[last + 1 :] if e["event"] in ("launch", "failure", "resize", "preemption")]
+    launches = [e for e in causes if e["event"] == "launch"]  # the driver's end leaves no trace but the next start
+    cause = (launches[-1:] or causes[:1] or [{"event": "unknown", "time": marks[0]}])[0]
+    noticed, entered = cause["time"], max(marks[0], cause["time"])
+    detect_s = max(0.0, cause.get("seconds", noticed - cause.get("last_row", noticed)))
+    on_the_way = max(0.0, min(imported[1], entered) - max(imported[0], noticed))
+    parts = {
+        "detect_s": detect_s,
+        "reschedule_s": entered - noticed - on_the_way,
+        "import_s": on_the_way + marks[1] - entered,
+        "first_batch_s": marks[2] - marks[1],
+        "first_step_s": marks[3] - marks[2],
+    }
+    rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
+    return {"cause": cause["event"], **rounded, "total_s": round(sum(rounded.values()), 3)}

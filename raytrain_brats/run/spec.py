@@ -1,0 +1,228 @@
+"""Everything a run is about, in one frozen value that travels to every worker.
+
+In: a config, a data folder or store, a run folder.
+Out: a `RunSpec`: cases, plan, source, identity; refused when it cannot be what the run folder began.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+
+from raytrain_brats import storage
+from raytrain_brats.config import Config, differences, load, parse, patch_divisor, recipe_names
+from raytrain_brats.config import described as described_recipe
+from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data import scan
+from raytrain_brats.data import store as stores
+from raytrain_brats.data.boxes import PatchSpec
+from raytrain_brats.data.manifest import Case, Manifest
+from raytrain_brats.data.nifti import InvalidCase, background_warning
+from raytrain_brats.data.sampler import Sampler
+from raytrain_brats.data.scan import Progress
+from raytrain_brats.data.store import Source
+from raytrain_brats.errors import UserError
+from raytrain_brats.labels import described
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    config: Config
+    run_dir: str
+    route: str
+    """`raw`: .nii.gz preprocessed while training; `store`: prepared before."""
+    source: Source
+    train_cases: tuple[Case, ...]
+    held_out_cases: tuple[Case, ...]
+    sampler: Sampler
+    dataset_identity: str
+    manifest: Manifest
+    recipe: str = ""
+    """What the config was made from, for people."""
+
+    @property
+    def patch_spec(self) -> PatchSpec:
+        return PatchSpec(self.config.data.patch_xyz, self.config.data.foreground_share)
+
+
+def preprocessing(config: Config) -> dict[str, Any]:
+    return config.preprocess.model_dump(mode="json")
+
+
+def open_cases(
+    config: Config, data: str, store: str = "", run_dir: str = "", progress: Progress | None = None
+) -> tuple[Manifest, Source]:
+    """The manifest and the source of a data folder (or manifest file) or of a store. Raises UserError.
+
+    A run keeps its manifest in `run_dir`, so that a folder is not checksummed at every start; `progress` shows how
+    far that is.
+    """
+    if store:
+        manifest = stores.open_index(store, preprocessing(config), config.data.convention)
+    elif data:
+        known = storage.join(storage.normal(run_dir), "manifest.jsonl") if run_dir else None
+        manifest = scan.open_manifest(data, progress, known, config.data.convention)
+    else:
+        raise UserError("no data given; name a folder with --data or a prepared store with --store")
+    convention = read_as(config, manifest)
+    return manifest, Source(manifest.root, convention, config.preprocess.spacing_mm)
+
+
+def read_as(config: Config, manifest: Manifest) -> str:
+    """The convention by which label values are read: that of the data, or `article` where it was asked for."""
+    return manifest.convention if config.data.convention == "auto" else config.data.convention
+
+
+def recipe_for(given: str, data: str, store: str) -> str:
+    """The recipe to use: the one given, else `demo` for phantoms. Raises UserError when real cases come without one.
+
+    The demo's 4 mm voxels and small network must never be a user's result by default.
+    """
+    if given or not (data or store):
+        return given or "demo"
+    index = storage.join(storage.normal(store), "index.jsonl") if store else ""
+    if store and not storage.exists(index):
+        return "demo"  # refused as unfinished soon
+    if manifests.read(index).synthetic if store else scan.is_synthetic(data):
+        return "demo"
+    lines = "; ".join(config_line(name) for name in recipe_names())
+    raise UserError(
+        f"{store or data} holds no phantoms, so name a recipe with --recipe (or RAYTRAIN_BRATS_RECIPE): {lines}"
+    )
+
+
+def config_line(recipe: str) -> str:
+    return described_recipe(recipe, load(recipe))
+
+
+def warnings(config: Config, manifest: Manifest, source: Source) -> list[str]:
+    """Lines about what would make the results worse, by the first case: coarse voxels, a background that is not 0."""
+    case = manifest.cases[0]
+    told = []
+    with contextlib.suppress(InvalidCase, OSError):  # told where the case is used
+        if case.object:
+            affine, background = np.array(source.load(case).geometry.affine), ""
+        else:
+            volume = source.volume(case)
+            affine, background = volume.affine, background_warning(volume)
+        native_mm = np.linalg.norm(affine[:3, :3], axis=0)
+        if config.preprocess.spacing_mm > 1.01 * native_mm.min():
+            edges = " x ".join(f"{edge:.3g}" for edge in native_mm)
+            told.append(
+                f"warning: voxels of {config.preprocess.spacing_mm:g} mm are coarser than the scans' own ({edges} mm "
+                f"in {case.id}); small structures are lost"
+            )
+        told += [f"warning: case {case.id}: {background}"] if background else []
+    return told
+
+
+def build(config: Config, run_dir: str, data: str, store: str, recipe: str = "") -> RunSpec:
+    """The job, checked as far as it can be before Ray starts. Raises UserError."""
+    divisor = patch_divisor(config)
+    if any(edge % divisor or edge < 2 * divisor for edge in config.data.patch_xyz):
+        patch = "x".join(map(str, config.data.patch_xyz))
+        raise UserError(f"data.patch_xyz {patch}: this network needs multiples of {divisor}, {2 * divisor} at least")
+    manifest, source = open_cases(config, data, store, run_dir)
+    train, held_out = manifest.split(config.data.fold)
+    if not train:
+        raise UserError(
+            f"{manifest.root}: none of its {len(manifest.cases)} cases is left to train on; more are needed"
+        )
+    sampler = sampler_of(config, len(train))
+    dataset_identity = manifests.dataset_identity(manifest.cases, preprocessing(config), source.convention)
+    spec = RunSpec(
+        config,
+        storage.normal(run_dir),
+        "store" if store else "raw",
+        source,
+        train,
+        held_out,
+        sampler,
+        dataset_identity,
+        manifest,
+        recipe,
+    )
+    _check_same_run(spec)
+    return spec
+
+
+def sampler_of(config: Config, cases: int) -> Sampler:
+    """The order of a run over so many training cases."""
+    train, data = config.train, config.data
+    return Sampler(train.seed, cases, train.global_batch, data.patches_per_case, data.window_cases, train.epochs)
+
+
+def _check_same_run(spec: RunSpec) -> None:
+    """Raises UserError when the run folder holds a run of other data or of another config."""
+    try:
+        config, convention, dataset_identity = read_config(spec.run_dir)
+    except FileNotFoundError:
+        return
+    if convention != spec.source.convention:
+        raise UserError(
+            f"{spec.run_dir} was begun on labels read as {described(convention)}, now they would be read as "
+            f"{described(spec.source.convention)}; give the data and convention it was begun with, or another --run-dir"
+        )
+    if not manifests.is_dataset_identity(dataset_identity, spec.manifest.cases, preprocessing(spec.config), convention):
+        raise UserError(
+            f"{spec.run_dir} was begun on other data or preprocessing (identity {dataset_identity}, now "
+            f"{spec.dataset_identity}{_difference(spec)}); give the data it was begun with, or another --run-dir"
+        )
+    if changed := differences(config, spec.config):
+        changes = "; ".join(changed)
+        raise UserError(
+            f"{spec.run_dir} was begun with another config ({changes}); use the old values, or another --run-dir"
+        )
+
+
+def _difference(spec: RunSpec) -> str:
+    """How the cases differ from those that the run folder noted, in words; "" where it cannot be said."""
+    with contextlib.suppress(UserError):
+        before = manifests.read(storage.join(spec.run_dir, "manifest.jsonl")).cases
+        old, new = ({case.id: case.sha256 for case in cases} for cases in (before, spec.manifest.cases))
+        changed = [name for name in new if name in old and new[name] != old[name]]
+        kinds = {"changed": changed, "new": sorted(new.keys() - old.keys()), "gone": sorted(old.keys() - new.keys())}
+        return "".join(f"; {len(names)} cases {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
+    return ""
+
+
+def write_config(spec: RunSpec) -> None:
+    """Record what the run is, for resumes, `evaluate` and the reader."""
+    about = {
+        "recipe": spec.recipe,
+        "identity": spec.dataset_identity,
+        **manifests.meaning(spec.source.convention),
+        "data": spec.source.root,
+        "route": spec.route,
+        "synthetic": spec.manifest.synthetic,
+        "config": yaml.safe_load(spec.config.to_yaml()),
+    }
+    storage.write_bytes(storage.join(spec.run_dir, "config.yaml"), yaml.safe_dump(about, sort_keys=False).encode())
+    manifests.write(spec.manifest, storage.join(spec.run_dir, "manifest.jsonl"))
+
+
+def read_config(run_dir: str) -> tuple[Config, str, str]:
+    """(config, label convention, dataset identity) of an existing run.
+
+    Raises FileNotFoundError when the folder holds no run, UserError when its config.yaml is no such file.
+    """
+    where = storage.join(storage.normal(run_dir), "config.yaml")
+    try:
+        stored = yaml.safe_load(storage.read_bytes(where))
+        return parse(stored["config"], where), str(stored["convention"]), str(stored["identity"])
+    except FileNotFoundError:
+        raise
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} is not a run's config.yaml; give another --run-dir") from error
+    except OSError as error:
+        raise UserError(f"cannot read {where} ({error}); choose another folder or mend its rights") from error
+
+
+def open_run(run_dir: str) -> tuple[Config, str, str]:
+    """As `read_config`, for commands that need a run. Raises UserError when there is none."""
+    try:
+        return read_config(run_dir)
+    except FileNotFoundError as error:
+        raise UserError(f"{run_dir} is not a run folder (no config.yaml); train first") from error

@@ -1,0 +1,154 @@
+"""A rank that hangs is found, named and ended; a slow one is flagged; healthy ones are left alone."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytrain_brats.run.hang_detector import RankStatus, find_hung, news
+from raytrain_brats.run.phase_timer import PHASES
+from raytrain_brats.run.recorder import Stragglers
+
+
+def life(
+    rank: int, phase: str, seen: int = 40, beaten_s: float = 0.0, moved_s: float = 0.0, of: int = 2, updates: int = 1
+) -> RankStatus:
+    """What the driver knows of a rank; the times are how long ago, at moment 1000."""
+    about = {"rank": rank, "world_size": of, "phase": phase, "samples_seen": seen, "generation": 1, "pid": rank}
+    return RankStatus(about | {"beats": 5, "entries": 9, "updates": updates}, 1000 - beaten_s, 1000 - moved_s)
+
+
+def named(*lives: RankStatus, longest_s: float = 1.0) -> list[int]:
+    return [found.rank for found in find_hung(lives, 1000, 20, longest_s)]
+
+
+@pytest.mark.parametrize(
+    ("phases", "culprit"),
+    [
+        (("reduce", "forward"), 1),
+        (("forward", "reduce"), 0),
+        (("backward", "forward"), 1),
+        (("reduce", "update"), 0),
+    ],
+)
+def test_the_rank_behind_the_others_is_the_one(phases: tuple[str, str], culprit: int) -> None:
+    """All stand still, since all wait for one: the one that has come least far."""
+    assert named(*(life(rank, phase, moved_s=21) for rank, phase in enumerate(phases))) == [culprit]
+    assert named(*(life(rank, phase, moved_s=19) for rank, phase in enumerate(phases))) == []
+
+
+def test_a_rank_a_whole_step_behind_is_the_one() -> None:
+    """Order is by step, then by phase."""
+    assert named(life(0, "forward", seen=44, moved_s=30), life(1, "update", seen=40, moved_s=30)) == [1]
+
+
+def test_a_rank_without_beats_is_the_one_whatever_it_did() -> None:
+    """A stopped process shows no life; those that wait for it do, and may be behind it."""
+    assert named(life(0, "forward", moved_s=25), life(1, "reduce", beaten_s=21, moved_s=21)) == [1]
+    assert named(life(0, "end", beaten_s=500), life(1, "end", beaten_s=500)) == []
+
+
+def test_waiting_for_data_validating_and_a_first_step_take_their_time() -> None:
+    """What is slow by nature is no hang; the others wait for it in their collective."""
+    for phase in ("data", "validate", "save", "load"):
+        others = life(1, "data", seen=44, moved_s=60) if phase != "data" else life(1, "reduce", moved_s=60)
+        assert named(life(0, phase, moved_s=60), others) == []
+        assert named(life(0, phase, moved_s=1000), others) == [0]
+    assert named(life(0, "forward", moved_s=60, updates=0), life(1, "reduce", moved_s=60, updates=0)) == []
+    assert named(life(0, "forward", moved_s=60), life(1, "reduce", moved_s=60), longest_s=15) == []
+
+
+def test_a_group_that_is_not_complete_yet_is_not_judged() -> None:
+    """Ranks that have not begun are Ray's business."""
+    assert named(life(0, "reduce", moved_s=60, of=3), life(1, "reduce", moved_s=60, of=3)) == []
+
+
+@given(st.lists(st.tuples(st.sampled_from(PHASES[:-1]), st.floats(0, 19)), min_size=1, max_size=8))
+def test_ranks_that_move_are_never_hung(ranks: list[tuple[str, float]]) -> None:
+    assert named(*(life(r, phase, moved_s=s, of=len(ranks)) for r, (phase, s) in enumerate(ranks))) == []
+
+
+def test_clocks_of_other_hosts_do_not_matter() -> None:
+    """Only what changes between two looks counts, at the driver's own time."""
+    about = {"rank": 0, "pid": 1, "generation": 1, "beats": 7, "entries": 3}
+    first = news(None, about, 10.0)
+    assert news(first, about | {"beats": 8}, 12.0) == RankStatus(about | {"beats": 8}, 12.0, 10.0)
+    assert news(first, about | {"entries": 4}, 12.0) == RankStatus(about | {"entries": 4}, 10.0, 12.0)
+    assert news(first, about | {"pid": 2}, 12.0).moved_s == 12.0  # another process under the same rank
+
+
+def healthy(random_: random.Random, base_s: float) -> float:
+    """Seconds of a sample: noise of 15 %, and one in twenty disturbed by up to ten times."""
+    return base_s * random_.lognormvariate(0, 0.15) * (random_.uniform(1, 10) if random_.random() < 0.05 else 1)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8, pytest.param(64, marks=pytest.mark.campaign)])
+def test_stragglers_are_flagged_within_20_steps_and_healthy_ranks_never(world_size: int) -> None:
+    """10,000 healthy steps: no flag. From the step on at which one rank takes twice as long: it, within 20 steps."""
+    random_ = random.Random(world_size)
+    watch = Stragglers(world_size)
+    for step in range(10_000):
+        base_s = 1 + step % 7  # steps may differ, but alike on all ranks
+        assert watch.add(tuple(healthy(random_, base_s) for _ in range(world_size))) == []
+    for slow in range(min(world_size, 8)):
+        watch = Stragglers(world_size)
+        for _ in range(100):
+            watch.add(tuple(healthy(random_, 1) for _ in range(world_size)))
+        found = []
+        for _ in range(20):
+            found += watch.add(tuple(healthy(random_, 2 if rank == slow else 1) for rank in range(world_size)))
+        assert [rank for rank, _ in found] == [slow]
+        assert 1.5 < found[0][1] < 2.6
+
+
+HANGING = """
+import sys, time
+import ray
+from raytrain_brats.run.heartbeat import Heartbeat
+from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.hang_detector import HangDetector
+
+@ray.remote(num_cpus=0)
+class Rank:
+    def work(self, rank):
+        timer = PhaseTimer()
+        with Heartbeat(timer, "run", 1, rank, 2):
+            for seen in range(0, 40, 4):
+                for phase in ("data", "forward", "backward", "reduce", "update"):
+                    timer.enter(phase, seen)
+                    time.sleep(0.02)
+            timer.enter("data", seen + 4)
+            timer.enter("forward")
+            self.stuck_here() if rank == 1 else timer.enter("reduce")
+            time.sleep(100)
+
+    def stuck_here(self):
+        time.sleep(100)
+
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+with HangDetector(sys.argv[1], "run", 3.0):
+    ranks = [Rank.remote() for _ in range(2)]
+    began = time.time()
+    try:
+        ray.get([actor.work.remote(rank) for rank, actor in enumerate(ranks)], timeout=150)
+    except ray.exceptions.RayActorError:
+        print("ended", time.time() - began)
+        time.sleep(3)
+"""
+
+
+def test_a_stuck_rank_is_ended_and_its_stack_kept(tmp_path: Path) -> None:
+    """Real processes: one is stuck in a function, the other waits for it. Named, dumped, killed; the other lives."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, str(tmp_path)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert "ended" in done.stdout, done.stdout + done.stderr
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert (event["event"], event["rank"], event["phase"], event["silent"]) == ("hang", 1, "forward", False)
+    assert "stuck_here" in Path(event["stacks"]).read_text()
+    assert "stuck_here" not in (tmp_path / "stacks" / "g0001-rank0.txt").read_text()

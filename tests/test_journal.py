@@ -1,0 +1,352 @@
+"""The books: generations, rows that count, events that stay; on a local disk and on S3."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain_brats import storage
+from raytrain_brats.errors import RunFailed
+from raytrain_brats.run import checkpoint, control, journal
+from raytrain_brats.run.journal import MetricsLog
+
+
+@pytest.fixture(params=["local", "s3"])
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A run folder of either kind."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3_server')}/some/run"
+    (tmp_path / "run").mkdir()
+    return str(tmp_path / "run")
+
+
+def save(run_dir: str, seen: int, generation: int | None = None) -> str:
+    """A checkpoint that the rows up to `seen` belong to."""
+    lines = [json.dumps(row) + "\n" for row in journal.read_rows(run_dir) if row["samples_seen"] <= seen]
+    state = {"samples_seen": seen, "metrics_bytes": len("".join(lines)), "bad_in_epoch": 3}
+    if generation is None:
+        now = journal.current(run_dir)
+        generation = now.number if now else 1
+    return checkpoint.save(run_dir, seen, generation, {"a": torch.ones(3)}, state).name
+
+
+def write_rows(run_dir: str, *seen: int) -> None:
+    log = MetricsLog(run_dir, journal.current(run_dir) or journal.begin_generation(run_dir))
+    for number in seen:
+        log.add({"samples_seen": number, "loss": 0.1})
+    log.flush()
+
+
+def seen_rows(run_dir: str) -> list[int]:
+    return [row["samples_seen"] for row in journal.read_rows(run_dir)]
+
+
+def events(run_dir: str, kind: str) -> list[dict[str, Any]]:
+    return [event for event in journal.read_events(run_dir) if event["event"] == kind]
+
+
+def test_generations_are_numbered_and_recorded(run_dir: str) -> None:
+    """The first starts at 0 without a checkpoint; later ones at the newest valid one; all ranks read the decision."""
+    assert journal.current(run_dir) is None and journal.read_rows(run_dir) == [] == journal.read_events(run_dir)
+    first = journal.begin_generation(run_dir)
+    assert first == journal.Generation(1, fence=1) == journal.current(run_dir)
+    name = save(run_dir, 8)
+    second = journal.begin_generation(run_dir)
+    assert second == journal.Generation(2, 8, name, bad_in_epoch=3, fence=2) == journal.current(run_dir)
+    assert [e["generation"] for e in events(run_dir, "group")] == [1, 2]
+    assert events(run_dir, "group")[1]["checkpoint"] == name
+    assert {"time", "mono_s", "host", "pid"} <= events(run_dir, "group")[0].keys()
+
+
+def test_rows_beyond_the_checkpoint_are_dropped_and_counted(run_dir: str) -> None:
+    """Steps whose checkpoint was never committed will be done again, so their rows go."""
+    journal.begin_generation(run_dir)
+    write_rows(run_dir, 4, 8, 12, 16)
+    save(run_dir, 8)
+    journal.begin_generation(run_dir)
+    assert seen_rows(run_dir) == [4, 8]
+    assert events(run_dir, "group")[-1]["redone_steps"] == 2
+    write_rows(run_dir, 12)
+    assert seen_rows(run_dir) == [4, 8, 12]
+
+
+@pytest.mark.parametrize("checkpointed", [4, 8])
+def test_a_torn_last_row_is_cut_off(tmp_path: Path, checkpointed: int) -> None:
+    """A crash amid a row does not stop the next start, and the next row does not join the torn one."""
+    run_dir, file = str(tmp_path), tmp_path / "metrics.jsonl"
+    write_rows(run_dir, 4, 8)
+    save(run_dir, checkpointed)
+    with file.open("a") as torn:
+        torn.write('{"samples_seen": 12, "lo')
+    journal.begin_generation(run_dir)
+    write_rows(run_dir, 12)
+    assert seen_rows(run_dir) == [*range(4, checkpointed + 1, 4), 12]
+    assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
+def test_a_damaged_row_in_the_middle_is_named(tmp_path: Path) -> None:
+    """What no crash explains is no silent gap: the file and the line are named."""
+    (tmp_path / "metrics.jsonl").write_text('{"samples_seen": 4}\n{"samp\n{"samples_seen": 12}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is damaged"):
+        journal.read_rows(str(tmp_path))
+
+
+@pytest.mark.parametrize("start", [journal.begin_generation, journal.take_over])
+def test_a_torn_event_does_not_swallow_the_next(tmp_path: Path, start: Any) -> None:
+    """A crash amid an event costs that event alone."""
+    journal.event(str(tmp_path), "launch")
+    with (tmp_path / "events.jsonl").open("a") as torn:
+        torn.write('{"event": "work')
+    start(str(tmp_path))
+    journal.event(str(tmp_path), "worker")
+    assert [e["event"] for e in journal.read_events(str(tmp_path)) if e["event"] != "group"] == ["launch", "worker"]
+
+
+def test_failures_in_place_count_only_without_progress(run_dir: str) -> None:
+    """They rise while groups fail at the same place; a new checkpoint or a person's restart begins anew."""
+
+    def starts(count: int) -> list[int]:
+        found = []
+        for _ in range(count):
+            found.append(journal.begin_generation(run_dir).failures_in_place)
+            control.note(run_dir, journal.current(run_dir).number, failure="bug")
+        return found
+
+    assert starts(3) == [0, 1, 2]
+    save(run_dir, 4)
+    assert starts(3) == [0, 1, 2]
+    journal.take_over(run_dir)
+    assert starts(2) == [0, 1]
+
+
+def test_a_failure_counts_whatever_else_is_told(run_dir: str) -> None:
+    """Hundreds of events after a failure do not hide it, nor does an `events.jsonl` that was lost or made up."""
+    number = journal.begin_generation(run_dir).number
+    control.note(run_dir, number, failure="bug")
+    for position in range(200):
+        journal.event(
+            run_dir, "quarantine", generation=number, case="case", reason="torn", detail="x" * 300, p=position
+        )
+    assert journal.begin_generation(run_dir).failures_in_place == 1
+    storage.delete(storage.join(run_dir, "events.jsonl"))
+    journal.event(run_dir, "failure", generation=number + 1, error="made up")
+    assert journal.begin_generation(run_dir).failures_in_place == 1
+
+
+def test_writers_of_a_status_keep_each_others_fields(run_dir: str) -> None:
+    """The controller's failure and rank 0's notes meet in one document; a damaged one is named."""
+    with ThreadPoolExecutor(4) as pool:
+        changes: list[dict[str, Any]] = [{"trains": True}, {"failure": "bug"}, {"committed": True}, {"answered": 3.5}]
+        list(pool.map(lambda change: control.note(run_dir, 7, **change), changes))
+    expected = control.GroupStatus(trains=True, committed=True, answered=3.5, failure="bug")
+    assert control.status(run_dir, 7) == expected and control.status(run_dir, 8) == control.GroupStatus()
+    storage.write_bytes(storage.join(run_dir, "groups", "0007.json"), b"{")
+    with pytest.raises(RunFailed, match=r"groups/0007\.json is damaged .* remove it"):
+        control.status(run_dir, 7)
+
+
+def test_recent_reads_the_end_of_long_books(run_dir: str) -> None:
+    """The last rows whole, however long the book; nothing when there is none."""
+    assert journal.recent(run_dir) == ([], [])
+    journal.begin_generation(run_dir)
+    write_rows(run_dir, *range(4, 20004, 4))
+    rows, events = journal.recent(run_dir)
+    assert [row["samples_seen"] for row in rows[-2:]] == [19996, 20000] and 200 < len(rows) < 5000
+    assert [event["event"] for event in events] == ["group"]
+
+
+def test_a_late_commit_of_a_replaced_group_does_not_count(run_dir: str) -> None:
+    """A save that passed its fence just before a new group began leaves no gap in the rows."""
+    journal.begin_generation(run_dir)
+    write_rows(run_dir, 4, 8, 12, 16)
+    save(run_dir, 8)
+    journal.begin_generation(run_dir)  # from 8; rows 12 and 16 go
+    write_rows(run_dir, 12)
+    late = save(run_dir, 16, generation=1)
+    third = journal.begin_generation(run_dir)
+    assert third.samples_seen == 8 and seen_rows(run_dir) == [4, 8]
+    assert late not in {name for name, _, _ in checkpoint.committed(run_dir)}
+
+
+def test_a_start_cut_off_before_its_decision_loses_nothing(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that dies between raising the fence and deciding leaves the newest checkpoint in force."""
+    journal.begin_generation(run_dir)
+    write_rows(run_dir, 4, 8)
+    name = save(run_dir, 8)
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint, "committed", lambda _: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(OSError, match="killed"):
+            journal.begin_generation(run_dir)
+    after = journal.begin_generation(run_dir)
+    assert (after.number, after.samples_seen, after.checkpoint) == (3, 8, name)
+    assert seen_rows(run_dir) == [4, 8]
+
+
+def test_a_run_without_a_valid_checkpoint_stops_and_keeps_everything(run_dir: str) -> None:
+    """Starting over would erase the books of a run that can still be restored."""
+    journal.begin_generation(run_dir)
+    write_rows(run_dir, 4)
+    name = save(run_dir, 4)
+    storage.write_bytes(storage.join(run_dir, "checkpoints", name, "state.json"), b"{}")
+    with pytest.raises(RunFailed, match=r"state\.json differs.*restore"):
+        journal.begin_generation(run_dir)
+    assert seen_rows(run_dir) == [4]
+    assert storage.exists(storage.join(run_dir, "checkpoints", name, "tensors.safetensors"))
+
+
+def test_lost_checkpoints_are_missed_also_in_the_first_group(run_dir: str) -> None:
+    """A run that never restarted and whose checkpoints were removed does not begin anew over its own books."""
+    first = journal.begin_generation(run_dir)
+    write_rows(run_dir, 4, 8)
+    name = save(run_dir, 8)
+    control.note(run_dir, first.number, committed=True)
+    checkpoint.discard(run_dir, name)
+    with pytest.raises(RunFailed, match="they are gone"):
+        journal.begin_generation(run_dir)
+    assert seen_rows(run_dir) == [4, 8]
+
+
+def test_books_shorter_than_the_checkpoint_says_are_refused(run_dir: str) -> None:
+    """Somebody has cut metrics.jsonl: the run does not go on with a gap in it."""
+    journal.begin_generation(run_dir)
+    write_rows(run_dir, 4, 8)
+    save(run_dir, 8)
+    storage.write_bytes(storage.join(run_dir, "metrics.jsonl"), b"")
+    with pytest.raises(RunFailed, match=r"metrics\.jsonl is shorter"):
+        journal.begin_generation(run_dir)
+
+
+def test_resizes_are_no_failures(run_dir: str) -> None:
+    """A group that is replaced without a failure, as in a resize, does not bring the run nearer to giving up."""
+    assert [journal.begin_generation(run_dir).failures_in_place for _ in range(3)] == [0, 0, 0]
+
+
+def test_a_replaced_group_cannot_commit(run_dir: str) -> None:
+    """What is left of an older worker group cannot flush its rows, which comes before every commit."""
+    log = MetricsLog(run_dir, journal.begin_generation(run_dir))
+    journal.begin_generation(run_dir)
+    for write in (log.flush, log.check):
+        with pytest.raises(RuntimeError, match="worker group 1 was replaced"):
+            write()
+
+
+def test_on_a_disk_a_replaced_group_cannot_even_add_a_row(tmp_path: Path) -> None:
+    """Local rows show at once, so there the fence stands before each of them."""
+    log = MetricsLog(str(tmp_path), journal.begin_generation(str(tmp_path)))
+    journal.begin_generation(str(tmp_path))
+    with pytest.raises(RuntimeError, match="worker group 1 was replaced"):
+        log.add({"samples_seen": 4})
+    assert seen_rows(str(tmp_path)) == []
+
+
+def test_a_damaged_checkpoint_is_discarded_with_an_event(run_dir: str) -> None:
+    """The one below is used, the damage is on record, the rows are cut back to what is left."""
+    write_rows(run_dir, 4, 8)
+    good, bad = save(run_dir, 4), save(run_dir, 8)
+    storage.write_bytes(storage.join(run_dir, "checkpoints", bad, "state.json"), b"{}")
+    generation = journal.begin_generation(run_dir)
+    assert (generation.samples_seen, generation.checkpoint) == (4, good)
+    assert [(e["name"], e["why"]) for e in events(run_dir, "damaged_checkpoint")] == [
+        (bad, "state.json differs from its checksum")
+    ]
+    assert not [path for path in storage.list_files(run_dir) if bad in path]
+    assert seen_rows(run_dir) == [4]
+
+
+def test_local_rows_can_be_read_at_once(tmp_path: Path) -> None:
+    """A row shows when its step ends, not with the next checkpoint; a flush adds none twice."""
+    log = MetricsLog(str(tmp_path), journal.begin_generation(str(tmp_path)))
+    for count in (1, 2, 3):
+        log.add({"samples_seen": 4 * count})
+        assert seen_rows(str(tmp_path)) == [4, 8, 12][:count]
+    log.flush()
+    log.flush()
+    assert seen_rows(str(tmp_path)) == [4, 8, 12]
+
+
+def test_saving_and_pruning_work_anywhere(run_dir: str) -> None:
+    """On S3 as on a disk: prune leaves the newest `keep` and nothing uncommitted."""
+    made = [save(run_dir, seen) for seen in (4, 8, 12)]
+    storage.write_bytes(storage.join(run_dir, "checkpoints", f"{16:012d}-g0001", "state.json"), b"{}")
+    checkpoint.prune(run_dir, 2, 1)
+    left = {path.split("/")[0] for path in storage.list_files(storage.join(run_dir, "checkpoints"))}
+    assert left == set(made[1:])
+    assert checkpoint.load(run_dir, made[2])[1]["samples_seen"] == 12
+
+
+def _begun(run_dir: str) -> MetricsLog:
+    """Group 1 with rows 4 and 8 and a checkpoint at 8."""
+    log = MetricsLog(run_dir, journal.begin_generation(run_dir))
+    for seen in (4, 8):
+        log.add({"samples_seen": seen, "generation": 1})
+    log.flush()
+    save(run_dir, 8, 1)
+    return log
+
+
+def test_a_row_that_was_amid_its_fence_when_the_next_group_began_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank stopped between looking at the fence and writing its row: it lands beside the next group's rows."""
+    run_dir = str(tmp_path)
+    zombie, begun = _begun(run_dir), list[journal.Generation]()
+    check = zombie.check
+
+    def check_then_sleep() -> None:
+        check()
+        monkeypatch.setattr(zombie, "check", check)
+        begun.append(journal.begin_generation(run_dir))
+
+    monkeypatch.setattr(zombie, "check", check_then_sleep)
+    zombie.add({"samples_seen": 12, "generation": 1})
+    assert len(seen_rows(run_dir)) == 3  # nothing can keep it from being written
+    log = MetricsLog(run_dir, begun[0])
+    for seen in (12, 16):
+        log.add({"samples_seen": seen, "generation": 2})
+    log.flush()
+    state = {"samples_seen": 16, "metrics_bytes": log.bytes, "bad_in_epoch": 0}
+    checkpoint.save(run_dir, 16, 2, {"a": torch.ones(3)}, state)
+    with pytest.raises(RuntimeError, match="replaced"):
+        zombie._put()
+    assert journal.begin_generation(run_dir).samples_seen == 16
+    assert [(r["samples_seen"], r["generation"]) for r in journal.read_rows(run_dir)] == [
+        (4, 1),
+        (8, 1),
+        (12, 2),
+        (16, 2),
+    ]
+
+
+def test_a_commit_amid_its_fence_and_a_controller_killed_after_the_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of that checkpoint are gone, so it must not count: the run goes on from the one before."""
+    run_dir = str(tmp_path)
+    zombie = _begun(run_dir)
+    zombie.add({"samples_seen": 12, "generation": 1})
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def fence() -> None:
+        zombie.check()
+        cut = journal._cut_metrics
+        monkeypatch.setattr(journal, "_cut_metrics", lambda *arguments: (cut(*arguments), killed()))
+        with pytest.raises(KeyboardInterrupt):
+            journal.begin_generation(run_dir)
+        monkeypatch.setattr(journal, "_cut_metrics", cut)
+
+    state = {"samples_seen": 12, "metrics_bytes": zombie.bytes, "bad_in_epoch": 0}
+    checkpoint.save(run_dir, 12, 1, {"a": torch.ones(3)}, state, fence=fence)
+    assert journal.begin_generation(run_dir).samples_seen == 8
+    assert seen_rows(run_dir) == [4, 8]
+
+
+def test_what_a_killed_controller_left_beside_the_books_is_removed(tmp_path: Path) -> None:
+    for name in (".generation.json.0123abcd.tmp", ".metrics.jsonl.0123abcd.tmp", ".save-request.json.01.tmp"):
+        (tmp_path / name).write_text("torn")
+    journal.begin_generation(str(tmp_path))
+    assert [path.name for path in tmp_path.glob(".*.tmp")] == [".save-request.json.01.tmp"]  # that writer may be alive
