@@ -31,6 +31,7 @@ from raytrain_brats.ray_ext import cluster
 from raytrain_brats.reporting import figures
 from raytrain_brats.run import spec
 from raytrain_brats.run.predictor import Score, means, newest_weights, predict_masks, score, shared_network, table
+from raytrain_brats.run.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def work(args: Args) -> None:
     summary = made_from | {"data": "phantom" if phantoms else "real", "cases": len(scores)} | means(scores)
     pictures = {f"overlays/{r[0].case_id}.png": r[1] for r in results if not isinstance(r, str) and r[1]}
     _keep_earlier(run_dir, made_from)
-    _write(storage.join(run_dir, "evaluation"), summary, pictures | {"cases.csv": table(scores)})
+    _write(RunDir(run_dir).evaluation, summary, pictures | {"cases.csv": table(scores)})
     _show(scores, args.split, phantoms)
 
 
@@ -110,7 +111,7 @@ def _write(folder: str, summary: dict[str, Any], files: dict[str, bytes]) -> Non
 
 def _keep_earlier(run_dir: str, made_from: dict[str, str]) -> None:
     """Move an evaluation of other inputs whole to `evaluations/`; when killed amid that, the next time goes on."""
-    folder = storage.join(run_dir, "evaluation")
+    folder = RunDir(run_dir).evaluation
     files = {name: storage.read_bytes(storage.join(folder, name)) for name in storage.list_files(folder)}
     try:
         before = dict(json.loads(files["summary.json"]))
@@ -121,7 +122,7 @@ def _keep_earlier(run_dir: str, made_from: dict[str, str]) -> None:
     parts = [str(before.get("checkpoint", "unfinished")), str(before.get("split", "")), str(before.get("identity", ""))]
     name = "-".join(re.sub(r"[^\w.-]", "_", part)[:24] for part in (*parts[:2], parts[2][:8]) if part)
     for number in itertools.count(1):
-        kept = storage.join(run_dir, "evaluations", name if number == 1 else f"{name}-{number}")
+        kept = RunDir(run_dir).earlier_evaluation(name if number == 1 else f"{name}-{number}")
         there = {n: storage.read_bytes(storage.join(kept, n)) for n in storage.list_files(kept)}
         if all(files.get(n, content) == content for n, content in there.items()) and (
             not there or files.keys() & there.keys()

@@ -31,6 +31,7 @@ from raytrain_brats.labels import MODALITIES, comparable, described, from_region
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import spec
 from raytrain_brats.run.predictor import newest_weights, predict_masks, shared_network
+from raytrain_brats.run.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,6 @@ class Args:
     """Refuse places of which anything would not be used."""
     overwrite: bool = False
     """Also replace label volumes in --out that another checkpoint or another program made; never images or labels."""
-
-
-RUN_FOLDERS = ("checkpoints", "validation", "evaluation", "evaluations", "ray")
 
 
 def work(args: Args) -> None:
@@ -132,7 +130,7 @@ def _check_folder(out: str, roots: dict[str, str], images: list[str], run_dir: s
             raise UserError(f"--out {out} is the folder of images given, such as {image}; give another --out")
     if (kind := outputs.place(out).rpartition("/")[2]).lower() in outputs.DATA_FOLDERS:
         raise UserError(f"--out {out}: predictions in {kind} would pass for the data set's own; give another --out")
-    if outputs.same(out, run_dir) or any(outputs.within(out, storage.join(run_dir, name)) for name in RUN_FOLDERS):
+    if outputs.same(out, run_dir) or any(outputs.within(out, RunDir(run_dir).file(name)) for name in RunDir.FOLDERS):
         raise UserError(f"--out {out} holds the run's own files; give another --out")
 
 

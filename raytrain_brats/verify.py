@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from raytrain_brats import storage
 from raytrain_brats.cli import Uri, entry, run_folder
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case
@@ -18,6 +17,7 @@ from raytrain_brats.data.sampler import Sampler, fingerprint
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.reporting import goodput
 from raytrain_brats.run import checkpoint, journal, spec
+from raytrain_brats.run.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Args:
 def work(args: Args) -> None:
     run_dir = run_folder(args.run_dir)
     settings, convention, dataset_identity = spec.open_run(run_dir)
-    manifest = manifests.read(storage.join(run_dir, "manifest.jsonl"))
+    manifest = manifests.read(RunDir(run_dir).manifest)
     if not manifests.is_dataset_identity(dataset_identity, manifest.cases, spec.preprocessing(settings), convention):
         raise RunFailed(f"{run_dir}/manifest.jsonl is not the data that config.yaml names ({dataset_identity})")
     cases, _ = manifest.split(settings.data.fold)

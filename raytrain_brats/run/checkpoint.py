@@ -25,6 +25,7 @@ from torch import Tensor
 
 from raytrain_brats import storage
 from raytrain_brats.errors import RunFailed
+from raytrain_brats.run.run_dir import RunDir
 
 FORMAT = 1
 _NAME = re.compile(r"^(\d{12})-g(\d{4,})$")
@@ -120,11 +121,11 @@ def prune(run_dir: str, keep: int, generation: int, since: int | None = None) ->
 
 
 def _uri(run_dir: str, name: str, *file: str) -> str:
-    return storage.join(run_dir, "checkpoints", name, *file)
+    return storage.join(RunDir(run_dir).checkpoints, name, *file)
 
 
 def _names(run_dir: str) -> set[str]:
-    folder = storage.join(run_dir, "checkpoints")
+    folder = RunDir(run_dir).checkpoints
     files: Iterable[str] = storage.list_files(folder)
     if not storage.is_s3(folder) and storage.exists(folder):
         files = os.listdir(storage.normal(folder))  # also those where a crash left nothing but a hidden temporary file
@@ -133,7 +134,7 @@ def _names(run_dir: str) -> set[str]:
 
 def committed(run_dir: str) -> list[tuple[str, int, int]]:
     """(name, samples_seen, generation) of everything with a manifest, oldest first; not verified."""
-    files = storage.list_files(storage.join(run_dir, "checkpoints"))
+    files = storage.list_files(RunDir(run_dir).checkpoints)
     names = (path.removesuffix("/MANIFEST.json") for path in files if path.endswith("/MANIFEST.json"))
     return [(name, *_parts(name)) for name in sorted((n for n in names if _NAME.match(n)), key=_parts)]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from raytrain_brats import storage
 from raytrain_brats.run import control, journal
+from raytrain_brats.run.run_dir import RunDir
 
 TIMEOUT_S = 30.0
 HOLD_S = 60.0
@@ -40,13 +41,14 @@ def request(run_dir: str, what: int) -> bool:
     if (generation := training(run_dir)) is None:
         return False
     asked = time.time()
+    document = RunDir(run_dir).save_request
     for _ in range(20):  # as often as another is quicker
-        before = _content(run_dir)
+        before = document.read()
         other = _parsed(before)
         if other.get("generation") == generation.number and other["time"] > asked - TIMEOUT_S:
             what = max(what, other["what"])
         wanted = {"generation": generation.number, "what": what, "time": asked}
-        if storage.swap(_request(run_dir), before, json.dumps(wanted).encode()):
+        if document.swap(before, json.dumps(wanted).encode()):
             break
     else:
         return False
@@ -62,7 +64,7 @@ class RequestPoller:
     """Rank 0 looks for requests, in a thread: storage that is slow or away must not hold a step up."""
 
     def __init__(self, run_dir: str, generation: int) -> None:
-        self._run_dir, self._generation = run_dir, generation
+        self._document, self._generation = RunDir(run_dir).save_request, generation
         self._every_s = 5.0 if storage.is_s3(run_dir) else 0.5
         self._request: dict[str, Any] = {}
         self._closed = threading.Event()
@@ -84,18 +86,7 @@ class RequestPoller:
     def _poll_all(self) -> None:
         while not self._closed.wait(self._every_s):
             with contextlib.suppress(OSError):  # storage may be away for a while
-                self._request = _parsed(_content(self._run_dir)) or self._request
-
-
-def _request(run_dir: str) -> str:
-    return storage.join(run_dir, "save-request.json")
-
-
-def _content(run_dir: str) -> bytes | None:
-    try:
-        return storage.read_bytes(_request(run_dir))
-    except FileNotFoundError:
-        return None
+                self._request = _parsed(self._document.read()) or self._request
 
 
 def _parsed(content: bytes | None) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from raytrain_brats import storage
 from raytrain_brats.errors import RunFailed
+from raytrain_brats.run.run_dir import Document, RunDir
 
 _TRIES = 20
 """Rank 0 and the controller are the only writers of a document; each loses a few times at most."""
@@ -39,37 +39,29 @@ class GroupStatus:
 
 def status(run_dir: str, generation: int) -> GroupStatus:
     """Of the group of that number; all defaults when it has not written any. Raises RunFailed when it is damaged."""
-    return _parsed(_place(run_dir, generation), _content(run_dir, generation))
+    document = RunDir(run_dir).group(generation)
+    return _parsed(document, document.read())
 
 
 def note(run_dir: str, generation: int, **changes: Any) -> None:
     """Change fields of a group's status and leave the others. Raises OSError when the storage fails."""
-    where = _place(run_dir, generation)
+    document = RunDir(run_dir).group(generation)
     for _ in range(_TRIES):
-        content = _content(run_dir, generation)
-        before = _parsed(where, content)
+        content = document.read()
+        before = _parsed(document, content)
         after = replace(before, **changes)
-        if after == before or storage.swap(where, content, json.dumps(asdict(after)).encode()):
+        if after == before or document.swap(content, json.dumps(asdict(after)).encode()):
             return
-    raise OSError(f"{where}: others were quicker {_TRIES} times")
+    raise OSError(f"{document.uri}: others were quicker {_TRIES} times")
 
 
-def _place(run_dir: str, generation: int) -> str:
-    return storage.join(run_dir, "groups", f"{generation:04d}.json")
-
-
-def _content(run_dir: str, generation: int) -> bytes | None:
-    try:
-        return storage.read_bytes(_place(run_dir, generation))
-    except FileNotFoundError:
-        return None
-
-
-def _parsed(where: str, content: bytes | None) -> GroupStatus:
+def _parsed(document: Document, content: bytes | None) -> GroupStatus:
     try:
         return GroupStatus(**json.loads(content or b"{}"))
     except (ValueError, TypeError) as error:
-        raise RunFailed(f"{where} is damaged ({error}); remove it: the checkpoints say where to go on") from error
+        raise RunFailed(
+            f"{document.uri} is damaged ({error}); remove it: the checkpoints say where to go on"
+        ) from error
 
 
 class StatusWriter:

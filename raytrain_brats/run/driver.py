@@ -25,6 +25,7 @@ from raytrain_brats.run.controller import CheckpointBeforeResize, FailureLogger,
 from raytrain_brats.run.hang_detector import HangDetector
 from raytrain_brats.run.lease import Lease
 from raytrain_brats.run.progress import Progress
+from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.spec import RunSpec, write_config
 from raytrain_brats.run.spilling import Spilling
 
@@ -76,7 +77,7 @@ def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
         begun = now and (before is None or now.number > before.number)  # else the last launch's group had stopped
         stopped = control.status(spec.run_dir, now.number).stopped if now and begun else ""
         reason = stopped or problem or lease.trouble or "the workers stopped early"
-        raise RunFailed(f"{reason}; see {storage.join(spec.run_dir, 'events.jsonl')}")
+        raise RunFailed(f"{reason}; see {RunDir(spec.run_dir).events}")
     journal.event(
         spec.run_dir, "finish", samples_seen=spec.sampler.total, seconds=round(time.perf_counter() - began, 1)
     )
@@ -86,7 +87,7 @@ def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) ->
     """Run Ray Train to its end; why it failed, or an empty string."""
     resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
     workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
-    place, filesystem = storage.for_ray(storage.join(spec.run_dir, "ray"))
+    place, filesystem = storage.for_ray(RunDir(spec.run_dir).ray)
     tag, train_nodes = elastic.tag(spec.run_dir), roles.part("train").selector
     pool = warm_pool.WarmPool(partial(checkpoint_request.is_training, spec.run_dir))
     callbacks: list[Any] = [

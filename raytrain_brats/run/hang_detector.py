@@ -23,6 +23,7 @@ from raytrain_brats.ray_ext.internals import core
 from raytrain_brats.run import journal
 from raytrain_brats.run.heartbeat import PREFIX
 from raytrain_brats.run.phase_timer import PHASES
+from raytrain_brats.run.run_dir import RunDir
 
 PATIENCE_S = {"start": 300.0, "load": 300.0, "data": 300.0, "save": 120.0, "validate": 900.0}
 """How long a rank may stay in a phase that is no computation; data come from elsewhere, which has its own retries."""
@@ -147,7 +148,7 @@ class HangDetector:
             about = self._lives[rank].about
             if text == GONE:  # Ray ended it, or will find out: a rank that was killed does not hang
                 continue
-            file = storage.join(self._run_dir, "stacks", f"g{about['generation']:04d}-rank{rank}.txt")
+            file = RunDir(self._run_dir).stacks(about["generation"], rank)
             storage.write_bytes(file, text.encode())
             if rank in guilty:
                 facts = {key: about[key] for key in ("generation", "rank", "phase", "samples_seen", "pid", "node")}

@@ -21,6 +21,7 @@ from typing import Any
 from raytrain_brats import storage
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint, control
+from raytrain_brats.run.run_dir import Document, RunDir
 
 _TAIL_BYTES = 1 << 16
 _TAKEN = "another driver has taken {} over; this one ends, and the run goes on there"
@@ -101,7 +102,7 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
 def _decide(run_dir: str, before: bytes | None, generation: Generation) -> bytes:
     """Put generation.json in place of what was read. Raises RunFailed when another driver was there in between."""
     content = json.dumps(asdict(generation)).encode()
-    if not storage.swap(storage.join(run_dir, "generation.json"), before, content):
+    if not RunDir(run_dir).generation.swap(before, content):
         raise RunFailed(_TAKEN.format(run_dir))
     return content
 
@@ -121,13 +122,13 @@ def _cut_metrics(run_dir: str, length: int, decision: bytes) -> int:
     as nothing is cut but what was read before that was asked.
     """
     while True:
-        content = _bytes(_metrics(run_dir))
+        content = Document(RunDir(run_dir).metrics).read()
         if _read(run_dir)[0] != decision:
             raise RunFailed(_TAKEN.format(run_dir))
         kept = (content or b"")[:length]
         if len(kept) < length:
-            raise RunFailed(f"{_metrics(run_dir)} is shorter than at the last checkpoint; restore it")
-        if content == kept or storage.swap(_metrics(run_dir), content, kept):
+            raise RunFailed(f"{RunDir(run_dir).metrics} is shorter than at the last checkpoint; restore it")
+        if content == kept or storage.swap(RunDir(run_dir).metrics, content, kept):
             return len((content or b"")[length:].splitlines())
 
 
@@ -151,12 +152,14 @@ def current(run_dir: str) -> Generation | None:
 
 def _read(run_dir: str) -> tuple[bytes | None, Generation | None]:
     """generation.json as it is and as it reads; None when there is none."""
-    where = storage.join(run_dir, "generation.json")
-    content = _bytes(where)
+    document = RunDir(run_dir).generation
+    content = document.read()
     try:
         return content, None if content is None else Generation(**json.loads(content))
     except (ValueError, TypeError) as error:
-        raise RunFailed(f"{where} is damaged ({error}); remove it: the checkpoints say where to go on") from error
+        raise RunFailed(
+            f"{document.uri} is damaged ({error}); remove it: the checkpoints say where to go on"
+        ) from error
 
 
 _untold: dict[str, str] = {}
@@ -170,7 +173,7 @@ def event(run_dir: str, kind: str, **facts: Any) -> None:
     """
     about = {"event": kind, "time": time.time(), "mono_s": time.monotonic()}
     row = about | {"host": socket.gethostname(), "pid": os.getpid()} | facts
-    uri = storage.join(run_dir, "events.jsonl")
+    uri = RunDir(run_dir).events
     with _telling:
         lines = _untold.pop(uri, "") + json.dumps(row) + "\n"
         try:
@@ -182,17 +185,17 @@ def event(run_dir: str, kind: str, **facts: Any) -> None:
 
 def read_rows(run_dir: str) -> list[dict[str, Any]]:
     """The applied steps, in order."""
-    return _lines(_metrics(run_dir))
+    return _lines(RunDir(run_dir).metrics)
 
 
 def read_events(run_dir: str) -> list[dict[str, Any]]:
-    return _lines(storage.join(run_dir, "events.jsonl"), torn_lines=True)
+    return _lines(RunDir(run_dir).events, torn_lines=True)
 
 
 def recent(run_dir: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The last rows and events, some hundreds: what a progress line needs, at a cost that does not grow."""
     books = []
-    for uri in (_metrics(run_dir), storage.join(run_dir, "events.jsonl")):
+    for uri in (RunDir(run_dir).metrics, RunDir(run_dir).events):
         try:
             tail = storage.read_tail(uri, _TAIL_BYTES)
         except FileNotFoundError:
@@ -208,12 +211,8 @@ def last_row_time(run_dir: str) -> float | None:
     return float(rows[-1]["time"]) if rows and not storage.is_s3(run_dir) else None
 
 
-def _metrics(run_dir: str) -> str:
-    return storage.join(run_dir, "metrics.jsonl")
-
-
 def _lines(uri: str, torn_lines: bool = False) -> list[dict[str, Any]]:
-    return _parsed(uri, (_bytes(uri) or b"").splitlines(), torn_lines)
+    return _parsed(uri, (Document(uri).read() or b"").splitlines(), torn_lines)
 
 
 def _parsed(uri: str, lines: list[bytes], torn_lines: bool) -> list[dict[str, Any]]:
@@ -227,17 +226,10 @@ def _parsed(uri: str, lines: list[bytes], torn_lines: bool) -> list[dict[str, An
     return rows
 
 
-def _bytes(uri: str) -> bytes | None:
-    try:
-        return storage.read_bytes(uri)
-    except FileNotFoundError:
-        return None
-
-
 def _end_torn_line(run_dir: str) -> None:
     """Close an event that a crash cut off, or the next one would join it."""
-    uri = storage.join(run_dir, "events.jsonl")
-    if not (_bytes(uri) or b"\n").endswith(b"\n"):
+    uri = RunDir(run_dir).events
+    if not (Document(uri).read() or b"\n").endswith(b"\n"):
         storage.append(uri, "\n")  # never rewritten: workers that are dying may still add to it
 
 
@@ -245,7 +237,7 @@ class MetricsLog:
     """Rank 0's pen: rows show up at once on a local disk; on S3, which cannot append, with each checkpoint."""
 
     def __init__(self, run_dir: str, generation: Generation) -> None:
-        self._run_dir, self._generation, self._uri = run_dir, generation, _metrics(run_dir)
+        self._run_dir, self._generation, self._uri = run_dir, generation, RunDir(run_dir).metrics
         self._lock = threading.Lock()
         self._waiting: list[str] = []
         self.bytes = generation.metrics_bytes
@@ -309,4 +301,4 @@ class MetricsLog:
 
 def validated(run_dir: str, seen: int) -> bool:
     """Whether the validation at `seen` samples is on record: a kill may have come between it and the checkpoint."""
-    return storage.exists(storage.join(run_dir, "validation", f"{seen:012d}.csv"))
+    return storage.exists(RunDir(run_dir).validation(seen))

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raytrain_brats import storage
 from raytrain_brats.errors import UserError
+from raytrain_brats.run.run_dir import RunDir
 
 TTL_S = 15.0
 
@@ -43,9 +43,9 @@ class Lease:
     def take(self, ttl_s: float) -> None:
         """Raises UserError when another driver lives, as far as one can see."""
         seen: bytes | None = b""
-        where, watched_since, told = _where(self.run_dir), 0.0, False
+        document, watched_since, told = RunDir(self.run_dir).lease, 0.0, False
         while True:
-            content = _read(where)
+            content = document.read()
             holder = _parsed(content)
             if holder and not _is_gone(holder):
                 if _parsed(seen).get("token") == holder["token"] and content != seen:
@@ -62,31 +62,31 @@ class Lease:
                     time.sleep(ttl_s / 30)
                     continue
             self.since = time.time()
-            if storage.swap(where, content, self._about()):
+            if document.swap(content, self._about()):
                 return
 
     def keep(self, ttl_s: float, done: threading.Event) -> None:
         """Renew until `done` is set or the lease is lost."""
-        where = _where(self.run_dir)
+        document = RunDir(self.run_dir).lease
         while not done.wait(ttl_s / 3):
             try:
-                content = _read(where)
+                content = document.read()
                 if content is not None and _parsed(content).get("token") != self.token:
                     self.lost = _name(_parsed(content))
                     return
                 self._renewals += 1
-                storage.swap(where, content, self._about())  # if another was faster, the next look tells
+                document.swap(content, self._about())  # if another was faster, the next look tells
                 self.trouble = ""
             except (OSError, UserError) as error:  # out for others too; if not for them, a later look tells
                 self.trouble = str(error)
 
     def release(self) -> None:
         """Leave it to whoever comes, unless it is another's already."""
-        where = _where(self.run_dir)
+        document = RunDir(self.run_dir).lease
         with contextlib.suppress(OSError, UserError):  # then the next driver finds us dead, or waits
-            content = _read(where)
+            content = document.read()
             if _parsed(content).get("token") == self.token:
-                storage.swap(where, content, json.dumps({"released_by": self.token}).encode())
+                document.swap(content, json.dumps({"released_by": self.token}).encode())
 
 
 @contextlib.contextmanager
@@ -102,17 +102,6 @@ def hold(run_dir: str, ttl_s: float = TTL_S) -> Iterator[Lease]:
         done.set()
         keeper.join(ttl_s)  # or it might renew what is released
         lease.release()
-
-
-def _where(run_dir: str) -> str:
-    return storage.join(run_dir, "lease.json")
-
-
-def _read(where: str) -> bytes | None:
-    try:
-        return storage.read_bytes(where)
-    except FileNotFoundError:
-        return None
 
 
 def _parsed(content: bytes | None) -> dict[str, Any]:

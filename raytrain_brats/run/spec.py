@@ -25,6 +25,7 @@ from raytrain_brats.data.scan import Progress
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import described
+from raytrain_brats.run.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def open_cases(
     if store:
         manifest = stores.open_index(store, preprocessing(config), config.data.convention)
     elif data:
-        known = storage.join(storage.normal(run_dir), "manifest.jsonl") if run_dir else None
+        known = RunDir(run_dir).manifest if run_dir else None
         manifest = scan.open_manifest(data, progress, known, config.data.convention)
     else:
         raise UserError("no data given; name a folder with --data or a prepared store with --store")
@@ -180,7 +181,7 @@ def _check_same_run(spec: RunSpec) -> None:
 def _difference(spec: RunSpec) -> str:
     """How the cases differ from those that the run folder noted, in words; "" where it cannot be said."""
     with contextlib.suppress(UserError):
-        before = manifests.read(storage.join(spec.run_dir, "manifest.jsonl")).cases
+        before = manifests.read(RunDir(spec.run_dir).manifest).cases
         old, new = ({case.id: case.sha256 for case in cases} for cases in (before, spec.manifest.cases))
         changed = [name for name in new if name in old and new[name] != old[name]]
         kinds = {"changed": changed, "new": sorted(new.keys() - old.keys()), "gone": sorted(old.keys() - new.keys())}
@@ -199,8 +200,8 @@ def write_config(spec: RunSpec) -> None:
         "synthetic": spec.manifest.synthetic,
         "config": yaml.safe_load(spec.config.to_yaml()),
     }
-    storage.write_bytes(storage.join(spec.run_dir, "config.yaml"), yaml.safe_dump(about, sort_keys=False).encode())
-    manifests.write(spec.manifest, storage.join(spec.run_dir, "manifest.jsonl"))
+    storage.write_bytes(RunDir(spec.run_dir).config, yaml.safe_dump(about, sort_keys=False).encode())
+    manifests.write(spec.manifest, RunDir(spec.run_dir).manifest)
 
 
 def read_config(run_dir: str) -> tuple[Config, str, str]:
@@ -208,7 +209,7 @@ def read_config(run_dir: str) -> tuple[Config, str, str]:
 
     Raises FileNotFoundError when the folder holds no run, UserError when its config.yaml is no such file.
     """
-    where = storage.join(storage.normal(run_dir), "config.yaml")
+    where = RunDir(run_dir).config
     try:
         stored = yaml.safe_load(storage.read_bytes(where))
         return parse(stored["config"], where), str(stored["convention"]), str(stored["identity"])

@@ -19,6 +19,7 @@ from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.store import Source
 from raytrain_brats.run import journal
 from raytrain_brats.run.predictor import Score, means, predict_masks, score, table
+from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.spec import RunSpec
 
 
@@ -49,7 +50,7 @@ def validate(
     scores = [s for part in gathered for s in part if s is not None]
     if rank != 0 or not scores:
         return None
-    storage.write_bytes(storage.join(spec.run_dir, "validation", f"{seen:012d}.csv"), table(scores))
+    storage.write_bytes(RunDir(spec.run_dir).validation(seen), table(scores))
     return means(scores) | {"cases": len(scores)}
 
 
