@@ -29,9 +29,7 @@ COMMANDS = {
     "report": "one page: curves, overlays, time split",
     "ec2": "clusters on EC2: what is left that costs",
     "spot": "on a spot machine: drain its Ray node when EC2 gives notice",
-    "bench": "measure against other libraries, all processes counted",
     "sagemaker": "the same run as a SageMaker job: launch, process, status, logs, stop",
-    "demo": "all of these on phantoms, in minutes",
 }
 
 

@@ -43,6 +43,13 @@ def default(given: str, name: str) -> str:
     return given or os.environ.get(f"RAYTRAIN_BRATS_{name}", "")
 
 
+def run_folder(given: str) -> str:
+    """The run folder given, else RAYTRAIN_BRATS_RUN_DIR, as `storage.normal` has it. Raises UserError without one."""
+    if not (run_dir := default(given, "RUN_DIR")):
+        raise UserError("no run folder given; name one with --run-dir (local or s3://)")
+    return storage.normal(run_dir)
+
+
 def cases_from(data: str, store: str) -> tuple[str, str]:
     """(data, store), one of them at most; options win over the environment. Raises UserError when both are given.
 
@@ -130,20 +137,26 @@ def choose(program: str, kind: str, given: list[str], choices: dict[str, str]) -
     return 2
 
 
-def entry(options: type[Options], work: Callable[[Options], None], name: str, argv: list[str] | None) -> int:
-    """Parse and work; a user's mistake is one line on standard error, never a traceback."""
+def entry(
+    options: type[Options],
+    work: Callable[[Options], None],
+    name: str,
+    argv: list[str] | None,
+    program: str = "raytrain-brats",
+) -> int:
+    """Parse and work; a user's mistake is one line on standard error, never a traceback. `name` may be empty."""
     messages.show()
-    said = io.StringIO()
+    said, program = io.StringIO(), f"{program} {name}".rstrip()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(options, prog=f"raytrain-brats {name}", args=argv)
+            parsed = tyro.cli(options, prog=program, args=argv)
     except SystemExit as stop:
         if stop.code:
             # tyro draws a box: a title, the message, a hint at the full help
             plain = re.sub("[│╭╮╰╯─|]|-{5,}", " ", said.getvalue()).splitlines()
             _, *message = [line.strip() for line in plain if line.strip()]
             told = " ".join(message).partition("For full helptext")[0].strip()
-            print(f"error: {told}; see raytrain-brats {name} --help", file=sys.stderr)
+            print(f"error: {told}; see {program} --help", file=sys.stderr)
         return int(stop.code or 0)
     try:
         with interrupt.gracefully():

@@ -3,9 +3,11 @@
 In: a tar in a public bucket, read in ranges, without credentials (another endpoint by AWS_ENDPOINT_URL).
 Out: its images, labels and dataset.json, local or on s3://, and `download.json` beside them: where each came from, its
 size and sha256, how far the tar has been read. The same command again goes on from there; nothing is fetched twice.
+
+`tarfile` reads the headers and its `data` filter judges every member. Writing is ours, as tarfile knows no s3://: a
+member is checked, put under a name of ours and noted before the next one, so that a cut costs one member at most.
 """
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -14,24 +16,24 @@ import os
 import re
 import shutil
 import sys
+import tarfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
 from raytrain_brats import s3, storage
 from raytrain_brats.cli import Uri, entry
-from raytrain_brats.data import archive
-from raytrain_brats.data.archive import ArchiveError, Member
 from raytrain_brats.errors import RunFailed, UserError
 
 STATE = "download.json"
-RANGE_BYTES, RANGES_AHEAD = 8 << 20, 4
+RANGE_BYTES = 16 << 20
+TRIES = 5
+"""Reads of one place before we believe that it is damaged: a bit that flips on the way looks the same."""
+MAX_MEMBERS = 20_000  # Task01 has some 1,240 files; macOS adds one `._` file to each
+MAX_HEADER_BYTES, MAX_MEMBER_BYTES = 1 << 16, 64 << 20  # of a member; Task01's largest has 12 MB
+MAX_RATIO = 200  # of a .gz beyond 64 MB; the label of an empty volume has 300, but is small
 _PATIENCE_S = "180"
-_MOVE = "move it elsewhere to have the published one there, or give another --out"
 _BEGIN_ANEW = "remove what was made, or give another --out, and begin anew"
 
 
@@ -71,7 +73,8 @@ class Args:
 
 @dataclass
 class State:
-    """What `download.json` says. `offset`: all that stands before it in the archive is done."""
+    """What `download.json` says. `offset`: all that stands before it in the archive is done; `md5`: of the whole
+    archive, "" when it was read in several goes; `files`: {our name: {"at": offset, "bytes", "sha256"}}."""
 
     source: str
     etag: str
@@ -79,23 +82,27 @@ class State:
     offset: int = 0
     complete: bool = False
     md5: str = ""
-    """Of the whole archive; not known when it was read in several goes."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """{our name: {"at": offset in the archive, "bytes", "sha256"}}."""
 
 
-class RangePrefetcher:
-    """The archive's bytes in order, some ranges fetched ahead of the reader; their md5 as they are done with."""
+class ArchiveError(Exception):
+    """The archive is damaged, or holds what no data set needs; the message names the place."""
+
+
+class Remote:
+    """The archive in its bucket, as much of a file as tarfile needs, and the md5 of what was `done`."""
 
     def __init__(self, source: Published, state: State) -> None:
-        self._source, self._etag, self._bytes = source, state.etag, state.bytes
-        self._next = self._done = state.offset
-        self._parts: dict[int, Future[bytes] | bytes] = {}  # by their place in the archive
-        self._pool = ThreadPoolExecutor(max(1, RANGES_AHEAD))
+        self._source, self._etag, self.bytes = source, state.etag, state.bytes
         self._md5 = None if state.offset else hashlib.md5(usedforsecurity=False)
+        self.begin(state.offset)
 
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def begin(self, offset: int) -> None:
+        """Read on from here; what was fetched and is not done is fetched anew."""
+        self._start, self._buffer = offset, bytearray()  # of the archive, from byte `start` on
+        self._at = self._done = offset
+        self.limit = offset + MAX_HEADER_BYTES
+        """Where a member's headers must have ended: sizes that a header made up must not fill the memory."""
 
     @s3.patient
     def fetch(self, offset: int, size: int) -> bytes:
@@ -109,46 +116,89 @@ class RangePrefetcher:
             raise s3.OutageError(f"{self._source.uri}: {len(content):,} bytes arrive instead of {size:,}")
         return content
 
-    def read(self, offset: int, size: int) -> bytes:
-        """What stands before `offset` is taken as found good, and not needed any more."""
+    def take(self, offset: int, size: int) -> bytes:
+        """These bytes; fewer at the end of the archive."""
+        end = min(offset + size, self.bytes)
+        while (fetched := self._start + len(self._buffer)) < end:
+            self._buffer += self.fetch(fetched, min(RANGE_BYTES, self.bytes - fetched))
+        return bytes(self._buffer[offset - self._start : end - self._start])
+
+    def done(self, offset: int) -> str:
+        """What stands before `offset` was found good. The md5 of it all; "" when it was not read from the start."""
         if self._md5:
-            for start in range(self._done, offset, RANGE_BYTES):
-                self._md5.update(self._slice(start, min(RANGE_BYTES, offset - start)))
+            self._md5.update(self.take(self._done, offset - self._done))
         self._done = offset
-        for start in [s for s in self._parts if s + RANGE_BYTES <= offset]:
-            del self._parts[start]
-        return self._slice(offset, size)
-
-    def _slice(self, offset: int, size: int) -> bytes:
-        while self._next < min(self._bytes, offset + size + RANGES_AHEAD * RANGE_BYTES):
-            some = min(RANGE_BYTES, self._bytes - self._next)
-            self._parts[self._next] = self._pool.submit(self.fetch, self._next, some)
-            self._next += some
-        found = []
-        for start in sorted(self._parts):
-            if start < offset + size and start + RANGE_BYTES > offset:
-                part = self._part(start)
-                found.append(part[max(0, offset - start) : offset + size - start])
-        return b"".join(found)
-
-    def again(self, offset: int, size: int) -> bytes:
-        """Fetch anew what arrived damaged."""
-        content = self.fetch(offset, size)
-        for start in self._parts:
-            if start < offset + size and start + RANGE_BYTES > offset:
-                part, low, high = bytearray(self._part(start)), max(start, offset), offset + size
-                part[low - start : high - start] = content[low - offset :][: len(part) - (low - start)]
-                self._parts[start] = bytes(part)
-        return content
-
-    def _part(self, start: int) -> bytes:
-        part = self._parts[start]
-        return part.result() if isinstance(part, Future) else part
-
-    def md5(self) -> str:
-        """Of the whole archive, "" when it was not read from its start."""
-        self.read(self._bytes, 0)
+        del self._buffer[: max(0, offset - 1 - self._start)]  # tarfile looks one byte back
+        self._start = max(self._start, offset - 1)
         return self._md5.hexdigest() if self._md5 else ""
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int) -> None:
+        self._at = offset
+
+    def read(self, size: int) -> bytes:
+        """For tarfile, which reads headers alone."""
+        if not 0 <= size <= self.limit - self._at:
+            raise ArchiveError(f"headers at byte {self._at:,} have more than the {MAX_HEADER_BYTES:,} bytes allowed")
+        found = self.take(self._at, size)
+        self._at += len(found)
+        return found
+
+
+def members(remote: Remote) -> Iterator[tarfile.TarInfo]:
+    """Every file and folder from where `remote` stands, judged by its header. Raises ArchiveError."""
+    try:
+        tar: Any = tarfile.TarFile(fileobj=remote, errors="surrogateescape")  # type: ignore[arg-type]
+        for number, member in enumerate(tar, 1):
+            if number > MAX_MEMBERS:
+                raise ArchiveError(f"more than {MAX_MEMBERS:,} entries")
+            _judge(member, remote.bytes)
+            remote.limit = tar.offset + MAX_HEADER_BYTES
+            yield member
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        raise ArchiveError(f"before byte {remote.tell():,}: {error}") from error
+    # tarfile takes a damaged header for the end of the archive, so what is there must be the end mark.
+    rest = remote.take(tar.offset, MAX_MEMBER_BYTES)
+    if len(rest) < tarfile.BLOCKSIZE:
+        raise ArchiveError("it is cut off: the end mark is missing")
+    if rest.strip(b"\0") or tar.offset + len(rest) < remote.bytes:
+        raise ArchiveError(f"the header at byte {tar.offset:,} is damaged, or something follows the end mark")
+
+
+def _judge(member: tarfile.TarInfo, archive_bytes: int) -> None:
+    """Raises ArchiveError or tarfile.FilterError for all but a plain file or a folder below the archive's own.
+
+    Stricter than the filter: links, also those that stay within the folder, are nothing that a data set needs.
+    """
+    name = repr(member.name)
+    if not (member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.isdir()) or member.issparse():
+        raise ArchiveError(f"{name} is no plain file (type {member.type!r})")
+    if any(key == "size" or key.startswith("GNU.sparse") for key in member.pax_headers):
+        raise ArchiveError(f"an extended header gives {name} another size")  # two readers would see two archives
+    kept = getattr(tarfile, "data_filter", lambda found, _: found)(member, "/archive")  # Python 3.11.4 and later
+    if kept.name.startswith("/") or kept.name != member.name or ".." in member.name.split("/"):
+        raise ArchiveError(f"{name} points out of the archive's folder")
+    if not 0 <= member.size <= MAX_MEMBER_BYTES:
+        raise ArchiveError(f"{name} has {member.size:,} bytes, {MAX_MEMBER_BYTES:,} allowed")
+    if member.offset_data + member.size * member.isreg() + tarfile.BLOCKSIZE > archive_bytes:  # the end mark's block
+        raise ArchiveError(f"it is cut off at {name}")
+
+
+def check_gzip(content: bytes) -> None:
+    """Hold a .gz against its own checksums, within a cap on what it unpacks to. Raises ArchiveError."""
+    unpacked, most = 0, max(MAX_MEMBER_BYTES, MAX_RATIO * len(content))
+    try:
+        with gzip.open(io.BytesIO(content)) as file:
+            while chunk := file.read(1 << 20):
+                unpacked += len(chunk)
+                if unpacked > most:
+                    raise ArchiveError(f"{len(content):,} bytes unpack to more than {most:,}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise ArchiveError(f"its gzip stream is damaged or cut off ({error})") from error
+    if not content:
+        raise ArchiveError("it is empty")
 
 
 def work(args: Args) -> None:
@@ -156,19 +206,21 @@ def work(args: Args) -> None:
     size, etag = s3.head(source.uri, source.region)  # whether the bucket answers is told at once
     state = _open(out, source, State(source.uri, etag, size))
     os.environ.setdefault(storage.PATIENCE, _PATIENCE_S)  # from here on an outage is waited out
-    ahead, before = RangePrefetcher(source, state), len(state.files)
-    try:
-        mended = _mend(out, state, ahead)
-        if state.offset < state.bytes:
-            _save(out, state)  # before there is any file, or the next run would not know it for its own
-            with _shown(state) as show:
-                _stream(out, source, state, ahead, show)
-        if not state.complete:
-            _check_set(out, source, state)
-    except ArchiveError as error:
-        raise RunFailed(f"{source.uri}: {error}") from error
-    finally:
-        ahead.close()
+    remote, before, tries = Remote(source, state), len(state.files), 0
+    mended = _mend(out, state, remote)
+    if state.offset < state.bytes:
+        _save(out, state)  # before there is any file, or the next run would not know it for its own
+    while state.offset < state.bytes:
+        began = state.offset
+        try:
+            _stream(out, source, state, remote)
+        except ArchiveError as error:
+            tries = 1 if state.offset > began else tries + 1
+            if tries == TRIES:
+                raise RunFailed(f"{source.uri}: {error}") from error
+            remote.begin(state.offset)
+    if not state.complete:
+        _check_set(out, source, state)
     total = sum(noted["bytes"] for noted in state.files.values())
     fetched = len(state.files) - before + mended
     print(f"{len(state.files)} files ({fetched} fetched now), {total / 1e6:,.1f} MB in {out}: {source.licence}")
@@ -178,15 +230,12 @@ def work(args: Args) -> None:
 
 def _open(out: str, source: Published, fresh: State) -> State:
     """The state to go on from. Raises UserError when --out holds something else, or cannot hold it all."""
-    here = storage.list_files(out)
-    state = fresh
+    here, state, where = storage.list_files(out), fresh, storage.join(out, STATE)
     if STATE in here:
-        where = storage.join(out, STATE)
         try:
             state = State(**json.loads(storage.read_bytes(where)))
-            strange = [name for name in state.files if not source.files.fullmatch(name)]
-            if strange:
-                raise ValueError(strange[0])
+            if not all(source.files.fullmatch(name) for name in state.files):
+                raise ValueError("a name that is none of ours")
         except (ValueError, TypeError) as error:
             raise UserError(f"{where} is damaged; {_BEGIN_ANEW}") from error
         if (state.source, state.etag, state.bytes) != (fresh.source, fresh.etag, fresh.bytes):
@@ -194,93 +243,73 @@ def _open(out: str, source: Published, fresh: State) -> State:
             raise UserError(f"{out} was begun from {old}; now there is {new}; {_BEGIN_ANEW}")
     elif here:
         raise UserError(f"--out {out} holds other files ({', '.join(list(here)[:3])}); give an empty or new folder")
-    lost = [name for name, noted in state.files.items() if here.get(name) != noted["bytes"]]
-    for name in lost:
-        if name in here and _is_sound(name, storage.read_bytes(storage.join(out, name))):
-            raise UserError(f"{storage.join(out, name)} was changed since it was fetched; {_MOVE}")
     storage.check_writable(out)
-    needed = state.bytes - state.offset + sum(state.files[name]["bytes"] for name in lost)
-    if not storage.is_s3(out) and not state.complete and shutil.disk_usage(out).free < needed:
+    needed = state.bytes - state.offset
+    if not storage.is_s3(out) and shutil.disk_usage(out).free < needed:
         raise UserError(f"--out {out}: {needed / 1e9:.1f} GB are needed, fewer are free; give another place")
     return state
-
-
-def _is_sound(name: str, content: bytes) -> bool:
-    """Whether a file is a whole one, somebody's, and not what a failing disk left of ours."""
-    try:
-        if not name.endswith(".gz"):
-            return bool(content) and json.loads(content) is not None
-        with gzip.open(io.BytesIO(content)) as file:
-            while file.read(1 << 20):
-                pass
-        return bool(content)
-    except (OSError, EOFError, ValueError, zlib.error):
-        return False
 
 
 def _save(out: str, state: State) -> None:
     storage.write_bytes(storage.join(out, STATE), json.dumps(vars(state), indent=1).encode())
 
 
-def _mend(out: str, state: State, ahead: RangePrefetcher) -> int:
+def _mend(out: str, state: State, remote: Remote) -> int:
     """Fetch again what was done but is not there any more; how many files."""
     here = storage.list_files(out)
     lost = {name: noted for name, noted in state.files.items() if here.get(name) != noted["bytes"]}
     for name, noted in lost.items():
-        for _ in range(3):
-            content = ahead.fetch(noted["at"], noted["bytes"])
-            if hashlib.sha256(content).hexdigest() == noted["sha256"]:
-                storage.write_bytes(storage.join(out, name), content)
-                break
-        else:
-            raise ArchiveError(f"{name} comes with another checksum than before; {_BEGIN_ANEW}")
+        reads = (remote.fetch(noted["at"], noted["bytes"]) for _ in range(TRIES))
+        content = next((c for c in reads if hashlib.sha256(c).hexdigest() == noted["sha256"]), None)
+        if content is None:
+            raise RunFailed(f"{name} comes with another checksum than before; {_BEGIN_ANEW}")
+        _write(out, name, content, name in here)
     return len(lost)
 
 
-def _stream(out: str, source: Published, state: State, ahead: RangePrefetcher, show: Any) -> None:
-    """Every wanted member is checked, written, then noted; so a kill at any point costs one member at most."""
-    here = storage.list_files(out)
-    for member in archive.members(ahead.read, ahead.again, state.bytes, state.offset):
-        show(member.offset, len(state.files))
-        name = member.name.removeprefix("./").removeprefix(f"{source.folder}/")
-        if not source.files.fullmatch(name):
-            continue  # macOS's `._` files, notes: read for the md5, never written
-        if name in state.files:
-            raise ArchiveError(f"{member.name!r} stands in it twice")
-        content = _checked(member, ahead)
-        found = storage.read_bytes(storage.join(out, name)) if name in here else content
-        if found != content and _is_sound(name, found):  # put there since the set was begun, by somebody
-            raise UserError(f"{storage.join(out, name)} is another file than the published one; {_MOVE}")
-        storage.write_bytes(storage.join(out, name), content)
-        checksum = hashlib.sha256(content).hexdigest()
-        state.files[name] = {"at": member.offset, "bytes": member.size, "sha256": checksum}
-        state.offset = member.end
-        _save(out, state)
-    state.md5 = ahead.md5() or state.md5
-    state.offset = state.bytes
+def _stream(out: str, source: Published, state: State, remote: Remote) -> None:
+    """Every wanted member is checked, written, then noted. Raises ArchiveError; what is noted by then stays."""
+    here, told = storage.list_files(out), state.offset * 20 // state.bytes
+    for member in members(remote):
+        name, size = member.name.removeprefix("./").removeprefix(f"{source.folder}/"), member.size * member.isreg()
+        wanted = member.isreg() and source.files.fullmatch(name)  # not macOS's `._` files
+        if wanted:
+            if name in state.files:
+                raise ArchiveError(f"{member.name!r} stands in it twice")
+            content = _checked(member, remote)
+            _write(out, name, content, name in here)
+            checksum = hashlib.sha256(content).hexdigest()
+            state.files[name] = {"at": member.offset_data, "bytes": size, "sha256": checksum}
+        state.offset = member.offset_data + size + -size % tarfile.BLOCKSIZE
+        remote.done(state.offset)
+        if wanted:
+            _save(out, state)
+        if state.offset * 20 // state.bytes > told:
+            told, megabytes = state.offset * 20 // state.bytes, f"{state.offset / 1e6:,.0f} of {state.bytes / 1e6:,.0f}"
+            print(f"{5 * told} %: {megabytes} MB, {len(state.files)} files", flush=True)
+    state.md5, state.offset = remote.done(state.bytes), state.bytes
     _save(out, state)
 
 
-def _checked(member: Member, ahead: RangePrefetcher) -> bytes:
-    """The member's content, by its gzip checksums, or where it has none by two reads that agree.
-
-    A bit that flips on the way looks like a damaged archive; so damaged is what two reads agree upon.
-    """
-    content, before = ahead.read(member.offset, member.size), None
-    for _ in range(6):
-        wrong: ArchiveError | None = None
+def _checked(member: tarfile.TarInfo, remote: Remote) -> bytes:
+    """The member's content, held against its gzip checksums, or where it has none against a second read."""
+    content = remote.take(member.offset_data, member.size)
+    try:
         if member.name.endswith(".gz"):
-            try:
-                archive.unpacked_size(content)
-                return content
-            except ArchiveError as error:
-                wrong = ArchiveError(f"{member.name}: {error}")
-        if content == before:
-            if wrong:
-                raise wrong
-            return content
-        before, content = content, ahead.again(member.offset, member.size)
-    raise RunFailed(f"{member.name} is altered on the way, each time in another manner")
+            check_gzip(content)
+        elif remote.fetch(member.offset_data, member.size) != content:
+            raise ArchiveError("two reads differ")
+    except ArchiveError as error:
+        raise ArchiveError(f"{member.name}: {error}") from error
+    return content
+
+
+def _write(out: str, name: str, content: bytes, there: bool) -> None:
+    """Put a file. Raises UserError where another one stands: ours are written whole or not at all."""
+    where = storage.join(out, name)
+    if there and storage.read_bytes(where) != content:
+        raise UserError(f"{where} is another file than the published one; move it elsewhere, or give another --out")
+    storage.write_bytes(where, content)
 
 
 def _check_set(out: str, source: Published, state: State) -> None:
@@ -290,8 +319,7 @@ def _check_set(out: str, source: Published, state: State) -> None:
             f"{source.uri} arrived with the md5 {state.md5}, the published one has {source.md5}, although every file "
             f"fits its own checksum: it is another edition, or what lies between the files was altered; {_BEGIN_ANEW}"
         )
-    noted = state.files.get("dataset.json")
-    if noted is None:
+    if not (noted := state.files.get("dataset.json")):
         raise RunFailed(f"{source.uri} holds no dataset.json")
     about = json.loads(storage.read_checked([storage.join(out, "dataset.json")], noted["sha256"])[0])
     named = [path for row in about.get("training", []) for path in (row["image"], row["label"])]
@@ -301,23 +329,6 @@ def _check_set(out: str, source: Published, state: State) -> None:
         raise RunFailed(f"{source.uri} lacks {len(missing)} files that its dataset.json names, as {missing[0]}")
     state.complete = True
     _save(out, state)
-
-
-@contextlib.contextmanager
-def _shown(state: State) -> Iterator[Any]:
-    """A bar on a terminal; else a line at each twentieth."""
-    columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    told = [state.offset * 20 // max(1, state.bytes)]
-    with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("downloading", total=state.bytes, completed=state.offset)
-
-        def show(offset: int, files: int) -> None:
-            bar.update(task, completed=offset)
-            if bar.disable and offset * 20 // state.bytes > told[0]:
-                told[0] = offset * 20 // state.bytes
-                print(f"{5 * told[0]} %: {offset / 1e6:,.0f} of {state.bytes / 1e6:,.0f} MB, {files} files", flush=True)
-
-        yield show
 
 
 def main(argv: list[str] | None = None) -> int:

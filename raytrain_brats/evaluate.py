@@ -18,8 +18,8 @@ import ray
 from rich.progress import track
 from rich.table import Table
 
-from raytrain_brats import config, figures, outputs, storage
-from raytrain_brats.cli import Uri, cases_from, default, entry, show, show_skipped
+from raytrain_brats import config, outputs, storage
+from raytrain_brats.cli import Uri, cases_from, entry, run_folder, show, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import InvalidCase
@@ -28,6 +28,7 @@ from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import REGIONS, comparable, described, to_regions
 from raytrain_brats.ray_ext import cluster
+from raytrain_brats.reporting import figures
 from raytrain_brats.run import spec
 from raytrain_brats.run.predictor import Score, means, newest_weights, predict_masks, score, shared_network, table
 from raytrain_brats.run.run_dir import RunDir
@@ -50,9 +51,7 @@ class Args:
 
 
 def work(args: Args) -> None:
-    if not (run_dir := default(args.run_dir, "RUN_DIR")):
-        raise UserError("no run folder given; name one with --run-dir")
-    run_dir = storage.normal(run_dir)
+    run_dir = run_folder(args.run_dir)
     settings, convention, dataset_identity = spec.open_run(run_dir)
     manifest, source = spec.open_cases(settings, *cases_from(args.data, args.store), run_dir)
     if not comparable(convention, source.convention):

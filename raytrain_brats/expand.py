@@ -17,14 +17,15 @@ from typing import Any
 
 from raytrain_brats import outputs, storage
 from raytrain_brats.cli import Uri, default, entry, progress, show_refused, show_skipped
-from raytrain_brats.data import deform, scan
+from raytrain_brats.data import dataset_json, scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Manifest
 from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.labels import MODALITIES, names
+from raytrain_brats.labels import names
 from raytrain_brats.ray_ext import cluster
+from raytrain_brats.synthetic import deform
 
 VERSION = 1  # of the way copies are made; files of another are not mixed with ours
 FOLDERS = ("imagesTr/", "labelsTr/")
@@ -157,20 +158,15 @@ def _dataset_json(manifest: Manifest, copies: int, seed: int) -> dict[str, Any]:
         for case in manifest.cases
         for image, label in (_paths(case.id, copy) for copy in range(1, copies + 1))
     ]
-    about = {
-        "name": "BRATS-EXPANDED",
-        "description": f"{copies} random deformations of each of {len(manifest.cases)} cases, made by a program",
-        "tensorImageSize": "4D",
-        "modality": dict(enumerate(MODALITIES)),
-        "labels": names(manifest.convention),
-        "convention": manifest.convention,
-        "expanded": {"copies": copies, "seed": seed, "version": VERSION},
-        "numTraining": len(rows),
-        "numTest": 0,
-        "training": rows,
-        "test": [],
-    }
-    return about | ({"synthetic": True} if manifest.synthetic else {})
+    return dataset_json.made(
+        "BRATS-EXPANDED",
+        f"{copies} random deformations of each of {len(manifest.cases)} cases, made by a program",
+        names(manifest.convention),
+        rows,
+        convention=manifest.convention,
+        expanded={"copies": copies, "seed": seed, "version": VERSION},
+        **({"synthetic": True} if manifest.synthetic else {}),
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

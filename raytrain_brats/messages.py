@@ -5,18 +5,18 @@ through `journal.warn` into the run's events besides, and the driver's progress 
 """
 
 import logging
+import sys
 
 
-class _Lower(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {super().format(record)}"
+class _ToStderr(logging.Handler):
+    """As `warning: text`, on the standard error of the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def show() -> None:
     """Have this process's warnings shown; a second call changes nothing."""
     logger = logging.getLogger("raytrain_brats")
     if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(_Lower())
-        logger.addHandler(handler)
-        logger.propagate = False
+        logger.addHandler(_ToStderr(logging.WARNING))

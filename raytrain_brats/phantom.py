@@ -13,9 +13,9 @@ from rich.progress import track
 
 from raytrain_brats import storage
 from raytrain_brats.cli import Uri, entry
-from raytrain_brats.data.phantom import missing, write_set
 from raytrain_brats.errors import UserError
 from raytrain_brats.ray_ext import cluster
+from raytrain_brats.synthetic.phantom import missing, write_set
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Args:
     """Voxels along x and y: 240 is the size of real cases (1 mm), 60 a quick one (4 mm)."""
     seed: int = 0
     """Another seed draws other patients."""
-    anatomy: Literal["auto", "procedural", "mni"] = "auto"
-    """mni: tissue maps that ship with nilearn; procedural: no data needed; auto: mni where nilearn is installed."""
+    anatomy: Literal["procedural", "mni"] = "procedural"
+    """procedural: drawn, no data needed; mni: from the tissue maps that ship with nilearn, which must be installed."""
 
 
 def work(args: Args) -> None:

@@ -19,7 +19,7 @@ from rich.progress import track
 from safetensors.torch import save as tensors_to_bytes
 
 from raytrain_brats import config, outputs, storage
-from raytrain_brats.cli import Uri, default, entry, show_skipped
+from raytrain_brats.cli import Uri, entry, run_folder, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import scan
 from raytrain_brats.data.manifest import Case
@@ -53,9 +53,7 @@ class Args:
 
 
 def work(args: Args) -> None:
-    if not (run_dir := default(args.run_dir, "RUN_DIR")):
-        raise UserError("no run folder given; name one with --run-dir")
-    run_dir, out = storage.normal(run_dir), storage.normal(args.out)
+    run_dir, out = run_folder(args.run_dir), storage.normal(args.out)
     settings, learned, _ = spec.open_run(run_dir)
     convention = args.convention or learned
     if not comparable(convention, learned):

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_brats import config, storage
-from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry, show_skipped
-from raytrain_brats.data.phantom import missing, write_set
+from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry, run_folder, show_skipped
 from raytrain_brats.errors import UserError
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import checkpoint, driver, journal, lease, spec
+from raytrain_brats.synthetic.phantom import missing, write_set
 
 HOME = "~/raytrain_brats"
 PHANTOM_CASES = 20
@@ -56,10 +56,9 @@ def work(args: Args) -> None:
     real = bool(data or store)
     recipe = spec.recipe_for(default(args.recipe, "RECIPE") if real else args.recipe, data, store)
     settings = config.load(recipe, overrides)
-    run_dir = default(args.run_dir, "RUN_DIR")
-    if not run_dir and real:
-        raise UserError("no run folder given; name one with --run-dir (local or s3://)")
-    if not real:
+    if real:
+        run_dir = run_folder(args.run_dir)
+    else:
         data, own = _demo_places()
         run_dir = args.run_dir or own
     _check_run_dir(run_dir)

@@ -10,13 +10,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from raytrain_brats import storage
-from raytrain_brats.cli import Uri, default, entry
+from raytrain_brats.cli import Uri, entry, run_folder
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.sampler import Sampler, fingerprint
-from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.run import accounts, checkpoint, journal, spec
+from raytrain_brats.errors import RunFailed
+from raytrain_brats.reporting import goodput
+from raytrain_brats.run import checkpoint, journal, spec
 from raytrain_brats.run.run_dir import RunDir
 
 
@@ -29,9 +29,7 @@ class Args:
 
 
 def work(args: Args) -> None:
-    if not (run_dir := default(args.run_dir, "RUN_DIR")):
-        raise UserError("no run folder given; name one with --run-dir")
-    run_dir = storage.normal(run_dir)
+    run_dir = run_folder(args.run_dir)
     settings, convention, dataset_identity = spec.open_run(run_dir)
     manifest = manifests.read(RunDir(run_dir).manifest)
     if not manifests.is_dataset_identity(dataset_identity, manifest.cases, spec.preprocessing(settings), convention):
@@ -53,10 +51,10 @@ def work(args: Args) -> None:
         f"seed's own samples; {len(groups)} worker groups, of {', '.join(map(str, sizes))} workers"
     )
     if events := journal.read_events(run_dir):
-        print(time_line(accounts.account(events, rows)))
+        print(time_line(goodput.time_breakdown(events, rows)))
 
 
-def time_line(spent: accounts.TimeBreakdown) -> str:
+def time_line(spent: goodput.TimeBreakdown) -> str:
     """Every cause that took time, in per cent of the wall time."""
     shares = [f"{cause} {seconds / spent.wall_s:.1%}" for cause, seconds in spent.parts().items() if seconds > 0]
     goodput = "not recorded" if math.isnan(spent.goodput) else f"{spent.goodput:.1%}"

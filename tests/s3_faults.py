@@ -33,8 +33,8 @@ from raytrain_brats import s3
 from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.phantom import write_set
 from raytrain_brats.data.store import Source
+from raytrain_brats.synthetic.phantom import write_set
 from tests.proxy import ISSUE_RATES, Asked, FaultyProxy
 
 BUCKET = "brats"

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from raytrain_brats import verify
-from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import checkpoint, gauges, journal
+from raytrain_brats.synthetic.phantom import write_set
 from scripts.chaos_campaign import under_ray
 from scripts.chaos_campaign.ray_cluster import SMALL, Cluster, ElasticRun, free_port
 from tests.test_gauges import asked

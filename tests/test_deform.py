@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raytrain_brats.data import deform
-from raytrain_brats.data.deform import deformed, draw_warp, packed
 from raytrain_brats.data.nifti import Volume, decode_case
-from raytrain_brats.data.phantom import make_case
+from raytrain_brats.synthetic import deform
+from raytrain_brats.synthetic.deform import deformed, draw_warp, packed
+from raytrain_brats.synthetic.phantom import make_case
 from tests.conftest import make_affine, make_volume
 
 
@@ -28,8 +28,8 @@ def test_every_copy_is_another_and_always_the_same(phantom: Volume) -> None:
     assert len({image for image, _ in files}) == len({label for _, label in files}) == len(files)
     assert not set(packed(phantom)) & {part for pair in files for part in pair}
     code = (
-        "import hashlib, numpy as np; from raytrain_brats.data.deform import *;"
-        "from raytrain_brats.data.phantom import make_case; c = make_case(3, 60);"
+        "import hashlib, numpy as np; from raytrain_brats.synthetic.deform import *;"
+        "from raytrain_brats.synthetic.phantom import make_case; c = make_case(3, 60);"
         "v = Volume(np.moveaxis(c.image_xyzc, 3, 0), c.label_xyz, np.diag([c.spacing_mm] * 3 + [1.0]));"
         "print([hashlib.sha256(b).hexdigest() for b in packed(deformed(v, 1, 'B', 12))])"
     )

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from raytrain_brats import storage
-from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import journal
+from raytrain_brats.synthetic.phantom import write_set
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("train.epochs=4", "preprocess.spacing_mm=7.5", "data.patch_xyz=[16,16,16]", "checkpoint.every_samples=8")

@@ -1,6 +1,7 @@
 """Task01 from a bucket, by way of a proxy: whole, checked, resumed after every kill, and never outside --out.
 
-The bucket is a real S3 server on this machine, the archive a small one.
+The bucket is a real S3 server on this machine, the archive a small one. Tars from a stranger: plain files by plain
+names come out, all else is refused by name, damage is never the end.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import stat
 import tarfile
@@ -23,11 +25,39 @@ import boto3
 import pytest
 
 from raytrain_brats import download, s3, storage
+from raytrain_brats.download import ArchiveError
 from tests.proxy import FaultyProxy
-from tests.test_archive import HOSTILE, add, entry
 
 FOLDER, KEY = "Task01_BrainTumour", "Task01_BrainTumour.tar"
 SECRET = b"what stood there before"
+
+
+def entry(name: str, kind: bytes = tarfile.REGTYPE, **values: Any) -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    made.type = kind
+    for key, value in values.items():
+        setattr(made, key, value)
+    return made
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes, **values: Any) -> None:
+    tar.addfile(entry(name, size=len(content), **values), io.BytesIO(content))
+
+
+def with_header(name: str, **fields: bytes) -> bytes:
+    """A plain file's header with some fields set by hand, and a sum that fits."""
+    block = bytearray(entry(name).tobuf(tarfile.USTAR_FORMAT))
+    places = {"size": (124, 12), "type": (156, 1), "name": (0, 100), "mode": (100, 8), "magic": (257, 8)}
+    for key, value in fields.items():
+        start, length = places[key]
+        block[start : start + length] = value.ljust(length, b"\0")
+    return summed(block)
+
+
+def summed(block: bytearray) -> bytes:
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
 
 
 def dataset(cases: int, seed: int = 0) -> dict[str, bytes]:
@@ -187,10 +217,10 @@ def test_a_real_kill_in_the_middle(bucket: Bucket, tmp_path: Path) -> None:
 
 
 def test_a_file_that_went_is_fetched_alone(bucket: Bucket, tmp_path: Path) -> None:
-    """Removed or cut off after it was done: only its own bytes are asked for."""
+    """Removed after it was done: only its own bytes are asked for."""
     assert run(tmp_path) == 0
     (tmp_path / "imagesTr/BRATS_003.nii.gz").unlink()
-    (tmp_path / "labelsTr/BRATS_002.nii.gz").write_bytes(b"cut")
+    (tmp_path / "labelsTr/BRATS_002.nii.gz").unlink()
     bucket.proxy.log.clear()
     assert run(tmp_path) == 0
     assert contents(str(tmp_path)) == bucket.files
@@ -221,7 +251,6 @@ def test_spoilt_answers_on_the_way(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A third of all answers are spoilt; every file is right, and so is the md5 of the whole."""
-    monkeypatch.setattr(download, "RANGES_AHEAD", 0)  # in order, so that the seed decides what is spoilt
     bucket.files = dataset(20)
     bucket.put(packed(bucket.files, macos=False))
     bucket.proxy.rates = {"503": 0.08, "reset": 0.05, "truncated": 0.05, "short": 0.05, "flip": 0.1}
@@ -266,6 +295,52 @@ def test_another_archive_than_before_is_refused(
     assert f"error: {tmp_path} was begun from" in told and "begin anew" in told and told.count("ETag") == 2
 
 
+def sparse_map(tar: tarfile.TarFile) -> None:
+    """A sparse file whose map, which tarfile reads before anybody can judge the file, has no end."""
+    records = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    add(tar, "T/s", b"99999999\n" + b"1\n" * 200_000, pax_headers=records)
+
+
+HOSTILE: dict[str, tuple[Callable[[tarfile.TarFile], Any], str]] = {
+    "parent": (lambda t: add(t, "../evil", b"x"), "points out of|outside the destination"),
+    "parent within": (lambda t: add(t, "T/imagesTr/../../evil", b"x"), "points out of|outside the destination"),
+    "parent folder": (lambda t: t.addfile(entry("T/..", tarfile.DIRTYPE)), "points out of|outside the destination"),
+    "absolute": (lambda t: add(t, "/tmp/evil", b"x"), "points out of|outside the destination"),
+    "symbolic link": (lambda t: t.addfile(entry("T/l", tarfile.SYMTYPE, linkname="/etc")), "no plain file"),
+    "hard link": (lambda t: t.addfile(entry("T/l", tarfile.LNKTYPE, linkname="../../x")), "no plain file"),
+    "hard link with content": (
+        lambda t: t.addfile(entry("T/l", tarfile.LNKTYPE, linkname="T/x", size=4), io.BytesIO(b"1234")),
+        "no plain file",
+    ),
+    "device": (lambda t: t.addfile(entry("T/d", tarfile.CHRTYPE, devmajor=1, devminor=3)), "no plain file"),
+    "block device": (lambda t: t.addfile(entry("T/d", tarfile.BLKTYPE)), "no plain file"),
+    "pipe": (lambda t: t.addfile(entry("T/p", tarfile.FIFOTYPE)), "no plain file"),
+    "contiguous": (lambda t: t.addfile(entry("T/c", tarfile.CONTTYPE)), "no plain file"),
+    "volume name": (lambda t: t.fileobj.write(with_header("T/v", type=b"V")), "no plain file"),
+    "sparse": (lambda t: t.fileobj.write(with_header("T/s", type=b"S", magic=b"ustar  ")), "no plain file"),
+    "endless map of a sparse file": (sparse_map, "more than the 65,536 bytes allowed"),
+    "oversize": (lambda t: t.fileobj.write(with_header("T/big", size=b"00700000000")), "67,108,864 allowed"),
+    "oversize base 256": (
+        lambda t: t.fileobj.write(with_header("T/big", size=b"\x80" + (1 << 60).to_bytes(11, "big"))),
+        "67,108,864 allowed",
+    ),
+    "negative size": (lambda t: t.fileobj.write(with_header("T/n", size=b"\xff" * 12)), "allowed"),
+    "size that is no number": (lambda t: t.fileobj.write(with_header("T/n", size=b"zzzzzzzzzzz")), "is damaged"),
+    "long name bomb": (
+        lambda t: t.fileobj.write(with_header("T/n", type=b"L", size=b"00700000000")),
+        "more than the 65,536 bytes allowed",
+    ),
+    "pax bomb": (
+        lambda t: t.fileobj.write(with_header("T/n", type=b"x", size=b"00700000000")),
+        "more than the 65,536 bytes allowed",
+    ),
+    "content beyond the end": (
+        lambda t: t.fileobj.write(with_header("T/n", size=b"00000100000")),
+        "cut off at",
+    ),
+}
+
+
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_nothing_is_ever_written_outside(
     bucket: Bucket, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
@@ -275,11 +350,12 @@ def test_nothing_is_ever_written_outside(
     out.mkdir(parents=True)
     (tmp_path / "evil").write_bytes(SECRET)
     (tmp_path / "a" / "evil").write_bytes(SECRET)
-    build = HOSTILE[kind][0]
+    build, told = HOSTILE[kind]
     bucket.put(packed(bucket.files, build))
     assert run(out) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("failed: ") and len(printed.splitlines()) == 1 and KEY in printed
+    assert re.search(told, printed), printed
     outside = {p for p in tmp_path.rglob("*") if not p.is_relative_to(out)}
     assert outside == {tmp_path / "a", tmp_path / "evil", tmp_path / "a" / "evil"}
     assert (tmp_path / "evil").read_bytes() == (tmp_path / "a" / "evil").read_bytes() == SECRET
@@ -289,7 +365,7 @@ def test_nothing_is_ever_written_outside(
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str]] = {
-    "cut off within a file": (lambda f: packed(f)[:30_000], "cut off in the middle of 'Task01_BrainTumour/imagesTr"),
+    "cut off within a file": (lambda f: packed(f)[:30_000], "it is cut off at 'Task01_BrainTumour/imagesTr"),
     "cut off between files": (lambda f: packed(f)[: 512 * 5], "cut off"),
     "a file twice": (lambda f: packed(f, lambda t: add(t, f"{FOLDER}/dataset.json", b"{}")), "stands in it twice"),
     "a file twice, spelt otherwise": (
@@ -298,7 +374,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str]] = {
     ),
     "a damaged volume": (
         lambda f: packed(f | {"imagesTr/BRATS_002.nii.gz": f["imagesTr/BRATS_002.nii.gz"][:-20]}),
-        "BRATS_002.nii.gz: its gzip stream is cut off",
+        "BRATS_002.nii.gz: its gzip stream is damaged or cut off",
     ),
     "a bomb": (
         lambda f: packed(f | {"imagesTr/BRATS_002.nii.gz": gzip.compress(bytes(80_000_000))}),
@@ -363,3 +439,128 @@ def test_mistakes_are_told_before_anything_is_fetched(
     download.SOURCES["msd"] = dataclasses.replace(download.SOURCES["msd"], uri="s3://nobodys-bucket/x.tar")
     assert run(tmp_path / "new") == 1
     assert "s3://nobodys-bucket/x.tar" in capsys.readouterr().err
+
+
+MEMBERS = {"T/imagesTr/a.nii.gz": os.urandom(1500), "T/dataset.json": b"{}", "T/empty": b"", "T/x": b"x" * 512}
+
+
+def make_tar(build: Callable[[tarfile.TarFile], Any] | None = None, form: int = tarfile.USTAR_FORMAT) -> bytes:
+    """MEMBERS, then what `build` adds."""
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=form) as tar:
+        tar.addfile(entry("T", tarfile.DIRTYPE))
+        for name, content in MEMBERS.items():
+            add(tar, name, content)
+        if build:
+            build(tar)
+    return sink.getvalue()
+
+
+class Here(download.Remote):
+    """An archive in memory."""
+
+    def __init__(self, tar: bytes, start: int = 0, archive_bytes: int = 0) -> None:
+        state = download.State("", "", archive_bytes or len(tar), start)
+        super().__init__(download.SOURCES["msd"], state)
+        self.tar, self.asked = tar, 0
+
+    def fetch(self, offset: int, size: int) -> bytes:
+        self.asked += 1
+        return (self.tar[offset : offset + size] if self.bytes == len(self.tar) else self.tar * (size // 512))[:size]
+
+
+def listed(tar: bytes, start: int = 0) -> list[tuple[str, int, int]]:
+    """(name, offset, size) of its plain files."""
+    found = download.members(Here(tar, start))
+    return [(m.name, m.offset_data, m.size) for m in found if m.isreg()]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_plain_files_come_in_order_and_from_any_member_on(form: int) -> None:
+    """Of every format, with the records that macOS and long names add; a resume begins where a member ends."""
+
+    def build(tar: tarfile.TarFile) -> None:
+        add(tar, "T/._y", b"", pax_headers={"LIBARCHIVE.xattr.com.apple": "A" * 2000, "mtime": "1.5"})
+        add(tar, f"T/{'n' * 90}/{'m' * 120}" if form != tarfile.USTAR_FORMAT else "T/n", b"long", mode=0o6777)
+
+    tar = make_tar(build, form)
+    found = listed(tar)
+    assert [tar[at : at + size] for _, at, size in found] == [*MEMBERS.values(), b"", b"long"]
+    assert [name for name, _, _ in found][:5] == [*MEMBERS, "T/._y"]
+    for number, (_, at, size) in enumerate(found):
+        assert listed(tar, at + size + -size % 512) == found[number + 1 :]
+
+
+@pytest.mark.parametrize("record", ["size", "GNU.sparse.major", "GNU.sparse.realsize"])
+def test_extended_headers_cannot_change_a_files_content(record: str) -> None:
+    """Two readers must not see two archives."""
+    tar = make_tar(lambda t: add(t, "T/x2", b"x", pax_headers={record: "1"}), tarfile.PAX_FORMAT)
+    with pytest.raises(ArchiveError, match="another size"):
+        listed(tar)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "extended header"])
+def test_a_million_entries_end_early(kind: str) -> None:
+    """At the cap on entries, or on the headers of one; with no more read than that."""
+    header = with_header("T/x", type={"file": b"0", "folder": b"5", "extended header": b"g"}[kind])
+    remote = Here(header, archive_bytes=1_000_000 * 512)
+
+    def walk() -> None:
+        for member in download.members(remote):
+            remote.done(member.offset_data)
+
+    with pytest.raises(ArchiveError, match=r"more than 20,000 entries|65,536 bytes allowed"):
+        walk()
+    assert remote.asked * download.RANGE_BYTES <= 2 * download.RANGE_BYTES
+
+
+def test_damage_is_never_taken_for_the_end() -> None:
+    """Every bit of a header counts, every cut is noticed, and so is what follows the end mark."""
+    tar = make_tar()
+    whole = listed(tar)
+    for _, at, _ in whole[1:]:
+        for bit in random.Random(0).sample(range(512 * 8), 100):
+            altered = bytearray(tar)
+            altered[at - 512 + bit // 8] ^= 1 << bit % 8
+            with pytest.raises(ArchiveError, match=f"header at byte {at - 512:,} is damaged"):
+                listed(bytes(altered))
+    end = whole[-1][1] + 512
+    for cut in range(0, end, 256):
+        with pytest.raises(ArchiveError, match=r"cut off|empty file|truncated header"):
+            listed(tar[:cut])
+    assert listed(tar[: end + 512]) == whole
+    with pytest.raises(ArchiveError, match="something follows the end mark"):
+        listed(tar + b"more")
+
+
+def test_mutants_with_fitting_sums_break_nothing() -> None:
+    """5,000 headers of random fields: a refusal or members within the archive, never another exception."""
+    dice, tar, refused = random.Random(0), make_tar(form=tarfile.PAX_FORMAT), 0
+    for _ in range(5000):
+        altered = bytearray(tar)
+        for _ in range(dice.randint(1, 6)):
+            altered[512 + dice.choice([*range(157), *range(257, 512)])] = dice.randrange(256)
+        altered[512:1024] = summed(altered[512:1024])
+        try:
+            for _, at, size in listed(bytes(altered)):
+                assert 0 <= at <= at + size <= len(tar)
+        except ArchiveError:
+            refused += 1
+    assert 500 < refused < 5000
+
+
+def test_a_gz_is_held_against_its_own_checksum() -> None:
+    """Any flipped bit but those of the header's unused fields, any cut, and what follows; several members are one."""
+    content = random.Random(0).randbytes(3000) + bytes(3000)
+    small = gzip.compress(content, mtime=0)
+    download.check_gzip(small)
+    download.check_gzip(small + small)
+    download.check_gzip(gzip.compress(bytes(9_000_000)))  # the label of an empty volume, 300 to 1 but small
+    for bit in range(10 * 8, len(small) * 8, 37):
+        altered = bytearray(small)
+        altered[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ArchiveError, match="gzip stream"):
+            download.check_gzip(bytes(altered))
+    for wrong in (small[:-1], small[:50], b"", small + b"x", b"no gzip at all"):
+        with pytest.raises(ArchiveError):
+            download.check_gzip(wrong)

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from raytrain_brats import config, verify
-from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import checkpoint, journal, spec
+from raytrain_brats.synthetic.phantom import write_set
 from scripts.chaos_campaign.setting import train_alone
 
 # Small enough for seconds, long enough to be killed in the middle; SGD, as AdamW magnifies the last bits.

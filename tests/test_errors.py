@@ -43,7 +43,8 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Call:
     """Run a command that must fail as a user's mistake; its one line."""
 
     def call(command: str, *arguments: Any) -> str:
-        code = importlib.import_module(f"raytrain_brats.{command}").main([str(a) for a in arguments])
+        module = "scripts.demo_story" if command == "demo" else f"raytrain_brats.{command}"
+        code = importlib.import_module(module).main([str(a) for a in arguments])
         return _mistake(code, capsys.readouterr().err)
 
     return call

@@ -18,12 +18,13 @@ import pytest
 import ray
 import torch
 
-from raytrain_brats import bench, config, demo, evaluate, outputs, predict, storage
-from raytrain_brats.data import phantom
-from raytrain_brats.data.phantom import write_set
+from raytrain_brats import config, evaluate, outputs, predict, storage
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import checkpoint, driver, spec
 from raytrain_brats.run.worker import train_step_of
+from raytrain_brats.synthetic import phantom
+from raytrain_brats.synthetic.phantom import write_set
+from scripts import bench, demo_story
 from tests.conftest import write_msd_folder
 from tests.test_report import write_run
 
@@ -72,7 +73,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         before = snapshot(tmp_path)
         with monkeypatch.context() as patch:
             patch.setattr(cluster, "connect", lambda: pytest.fail("Ray was started before the refusal"))
-            code = importlib.import_module(f"raytrain_brats.{command}").main([str(a) for a in arguments])
+            module = {"bench": "scripts.bench", "demo": "scripts.demo_story"}.get(command, f"raytrain_brats.{command}")
+            code = importlib.import_module(module).main([str(a) for a in arguments])
         printed = capsys.readouterr().err
         assert code == 2 and printed.startswith("error: ") and printed.count("\n") == 1, printed
         assert snapshot(tmp_path) == before
@@ -344,20 +346,21 @@ def test_the_demo_goes_on_by_default(
     nothing at all where something else lies among it."""
     out, data = tmp_path / "demo", made / "data"
 
-    def stage(stages: demo.Stages, command: str, *arguments: str) -> None:
+    def stage(command: str, *arguments: str) -> float:
         if command == "train":
             assert {"--recipe", "demo"} <= set(arguments)
             (out / "run").mkdir(exist_ok=True)
             (out / "run/config.yaml").touch()
             raise KeyboardInterrupt
+        return 0.0
 
     monkeypatch.setattr(cluster, "connect", lambda: None)
-    monkeypatch.setattr(demo.Stages, "run", stage)
+    monkeypatch.setattr(demo_story, "stage", stage)
     ready = ("--out", str(out), "--data", str(data))
-    assert demo.main([*ready]) == 130
+    assert demo_story.main([*ready]) == 130
     (out / "run/metrics.jsonl").write_text("trained for hours\n")
     before = snapshot(out)
-    assert demo.main([*ready, "--chaos"]) == 130
+    assert demo_story.main([*ready, "--chaos"]) == 130
     assert {p: content for p, (content, _) in snapshot(out).items()} == {
         p: content for p, (content, _) in before.items()
     }
@@ -377,7 +380,7 @@ def test_the_demo_goes_on_by_default(
     assert "imagesTr" in refused("demo", *ready, "--fresh")
     (out / "data/imagesTr").unlink()
     precious = snapshot(made)
-    assert demo.main([*ready, "--fresh", "--set", "train.epochs=3"]) == 130
+    assert demo_story.main([*ready, "--fresh", "--set", "train.epochs=3"]) == 130
     assert not (out / "run/metrics.jsonl").exists() and snapshot(made) == precious
 
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from raytrain_brats.data import phantom
+from raytrain_brats import phantom as command
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.synthetic import phantom
 
 GRID, SEED = 48, 11
-FLAIR, T1GD, T2W = (phantom.MODALITIES.index(name) for name in ("FLAIR", "t1gd", "T2w"))
+FLAIR, T1GD, T2W = (phantom.MODALITIES.index(name) for name in ("FLAIR", "T1gd", "T2w"))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,10 @@ def test_same_arguments_same_bytes_in_another_process(folder: Path, tmp_path: Pa
     root = str(Path(phantom.__file__).parents[2])
     threads = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     subprocess.run(
-        [sys.executable, "-c", f"from raytrain_brats.data import phantom; {call}"], check=True, env=threads, timeout=60
+        [sys.executable, "-c", f"from raytrain_brats.synthetic import phantom; {call}"],
+        check=True,
+        env=threads,
+        timeout=60,
     )
 
     assert digest(tmp_path, 2) == digest(folder, 2)
@@ -103,7 +108,7 @@ def test_dataset_json_says_synthetic_and_lists_the_cases(folder: Path) -> None:
 
     assert "SYNTHETIC" in content["description"] and "not patient data" in content["description"]
     assert content["synthetic"] == {"seed": SEED, "grid": GRID, "anatomy": "procedural"}
-    assert content["modality"] == {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
+    assert content["modality"] == {"0": "FLAIR", "1": "T1w", "2": "T1gd", "3": "T2w"}
     assert list(content["labels"]) == ["0", "1", "2", "3"]
     assert content["numTraining"] == 2
     assert [entry["label"] for entry in content["training"]] == [f"./labelsTr/BRATS_00{n}.nii.gz" for n in (1, 2)]
@@ -192,17 +197,25 @@ def test_case_numbers_count_from_one(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_without_nilearn_auto_is_procedural_and_mni_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nilearn is missing, "auto" still works and "mni" says what to install."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+@pytest.mark.parametrize("installed", [False, True])
+def test_what_is_installed_changes_no_phantom(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command draws the procedural head, with nilearn or without; "mni" without it says what to install."""
+    maps = [tmp_path / "t1", tmp_path / "gm", tmp_path / "wm"]
+    monkeypatch.setattr(phantom, "_mni_files", lambda: maps if installed else [])
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(cluster, "check_shared", lambda places: None)
+    monkeypatch.setattr(cluster, "parallel_map", map)
+    assert command.main(["--out", str(tmp_path / "set"), "--cases", "1", "--grid", "32"]) == 0
+    usual = phantom.write_case(str(tmp_path / "usual"), 1, 0, 32, "procedural")
+    assert usual["anatomy"] == "procedural" and digest(tmp_path / "set", 1) == digest(tmp_path / "usual", 1)
+    if not installed:
+        assert command.main(["--out", str(tmp_path / "other"), "--cases", "1", "--anatomy", "mni"]) == 2
+        assert "pip install nilearn" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
-    assert phantom.available_anatomy() == "procedural"
-    assert phantom.make_case(0, 32, "auto").facts["anatomy"] == "procedural"
-    with pytest.raises(ValueError, match="pip install nilearn"):
-        phantom.make_case(0, 32, "mni")
 
-
-@pytest.mark.skipif(phantom.available_anatomy() != "mni", reason="nilearn is not installed")
+@pytest.mark.skipif(not phantom._mni_files(), reason="nilearn is not installed")
 def test_mni_anatomy_gives_whole_cases() -> None:
     """The ICBM152 maps go through the same steps as the procedural head."""
     case = phantom.make_case(0, GRID, "mni")

@@ -16,8 +16,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from raytrain_brats import s3, storage
-from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import journal
+from raytrain_brats.synthetic.phantom import write_set
 from tests.conftest import save
 
 REAL = Path(os.environ.get("RAYTRAIN_BRATS_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -224,15 +224,16 @@ def test_a_bad_case_is_named_and_the_run_goes_on_or_stops_by_its_share(tmp_path:
 
 
 def test_the_demo_survives_a_killed_worker_and_says_what_it_made(tmp_path: Path) -> None:
-    """`demo --chaos` on few phantoms: one restart, every sample once, scores, predictions, report, summary.
+    """`scripts/demo --chaos` on few phantoms: one restart, every sample once, scores, predictions, report, summary.
 
     In a folder whose name is not ASCII, which Ray's metrics do not take.
     """
     out = tmp_path / "Läufe 训练"
     small = ["train.epochs=10", "checkpoint.every_samples=16", "validate.every_samples=100"]
-    command = [sys.executable, "-m", "raytrain_brats", "demo", "--chaos", "--out", str(out), "--cases", "8"]
+    command = [sys.executable, "-m", "scripts.demo_story", "--chaos", "--out", str(out), "--cases", "8"]
     command += [f"--set={value}" for value in small]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
     summary = json.loads((out / "summary.json").read_text())

@@ -131,7 +131,7 @@ def test_a_save_that_fails_is_told_at_once(
 
 
 def test_what_a_person_should_know_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Why a group failed, who hung, what case is not used, what another process warns of: from events, each one line."""
+    """Why a group failed, who hung, what case is not used, what another process warns of: a line each."""
     spec: Any = SimpleNamespace(run_dir=str(tmp_path), sampler=SimpleNamespace(total=4000))
     journal.warn(str(tmp_path), "of an earlier launch")
     time.sleep(0.01)
@@ -147,7 +147,7 @@ def test_what_a_person_should_know_is_told_once(tmp_path: Path, capsys: pytest.C
     for told in (
         "warning: case BRATS_007 is not used: truncated (12 bytes short)",
         "worker group 1 failed and starts again: RuntimeError: it died",
-        "warning: rank 1 hung for 63 s in phase forward and was killed, its group starts again; stacks: run/stacks/x.txt",
+        "warning: rank 1 hung for 63 s in phase forward, its group starts again; stacks: run/stacks/x.txt",
         "warning: no checkpoint before the resize",
     ):
         assert lines.count(told) == 1, lines

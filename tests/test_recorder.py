@@ -109,7 +109,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_an_event_that_finds_no_room_is_told_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_event_that_finds_no_room_is_told_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """None is lost, none is torn, order stays."""
     journal.event(str(tmp_path), "first")
     with no_file_beyond((tmp_path / "events.jsonl").stat().st_size + 20):
@@ -117,7 +117,7 @@ def test_an_event_that_finds_no_room_is_told_later(tmp_path: Path, capsys: pytes
         journal.event(str(tmp_path), "third")
     journal.event(str(tmp_path), "fourth")
     assert [e["event"] for e in journal.read_events(str(tmp_path))] == ["first", "second", "third", "fourth"]
-    assert "second: not written to events.jsonl yet" in capsys.readouterr().out
+    assert "second: not written to events.jsonl yet" in caplog.text
 
 
 def test_a_save_that_is_still_under_way_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from raytrain_brats import figures, report
+from raytrain_brats import report
 from raytrain_brats.errors import UserError
-from raytrain_brats.run.accounts import account
+from raytrain_brats.reporting import figures
+from raytrain_brats.reporting import page as reporting_page
+from raytrain_brats.reporting.goodput import time_breakdown
 from tests.simulation import Run
 
 Row = dict[str, Any]
@@ -77,22 +79,22 @@ def simulated() -> Run:
 def test_the_books_and_the_recoveries_are_shown(tmp_path: Path) -> None:
     """Goodput, a share for every cause that counts, the slowest twenty recoveries and their quantiles."""
     run = simulated()
-    page = Path(report.write_report(str(write_run(tmp_path / "run", run.rows, run.events)))).read_text()
-    split = account(run.events, run.rows)
+    page = Path(reporting_page.write_report(str(write_run(tmp_path / "run", run.rows, run.events)))).read_text()
+    split = time_breakdown(run.events, run.rows)
     assert set(split.parts()) == set(figures.TIME_COLOURS)
     assert f"<b>{split.goodput:.1%}</b><span>time in steps that were kept / time the run was up" in page
     for cause in ("productive", "data wait", "checkpoint", "validation", "recovery", "redone", "stopped"):
         assert f"{100 * split.parts()[cause] / split.wall_s:.1f} %" in page.split("</i>" + cause, 1)[1][:200]
     assert "</i>unsaved" not in page
     table = page.split("<h2>Recoveries", 1)[1].split("</table>", 1)[0]
-    assert table.count("<tr>") == 1 + report.MOST_RECOVERIES + 2
+    assert table.count("<tr>") == 1 + reporting_page.MOST_RECOVERIES + 2
     assert "20 of 27, slowest first" in table
     assert ">p50<" in table and ">no launch<" in table
 
 
 def test_report_from_metrics_alone(tmp_path: Path) -> None:
     """A run cut off after its first step, without events, is still reported."""
-    target = Path(report.write_report(str(write_run(tmp_path / "run", ROWS[:1], []))))
+    target = Path(reporting_page.write_report(str(write_run(tmp_path / "run", ROWS[:1], []))))
     page = target.read_text()
     assert target == tmp_path / "run" / "report.html"
     assert "no end recorded" in page
@@ -105,7 +107,7 @@ def test_torn_last_line_is_skipped_and_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 10, "samp')
-    page = Path(report.write_report(str(run))).read_text()
+    page = Path(reporting_page.write_report(str(run))).read_text()
     assert "1 torn line in" in page
     assert "<b>40</b><span>of 40 (100%)" in page
 
@@ -122,7 +124,7 @@ def test_missing_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert str(run) in message
     assert message.count("\n") == 1
     with pytest.raises(UserError):
-        report.write_report(str(run))
+        reporting_page.write_report(str(run))
 
 
 def test_report_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +155,7 @@ def test_report_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_charts_draw_in_both_modes() -> None:
     """Each chart is a PNG with a transparent ground, and its dark variant differs."""
-    split = account(EVENTS, ROWS).parts()
+    split = time_breakdown(EVENTS, ROWS).parts()
     validations = [e for e in EVENTS if e["event"] == "validation"]
     for light, dark in (
         (figures.loss_curve(ROWS), figures.loss_curve(ROWS, dark=True)),
@@ -210,6 +212,6 @@ def test_overlay_takes_the_largest_true_slice(monkeypatch: pytest.MonkeyPatch) -
 def test_the_cost_is_the_sum_of_what_was_noted() -> None:
     """Over all launches; a run without prices has no such line."""
     events = [{"event": "cost", "dollars": dollars, "dollars_per_hour": 36.0} for dollars in (0.61, 1.22)]
-    ((name, value, note),) = report._cost([{"event": "launch"}, *events])
+    ((name, value, note),) = reporting_page._cost([{"event": "launch"}, *events])
     assert (name, value) == ("cost", "$1.83") and note.startswith("$36.00 an hour at last")
-    assert report._cost([{"event": "launch"}]) == []
+    assert reporting_page._cost([{"event": "launch"}]) == []

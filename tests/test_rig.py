@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 from raytrain_brats import s3, storage, verify
-from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import journal
+from raytrain_brats.synthetic.phantom import write_set
 from tests import account as template
 from tests.rigs.machines import GATEWAY, ROOT, Machines, missing, own_network, tool
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from raytrain_brats import home, interrupt, shadow
-from raytrain_brats.data.phantom import write_set
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster, start_up
+from raytrain_brats.synthetic.phantom import write_set
 
 ROOT = Path(__file__).parents[1]
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -38,8 +38,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(command: str, place: Path, mark: str = "", **more: str) -> subprocess.Popen[str]:
+    module = ["scripts.demo_story"] if command == "demo" else ["raytrain_brats", command]
     return subprocess.Popen(
-        [sys.executable, "-m", "raytrain_brats", command, *COMMANDS.get(command, ())],
+        [sys.executable, "-m", *module, *COMMANDS.get(command, ())],
         env=environment(MARK=mark, **more), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip

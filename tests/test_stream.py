@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import ray
 
-from raytrain_brats.benchmark.meter import Meter
 from raytrain_brats.data.boxes import PatchSpec
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.patch import Patch
@@ -25,6 +24,7 @@ from raytrain_brats.ray_ext import cluster
 from raytrain_brats.ray_ext.internals.core import spilled_bytes
 from raytrain_brats.run import journal
 from raytrain_brats.run.spilling import Spilling
+from scripts.bench_pipelines.meter import Meter
 from tests.conftest import make_volume, write_msd_folder
 from tests.test_patch import equal
 
@@ -138,7 +138,7 @@ def test_a_slow_trainer_holds_the_stream_back(tmp_path: Path) -> None:
     del stream, share, made
 
 
-def test_spilling_is_told_with_its_remedy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_spilling_is_told_with_its_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Objects that do not fit go to disk: a warning and an event say how much and what to do; before that, nothing."""
     held = []
     with Spilling(str(tmp_path), every_s=0.2):
@@ -153,4 +153,4 @@ def test_spilling_is_told_with_its_remedy(tmp_path: Path, capfd: pytest.CaptureF
     assert event["event"] == "spilling"
     assert event["bytes"] > 0
     assert "object-store-memory" in event["remedy"]
-    assert "to disk" in capfd.readouterr().out
+    assert "to disk" in caplog.text

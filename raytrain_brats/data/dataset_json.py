@@ -1,12 +1,14 @@
 """What a dataset.json says: MSD's (Antonelli et al. 2022, doi 10.1038/s41467-022-30695-9), nnU-Net's v1 and v2, MONAI's
 data lists.
 
-In: its bytes.
+In: its bytes; for a set of our own what it is to say.
 Out: a `Stated`: listed images and labels, modality order, label convention. Which files are there is not its concern.
+For a set of our own the content.
 """
 
 import json
 import posixpath
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +74,25 @@ def parse(content: bytes, where: str, root: str) -> Stated:
             )
         convention = str(own)
     return Stated(where, channels, convention, rows, tests, bool(about.get("synthetic")))
+
+
+def made(
+    name: str, description: str, table: Mapping[int, str], training: Sequence[Mapping[str, object]], **more: object
+) -> dict[str, Any]:
+    """The dataset.json of a set that a program made, in MSD's words. `table` names the label values, `training` lists
+    {"image", "label"} and what else is known of a case; `more` are keys of our own."""
+    return {
+        "name": name,
+        "description": description,
+        "tensorImageSize": "4D",
+        "modality": dict(enumerate(labels.MODALITIES)),
+        "labels": {str(value): word for value, word in table.items()},
+        **more,
+        "numTraining": len(training),
+        "numTest": 0,
+        "training": list(training),
+        "test": [],
+    }
 
 
 def _row(row: Any, root: str) -> Row:

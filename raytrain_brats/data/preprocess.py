@@ -58,8 +58,8 @@ class Geometry:
 class Prepared:
     """A case ready for cropping, in memory order (c, z, y, x).
 
-    `image_czyx`: int16 where that is exact, else float16 (`max_error` is what the rounding cost). A channel whose
-    values float16 cannot hold, or only coarsely, is stored times a power of two;
+    `image_czyx`: int16 where that is exact, else float16. A channel whose values float16 cannot
+    hold, or only coarsely, is stored times a power of two;
     `mean`, `std`: of what is stored, per channel over non-zero voxels, float64-accumulated;
     `foreground`: flat indices into the (z, y, x) box, FOREGROUND_VOXELS at most per label value, and per value
     its (value, count);
@@ -74,7 +74,6 @@ class Prepared:
     geometry: Geometry
     foreground: npt.NDArray[np.int32]
     foreground_counts: tuple[tuple[int, int], ...]
-    max_error: float
     native_label_xyz: npt.NDArray[np.uint8] | None = None
 
     def truth_xyz(self) -> npt.NDArray[np.uint8]:
@@ -120,7 +119,7 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
         raise InvalidCase("empty", "no voxel left that is not zero")
     crop = tuple(slice(low, high) for low, high in box)
     label_zyx = None if label is None else np.ascontiguousarray(label[crop].T)
-    stored, mean, std, max_error = _condensed(image[(slice(None), *crop)].transpose(0, 3, 2, 1), extent, volume.files)
+    stored, mean, std = _condensed(image[(slice(None), *crop)].transpose(0, 3, 2, 1), extent, volume.files)
     foreground, counts = _foreground_index(label_zyx)
     geometry = Geometry(
         native_shape=_triple(volume.image_cxyz.shape[1:]),
@@ -135,7 +134,7 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
     native = volume.label_xyz
     if native is not None and label_zyx is not None and (ratio == 1).all():
         native = None if np.count_nonzero(label_zyx) == np.count_nonzero(native) else native
-    return Prepared(stored, label_zyx, mean, std, geometry, foreground, counts, max_error, native)
+    return Prepared(stored, label_zyx, mean, std, geometry, foreground, counts, native)
 
 
 def restore(box_czyx: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:
@@ -209,24 +208,24 @@ def to_ras(array: npt.NDArray[Any], axes: Any, flips: Any) -> npt.NDArray[Any]:
 
 def _condensed(
     image_czyx: npt.NDArray[Any], extent: VolumeStats, files: tuple[str, ...] = ()
-) -> tuple[npt.NDArray[Any], tuple[float, ...], tuple[float, ...], float]:
-    """(the image in 16 bits, mean and standard deviation per channel, the greatest absolute error), all as stored."""
+) -> tuple[npt.NDArray[Any], tuple[float, ...], tuple[float, ...]]:
+    """(the image in 16 bits, mean and standard deviation per channel), all as stored."""
     if whole := _integers(image_czyx, extent):
-        return *whole, 0.0
+        return whole
     image, moments = np.ascontiguousarray(image_czyx), [_Moments() for _ in image_czyx]
     for channel, found in zip(image, moments, strict=True):
         found.add(channel.reshape(-1))
     means, stds = _statistics(moments)
     peaks = _peaks(extent, files)
     factors = tuple(map(_factor, peaks))
-    halves, max_error = _halves(image, factors)
+    halves = _halves(image, factors)
     for number, (peak, factor, mean, std) in enumerate(zip(peaks, factors, means, stds, strict=True)):
         lost = moments[number].count - np.count_nonzero(halves[number]) if factor != 1 else 0
         if abs(mean) > _OFFSET_STDS * std or lost > moments[number].count / 100:
             what = f"values around {mean:.5g} with a standard deviation of {std:.3g}, up to {peak:.5g} from zero"
             raise _beyond(number, files, f"{what}, are more than 16 bits can tell apart")
     means, stds = (tuple(v * f for v, f in zip(values, factors, strict=True)) for values in (means, stds))
-    return halves, means, stds, max_error
+    return halves, means, stds
 
 
 def _peaks(extent: VolumeStats, files: tuple[str, ...]) -> list[float]:
@@ -302,17 +301,15 @@ def _statistics(channels: list[_Moments]) -> tuple[tuple[float, ...], tuple[floa
     return tuple(means), tuple(max(0.0, variance) ** 0.5 or 1.0 for variance in variances)
 
 
-def _halves(image: npt.NDArray[Any], factors: tuple[float, ...]) -> tuple[npt.NDArray[np.float16], float]:
-    """The channels, each times its factor, as float16, and the greatest absolute error."""
-    halves, worst = np.empty(image.shape, np.float16), 0.0
+def _halves(image: npt.NDArray[Any], factors: tuple[float, ...]) -> npt.NDArray[np.float16]:
+    """The channels, each times its factor, as float16."""
+    halves = np.empty(image.shape, np.float16)
     for channel, out, factor in zip(image, halves, factors, strict=True):
         source, target = channel.reshape(-1), out.reshape(-1)
         for start in range(0, source.size, _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            values = source[chunk] if factor == 1 else np.multiply(source[chunk], factor, dtype=np.float64)
-            target[chunk] = values
-            worst = max(worst, float(np.abs(target[chunk].astype(np.float32) - values).max()))
-    return halves, worst
+            target[chunk] = source[chunk] if factor == 1 else np.multiply(source[chunk], factor, dtype=np.float64)
+    return halves
 
 
 def _foreground_index(label_zyx: npt.NDArray[np.uint8] | None) -> tuple[npt.NDArray[np.int32], Any]:

@@ -124,7 +124,6 @@ def encode(prepared: Prepared, codec: Codec = "zstd") -> bytes:
                         "std": prepared.std,
                         "geometry": dataclasses.asdict(prepared.geometry),
                         "foreground_counts": prepared.foreground_counts,
-                        "max_error": prepared.max_error,
                     }
                 )
             ],
@@ -161,7 +160,6 @@ def decode(content: bytes, verified: bool = False) -> Prepared:
             geometry,
             binary_value(table, "foreground", np.int32),
             _tuples(about["foreground_counts"]),
-            about["max_error"],
             native,
         )
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raytrain_brats.config import Config, DynUNetOptions, Optimiser
-from raytrain_brats.labels import REGIONS
-
-MODALITIES = 4
+from raytrain_brats.labels import MODALITIES, REGIONS
 
 
 def build_network(config: Config) -> nn.Module:
@@ -31,7 +29,7 @@ def build_network(config: Config) -> nn.Module:
             depth = len(options.filters)
             network: nn.Module = DynUNet(
                 spatial_dims=3,
-                in_channels=MODALITIES,
+                in_channels=len(MODALITIES),
                 out_channels=len(REGIONS),
                 kernel_size=[3] * depth,
                 strides=[1] + [2] * (depth - 1),
@@ -42,7 +40,7 @@ def build_network(config: Config) -> nn.Module:
             )
         else:
             network = SegResNet(
-                in_channels=MODALITIES,
+                in_channels=len(MODALITIES),
                 out_channels=len(REGIONS),
                 init_filters=options.init_filters,
                 blocks_down=options.blocks_down,

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from ray.util.metrics import Gauge
 
 from raytrain_brats.errors import UserError
-from raytrain_brats.run.accounts import account, recoveries
+from raytrain_brats.reporting.goodput import recoveries, time_breakdown
 from raytrain_brats.run.journal import event
 
 PRICES = "RAYTRAIN_BRATS_DOLLARS_PER_HOUR"
@@ -84,7 +84,7 @@ def tell(gauges: Gauges, events: Sequence[Mapping[str, Any]], rows: Sequence[Map
     """Set what the books say of the run: all its `events`, its last `rows`."""
     recovered = recoveries(events)
     gauges.set("samples_total", total)
-    gauges.set("goodput", account(events, rows).goodput)
+    gauges.set("goodput", time_breakdown(events, rows).goodput)
     gauges.set("resizes", sum(e.get("event") == "resize" for e in events))
     gauges.set("recoveries", len(recovered))
     gauges.set("recovery_s", recovered[-1].total_s if recovered else None)

@@ -111,8 +111,8 @@ def news(event: dict[str, Any]) -> str:
         return f"worker group {event['generation']} failed and starts again: {event['error']}"
     if kind == "hang":
         return (
-            f"warning: rank {event['rank']} hung for {event['for_s']:g} s in phase {event['phase']} and was killed, its "
-            f"group starts again; stacks: {event['stacks']}"
+            f"warning: rank {event['rank']} hung for {event['for_s']:g} s in phase {event['phase']}, its group starts "
+            f"again; stacks: {event['stacks']}"
         )
     if kind == "quarantine":
         detail = f" ({event['detail']})" if event.get("detail") else ""

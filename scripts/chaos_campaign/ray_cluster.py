@@ -24,8 +24,8 @@ from ray.core.generated.autoscaler_pb2 import NodeStatus
 from ray.core.generated.instance_manager_pb2 import Instance, NodeKind
 
 from raytrain_brats import storage
-from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import journal
+from raytrain_brats.synthetic.phantom import write_set
 
 RAY = str(Path(sys.executable).with_name("ray"))
 SMALL = ["preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]"]

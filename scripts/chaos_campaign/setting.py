@@ -20,12 +20,12 @@ from raytrain_brats.data import sampler as samplers
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.boxes import parcels
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.phantom import write_set
 from raytrain_brats.data.stream import unpacked
 from raytrain_brats.run import checkpoint, journal, spec, worker
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.spec import RunSpec
+from raytrain_brats.synthetic.phantom import write_set
 
 CPU = torch.device("cpu")
 

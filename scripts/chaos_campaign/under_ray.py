@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from raytrain_brats import verify
-from raytrain_brats.run import accounts, checkpoint, journal, spec, worker
+from raytrain_brats.reporting.goodput import time_breakdown
+from raytrain_brats.run import checkpoint, journal, spec, worker
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.worker import batch_of, train_step_of
 from scripts.chaos_campaign.core import Progress
@@ -224,7 +225,7 @@ def goodput(folder: Path, seed: int, minutes: float, progress: Progress) -> dict
         run.interrupt()
         cluster.close()
         rows, events = journal.read_rows(run.folder), run.events()
-    books = accounts.account(events, rows)
+    books = time_breakdown(events, rows)
     saves = [e for e in events if e["event"] == "checkpoint"]
     figures = {
         "kills": found.kills.total(),
@@ -274,7 +275,7 @@ def _judged(found: Strikes) -> dict[str, Any]:
         took = [one["outside_s"] for one in found.seconds[kind]] if kind in found.seconds else []
         if took and quantile(took, 0.95) > bar_s:
             failures.append(f"{kind}: back after {quantile(took, 0.95):.1f} s (p95), {bar_s:.0f} s wanted")
-    books = accounts.account(events, rows)
+    books = time_breakdown(events, rows)
     figures = {
         "kills": found.kills.total(),
         "kills by kind": ", ".join(f"{kind} ({number})" for kind, number in found.kills.most_common()),

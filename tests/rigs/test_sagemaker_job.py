@@ -15,9 +15,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from raytrain_brats import s3, sagemaker, storage, verify
-from raytrain_brats.data.phantom import write_set
 from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.sagemaker import host
+from raytrain_brats.synthetic.phantom import write_set
 from tests.rigs import containers
 from tests.rigs.containers import NETWORK, Job, Network
 

@@ -1,10 +1,18 @@
-"""The whole story in minutes: `raytrain-brats demo [--chaos] [--data DIR]`.
+"""The whole story in minutes: `scripts/demo [--chaos] [--fresh] [--data DIR] [--out DIR]`.
 
 In: nothing (phantoms are drawn), or a folder of real cases.
 Out: `data/`, `store/`, `run/`, `predictions/`, `summary.json` under --out. Every stage is the command a person would
 type, and is printed before it runs. The same command again goes on with what is there; `.made-by-demo` tells what that
 was made from.
 """
+
+import sys
+
+from raytrain_brats import home, interrupt
+
+if __name__ == "__main__":  # before Ray is imported, which takes seconds
+    interrupt.install()
+    home.provide()
 
 import importlib
 import json
@@ -13,7 +21,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -60,60 +67,62 @@ class Args:
     """Change a setting of the recipe: key=value; may be given several times."""
 
 
-class Stages:
-    """Runs commands one after the other in this process and keeps their seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def run(self, command: str, *arguments: str) -> None:
-        """Raises RunFailed, naming the stage, unless the command exits with 0."""
-        print(f"\n$ raytrain-brats {command} {shlex.join(arguments)}", flush=True)
-        began = time.perf_counter()
-        code = importlib.import_module(f"raytrain_brats.{command}").main(list(arguments))
-        self.seconds[command] = round(time.perf_counter() - began, 1)
-        if code == 130:
-            raise KeyboardInterrupt
-        if code:
-            raise RunFailed(f"stage {command} ended with exit code {code}")
-
-
 def work(args: Args) -> None:
-    config.load(args.recipe, args.set)  # a slip is told before anything is cleared
+    out = Path(storage.normal(args.out))
+    _check(args, out)
+    _begin(out, args)
+    data = storage.normal(args.data) if args.data else str(out / "data")
+    manifest, store, run_dir = (str(out / name) for name in ("manifest.jsonl", "store", "run"))
+    recipe = ("--recipe", args.recipe, *(f"--set={s}" for s in args.set))
+    stages: list[tuple[str, ...]] = [
+        ("index", "--data", data, "--out", manifest),
+        ("prepare", "--data", manifest, "--store", store, *recipe),
+        ("train", "--store", store, "--run-dir", run_dir, *recipe),
+        ("verify", "--run-dir", run_dir),
+        ("evaluate", "--store", store, "--run-dir", run_dir),
+        ("predict", "--run-dir", run_dir, "--out", str(out / "predictions"), "--images", data),
+        ("report", "--run-dir", run_dir),
+    ]
+    if not args.data:
+        stages.insert(0, ("phantom", "--out", data, "--cases", str(args.cases)))
+    began, over = time.perf_counter(), threading.Event()
+    os.environ["RAY_ADDRESS"] = "local"  # a demo must not land on somebody's cluster
+    cluster.connect()  # one Ray for all commands, in this process
+    seconds = {"ray": round(time.perf_counter() - began, 1)}
+    for command, *arguments in stages:
+        if args.chaos and command == "train":
+            threading.Thread(target=_kill_a_worker, args=(run_dir, time.time(), over), daemon=True).start()
+        seconds[command] = stage(command, *arguments)
+        if command == "train":
+            over.set()
+    ray.shutdown()
+    seconds["total"] = round(time.perf_counter() - began, 1)
+    _summarise(out, run_dir, seconds)
+
+
+def stage(command: str, *arguments: str) -> float:
+    """Run a command in this process; its seconds. Raises RunFailed, naming it, unless it exits with 0."""
+    print(f"\n$ raytrain-brats {command} {shlex.join(arguments)}", flush=True)
+    began = time.perf_counter()
+    code = importlib.import_module(f"raytrain_brats.{command}").main(list(arguments))
+    if code == interrupt.EXIT_CODE:
+        raise KeyboardInterrupt
+    if code:
+        raise RunFailed(f"stage {command} ended with exit code {code}")
+    return round(time.perf_counter() - began, 1)
+
+
+def _check(args: Args, out: Path) -> None:
+    """Raises UserError for what would fail later, before anything is cleared or made."""
+    config.load(args.recipe, args.set)
     if storage.is_s3(args.out):
         raise UserError(f"--out {args.out}: a demo is made in a local folder; give one")
-    out = Path(storage.normal(args.out))
     if args.data:
         scan.scan(args.data)
         if outputs.within(args.data, str(out)) or outputs.within(str(out), args.data):
             raise UserError(f"--data {args.data} and --out {args.out} lie within each other; give another --out")
     elif args.cases < 5:
         raise UserError(f"--cases {args.cases}: one of five folds is held out, so at least 5 are needed")
-    _begin(out, args)
-    data = storage.normal(args.data) if args.data else str(out / "data")
-    store, run_dir, predictions = (str(out / name) for name in ("store", "run", "predictions"))
-    manifest, began = str(out / "manifest.jsonl"), time.perf_counter()
-    os.environ["RAY_ADDRESS"] = "local"  # a demo must not land on somebody's cluster
-    cluster.connect()
-    stages = Stages()
-    stages.seconds["ray"] = round(time.perf_counter() - began, 1)
-    settings = ["--recipe", args.recipe, *(f"--set={s}" for s in args.set)]
-    if not args.data:
-        stages.run("phantom", "--out", data, "--cases", str(args.cases), "--anatomy", "procedural")
-    stages.run("index", "--data", data, "--out", manifest)
-    stages.run("prepare", "--data", manifest, "--store", store, *settings)
-    over = threading.Event()
-    if args.chaos:
-        threading.Thread(target=_kill_a_worker, args=(run_dir, time.time(), over), daemon=True).start()
-    stages.run("train", "--store", store, "--run-dir", run_dir, *settings)
-    over.set()
-    stages.run("verify", "--run-dir", run_dir)
-    stages.run("evaluate", "--store", store, "--run-dir", run_dir)
-    stages.run("predict", "--run-dir", run_dir, "--out", predictions, "--images", data)
-    stages.run("report", "--run-dir", run_dir)
-    ray.shutdown()
-    stages.seconds["total"] = round(time.perf_counter() - began, 1)
-    _summarise(out, run_dir, stages.seconds)
 
 
 def _begin(out: Path, args: Args) -> None:
@@ -210,7 +219,7 @@ def _summarise(out: Path, run_dir: str, seconds: dict[str, float]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return entry(Args, work, "demo", argv)
+    return entry(Args, work, "", argv, "scripts/demo")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from raytrain_brats.benchmark.pipelines import Order
 from raytrain_brats.config import Config
 from raytrain_brats.data.boxes import Buffer, PatchSpec, parcels, unpack
 from raytrain_brats.data.manifest import Manifest
@@ -17,6 +16,7 @@ from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source
 from raytrain_brats.run.spec import open_cases
+from scripts.bench_pipelines.pipelines import Order
 
 
 def opened(order: Order, config: Config) -> tuple[Manifest, Source, Sampler, PatchSpec]:

@@ -19,11 +19,11 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from raytrain_brats.benchmark.alone import CopySink, opened, settings
-from raytrain_brats.benchmark.meter import Meter
-from raytrain_brats.benchmark.pipelines import Order, Run, counted
 from raytrain_brats.data import stream
 from raytrain_brats.ray_ext import cluster
+from scripts.bench_pipelines.alone import CopySink, opened, settings
+from scripts.bench_pipelines.meter import Meter
+from scripts.bench_pipelines.pipelines import Order, Run, counted, enough
 
 
 def consume(arguments: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ def consume(arguments: dict[str, Any]) -> None:
         ended = time.monotonic()
         if number == order.warm:
             begun = ended
-        if number >= order.warm + order.patches or (number > order.warm and ended - begun > order.seconds):
+        if number > order.warm and enough(order, number - order.warm, ended - begun):
             break
     Path(arguments["out"]).write_text(json.dumps([begun, ended, number - order.warm]))
 

@@ -1,8 +1,16 @@
-"""Measure this package, all processes counted: `raytrain-brats bench data` against its peers, `bench prepare`.
+"""Measure this package, all processes counted: `scripts/bench data` against its peers, `scripts/bench prepare`.
 
 In: how many generated cases, patches and rounds; which peers.
 Out: a table on the terminal; with --json a file of every run's figures.
 """
+
+import sys
+
+from raytrain_brats import home, interrupt
+
+if __name__ == "__main__":
+    interrupt.install()
+    home.provide()
 
 import contextlib
 import importlib.metadata
@@ -10,7 +18,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -24,13 +31,17 @@ from rich.progress import track
 from rich.table import Table
 
 from raytrain_brats import outputs, storage
-from raytrain_brats.benchmark.meter import Meter
-from raytrain_brats.benchmark.pipelines import ABOUT, OURS, PEERS, Order, Run, missing
 from raytrain_brats.cli import choose, entry, show
-from raytrain_brats.data import phantom, scan
+from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
+from raytrain_brats.synthetic import phantom
+from scripts.bench_pipelines.meter import Meter
+from scripts.bench_pipelines.pipelines import ABOUT, OURS, PEERS, Order, Run, missing
+
+PROGRAM = "scripts/bench"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Data:
     patch: int = 128
     """Voxels along each edge of a patch."""
     patches: int = 1024
-    """Patches counted in each run, after a warm-up."""
+    """Patches counted in each run, after a warm-up; more where they take less time than can be measured."""
     warm: int = 256
     """Patches of our routes before counting begins; peers take 8."""
     seconds: float = 60.0
@@ -69,7 +80,7 @@ class Data:
 def data(args: Data) -> None:
     asked = _names(args.peers, PEERS, "--peers")
     if sys.platform != "linux":
-        raise UserError("bench data reads Linux's /proc; run it on Linux")
+        raise UserError("scripts/bench reads Linux's /proc; run it on Linux")
     skipped = {name: f"{package} is not installed" for name in asked if (package := missing(name))}
     made = _check_places("data", args)
     pipelines = [*_names(args.routes, OURS, "--routes"), *(name for name in asked if name not in skipped)]
@@ -102,7 +113,7 @@ def _check_places(what: str, args: "Data | Prepare") -> dict[str, Any]:
     """What the figures' file says of its making. Raises UserError, before anything is measured, when the file or the
     work folder is none of bench's."""
     settings = {name: value for name, value in asdict(args).items() if name not in _FREE}
-    made = {"made_by": f"{outputs.PROGRAM} bench {what}", "asked": settings}
+    made = {"made_by": f"{PROGRAM} {what}", "asked": settings}
     if args.json:
 
         def ours(content: bytes) -> bool:
@@ -158,12 +169,14 @@ def _run(args: Data, name: str, work: Path, source: Path) -> Run:
     ours, route = name in OURS, name.removesuffix("_alone")
     where, warm = (work / "store" if route == "store" else source), (args.warm if route in OURS else min(8, args.warm))
     order = Order(name, str(where), args.patch, args.patches, warm, args.seconds, 240 / args.grid, str(work))
-    module = f"raytrain_brats.benchmark.{'routes' if ours else 'peers'}"
+    module = f"scripts.bench_pipelines.{'routes' if ours else 'peers'}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run.json")
         command = [sys.executable, "-m", module, json.dumps(asdict(order)), str(out)]
-        environment = os.environ | {"RAY_ADDRESS": "local"}  # a cluster of its own: others' work must not count
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # a cluster of its own: others' work must not count
+        environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": path}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if not out.exists():
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise RunFailed(f"{name} ended with {done.returncode}: {lines[-1]}")
@@ -188,7 +201,7 @@ def _report(
             name: ABOUT[name]
             | {
                 "patches_per_cpu_s": round(median(run.patches_per_cpu_s for run in all_runs), 2),
-                "patches_per_s": round(median(run.patches / run.wall_s for run in all_runs), 2),
+                "patches_per_s": round(median(run.patches_per_s for run in all_runs), 2),
                 "peak_mb": round(max(sum(run.peak_mb.values()) for run in all_runs)),
                 "disk_bytes": sum(storage.list_files(str(work / ABOUT[name]["disk"])).values()),
                 "runs": [asdict(run) | {"patches_per_cpu_s": round(run.patches_per_cpu_s, 2)} for run in all_runs],
@@ -319,7 +332,7 @@ def _prepared(source: Path, store: Path, grid: int) -> tuple[dict[str, float], i
     with Meter() as meter:
         begun = time.monotonic()
         environment = os.environ | {"RAY_ADDRESS": "local"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         ended = time.monotonic()
         time.sleep(0.3)  # the meter's next look
     if done.returncode:
@@ -335,12 +348,12 @@ WHAT = {"data": "loading patches, against other libraries", "prepare": "CPU seco
 
 def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
-    name = choose("raytrain-brats bench", "benchmark", given, WHAT)
+    name = choose(PROGRAM, "benchmark", given, WHAT)
     if isinstance(name, int):
         return name
     if name == "data":
-        return entry(Data, data, "bench data", given[1:])
-    return entry(Prepare, prepare, "bench prepare", given[1:])
+        return entry(Data, data, name, given[1:], PROGRAM)
+    return entry(Prepare, prepare, name, given[1:], PROGRAM)
 
 
 if __name__ == "__main__":

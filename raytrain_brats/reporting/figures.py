@@ -22,7 +22,7 @@ Array = np.ndarray
 # Told apart with every common colour blindness: they differ in lightness, not in hue alone. (The ten causes by 18 units
 # of CIELAB at least, as protan, deutan and tritan eyes see them.)
 REGION_COLOURS = {"WT": "#3fa7e6", "TC": "#f2ae00", "ET": "#e0478a"}
-TIME_COLOURS = {  # by the causes of `run.accounts`
+TIME_COLOURS = {  # by the causes of `goodput.TimeBreakdown`
     "productive": "#159183",
     "data wait": "#f2ae00",
     "checkpoint": "#3064c8",

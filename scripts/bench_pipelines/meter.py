@@ -36,7 +36,11 @@ class Meter:
     def __enter__(self) -> "Meter":
         command = [sys.executable, "-S", str(Path(__file__)), str(os.getpid())]
         self._file = tempfile.TemporaryFile("w+")  # no pipe: it fills up, and the meter would stand
-        self._process = subprocess.Popen(command, stdout=self._file, stdin=subprocess.PIPE)  # noqa: S603
+        self._process = subprocess.Popen(command, stdout=self._file, stdin=subprocess.PIPE)
+        while not os.fstat(self._file.fileno()).st_size:  # its first look, which on a busy machine may take a while
+            if self._process.poll() is not None:
+                raise RuntimeError(f"the meter ended with exit code {self._process.returncode}")
+            time.sleep(0.01)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,8 +63,7 @@ class Meter:
         times = [sample["time"] for sample in self._samples]
         right = min(max(1, bisect_left(times, moment)), len(times) - 1)
         before, after = self._samples[right - 1], self._samples[right]
-        apart_s = after["time"] - before["time"] or 1.0  # none, where a run ended before the second sample
-        share = min(1.0, max(0.0, (moment - before["time"]) / apart_s))
+        share = min(1.0, max(0.0, (moment - before["time"]) / (after["time"] - before["time"])))
         old, new = before[what], after[what]  # a kind seen once is there for ever
         return {kind: old.get(kind, 0.0) + share * (new[kind] - old.get(kind, 0.0)) for kind in new}
 
@@ -115,10 +118,10 @@ def _pss_mb(pid: int) -> float:
 
 
 def _watch(root: int) -> None:
-    """Print samples until something is said or the root is gone."""
+    """Print samples until something is said or the root is gone; one more at the end, two at least."""
     last: dict[tuple[int, str], tuple[float, float]] = {}
     cpu_s, faults = defaultdict[str, float](float), defaultdict[str, float](float)
-    number = 0
+    number, ending = 0, False
     while os.path.exists(f"/proc/{root}"):
         sample: dict[str, Any] = {"time": time.monotonic()}
         memory = defaultdict[str, float](float)
@@ -134,8 +137,9 @@ def _watch(root: int) -> None:
         sample |= {"cpu_s": cpu_s, "faults": faults} | ({"pss_mb": memory} if memory else {})
         print(json.dumps(sample), flush=True)
         number += 1
-        if select.select([0], [], [], EVERY_S)[0]:
+        if ending:
             return
+        ending = bool(select.select([0], [], [], EVERY_S)[0])
 
 
 if __name__ == "__main__":

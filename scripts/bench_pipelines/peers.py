@@ -19,10 +19,10 @@ import monai.data
 import monai.transforms
 import torch
 
-from raytrain_brats.benchmark import prepared_peers
-from raytrain_brats.benchmark.alone import alone
-from raytrain_brats.benchmark.meter import Meter
-from raytrain_brats.benchmark.pipelines import Order, Run, counted
+from scripts.bench_pipelines import prepared_peers
+from scripts.bench_pipelines.alone import alone
+from scripts.bench_pipelines.meter import Meter
+from scripts.bench_pipelines.pipelines import Order, Run, counted, enough
 
 WORKERS = 2
 t: Any = monai.transforms
@@ -94,7 +94,7 @@ def measure(order: Order) -> Run:
                 continue
             patches += count
             ended = time.monotonic()
-            if patches >= order.patches or (patches > 0 and ended - begun > order.seconds):
+            if enough(order, patches, ended - begun):
                 break
     return counted(meter, begun, ended, patches)
 

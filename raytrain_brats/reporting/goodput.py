@@ -1,7 +1,7 @@
 """Where a run's wall time went, by cause, with nothing left out.
 
 In: events of events.jsonl in the file's order, rows of metrics.jsonl; no clock and no disk.
-Out: an `TimeBreakdown`, whose parts sum to the wall time; the recoveries, each with its breakdown.
+Out: a `TimeBreakdown`, whose parts sum to the wall time; the recoveries, each with its breakdown.
 
 A cursor goes over the time line from mark to mark (launch, begin of a group's work, snapshot of a committed
 checkpoint, last row of a group that died) and never back, so that clocks of two hosts may disagree: each second it
@@ -72,7 +72,7 @@ class Recovery:
     """By the names in STEPS; NaN where nothing is known."""
 
 
-def account(events: Sequence[Row], rows: Sequence[Row] = ()) -> TimeBreakdown:
+def time_breakdown(events: Sequence[Row], rows: Sequence[Row] = ()) -> TimeBreakdown:
     """Share out the time from the first launch to the last sign of life. Rows tell of what no mark tells."""
     line = _Line([e for e in events if _known(e)], [r for r in rows if _known(r)])
     launches = {i for i, e in enumerate(line.events) if e.get("event") == "launch"}

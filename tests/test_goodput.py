@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain_brats.run.accounts import TimeBreakdown, account, recoveries
+from raytrain_brats.reporting.goodput import TimeBreakdown, recoveries, time_breakdown
 from tests.simulation import DRIVER_ENDS, Action, Run
 
 MILLISECONDS = st.integers(0, 5000).map(lambda n: n / 1000)
@@ -30,7 +30,7 @@ def simulated(history: History) -> Run:
 def test_every_second_has_its_true_cause(history: History) -> None:
     """Random kills, resizes, driver deaths, Ctrl-C, lost events, damaged checkpoints: the account is the truth."""
     run = simulated(history)
-    found, truth = account(run.events, run.rows), run.truth()
+    found, truth = time_breakdown(run.events, run.rows), run.truth()
     times = [row["time"] for row in [*run.events, *run.rows]]
     assert found.wall_s == pytest.approx(max(times) - run.events[0]["time"], abs=1e-6)
     assert min(found.parts().values()) >= 0
@@ -52,7 +52,7 @@ def test_clocks_that_disagree_lose_no_second(history: History, skew_s: int) -> N
     for event in run.events:
         ours = ("time", "mark", "began") if event["event"] in ("recovered", "checkpoint", "validation") else ()
         event.update({key: event[key] + skew_s for key in (*ours, "last_row") if event.get(key)})
-    found, start = account(run.events, run.rows), run.events[0]["time"]
+    found, start = time_breakdown(run.events, run.rows), run.events[0]["time"]
     assert min(found.parts().values()) >= 0
     ends = [start, *(row["time"] for row in [*run.events, *run.rows])]
     assert found.wall_s == pytest.approx(max(ends) - start, abs=1e-6)
@@ -70,7 +70,7 @@ LINES = st.dictionaries(st.sampled_from(FIELDS), ODD).flatmap(
 @given(st.lists(LINES, max_size=12), st.lists(st.dictionaries(st.sampled_from(["time", "step_s", "wait_s"]), ODD)))
 def test_nonsense_is_no_crash(events: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
     """Books of another version, or damaged: some account, without a negative part."""
-    found = account(events, rows)
+    found = time_breakdown(events, rows)
     assert min(found.parts().values()) >= 0
     assert math.isfinite(found.wall_s)
     recoveries(events)
@@ -82,7 +82,7 @@ def test_a_mark_that_cannot_be_moves_nothing_out_of_the_run(mark: Any) -> None:
     run = Run()
     run.group([("step", 2.0, 0.5), ("checkpoint", 0.1, 0.5), ("commit", 0, 0), ("step", 2.0, 0.5)], "alive")
     next(e for e in run.events if e["event"] == "checkpoint")["mark"] = mark
-    assert account(run.events, run.rows).wall_s == pytest.approx(run.now - 1e6)
+    assert time_breakdown(run.events, run.rows).wall_s == pytest.approx(run.now - 1e6)
 
 
 def test_books_from_before_these_books() -> None:
@@ -95,15 +95,15 @@ def test_books_from_before_these_books() -> None:
         for event in run.events:
             event.pop(key, None)
     events = [event for event in run.events if event["event"] != "recovered"]
-    found = account(events, run.rows)
+    found = time_breakdown(events, run.rows)
     assert found.productive_s == pytest.approx(8.0)
     assert found.data_wait_s == pytest.approx(2.0)
     assert found.recovery_s == pytest.approx(6.0)
     assert found.unrecorded_s == pytest.approx(2 * 1.25 + 2.5 + 1.5 + 2.0)
     assert found.wall_s == pytest.approx(run.now - 1e6)
-    assert math.isnan(account(events).goodput)
-    assert account([], run.rows).wall_s == pytest.approx(run.rows[-1]["time"] - run.rows[0]["time"] + 2.5)
-    assert account([]) == TimeBreakdown() and math.isnan(TimeBreakdown().goodput)
+    assert math.isnan(time_breakdown(events).goodput)
+    assert time_breakdown([], run.rows).wall_s == pytest.approx(run.rows[-1]["time"] - run.rows[0]["time"] + 2.5)
+    assert time_breakdown([]) == TimeBreakdown() and math.isnan(TimeBreakdown().goodput)
 
 
 def test_recoveries_know_their_cause_and_parts() -> None:

@@ -24,12 +24,13 @@ from scipy import ndimage
 from scipy.interpolate import BSpline
 
 from raytrain_brats import storage
-from raytrain_brats.data import phantom_set
+from raytrain_brats.data import dataset_json
+from raytrain_brats.labels import MODALITIES
+from raytrain_brats.synthetic import phantom_set
 
 Floats = NDArray[np.float32]
 Points = NDArray[np.float64]
 Random = np.random.Generator
-MODALITIES = ("FLAIR", "T1w", "t1gd", "T2w")
 LABELS = ("background", "edema", "non-enhancing tumor", "enhancing tumour")  # MSD's own words, 0 to 3
 OEDEMA, CORE, ENHANCING = 1, 2, 3
 SIZE_MM = (240.0, 240.0, 155.0)
@@ -109,15 +110,11 @@ def _mni_files() -> list[Path]:
     return files if all(file.is_file() for file in files) else []
 
 
-def available_anatomy() -> str:
-    """Name the best anatomy here: "mni" if nilearn's ICBM152 maps can be read, else "procedural"."""
-    return "mni" if _mni_files() else "procedural"
-
-
-def _resolve(anatomy: str) -> str:
-    if anatomy not in ("auto", "procedural", "mni") or (anatomy == "mni" and not _mni_files()):
-        raise ValueError(f'anatomy "{anatomy}": give "auto" or "procedural"; "mni" needs `pip install nilearn`')
-    return available_anatomy() if anatomy == "auto" else anatomy
+def check_anatomy(anatomy: str) -> None:
+    """Raises ValueError when it is not known, or cannot be drawn here. Never another one in its place: the same
+    arguments are to give the same bytes, whatever is installed."""
+    if anatomy not in ("procedural", "mni") or (anatomy == "mni" and not _mni_files()):
+        raise ValueError(f'anatomy "{anatomy}": give "procedural"; "mni" needs `pip install nilearn`')
 
 
 def _procedural_tissue() -> tuple[NDArray[np.bool_], Floats, Floats]:
@@ -256,7 +253,7 @@ def _render(rng: Random, grain: Random, head: Head, label: NDArray[np.uint8], oe
         texture = sum(np.float32(part) * field for part, field in zip(rng.normal(0, 0.7, 2), fields, strict=True))
         spread_t = np.clip(rng.normal(size=6), -1.5, 1.5).astype(np.float32)  # clipped: no tumour is invisible
         mean_t = MEAN_TC[:, channel] + SPREAD_TC[:, channel] * spread_t
-        signal = vessels if MODALITIES[channel] == "t1gd" else np.zeros_like(vessels)
+        signal = vessels if MODALITIES[channel] == "T1gd" else np.zeros_like(vessels)
         for part, mean, rough in zip(parts_t, mean_t, TEXTURE_TC[:, channel], strict=True):
             signal += part * mean * np.clip(1 + rough * texture, 0.3, 2)
         signal *= np.exp(np.float32(rng.uniform(0.04, 0.11)) * _noise(rng, head.axes_mm, 110))
@@ -269,11 +266,11 @@ def _render(rng: Random, grain: Random, head: Head, label: NDArray[np.uint8], oe
 def make_case(seed: int, grid: int = 240, anatomy: str = "procedural") -> PhantomCase:
     """Draw a synthetic patient of (grid, grid, round(155 * grid / 240)) voxels of 240 / grid mm.
 
-    `anatomy`: "procedural", "mni" or "auto". Drawn again, in a fixed sequence, until each label has a sensible volume.
+    `anatomy`: "procedural" or "mni". Drawn again, in a fixed sequence, until each label has a sensible volume.
     """
     if not 32 <= grid <= 512 or seed < 0:
         raise ValueError(f"grid {grid}, seed {seed}: give 32 to 512 voxels (across 240 mm), and a seed from 0 up")
-    anatomy = _resolve(anatomy)
+    check_anatomy(anatomy)
     for attempt in range(MAX_DRAWS):
         # Two streams: how much noise is drawn depends on the grid, and the shape of the head must not.
         rng, grain = (np.random.default_rng(child) for child in np.random.SeedSequence((seed, attempt)).spawn(2))
@@ -290,14 +287,6 @@ def make_case(seed: int, grid: int = 240, anatomy: str = "procedural") -> Phanto
     facts: dict[str, object] = {"anatomy": anatomy, "rim": rim}
     facts |= zip(("oedema_ml", "core_ml", "enhancing_ml"), volumes_ml.round(1).tolist(), strict=True)
     return PhantomCase(image_xyzc, label_xyz, head.voxel_mm, facts)
-
-
-def _write(path: Path, content: bytes, keep: bool = False) -> int:
-    """Write so that a reader never sees half a file. Returns the bytes there."""
-    if keep and path.exists():
-        return path.stat().st_size
-    storage.write_bytes(str(path), content)
-    return len(content)
 
 
 def write_case(
@@ -317,12 +306,16 @@ def write_case(
         image: Any = nib.Nifti1Image(array, np.diag([case.spacing_mm] * 3 + [1.0]))
         image.header.set_xyzt_units("mm", "sec")
         packed = gzip.compress(image.to_bytes(), 6, mtime=0)  # neither name nor time: the voxels decide the bytes
-        record[f"{kind}_bytes"] = _write(Path(folder, f"{kind}sTr", name), packed, keep)
+        path = Path(folder, f"{kind}sTr", name)
+        if not (keep and path.exists()):
+            storage.write_bytes(str(path), packed)
+        record[f"{kind}_bytes"] = path.stat().st_size
     return record
 
 
 def _recipe(seed: int, grid: int, anatomy: str, voxels: str) -> dict[str, object]:
-    recipe: dict[str, object] = {"seed": seed, "grid": grid, "anatomy": _resolve(anatomy)}
+    check_anatomy(anatomy)
+    recipe: dict[str, object] = {"seed": seed, "grid": grid, "anatomy": anatomy}
     return recipe if voxels == "float32" else recipe | {"voxels": voxels}
 
 
@@ -337,19 +330,16 @@ def write_dataset_json(
 ) -> None:
     """Write MSD's dataset.json for these cases and those it lists `before`, with what it takes to make them again."""
     rows = phantom_set.rows(numbers, (before or {}).get("training", []))
-    content = {
-        "name": "BRATS-PHANTOM",
-        "description": "SYNTHETIC gliomas drawn by a program; not patient data, of no clinical meaning",
-        "licence": "as the program; anatomy mni: ICBM152 2009a, free use with the notice of the MNI",
-        "tensorImageSize": "4D",
-        "modality": dict(enumerate(MODALITIES)),
-        "labels": dict(enumerate(LABELS)),
-        "synthetic": _recipe(seed, grid, anatomy, voxels),
-        "numTest": 0,
-        "test": [],
-    }
-    content |= (before or {}) | {"numTraining": len(rows), "training": rows}
-    _write(Path(folder, "dataset.json"), json.dumps(content, indent=1).encode())
+    about = dataset_json.made(
+        "BRATS-PHANTOM",
+        "SYNTHETIC gliomas drawn by a program; not patient data, of no clinical meaning",
+        dict(enumerate(LABELS)),
+        rows,
+        licence="as the program; anatomy mni: ICBM152 2009a, free use with the notice of the MNI",
+        synthetic=_recipe(seed, grid, anatomy, voxels),
+    )
+    about |= (before or {}) | {"numTraining": len(rows), "training": rows}
+    storage.write_bytes(storage.join(folder, "dataset.json"), json.dumps(about, indent=1).encode())
 
 
 def missing(
@@ -385,7 +375,7 @@ def write_set(
     about, _ = phantom_set.present(folder, _recipe(seed, grid, anatomy, voxels))
     if not about:  # a set that is stopped is then known for ours; without cases it is none for others
         write_dataset_json(folder, (), seed, grid, anatomy, voxels)
-    write = partial(_write_numbered, folder, seed, grid, _resolve(anatomy), voxels)
+    write = partial(_write_numbered, folder, seed, grid, anatomy, voxels)
     records = list(parallel_map(write, todo)) if todo else []
     if unlisted:
         write_dataset_json(folder, unlisted, seed, grid, anatomy, voxels, about)

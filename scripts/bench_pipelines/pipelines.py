@@ -1,4 +1,4 @@
-"""What `bench data` compares: orders for one measurement, its figures, what each pipeline hands over.
+"""What `scripts/bench data` compares: orders for one measurement, its figures, what each pipeline hands over.
 
 In: what a pipeline's process read off its meter. Out: a `Run`.
 """
@@ -6,7 +6,7 @@ In: what a pipeline's process read off its meter. Out: a `Run`.
 import importlib.util
 from dataclasses import dataclass
 
-from raytrain_brats.benchmark.meter import Meter
+from scripts.bench_pipelines.meter import Meter
 
 _OURS = {
     "output": "int16 + uint8 label, with each channel's mean and std",
@@ -61,6 +61,16 @@ class Order:
     work: str
 
 
+LEAST_S = 0.5
+"""Seconds that counting takes at least, five looks of the meter: patches that lay ready when it began cost no time,
+and there would be nothing to divide by."""
+
+
+def enough(order: Order, patches: int, since_s: float) -> bool:
+    """Whether to stop counting, `since_s` seconds after it began."""
+    return since_s >= LEAST_S and (patches >= order.patches or (patches > 0 and since_s > order.seconds))
+
+
 @dataclass(frozen=True)
 class Run:
     """One measurement. Seconds are user and system time of all processes together, by what the process is."""
@@ -74,6 +84,10 @@ class Run:
     @property
     def patches_per_cpu_s(self) -> float:
         return self.patches / max(1e-3, sum(self.cpu_s.values()))
+
+    @property
+    def patches_per_s(self) -> float:
+        return self.patches / self.wall_s
 
 
 def counted(meter: Meter, begun: float, ended: float, patches: int) -> Run:

@@ -2,7 +2,7 @@
 
 In: an `Order`, a store. Out: endless counts of the patches that each batch of the loader holds.
 
-Both are optional (`pip install raytrain_brats[bench]`); imported only when asked for.
+Both are optional (`EXTRAS=bench scripts/bench`); imported only when asked for.
 """
 
 import os
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytrain_brats.benchmark.pipelines import Order
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.preprocess import Prepared
 from raytrain_brats.data.store import Source
+from scripts.bench_pipelines.pipelines import Order
 
 _WORKERS = 2
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from raytrain_brats.data.nifti import Volume
-from raytrain_brats.data.phantom import spline
+from raytrain_brats.synthetic.phantom import spline
 
 KNOT_MM = 32.0
 REACH = 0.3
