@@ -1,14 +1,11 @@
 """docs/sagemaker.md, typed: its commands, from the file itself, in the order they stand in, with moto for AWS."""
 
-import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +14,20 @@ import pytest
 from moto.core.responses import BaseResponse
 
 from raytrain_brats.__main__ import main
-from tests import account
+from tests import account, typed
 from tests.conftest import write_msd_folder
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "sagemaker.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-SCRIPT = "".join(BLOCKS)
+SCRIPT = typed.script("sagemaker.md")
 OWNER = ("cloudformation:", "sts:")
 """What the stack takes, which an administrator makes."""
 
+STAND_INS = (
+    "AWS is moto. `git clone` and `scripts/venv` do nothing, as the test runs in this checkout and environment; `aws "
+    "configure` has been answered; `docker` notes what it is asked for; `download` finds cases of a test in place of "
+    "MSD; `aws ssm` is checked by the CLI against AWS's model, and prints an example of the answer."
+)
 SHIMS = {
     # a clone is this checkout; its environment is the one the test runs in
     "git": 'mkdir -p "$3/scripts" "$3/.venv/bin"; ln -s "$CHECKOUT"/{cluster,docs,raytrain_brats,LICENSE} "$3"; '
@@ -36,31 +37,13 @@ SHIMS = {
     # what needs a person or a plugin, or moto has not, the CLI itself checks against AWS's model, and sends nothing
     "aws": 'echo "aws $*" >> "$TYPED"; case "$1 ${2-}" in configure*) ;; '
     'ssm*|*stop-training-job) exec "$REAL_AWS" "$@" --generate-cli-skeleton output;; *) exec "$REAL_AWS" "$@";; esac',
-    "raytrain-brats": 'echo "raytrain-brats $*" >> "$TYPED"; exec "$PYTHON" "$PROGRAM" "$@"',
+    "raytrain-brats": 'echo "raytrain-brats $*" >> "$TYPED"; exec "$PROGRAM" "$@"',
 }
-PROGRAM = """
-import dataclasses, sys
-from raytrain_brats import download
-from raytrain_brats.__main__ import main
-known = dataclasses.replace(download.SOURCES["msd"], uri="s3://public/{name}.tar", md5="{md5}")
-download.SOURCES["msd"] = known
-sys.exit(main())
-"""
 
 
 def real_aws() -> str:
     found = Path(sys.executable).with_name("aws")
     return str(found) if found.exists() else shutil.which("aws") or ""
-
-
-def publish(folder: Path) -> str:
-    """The data set's archive in a public bucket; its md5."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as tar:
-        tar.add(write_msd_folder(folder / "Task01_BrainTumour"), "Task01_BrainTumour")
-    boto3.client("s3").create_bucket(Bucket="public")
-    boto3.client("s3").put_object(Bucket="public", Key="Task01.tar", Body=packed.getvalue(), ACL="public-read")
-    return hashlib.md5(packed.getvalue()).hexdigest()
 
 
 def test_the_page_can_be_typed(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,30 +63,31 @@ def test_the_page_can_be_typed(s3_server: str, tmp_path: Path, monkeypatch: pyte
             calls.add(f"{self.service_name}:{self._get_action()}")
         return answer(self)
 
-    md5 = publish(tmp_path)
-    (tmp_path / "program.py").write_text(PROGRAM.format(name="Task01", md5=md5))
+    typed.publish(boto3.client("s3"), write_msd_folder(tmp_path / "Task01_BrainTumour"), tmp_path / "program")
     (tmp_path / "bin").mkdir()
     for name, body in SHIMS.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setattr(BaseResponse, "call_action", note)
-    typed = tmp_path / "typed"
+    words_of = tmp_path / "words"
     environment = os.environ | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "HOME": str(tmp_path),
         "CHECKOUT": str(ROOT),
-        "TYPED": str(typed),
+        "TYPED": str(words_of),
         "REAL_AWS": aws,
-        "PYTHON": sys.executable,
-        "PROGRAM": str(tmp_path / "program.py"),
+        "PROGRAM": str(tmp_path / "program"),
         "PYTHONPATH": str(ROOT),
         "SAGEMAKER_VALIDATE_ROLE": "false",  # moto has no iam:SimulatePrincipalPolicy
     }
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", SCRIPT],
-        cwd=tmp_path, env=environment, text=True, timeout=400, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:]
+    transcript = typed.Transcript("sagemaker.md", STAND_INS, [(str(tmp_path), "~")])
+    terminal = typed.Terminal(tmp_path, environment, transcript)
+    try:
+        for command in typed.commands("sagemaker.md"):
+            terminal.type(command)
+    finally:
+        terminal.close()
+    transcript.keep()
     assert {call for call in calls if not call.startswith(OWNER)} <= account.actions("LauncherSageMaker")
 
     me = "123456789012"
@@ -115,7 +99,7 @@ def test_the_page_can_be_typed(s3_server: str, tmp_path: Path, monkeypatch: pyte
         f"s3://brats-runs-{me}/second",
     ]
     image = mine[0]["AlgorithmSpecification"]["TrainingImage"]
-    words = typed.read_text().splitlines()
+    words = words_of.read_text().splitlines()
     assert f"docker push {image}" in words and any(f"-t {image} ." in line for line in words)
     assert any("--build-arg BASE=python:3.11-slim-bookworm@sha256:" in line for line in words)
     cases = boto3.client("s3").list_objects_v2(Bucket=f"brats-data-{me}", Prefix="Task01_BrainTumour/imagesTr/")
@@ -148,14 +132,6 @@ def test_docker_has_these_options(words: list[str]) -> None:
     """The client's own --help; nothing is built."""
     said = subprocess.run(["docker", words[1], "--help"], capture_output=True, text=True).stdout
     assert {word for word in words if re.match("--?[a-z]", word)} <= set(re.findall(r"--?[a-z][a-z-]*", said))
-
-
-def test_the_page_means_the_same_in_bash_and_zsh() -> None:
-    """zsh does not split an unquoted variable, reads `$ME:r` as a modifier, and `#` at its prompt as a word."""
-    assert "#" not in SCRIPT and not re.search(r"\$\w+:", SCRIPT)
-    for line in SCRIPT.replace("\\\n", " ").splitlines():
-        bare = re.sub(r'"[^"]*"|\'[^\']*\'', "", line)
-        assert "$" not in re.sub(r"^\w+=\S*", "", bare), line
 
 
 def test_the_policy_named_in_the_page_is_in_the_template() -> None:

@@ -25,8 +25,9 @@ for link in ptmx:pts/ptmx fd:/proc/self/fd stdin:/proc/self/fd/0 stdout:/proc/se
 done
 mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
 mount -t tmpfs tmpfs "$root/run"
-mkdir -p "$root/run/sshd" "$root/opt/rig" "$root/usr/local/sbin"
+mkdir -p "$root/run/sshd" "$root/opt/rig" "$root/usr/local/sbin" "$root/mnt/shared"
 mount --bind "$folder" "$root/opt/rig"
+mount --bind "$folder/../shared" "$root/mnt/shared"
 cp "$here/imds.py" "$root/opt/rig/imds.py"
 name=ip-${ip//./-}
 hostname "$name"

@@ -27,11 +27,17 @@ ROOT = Path(__file__).parents[2]
 GATEWAY, PORT = "172.31.0.1", 5000
 ENDPOINT = f"http://{GATEWAY}:{PORT}"
 REGION = "us-west-2"
-TOOLS = ("ip", "unshare", "sshd", "ssh", "ssh-keygen", "rsync", "mount")
-KEYS = {"head": "ASIAHEAD000000000000", "node": "ASIANODE000000000000", "you": "AKIALAUNCHER00000000"}
+TOOLS = ("ip", "unshare", "setsid", "sshd", "ssh", "ssh-keygen", "rsync", "mount")
+KEYS = {
+    "head": "ASIAHEAD000000000000",
+    "node": "ASIANODE000000000000",
+    "you": "AKIALAUNCHER00000000",
+    "owner": "AKIAOWNER00000000000",
+}
 """Access keys by who has them: moto's log of calls tells by them who called."""
 SHIMS = ("apt-get", "lsblk", "lspci", "mdadm", "mkfs.xfs", "nvidia-smi", "systemctl")
 """What a node's setup might call, and must not find here: it would act on this machine's own disks."""
+CLONED = ("cluster", "docs", "raytrain_brats", "constraints.txt", "pyproject.toml", "LICENSE", "README.md")
 _CLONE_NEWNET = 0x40000000
 
 
@@ -83,29 +89,41 @@ class Machine:
 
 
 class Machines:
-    """A moto server in the rig's network and the bodies of its instances, below one folder."""
+    """A moto server in the rig's network and the bodies of its instances, below one folder; a user's home and clone of
+    this checkout too, and a folder that all machines see as /mnt/shared."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.live = folder, dict[str, Machine]()
+        self.checkout, self.shared = folder / "raytrain_brats", folder / "shared"
         self.errors: list[str] = []
-        names = {"AWS_ACCESS_KEY_ID": KEYS["you"], "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": REGION}
-        # HOME is the rig's: SSH keys, the token and Ray's caches of this machine's user stay as they are
-        self.environment = os.environ | names | {
-            "AWS_ENDPOINT_URL": ENDPOINT, "HOME": str(folder / "home"), "PYTHONPATH": str(ROOT),
-            "PATH": f"{tool('ray').parent}:/usr/sbin:{os.environ['PATH']}", "RAY_AUTH_MODE": "token",
-        }  # fmt: skip
-        (folder / "home" / ".ssh").mkdir(parents=True)
+        for made in (self.shared, folder / "home" / ".ssh", folder / "bin"):
+            made.mkdir(parents=True)
+        for name in CLONED:
+            subprocess.run(["rsync", "-a", "--exclude=__pycache__", ROOT / name, self.checkout], check=True)
         with (folder / "moto.log").open("wb") as log:
             command = [sys.executable, "-m", "tests.rigs.moto_server", GATEWAY, str(PORT), str(folder)]
-            self.moto = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+            environment = self.environment("owner") | {"PYTHONPATH": str(ROOT)}
+            self.moto = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         self.ec2 = self.client("ec2")
         self._wait_for_moto()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
+    def environment(self, who: str) -> dict[str, str]:
+        """Of "you" or the "owner" of the account, at the root of the clone."""
+        names = {"AWS_ACCESS_KEY_ID": KEYS[who], "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": REGION}
+        path = f"{self.folder / 'bin'}:{tool('ray').parent}:/usr/sbin:{os.environ['PATH']}"
+        own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "RAYTRAIN_"))}
+        # HOME and Ray's caches are the rig's: SSH keys, the token and all else of this machine's user stay as they are
+        places = {"HOME": str(self.folder / "home"), "RAY_TMPDIR": str(self.folder), "TMPDIR": str(self.folder)}
+        places["LOGNAME"] = (
+            self.folder.name
+        )  # Ray's ssh connections, kept in /tmp by user and address, are another rig's
+        return own | names | places | {"AWS_ENDPOINT_URL": ENDPOINT, "PYTHONPATH": str(self.checkout), "PATH": path}
+
     def client(self, service: str) -> Any:
-        keys = {"aws_access_key_id": KEYS["you"], "aws_secret_access_key": "s"}
+        keys = {"aws_access_key_id": KEYS["owner"], "aws_secret_access_key": "s"}
         return boto3.client(service, REGION, endpoint_url=ENDPOINT, **keys)
 
     def _wait_for_moto(self) -> None:
@@ -177,7 +195,9 @@ class Machines:
         site = [Path(place) for place in sys.path if place.endswith("site-packages")]
         binds = sorted({ROOT, Path(sys.prefix), Path(sys.base_prefix), *site, tool("ray").parents[1]})
         state = {"id": name, "type": instance["InstanceType"], "ip": ip, "region": REGION, "role": "", "key": ""}
-        profile = {"PATH": f"{tool('ray').parent}:$PATH", "PYTHONPATH": str(ROOT), "AWS_ENDPOINT_URL": ENDPOINT}
+        # what `ray up` has copied, as `pip install` of it would have it
+        profile = {"PATH": f"{tool('ray').parent}:$PATH", "PYTHONPATH": "/home/ubuntu/raytrain_brats"}
+        profile |= {"AWS_ENDPOINT_URL": ENDPOINT}
         public = instance.get("PublicIpAddress", "")
         files = {
             "authorized_keys": key["PublicKey"],
