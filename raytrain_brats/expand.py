@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrain_brats import outputs, storage
+from raytrain_brats.cases import dataset_json, scan
 from raytrain_brats.cli import Uri, default, entry, progress, show_refused, show_skipped
-from raytrain_brats.data import dataset_json, scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Manifest
 from raytrain_brats.data.nifti import InvalidCase

@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from raytrain_brats import labels, outputs, storage
+from raytrain_brats.cases import folds, scan
 from raytrain_brats.cli import Uri, default, entry, progress, show_skipped
-from raytrain_brats.data import folds, scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Manifest
 from raytrain_brats.errors import UserError

@@ -19,9 +19,9 @@ from rich.progress import track
 from safetensors.torch import save as tensors_to_bytes
 
 from raytrain_brats import config, outputs, storage
+from raytrain_brats.cases import scan
 from raytrain_brats.cli import Uri, entry, run_folder, show_skipped
 from raytrain_brats.data import manifest as manifests
-from raytrain_brats.data import scan
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase, background_warning, label_file
 from raytrain_brats.data.preprocess import preprocess

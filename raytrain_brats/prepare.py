@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrain_brats import config, outputs, storage
+from raytrain_brats.cases.layouts import QUARANTINED
 from raytrain_brats.cli import Changes, Uri, default, entry, progress, show_refused, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
-from raytrain_brats.data.layouts import QUARANTINED
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.store import Codec, Source

@@ -31,8 +31,8 @@ from rich.progress import track
 from rich.table import Table
 
 from raytrain_brats import outputs, storage
+from raytrain_brats.cases import scan
 from raytrain_brats.cli import choose, entry, show
-from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError

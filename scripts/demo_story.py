@@ -30,8 +30,8 @@ import ray
 from rich.table import Table
 
 from raytrain_brats import config, outputs, storage
+from raytrain_brats.cases import scan
 from raytrain_brats.cli import Changes, Uri, entry, show
-from raytrain_brats.data import scan
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import REGIONS
 from raytrain_brats.ray_ext import cluster

@@ -30,7 +30,7 @@ from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 from raytrain_brats import s3
-from raytrain_brats.data import scan
+from raytrain_brats.cases import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.store import Source

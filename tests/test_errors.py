@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from raytrain_brats import __main__, cli, config, train
+from raytrain_brats.cases import scan
 from raytrain_brats.config import Run
-from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster, roles

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from raytrain_brats import expand, storage
-from raytrain_brats.data.scan import open_manifest, scan
+from raytrain_brats.cases.scan import open_manifest, scan
 from raytrain_brats.data.store import Source
 from raytrain_brats.ray_ext import cluster
 from tests.conftest import write_brats_folder, write_msd_folder

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from raytrain_brats import index, storage
-from raytrain_brats.data import folds, layouts, scan
+from raytrain_brats.cases import folds, layouts, scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import InvalidCase

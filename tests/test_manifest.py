@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from raytrain_brats import index, storage
+from raytrain_brats.cases.scan import checksummed, open_manifest, scan, scan_images
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest, duplicates
 from raytrain_brats.data.nifti import decode_case
-from raytrain_brats.data.scan import checksummed, open_manifest, scan, scan_images
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import allowed_values, to_regions
 from tests.conftest import write_brats_folder, write_msd_folder

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from raytrain_brats import config, prepare, storage, train
+from raytrain_brats.cases import scan
 from raytrain_brats.data import manifest as manifests
-from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.data import DataContext
 
+from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data.boxes import Buffer, PatchSpec, cover, pack, parcels, unpack
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase, Volume
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.sampler import Sample, Sampler, draw
-from raytrain_brats.data.scan import open_manifest
 from raytrain_brats.data.store import Source, put
 from raytrain_brats.data.stream import PositionSource
 from tests.conftest import make_volume, write_msd_folder

@@ -12,10 +12,10 @@ import pytest
 import SimpleITK as sitk  # noqa: N813 (everybody's name for it)
 
 from raytrain_brats import predict
+from raytrain_brats.cases.scan import scan_images
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import label_file
 from raytrain_brats.data.preprocess import Prepared, restore
-from raytrain_brats.data.scan import scan_images
 from raytrain_brats.data.store import Source
 from scripts.fuzz_files import nifti
 from tests.conftest import LPS, make_affine

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from raytrain_brats import prepare, storage
+from raytrain_brats.cases import scan
 from raytrain_brats.data import manifest as manifests
-from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.ray_ext import cluster
 from tests.conftest import write_msd_folder

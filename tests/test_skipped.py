@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raytrain_brats import index, prepare
-from raytrain_brats.data import layouts, scan
+from raytrain_brats.cases import layouts, scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Skipped
 from raytrain_brats.errors import UserError

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from raytrain_brats import storage
+from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase, Volume
 from raytrain_brats.data.preprocess import Prepared, preprocess
-from raytrain_brats.data.scan import open_manifest
 from raytrain_brats.data.store import Source, decode, encode, open_index, put, write_index
 from raytrain_brats.errors import UserError
 from tests.conftest import make_affine, make_volume, save, write_brats_folder, write_msd_folder

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import ray
 
+from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data.boxes import PatchSpec
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.sampler import Sampler
-from raytrain_brats.data.scan import open_manifest
 from raytrain_brats.data.store import Source, put
 from raytrain_brats.data.stream import OrderedSplit, dataset, patches
 from raytrain_brats.ray_ext import cluster

@@ -1,4 +1,4 @@
-"""From files to patches: manifest, decode, preprocess, store, plan, stream.
+"""From files to patches: manifest, decode, preprocess, store, sampler, stream.
 
-In: NIfTI cases. Out: per-rank ordered patches. No torch here; only `stream` knows Ray.
+In: a case's .nii.gz files, or its object in a store. Out: patches at positions. Runs in data tasks.
 """

@@ -12,16 +12,16 @@ import numpy as np
 import yaml
 
 from raytrain_brats import storage
+from raytrain_brats.cases import scan
+from raytrain_brats.cases.scan import Progress
 from raytrain_brats.config import Config, differences, load, parse, patch_divisor, recipe_names
 from raytrain_brats.config import described as described_recipe
 from raytrain_brats.data import manifest as manifests
-from raytrain_brats.data import scan
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.boxes import PatchSpec
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import InvalidCase, background_warning
 from raytrain_brats.data.sampler import Sampler
-from raytrain_brats.data.scan import Progress
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import described

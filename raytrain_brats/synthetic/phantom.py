@@ -24,7 +24,7 @@ from scipy import ndimage
 from scipy.interpolate import BSpline
 
 from raytrain_brats import storage
-from raytrain_brats.data import dataset_json
+from raytrain_brats.cases import dataset_json
 from raytrain_brats.labels import MODALITIES
 from raytrain_brats.synthetic import phantom_set
 

@@ -14,10 +14,11 @@ from typing import TypeVar
 import numpy as np
 
 from raytrain_brats import labels, storage
-from raytrain_brats.data import dataset_json, layouts, nifti
+from raytrain_brats.cases import dataset_json, layouts
+from raytrain_brats.cases.dataset_json import Stated
+from raytrain_brats.cases.layouts import NIFTI, Found
 from raytrain_brats.data import manifest as manifests
-from raytrain_brats.data.dataset_json import Stated
-from raytrain_brats.data.layouts import NIFTI, Found
+from raytrain_brats.data import nifti
 from raytrain_brats.data.manifest import FOLDS, Case, Manifest, Skipped
 from raytrain_brats.errors import UserError
 from raytrain_brats.storage import Listing

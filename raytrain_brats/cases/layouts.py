@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from raytrain_brats.data.dataset_json import Row, Stated
+from raytrain_brats.cases.dataset_json import Row, Stated
 from raytrain_brats.data.manifest import Case, Skipped
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import MODALITIES, modality
