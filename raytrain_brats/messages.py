@@ -4,6 +4,7 @@ A command's go to its terminal. Those of Ray's processes stand in Ray's logs of 
 through `journal.warn` into the run's events besides, and the driver's progress shows it.
 """
 
+import contextlib
 import logging
 import sys
 
@@ -12,7 +13,8 @@ class _ToStderr(logging.Handler):
     """As `warning: text`, on the standard error of the moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # it may be a file on the disk that is full, or closed
+            print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def show() -> None:

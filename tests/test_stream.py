@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 
+from raytrain_brats import messages
 from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data.boxes import PatchSpec
 from raytrain_brats.data.manifest import Case
@@ -138,8 +139,9 @@ def test_a_slow_trainer_holds_the_stream_back(tmp_path: Path) -> None:
     del stream, share, made
 
 
-def test_spilling_is_told_with_its_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_spilling_is_told_with_its_remedy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Objects that do not fit go to disk: a warning and an event say how much and what to do; before that, nothing."""
+    messages.show()
     held = []
     with Spilling(str(tmp_path), every_s=0.2):
         time.sleep(1)
@@ -153,4 +155,4 @@ def test_spilling_is_told_with_its_remedy(tmp_path: Path, caplog: pytest.LogCapt
     assert event["event"] == "spilling"
     assert event["bytes"] > 0
     assert "object-store-memory" in event["remedy"]
-    assert "to disk" in caplog.text
+    assert "to disk" in capfd.readouterr().err
