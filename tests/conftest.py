@@ -1,20 +1,41 @@
-"""Fixtures for all tests: a local S3. Plain functions that tests share are in tests/support."""
+"""Fixtures for all tests: a local S3, a folder for Ray, a cluster. Plain functions are in tests/support."""
 
 import os
 import signal
+import tempfile
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
 from raytrain_brats import s3
+from tests.support.cases import AWS
 
 os.environ.setdefault("RAYTRAIN_BRATS_RECIPE", "demo")  # the tests' own cases do not say that they are phantoms
 
 # A suite in the background of a script ignores Ctrl-C, and so would every driver that it starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder with a short name: Ray's sockets do not fit below pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def cluster(place: Path) -> Iterator[Any]:
+    """A head with two CPUs, to which nodes can be added."""
+    from tests.support.clusters import Cluster
+
+    started = Cluster(place)
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +50,7 @@ def _moto() -> Iterator[str]:
 @pytest.fixture
 def s3_server(_moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """`s3://` URI of a fresh bucket on a real local HTTP server; the environment points every client to it."""
-    for name, value in (
-        ("AWS_ENDPOINT_URL", _moto),
-        ("AWS_ACCESS_KEY_ID", "testing"),
-        ("AWS_SECRET_ACCESS_KEY", "testing"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
+    for name, value in ({"AWS_ENDPOINT_URL": _moto} | AWS).items():
         monkeypatch.setenv(name, value)
     bucket = f"bucket-{uuid.uuid4().hex}"
     boto3.client("s3").create_bucket(Bucket=bucket)

@@ -26,16 +26,16 @@ def small() -> Iterator[Path]:
         yield Path(folder) / "small"
 
 
-def on_small_disk(place: Path, size: str, *command: str) -> subprocess.CompletedProcess[str]:
+def on_small_disk(place: Path, size: str, *command: str, ends_s: int = 300) -> subprocess.CompletedProcess[str]:
     """Run where `place` holds `size`; what it left there is copied beside it, to `left`."""
     script = (
-        f"mount -t tmpfs -o size={size} tmpfs {place} && timeout -s INT 70 \"$0\" \"$@\"; code=$?; "
+        f"mount -t tmpfs -o size={size} tmpfs {place} && timeout -s INT {ends_s} \"$0\" \"$@\"; code=$?; "
         f"cp -r {place} {place.parent}/left; exit $code"
     )  # fmt: skip
     return subprocess.run(
         ["unshare", "-m", "sh", "-c", script, sys.executable, "-m", "raytrain_brats", *command],
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)},
-        cwd=place.parent, capture_output=True, text=True, timeout=200,
+        cwd=place.parent, capture_output=True, text=True, timeout=ends_s + 120,
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_training_on_a_full_disk_says_so(size: str, small: Path) -> None:
     write_set(str(data), cases=6, seed=0, grid=32, anatomy="procedural")
     sets = [f"--set={value}" for value in SMALL]
     train = ("train", "--recipe", "demo", "--data", str(data), "--run-dir", str(small / "run"), "--workers", "1", *sets)
-    said = on_small_disk(small, size, *train).stdout
+    said = on_small_disk(small, size, *train, ends_s=90).stdout
     assert said.count("warning: not saved: No space left on device") == 1, said
     assert "not saved since sample 0: No space left on device" in said and "Traceback" not in said
     if size == "600k":

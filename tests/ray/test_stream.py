@@ -131,7 +131,7 @@ def test_a_slow_trainer_holds_the_stream_back(tmp_path: Path) -> None:
     with Meter() as meter:
         begun = time.monotonic()
         time.sleep(4)
-    assert 0 < meter.spent(begun, begun + 4)["SplitCoordinator"] < 1.6
+    assert 0 < meter.spent(begun, begun + 4)["SplitCoordinator"] < 2.4
     assert seen * 4.6e6 < STORE_BYTES
     assert spilled_bytes() == before
     assert [next(stream).position for _ in range(200)] == list(range(1, 201))
@@ -148,7 +148,7 @@ def test_spilling_is_told_with_its_remedy(tmp_path: Path, capfd: pytest.CaptureF
         assert not list(journal.read_events(str(tmp_path)))
         for _ in range(8):
             held.append(ray.put(np.ones(20_000_000, np.uint8)))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not journal.read_events(str(tmp_path)) and time.monotonic() < deadline:
             time.sleep(0.2)
     event, *_ = journal.read_events(str(tmp_path))

@@ -17,6 +17,9 @@ __all__ = ["nifti"]
 
 REAL = Path(os.environ.get("RAYTRAIN_BRATS_REAL_DATA", ROOT.parent / "shared" / "data"))
 """Crops of real cases; tests that need them are skipped without."""
+AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+"""What a client of the local S3 says of itself."""
+
 SHAPE = (24, 20, 18)
 LPS = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
 

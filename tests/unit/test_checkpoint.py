@@ -189,7 +189,7 @@ class Slow:
         self.writer = Writer()
 
     def flush(self) -> None:
-        assert self.go.wait(10)
+        assert self.go.wait(60)
 
     def start(self, seen: int, tensors: dict[str, torch.Tensor]) -> None:
         copies = checkpoint.snapshot(tensors)
@@ -226,7 +226,7 @@ def test_writer_runs_one_save_at_a_time(tmp_path: Path) -> None:
     second.join(0.2)
     assert second.is_alive() and slow.done == []
     slow.go.set()
-    second.join(10)
+    second.join(60)
     slow.start(12, TENSORS)
     slow.writer.close()
     assert slow.done == [4, 8, 12] and len(names(tmp_path)) == 2

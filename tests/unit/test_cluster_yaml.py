@@ -429,7 +429,7 @@ def test_the_words_themselves(s3_server: str, tmp_path: Path) -> None:
 
     def ray(*words: str) -> "subprocess.CompletedProcess[str]":
         command = [str(Path(sys.executable).with_name("ray")), *words]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
 
     refused = ray("up", str(CLUSTER / "p4d.yaml"))
     assert refused.returncode == 2
@@ -547,7 +547,7 @@ def set_up(tmp_path: Path) -> Callable[[], str]:
 
     def run() -> str:
         (tmp_path / "done").write_text("")
-        subprocess.run(["bash", str(CLUSTER / "node_setup.sh")], env=environment | more, check=True, timeout=30)
+        subprocess.run(["bash", str(CLUSTER / "node_setup.sh")], env=environment | more, check=True, timeout=180)
         return (tmp_path / "done").read_text()
 
     return run
@@ -621,7 +621,7 @@ def monitoring(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
     def run(**more: str) -> str:
         (tmp_path / "done").write_text("")
-        subprocess.run(["bash", str(CLUSTER / "monitoring.sh")], env=environment | more, check=True, timeout=60)
+        subprocess.run(["bash", str(CLUSTER / "monitoring.sh")], env=environment | more, check=True, timeout=180)
         pids.update(int(path.read_text()) for path in tmp_path.glob("*/pid"))
         return (tmp_path / "done").read_text()
 
@@ -633,7 +633,7 @@ def monitoring(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 def starts(folder: Path, count: int) -> list[str]:
     """What Prometheus was started with, once it was `count` times: the script does not wait for it."""
-    deadline, told = time.monotonic() + 60, folder / "started"
+    deadline, told = time.monotonic() + 180, folder / "started"
     while not told.exists() or len(told.read_text().splitlines()) < count:
         assert time.monotonic() < deadline
         time.sleep(0.05)

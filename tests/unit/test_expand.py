@@ -1,53 +1,20 @@
-"""`expand`: the same bytes by any way, no leak between folds, the source's labels; a kill costs nothing but time."""
+"""`expand`: no leak between folds, the source's labels, nobody else's files taken in."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from raytrain_brats import expand, storage
-from raytrain_brats.cases.scan import open_manifest, scan
+from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data.store import Source
-from raytrain_brats.ray_ext import cluster
 from tests.support.cases import write_brats_folder, write_msd_folder
-from tests.support.crashes import Disk, die_before_request, in_child
-
-Expand = Callable[..., int]
-
-
-def volumes(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.nii.gz"))}
-
-
-def books(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.glob("*.json"))}
-
-
-def command(data: Path, out: Path, copies: int, *options: str) -> list[str]:
-    return ["--data", str(data), "--out", str(out), "--copies", str(copies), *options]
+from tests.support.without_ray import Expand, expand_here, volumes
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Expand:
-    """Run `expand` in this process, a plain map in place of Ray Data; its exit code."""
-
-    def here(function: Any, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        return (function(row) for row in reversed(rows))
-
-    monkeypatch.setattr(cluster, "connect", lambda: None)
-    monkeypatch.setattr(cluster, "check_shared", lambda *_: None)
-    monkeypatch.setattr(cluster, "data_map", here)
-    return lambda *arguments: expand.main(command(*arguments))
+    return expand_here(monkeypatch)
 
 
 @pytest.fixture
@@ -147,83 +114,3 @@ def test_nothing_to_expand_is_a_failure(run: Expand, data: Path, tmp_path: Path)
     assert run(data, tmp_path / "out", 2) == 1
     assert len(json.loads((tmp_path / "out/quarantine.json").read_text())) == 3
     assert not (tmp_path / "out/dataset.json").exists()
-
-
-def test_a_kill_at_any_point_costs_nothing_but_time(run: Expand, tmp_path: Path) -> None:
-    """Before every call that touches the disk: what was whole stays, and the end is that of an undisturbed run."""
-    data, undisturbed = write_msd_folder(tmp_path / "data", 1, shape=(14, 12, 10)), tmp_path / "undisturbed"
-    assert run(data, undisturbed, 1) == 0
-    for last in range(400):
-        out = tmp_path / str(last)
-        code = in_child(partial(Disk, last, False), partial(run, data, out, 1))
-        assert code in (0, 9)
-        whole = {name: (out / name).stat().st_mtime_ns for name in storage.list_files(str(out)) if "Tr/" in name}
-        assert run(data, out, 1) == 0
-        pairs = {n for n in whole if n.replace("images", "labels") in whole and n.replace("labels", "images") in whole}
-        assert all((out / name).stat().st_mtime_ns == whole[name] for name in pairs)
-        made = {name: (out / name).read_bytes() for name in storage.list_files(str(out))}
-        assert made == volumes(undisturbed) | books(undisturbed)
-        if code == 0:
-            break
-    assert 30 < last < 399
-
-
-def test_s3_gets_the_same_bytes_after_a_kill_too(run: Expand, data: Path, tmp_path: Path, s3_server: str) -> None:
-    """A set on S3, killed halfway, ends as a local one."""
-    local, remote = tmp_path / "out", f"{s3_server}/out"
-    assert run(data, local, 2) == 0
-    assert in_child(partial(die_before_request, 8), partial(run, data, remote, 2)) == 9
-    assert not scanned(remote) and run(data, remote, 2) == 0 and scanned(remote)
-    there = {name: storage.read_bytes(storage.join(remote, name)) for name in storage.list_files(remote)}
-    assert there == volumes(local) | books(local)
-
-
-def scanned(uri: str) -> bool:
-    return "dataset.json" in storage.list_files(uri) and len(scan(uri).cases) == 6
-
-
-def start(data: Path, out: Path, copies: int) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "raytrain_brats", "expand", *command(data, out, copies)],
-        env=os.environ | {"RAY_ADDRESS": "local"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_ray_makes_the_same_bytes(run: Expand, data: Path, tmp_path: Path) -> None:
-    """On Ray Data, over all CPUs, the files are those of one process that goes through the cases one by one."""
-    assert run(data, tmp_path / "one", 3) == 0
-    process = start(data, tmp_path / "many", 3)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "9 volumes of 3 cases" in said
-    assert volumes(tmp_path / "many") == volumes(tmp_path / "one")
-    assert books(tmp_path / "many") == books(tmp_path / "one")
-
-
-@pytest.mark.campaign
-def test_sigkill_of_the_real_command_at_random_moments(run: Expand, tmp_path: Path) -> None:
-    """On Ray, killed again and again: finished volumes are not made again, and the end is the undisturbed one."""
-    data, dice = write_msd_folder(tmp_path / "data", 6, shape=(60, 55, 45)), random.Random(5)
-    assert run(data, tmp_path / "undisturbed", 12) == 0
-    out, stamps, kills = tmp_path / "out", dict[str, int](), 0
-
-    def whole() -> dict[str, int]:
-        return {n: (out / n).stat().st_mtime_ns for n in storage.list_files(str(out)) if n.startswith("labelsTr/")}
-
-    while True:
-        process, wanted = start(data, out, 12), len(stamps) + dice.randrange(20)
-        while process.poll() is None and len(whole()) < wanted:
-            time.sleep(0.01)
-        time.sleep(dice.random() / 2)
-        if process.poll() is not None:
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-        time.sleep(2)  # Ray's processes follow their driver; what they still finish counts as made
-        assert stamps.items() <= whole().items()
-        stamps = whole()
-    assert process.returncode == 0 and kills >= 3 and stamps.items() <= whole().items()
-    assert volumes(out) == volumes(tmp_path / "undisturbed")
-    assert books(out) == books(tmp_path / "undisturbed")

@@ -201,14 +201,14 @@ def test_it_copies_once_more_when_it_is_ended(
     write(session, "raylet.out", b"up")
     (tmp_path / "tmp" / "raytrain_brats-spot.log").write_text("watching")
     process, copier = start(), Copier(to, session, MB)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not kept(copier, session) and time.monotonic() < deadline:
         time.sleep(0.2)
     second = start()
-    assert "at work" in second.communicate(timeout=60)[0] and second.returncode == 0
+    assert "at work" in second.communicate(timeout=180)[0] and second.returncode == 0
     write(session, "raylet.out", b"up\nthe last line")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert kept(copier, session) == {"raylet.out": b"up\nthe last line", "raytrain_brats-spot.log": b"watching"}
 
 

@@ -50,7 +50,7 @@ def test_same_arguments_same_bytes_in_another_process(folder: Path, tmp_path: Pa
         [sys.executable, "-c", f"from raytrain_brats.synthetic import phantom; {call}"],
         check=True,
         env=threads,
-        timeout=60,
+        timeout=300,
     )
 
     assert digest(tmp_path, 2) == digest(folder, 2)

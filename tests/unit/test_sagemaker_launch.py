@@ -264,7 +264,7 @@ def test_the_bash_that_aws_starts_hands_sigterm_on(tmp_path: Path) -> None:
     assert bash.stdout
     assert bash.stdout.readline() == "training\n"
     bash.terminate()
-    assert (bash.wait(30), bash.stdout.read()) == (143, "saved\n")
+    assert (bash.wait(120), bash.stdout.read()) == (143, "saved\n")
 
 
 def test_a_recipe_file_travels_in_the_request(dry: Capture, tmp_path: Path) -> None:
