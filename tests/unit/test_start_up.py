@@ -135,7 +135,7 @@ import pwd, sys
 def getpwuid(number):
     raise KeyError(f"getpwuid(): uid not found: {number}")
 pwd.getpwuid, sys.argv = getpwuid, ["raytrain-brats"]
-import raytrain_brats.__main__, raytrain_brats.run.driver, raytrain_brats.figures
+import raytrain_brats.__main__, raytrain_brats.run.driver, raytrain_brats.reporting.figures
 import torch._inductor.runtime.cache_dir_utils as torch_caches
 torch_caches.default_cache_dir()
 """
