@@ -1,8 +1,13 @@
 """The first job on a new cluster: what it finds out about a card. The job itself runs in the EC2 rig."""
 
+import os
+import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from raytrain_brats import check_gpus
@@ -28,3 +33,16 @@ def test_a_convolution_that_is_wrong_is_told(part: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(check_gpus, "results", sometimes_wrong)
     with pytest.raises(RuntimeError, match=f"CPU: the {part} of a 3D convolution is off by 10"):
         check_gpus.convolve(torch.device("cpu"), 16)
+
+
+def test_each_worker_is_told_once() -> None:
+    """A line for each rank, in their order, and one for the sums; nothing of Ray's beside them."""
+    try:
+        head = ray.init(address="local", num_cpus=3, include_dashboard=False).address_info["gcs_address"]
+        command = [sys.executable, "-m", "raytrain_brats.check_gpus", "--cpu", "--workers", "2", "--rounds", "2"]
+        done = subprocess.run(command, env=os.environ | {"RAY_ADDRESS": head}, capture_output=True, text=True)
+    finally:
+        ray.shutdown()
+    assert done.returncode == 0, done.stderr
+    found = [re.match(r"rank \d|all-reduce of 256 MiB over 2", line) for line in done.stdout.splitlines()]
+    assert [line and line[0] for line in found] == ["rank 0", "rank 1", "all-reduce of 256 MiB over 2"], done.stdout
