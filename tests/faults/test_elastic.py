@@ -25,11 +25,11 @@ network: {name: dynunet, filters: [8, 16, 16]}
 preprocess: {spacing_mm: 7.5}
 data: {patch_xyz: [16, 16, 16], patches_per_case: 3, window_cases: 2}
 train:
-  epochs: 24
+  epochs: 12
   global_batch: 4
   optimiser: {name: sgd, learning_rate: 0.001}
-validate: {every_samples: 300, max_cases: 2}
-checkpoint: {every_samples: 40}
+validate: {every_samples: 150, max_cases: 2}
+checkpoint: {every_samples: 24}
 run: {cpus_per_worker: 0.25, cpus_per_task: 0.5}
 """
 
@@ -82,17 +82,17 @@ def test_a_run_killed_twice_and_resized_equals_an_uninterrupted_one(tmp_path: Pa
 
     with open(rough / "driver.log", "wb") as log:
         driver = subprocess.Popen(command(rough, data, "1:2"), env=environment(), stdout=log, stderr=log)
-        wait_until(rough, 90, 1, driver)
+        wait_until(rough, 40, 1, driver)
         worker = [e for e in journal.read_events(str(rough)) if e["event"] == "worker"][-1]
         os.kill(worker["pid"], signal.SIGKILL)
-        wait_until(rough, 200, 2, driver)
+        wait_until(rough, 100, 2, driver)
         driver.kill()
         driver.wait()
     done = subprocess.run(command(rough, data, "3"), env=environment(), capture_output=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
     expected, found = journal.read_rows(str(calm)), journal.read_rows(str(rough))
-    total = 24 * 16  # 5 cases x 3 patches = 15 samples, padded to 16, 24 epochs
+    total = 12 * 16  # 5 cases x 3 patches = 15 samples, padded to 16, 12 epochs
     assert [row["positions"] for row in expected] == [[p, p + 4] for p in range(0, total, 4)]
     assert [row["positions"] for row in found] == [row["positions"] for row in expected]
     assert [row["step"] for row in found] == list(range(total // 4))
@@ -109,4 +109,4 @@ def test_a_run_killed_twice_and_resized_equals_an_uninterrupted_one(tmp_path: Pa
         assert verify.main(["--run-dir", str(run)]) == 0
     events = [json.loads(line) for line in (rough / "events.jsonl").read_text().splitlines()]
     assert [e["event"] for e in events].count("launch") == 2
-    assert sum(e["redone_steps"] for e in events if e["event"] == "group") <= 2 * (40 / 4 + 1)
+    assert sum(e["redone_steps"] for e in events if e["event"] == "group") <= 2 * (24 / 4 + 1)

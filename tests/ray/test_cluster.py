@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +20,20 @@ from tests.support.clusters import SMALL, Cluster, ElasticRun, free_port
 from tests.support.dashboard import asked
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="a mount namespace needs root")
-def test_a_run_folder_that_another_node_does_not_see_is_refused(cluster: Cluster, place: Path) -> None:
-    """`train` on two machines with a folder of the first one's own: exit 2, the folder and the remedy named."""
-    hidden, data = place / "run", place / "data"
-    hidden.mkdir()
-    write_set(str(data), cases=6, seed=0, grid=32, anatomy="procedural")
-    cluster.add(before=f"mount -t tmpfs none {hidden}")
-    code = cluster.train("--data", data, "--run-dir", hidden, *(f"--set={value}" for value in SMALL)).wait(600)
-
-    said = (place / "train.log").read_text()
-    assert code == 2, said[-2000:]
-    assert f"error: run folder {hidden} is not seen by node" in said
-    assert "s3://" in said
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Cluster]:
+    """One cluster for the tests of every day: the first of them is alone on it with a node, the next adds another."""
+    with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        started = Cluster(Path(folder))
+        yield started
+        started.close()
 
 
-def test_a_node_that_joins_is_used_and_no_step_is_lost(cluster: Cluster) -> None:
+def test_a_node_that_joins_is_used_and_no_step_is_lost(shared: Cluster) -> None:
     """The run begins with the one worker that fits, saves before it grows, and goes on with two from that very step."""
-    run = ElasticRun(cluster)
+    run = ElasticRun(shared)
     run.rows_until(1, after=0)
-    cluster.add()
+    shared.add()
     run.rows_until(2, after=1)
     run.interrupt()
 
@@ -48,6 +44,22 @@ def test_a_node_that_joins_is_used_and_no_step_is_lost(cluster: Cluster) -> None
     # Ctrl-C saved as well: what is on record is what the next start goes on from
     assert checkpoint.newest_valid(run.folder)[0].samples_seen == rows[-1]["samples_seen"]
     assert verify.main(["--run-dir", run.folder]) == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="a mount namespace needs root")
+def test_a_run_folder_that_another_node_does_not_see_is_refused(shared: Cluster) -> None:
+    """`train` on two machines with a folder of the first one's own: exit 2, the folder and the remedy named."""
+    place = shared.place
+    hidden, data = place / "hidden", place / "few"
+    hidden.mkdir()
+    write_set(str(data), cases=6, seed=0, grid=32, anatomy="procedural")
+    shared.add(before=f"mount -t tmpfs none {hidden}")
+    code = shared.train("--data", data, "--run-dir", hidden, *(f"--set={value}" for value in SMALL)).wait(600)
+
+    said = (place / "train.log").read_text()
+    assert code == 2, said[-2000:]
+    assert f"error: run folder {hidden} is not seen by node" in said
+    assert "s3://" in said
 
 
 @pytest.mark.campaign

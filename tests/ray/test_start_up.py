@@ -34,8 +34,8 @@ def interrupted(command: str, place: Path, number: int, delay_s: float) -> None:
     ("command", "number", "delay_s"),
     [
         ("train", signal.SIGTERM, 0.0),
-        ("train", signal.SIGINT, 3.5),
-        ("train", signal.SIGTERM, 9.0),
+        pytest.param("train", signal.SIGINT, 3.5, marks=pytest.mark.campaign),
+        ("train", signal.SIGINT, 9.0),
         ("phantom", signal.SIGTERM, 8.0),
     ],
 )
