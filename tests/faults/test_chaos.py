@@ -20,7 +20,7 @@ from tests.support import ROOT
 def books(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the campaign wrote; one process for all sections, as the imports cost seconds."""
     out, scratch = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("scratch")
-    amounts = ["--kills", "16", "--changes", "6", "--sizes", "1", "3", "5", "8"]
+    amounts = ["--kills", "16", "--changes", "8", "--sizes", "1", "3", "5", "8"]
     command = [sys.executable, "-m", "scripts.chaos", "core", "controls", "storm", *amounts]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -50,7 +50,7 @@ def test_every_protection_is_missed_when_it_is_taken_away(books: dict[str, Any])
 def test_a_resize_storm_ends_bit_equal_and_asked_changes_cost_no_step(books: dict[str, Any]) -> None:
     entry = books["storm"]
     assert entry["failures"] == []
-    assert entry["figures"]["changes of the world size"] == 6
+    assert entry["figures"]["changes of the world size"] == 8
     assert entry["figures"]["steps done again, all changes asked for"] == 0
 
 

@@ -39,7 +39,8 @@ def start(data: Path, out: Path, copies: int) -> "subprocess.Popen[str]":
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.campaign), 4])
 def test_a_kill_at_any_point_costs_nothing_but_time(run: Expand, tmp_path: Path, every: int) -> None:
-    """Before every call that touches the disk (each day before every fourth): what was whole stays, and the end is that of an undisturbed run."""
+    """Before every call that touches the disk, each day before every fourth: what was whole stays, and the end is that
+    of an undisturbed run."""
     data, undisturbed = write_msd_folder(tmp_path / "data", 1, shape=(14, 12, 10)), tmp_path / "undisturbed"
     assert run(data, undisturbed, 1) == 0
     for last in range(0, 400, every):
