@@ -8,6 +8,7 @@ import ast
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -39,6 +40,7 @@ EVERY = sorted(
 )
 SHELL = {"source": ".venv/bin/activate", "export": "", "curl": "", "grep": "", "aws": "s3"}
 """Other programs that pages without a transcript may name, and what must stand behind them."""
+OF_A_RUN = {"checkpoints", "validation", "evaluation", "evaluations", "stacks", "groups", "ray"}
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -174,7 +176,7 @@ def check(tokens: list[str]) -> None:
         if " ".join(steps) in EVERY:
             unknown = given(" ".join(rest)) - options_of(" ".join([name, *steps])) - {"--help"}
             assert not unknown, f"{steps}: {unknown}"
-        changed = [after.partition("=")[0] for flag, after in zip(rest, rest[1:], strict=False) if flag == "--set"]
+        changed = [after.partition("=")[0] for flag, after in itertools.pairwise(rest) if flag == "--set"]
         assert set(changed) <= settings(), changed
     elif name.startswith("raytrain_brats."):
         assert not (unknown := given(" ".join(rest)) - options_of(name)), f"{name}: {unknown}"
@@ -183,7 +185,7 @@ def check(tokens: list[str]) -> None:
     elif name.startswith(("scripts/", ".ci/")):
         check_script(tokens) if name.startswith("scripts/") else (ROOT / name).stat()
     else:
-        assert name in SHELL and SHELL[name] in rest + [""], f"nobody checks {name!r}"
+        assert name in SHELL and SHELL[name] in [*rest, ""], f"nobody checks {name!r}"
 
 
 def commands_in(line: str) -> Iterator[list[str]]:
@@ -226,8 +228,8 @@ def test_files_and_settings_that_a_page_names_are_there(page: Path) -> None:
             assert list(ROOT.glob(f"tests/**/{Path(path).name}")), span
         elif re.fullmatch(r"[\w./*]+\.py|(raytrain_brats|cluster|docs|scripts|tests)/[\w./*-]*|\w+/(\w+/)*", path):
             files = [found for top in (ROOT, ROOT / "raytrain_brats") for found in top.glob(path.rstrip("/"))]
-            if not files and "/" in path and not path.endswith(".py") and path.split("/")[0] in RUN_FOLDERS:
-                continue  # of a run folder or a data set
+            if not files and ((top := path.split("/")[0]) in OF_A_RUN or top.isupper()):
+                continue  # a folder of a run; a place that a reader gives a name
             assert files, span
             assert not name or name in names_in(files[0]), span
         elif re.fullmatch(r"(network|preprocess|data|train|validate|checkpoint|run)(\.[a-z_]+)+(=.*)?", span):
@@ -235,19 +237,6 @@ def test_files_and_settings_that_a_page_names_are_there(page: Path) -> None:
     source = sources()
     for variable in set(re.findall(r"RAYTRAIN_BRATS_[A-Z_]*[A-Z]", page.read_text())):
         assert variable in source, variable
-
-
-RUN_FOLDERS = (
-    "checkpoints",
-    "validation",
-    "evaluation",
-    "evaluations",
-    "stacks",
-    "groups",
-    "ray",
-    "imagesTr",
-    "labelsTr",
-)
 
 
 def names_in(file: Path) -> set[str]:
@@ -269,7 +258,9 @@ def test_commands_of_a_page_exist(page: Path) -> None:
     """Programs, steps, options and settings of fenced commands, and of those in the text."""
     lines = [] if page.name in TYPED else fenced_of(page)
     ours = ("raytrain-brats ", "raytrain_brats.", "python -m raytrain_brats", "scripts/", "ray ", "EXTRAS=")
-    lines += [span for span in spans_of(words_of(page)) if span.startswith(ours) and not span.endswith(".py")]
+    lines += [
+        span for span in spans_of(words_of(page)) if span.startswith(ours) and not span.endswith((".py", "/", "NAME"))
+    ]
     for line in lines:
         for tokens in commands_in(line):
             try:
@@ -368,7 +359,8 @@ def test_the_commands_for_your_own_data_run(tmp_path: Path) -> None:
     ]
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL, json.dumps(commands)],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300, check=False,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
