@@ -21,7 +21,7 @@ from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import draw, fingerprint
 from raytrain_brats.data.stream import patches
 from raytrain_brats.learn.augment import DRAWS
-from raytrain_brats.learn.batch import Batch, Sample
+from raytrain_brats.learn.batch import Batch, TensorSample
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.run.heartbeat import Heartbeat
@@ -144,7 +144,7 @@ def take(stream: Iterator[Patch], positions: list[int]) -> list[Patch]:
 def batch_of(patches: list[Patch], samples_seen: int) -> Batch:
     """A rank's patches of one step as tensors, copied: blocks of the object store are read-only, and freed by this."""
     samples = tuple(
-        Sample(
+        TensorSample(
             place=p.position - samples_seen,
             image_czyx=torch.tensor(p.image_czyx),
             label_zyx=torch.tensor(p.label_zyx),

@@ -18,9 +18,9 @@ from raytrain_brats import verify
 from raytrain_brats.config import Config, parse
 from raytrain_brats.data import sampler as samplers
 from raytrain_brats.data import store as stores
-from raytrain_brats.data.boxes import parcels
+from raytrain_brats.data.boxes import rank_tables
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.stream import unpacked
+from raytrain_brats.data.stream import decoded
 from raytrain_brats.run import checkpoint, journal, spec, worker
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
@@ -111,7 +111,7 @@ def stream(todo: RunSpec, generation: Generation, rank: int, world_size: int) ->
         for window in todo.sampler.windows(low, high):
             samples = [todo.sampler.sample(p) for p in window if (p - low) % world_size == rank]
             items = [(s, None if s.case is None else todo.train_cases[s.case]) for s in samples]
-            yield from unpacked(parcels(todo.source, items, todo.patch_spec, world_size=1))
+            yield from decoded(rank_tables(todo.source, items, todo.patch_spec, world_size=1))
 
     return next_segment
 
