@@ -13,7 +13,7 @@ import yaml
 
 from raytrain_brats import storage
 from raytrain_brats.cases import scan
-from raytrain_brats.cases.scan import Progress
+from raytrain_brats.cases.scan import ShowProgress
 from raytrain_brats.config import Config, differences, load, parse, patch_divisor, recipe_names
 from raytrain_brats.config import described as described_recipe
 from raytrain_brats.data import manifest as manifests
@@ -53,7 +53,7 @@ def preprocessing(config: Config) -> dict[str, Any]:
 
 
 def open_cases(
-    config: Config, data: str, store: str = "", run_dir: str = "", progress: Progress | None = None
+    config: Config, data: str, store: str = "", run_dir: str = "", progress: ShowProgress | None = None
 ) -> tuple[Manifest, Source]:
     """The manifest and the source of a data folder (or manifest file) or of a store. Raises UserError.
 
