@@ -5,9 +5,11 @@ something is wrong. With NCCL_DEBUG=INFO the log names the network: on p4d "NET/
 """
 
 import argparse
+import os
 import socket
 import sys
 import time
+import uuid
 from typing import Any
 
 import ray
@@ -15,6 +17,8 @@ import torch
 import torch.distributed as dist
 from ray.train import ScalingConfig, TrainingFailedError, get_context, report
 from ray.train.torch import TorchTrainer, get_device
+
+from raytrain_brats.ray_ext.internals import core
 
 MEGABYTES = 256
 TOLERANCE = 0.05
@@ -24,10 +28,8 @@ TOLERANCE = 0.05
 def check(settings: dict[str, Any]) -> None:
     rank, world, device = get_context().get_world_rank(), get_context().get_world_size(), get_device()
     milliseconds = convolve(device, settings["edge"])
-    print(
-        f"rank {rank}: {socket.gethostname()}: {describe(device)}; 3D convolution {milliseconds:.1f} ms, right",
-        flush=True,
-    )
+    line = f"rank {rank}: {socket.gethostname()}: {describe(device)}; 3D convolution {milliseconds:.1f} ms, right"
+    core.kv_put(f"{settings['key']}/{rank:04d}", line.encode())
     numbers = torch.ones(MEGABYTES * 2**18, device=device)
     for turn in range(2 * settings["rounds"]):
         if turn == settings["rounds"]:  # the first half warms up
@@ -39,7 +41,8 @@ def check(settings: dict[str, Any]) -> None:
         raise RuntimeError(f"rank {rank}: the all-reduce's sums are wrong")
     speed = 2 * (world - 1) / world * MEGABYTES / 1024 / seconds
     if rank == 0:
-        print(f"all-reduce of {MEGABYTES} MiB over {world}: {seconds * 1e3:.1f} ms, {speed:.1f} GiB/s on the bus")
+        line = f"all-reduce of {MEGABYTES} MiB over {world}: {seconds * 1e3:.1f} ms, {speed:.1f} GiB/s on the bus"
+        core.kv_put(f"{settings['key']}/all-reduce", line.encode())
     report({"seconds": seconds})
 
 
@@ -108,14 +111,22 @@ def main() -> int:
     parser.add_argument("--edge", type=int, default=0, help="voxels of the convolution to time (128, on CPUs 32)")
     parser.add_argument("--cpu", action="store_true", help="try it without GPUs")
     args = parser.parse_args()
-    ray.init(address="auto")
+    # NCCL's own log comes from the workers; without it theirs is noise, as this process prints what they found
+    ray.init(address="auto", log_to_driver="NCCL_DEBUG" in os.environ)
     scaling = ScalingConfig(num_workers=args.workers, use_gpu=not args.cpu)
-    settings = {"rounds": args.rounds, "edge": args.edge or (32 if args.cpu else 128)}
+    settings: dict[str, Any] = {
+        "key": f"check/{uuid.uuid4().hex}",
+        "rounds": args.rounds,
+        "edge": args.edge or (32 if args.cpu else 128),
+    }
     try:
         TorchTrainer(check, train_loop_config=settings, scaling_config=scaling).fit()
     except TrainingFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    finally:
+        for key in sorted(core.kv_list(settings["key"])):
+            print((core.kv_get(key) or b"").decode())
     return 0
 
 

@@ -18,8 +18,8 @@ from raytrain_brats import s3, sagemaker, storage, verify
 from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.sagemaker import host
 from raytrain_brats.synthetic.phantom import write_set
-from tests.rigs import containers
-from tests.rigs.containers import NETWORK, Job, Network
+from tests.support import containers
+from tests.support.containers import NETWORK, Job, Network
 
 pytestmark = [
     pytest.mark.campaign,

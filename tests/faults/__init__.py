@@ -1,0 +1,1 @@
+"""What breaks things: kills, crash points, outages, full disks, answers of S3 that are spoilt, the campaigns."""

@@ -1,0 +1,100 @@
+"""Die between any two system calls of a commit or of a start: the old state or the new one, never a torn one.
+
+A forked child does the work and dies before its n-th call that touches the disk, for every n until it gets through.
+Power loss is worse than a kill: a file falls back to what it was at its last fsync, and a name to what it was at the
+last fsync of its folder, as a disk may do.
+On S3 the child dies before its n-th put or delete; after the n-th is before the next, or the end.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain_brats import storage
+from raytrain_brats.run import checkpoint, journal
+from raytrain_brats.run.journal import MetricsLog
+from tests.support.crashes import Disk, die_before_request, in_child
+
+
+def state_of(seen: int, length: int) -> dict[str, Any]:
+    return {"samples_seen": seen, "metrics_bytes": length, "bad_in_epoch": 0}
+
+
+def begun(folder: str) -> None:
+    """A run with rows 4 and 8 and a checkpoint at 8, of worker group 1."""
+    log = MetricsLog(folder, journal.begin_generation(folder))
+    for seen in (4, 8):
+        log.add({"samples_seen": seen})
+    log.flush()
+    checkpoint.save(folder, 8, 1, {"a": torch.ones(4)}, state_of(8, log.bytes))
+
+
+def go_on(folder: str) -> None:
+    """What a worker group does from 8 to 16, checkpoint and clean-up included."""
+    generation = journal.current(folder)
+    assert generation is not None
+    log = MetricsLog(folder, generation)
+    log.bytes = len(storage.read_bytes(storage.join(folder, "metrics.jsonl")))
+    for seen in (12, 16):
+        log.add({"samples_seen": seen})
+    log.flush()
+    checkpoint.save(folder, 16, generation.number, {"a": torch.zeros(4)}, state_of(16, log.bytes), fence=log.check)
+    checkpoint.prune(folder, 1, generation.number)
+
+
+def start_again(folder: str) -> None:
+    journal.begin_generation(folder)
+
+
+def check_every_point(place: Callable[[int], str], work: Any, arm: Callable[[int], Callable[[], None]]) -> int:
+    """After each death: a valid checkpoint, old or new, whose rows are all there and no others; a start that works."""
+    # `arm` sets a death up; what it returns is called when that was not reached
+    ends, wanted = set(), {begun: {0, 8}, go_on: {8, 16}, start_again: {8}}[work]
+    for last in range(200):
+        folder = place(last)
+        if work is not begun:
+            begun(folder)
+
+        def until_death(last: int = last, folder: str = folder) -> None:
+            end = arm(last)
+            work(folder)
+            end()
+
+        code = in_child(until_death)
+        assert code in (0, 9)
+
+        found, damaged = checkpoint.newest_valid(folder)
+        assert not damaged and (found is not None or work is begun)
+        seen = found.samples_seen if found else 0
+        generation = journal.begin_generation(folder)
+        ends.add(generation.samples_seen)
+        assert generation.samples_seen == seen
+        assert [row["samples_seen"] for row in journal.read_rows(folder)] == [*range(4, seen + 1, 4)]
+        events = storage.read_bytes(storage.join(folder, "events.jsonl")).decode()
+        assert all(json.loads(line) for line in events.splitlines() if line[-1:] == "}")
+        if not storage.is_s3(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        if code == 0:
+            break
+    assert ends == wanted
+    assert seen == max(wanted), "what was committed is there for good"
+    return last
+
+
+@pytest.mark.parametrize("power_loss", [False, True], ids=["kill", "power loss"])
+@pytest.mark.parametrize("work", [begun, go_on, start_again])
+def test_every_crash_point_leaves_a_state_to_go_on_from(tmp_path: Path, work: Any, power_loss: bool) -> None:
+    """On a local disk, before every call that touches it."""
+    assert 8 < check_every_point(lambda n: str(tmp_path / f"{n}"), work, lambda n: Disk(n, power_loss).lose) < 199
+
+
+@pytest.mark.parametrize("work", [go_on, start_again])
+def test_every_crash_point_on_s3_leaves_a_state_to_go_on_from(s3_server: str, work: Any) -> None:
+    """On S3, before every request that changes something."""
+    deaths = check_every_point(lambda n: f"{s3_server}/{n}", work, die_before_request)
+    assert deaths == (7 if work is go_on else 3)

@@ -1,0 +1,96 @@
+"""The disk of the run folder, or of the predictions, has no room: told at once, by name, and nothing saved is lost."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raytrain_brats import storage
+from raytrain_brats.run import journal
+from raytrain_brats.synthetic.phantom import write_set
+from tests.support import ROOT
+
+SMALL = ("train.epochs=4", "preprocess.spacing_mm=7.5", "data.patch_xyz=[16,16,16]", "checkpoint.every_samples=8")
+
+
+@pytest.fixture
+def small() -> Iterator[Path]:
+    """A folder that a command under `on_small_disk` finds on a disk of its own."""
+    with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        (Path(folder) / "small").mkdir()
+        yield Path(folder) / "small"
+
+
+def on_small_disk(place: Path, size: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run where `place` holds `size`; what it left there is copied beside it, to `left`."""
+    script = (
+        f"mount -t tmpfs -o size={size} tmpfs {place} && timeout -s INT 70 \"$0\" \"$@\"; code=$?; "
+        f"cp -r {place} {place.parent}/left; exit $code"
+    )  # fmt: skip
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, sys.executable, "-m", "raytrain_brats", *command],
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)},
+        cwd=place.parent, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="a disk of its own needs root")
+
+
+@pytest.mark.campaign
+@needs_root
+@pytest.mark.parametrize("size", ["600k", "44k"])
+def test_training_on_a_full_disk_says_so(size: str, small: Path) -> None:
+    """Room for the books and for no checkpoint, or for no book: on the terminal at once and in each line from there."""
+    data = small.parent / "data"
+    write_set(str(data), cases=6, seed=0, grid=32, anatomy="procedural")
+    sets = [f"--set={value}" for value in SMALL]
+    train = ("train", "--recipe", "demo", "--data", str(data), "--run-dir", str(small / "run"), "--workers", "1", *sets)
+    said = on_small_disk(small, size, *train).stdout
+    assert said.count("warning: not saved: No space left on device") == 1, said
+    assert "not saved since sample 0: No space left on device" in said and "Traceback" not in said
+    if size == "600k":
+        assert "waiting for room to save the last checkpoint" in said
+        assert any(e["event"] == "checkpoint_failed" for e in journal.read_events(str(small.parent / "left" / "run")))
+
+
+@needs_root
+def test_an_output_that_finds_no_room_is_named(small: Path) -> None:
+    """A command's error is one line with the file in it, also from Ray's tasks; no half a file stays."""
+    done = on_small_disk(small, "12k", "phantom", "--out", str(small / "out"), "--cases", "2", "--grid", "32")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and f"No space left on device: '{small}/out/" in done.stderr, done.stderr
+    assert not list((small.parent / "left").rglob("*.tmp"))
+
+
+@needs_root
+def test_a_full_disk_is_told_by_the_files_name(small: Path) -> None:
+    """Both ways to write: the kernel's own error names no file."""
+    code = """
+import sys
+from raytrain_brats import storage
+for write in (lambda: storage.write_bytes(f"{sys.argv[1]}/whole", bytes(100_000)),
+              lambda: storage.append(f"{sys.argv[1]}/lines", "x" * 100_000)):
+    try:
+        write()
+    except OSError as error:
+        print(error.errno, error.filename)
+"""
+    mount = f'mount -t tmpfs -o size=16k tmpfs {small} && exec "$0" "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount, sys.executable, "-c", code, str(small)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split("\n") == [f"28 {small}/whole", f"28 {small}/lines", ""]
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path: Path) -> None:
+    """A folder that is a file is what stands in the message, not the object that was to be put below it."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(NotADirectoryError, match="file"):
+        storage.write_bytes(str(tmp_path / "file" / "below" / "object"), b"x")

@@ -1,0 +1,1 @@
+"""What needs a real Ray: the commands as a user runs them, streams, nodes that join and leave."""

@@ -1,0 +1,254 @@
+"""The commands, on a real local Ray: both routes, real cases, a full-size volume, S3, the demo.
+
+Commands run in processes of their own, as a user runs them. Phantom scores here show that the machinery works.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import boto3
+import nibabel as nib
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+
+from raytrain_brats import s3, storage
+from raytrain_brats.run import journal
+from raytrain_brats.synthetic.phantom import write_set
+from tests.support import ROOT
+from tests.support.cases import REAL, save
+
+CROPS = REAL / "Task01_BrainTumour_crops"
+QUICK = ["train.epochs=2", "checkpoint.every_samples=4", "validate.every_samples=1000", "run.cpus_per_task=0.5"]
+
+RUN_ALL = """
+import importlib, json, os, sys
+os.environ["RAY_ADDRESS"] = "local"
+for command, *arguments in json.loads(sys.argv[1]):
+    code = importlib.import_module(f"raytrain_brats.{command}").main(arguments)
+    if code:
+        sys.exit(f"{command} {arguments} exited with {code}")
+"""
+
+
+def run_all(*commands: list[str], **environment: str) -> str:
+    """Run commands one after the other in one process, on one Ray; what they printed."""
+    arguments = [sys.executable, "-c", RUN_ALL, json.dumps(commands)]
+    done = subprocess.run(
+        arguments, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def settings(*values: str) -> list[str]:
+    return [f"--set={value}" for value in (*QUICK, *values)]
+
+
+@pytest.mark.skipif(not CROPS.exists(), reason="the real MSD crops are not here")
+def test_real_cases_go_through_every_command_by_both_routes(tmp_path: Path) -> None:
+    """Real MSD cases: raw and store routes apply the same losses; predictions lie on the input's own grid."""
+    options = settings("preprocess.spacing_mm=1.0", "data.patch_xyz=[64, 64, 16]", "data.patches_per_case=8")
+    manifest, store = str(tmp_path / "m.jsonl"), str(tmp_path / "store")
+    raw, stored, out = str(tmp_path / "raw"), str(tmp_path / "stored"), tmp_path / "out"
+    run_all(
+        ["index", "--data", str(CROPS), "--out", manifest],
+        ["prepare", "--data", manifest, "--store", store, *options],
+        ["train", "--data", manifest, "--run-dir", raw, "--workers", "1", *options],
+        ["train", "--store", store, "--run-dir", stored, "--workers", "1", *options],
+        ["evaluate", "--data", manifest, "--run-dir", raw],
+        ["predict", "--run-dir", raw, "--out", str(out), "--images", str(CROPS)],
+        ["report", "--run-dir", raw],
+    )
+
+    by_raw, by_store = journal.read_rows(raw), journal.read_rows(stored)
+    assert len(by_raw) == 4  # 1 case x 8 patches x 2 epochs in batches of 4
+    assert [r["positions"] for r in by_raw] == [r["positions"] for r in by_store]
+    assert [r["loss"] for r in by_raw] == pytest.approx([r["loss"] for r in by_store], rel=1e-6)
+    assert json.loads((tmp_path / "raw/evaluation/summary.json").read_text())["data"] == "real"
+    assert "BRATS_119" in (tmp_path / "raw/report.html").read_text()
+    for image in sorted((CROPS / "imagesTr").glob("BRATS*.nii.gz")):
+        given, made = nib.load(image), nib.load(out / image.name)
+        assert made.shape == given.shape[:3]
+        np.testing.assert_allclose(made.affine, given.affine)
+        assert set(np.unique(np.asarray(made.dataobj))) <= {0, 1, 2, 3}
+
+
+@pytest.mark.campaign
+def test_a_full_size_volume_streams_raw_in_patches_of_96(tmp_path: Path) -> None:
+    """A 240x240x155x4 phantom is decoded and preprocessed by Ray Data while a worker trains on 96^3 patches."""
+    write_set(str(tmp_path / "data"), cases=2, seed=1, grid=240, anatomy="procedural")
+    options = settings("preprocess.spacing_mm=1.0", "data.patch_xyz=[96, 96, 96]", "validate.max_cases=1")
+    options += ["--set=train.global_batch=2", "--set=train.epochs=1", "--set=data.patches_per_case=2"]
+    run = str(tmp_path / "run")
+    run_all(["train", "--data", str(tmp_path / "data"), "--run-dir", run, "--workers", "1", *options])
+
+    row, *others = journal.read_rows(run)
+    assert not others
+    assert row["bad"] == 0
+    assert 0 < row["loss"] < 3
+    assert any(e["event"] == "validation" for e in journal.read_events(run))
+
+
+def test_everything_may_live_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data, store, run folder and predictions on S3 (a real server on this machine); the run is resumed there."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    aws = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in aws.items():
+        monkeypatch.setenv(name, value)
+    s3.client.cache_clear()
+    try:
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="brats")
+        write_set(str(tmp_path), cases=6, seed=2, grid=32, anatomy="procedural")
+        for path in sorted(p for p in tmp_path.rglob("*") if p.is_file()):
+            client.upload_file(str(path), "brats", f"data/{path.relative_to(tmp_path)}")
+        options = settings("preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]")
+        train = ["train", "--store", "s3://brats/store", "--run-dir", "s3://brats/run", "--workers", "1:2", *options]
+        printed = run_all(
+            ["index", "--data", "s3://brats/data", "--out", "s3://brats/m.jsonl"],
+            ["prepare", "--data", "s3://brats/m.jsonl", "--store", "s3://brats/store", *options],
+            train,
+            train,
+            ["evaluate", "--store", "s3://brats/store", "--run-dir", "s3://brats/run"],
+            ["predict", "--run-dir", "s3://brats/run", "--out", "s3://brats/out", "--images", "s3://brats/data"],
+            ["report", "--run-dir", "s3://brats/run"],
+        )
+
+        assert "is finished" in printed
+        rows = journal.read_rows("s3://brats/run")
+        assert [r["positions"] for r in rows] == [[p, p + 4] for p in range(0, 32, 4)]  # 4 cases x 4 patches x 2
+        made = storage.list_files("s3://brats")
+        assert "run/report.html" in made
+        assert sum(name.startswith("out/") and name.endswith(".nii.gz") for name in made) == 6
+        assert sum(name.endswith("MANIFEST.json") for name in made) == 2
+    finally:
+        server.stop()
+        s3.client.cache_clear()
+
+
+def write_as(folder: Path, cases: list[Path], layout: str) -> list[str]:
+    """MSD phantoms under other names, values and channel orders; the ids of the cases."""
+    names, old = [], {"upenn": (0, 2, 1, 4), "ped": (0, 4, 2, 1), "nnunet": (0, 1, 2, 3)}
+    for number, path in enumerate(cases):
+        image, label = nib.load(path), nib.load(path.parents[1] / "labelsTr" / path.name)
+        name = {"upenn": f"UPENN-GBM-{number:05d}_11", "ped": f"BraTS-PED-{number:05d}-000", "nnunet": f"P{number}"}[
+            layout
+        ]
+        files = {
+            "upenn": [f"images_structural/{name}/{name}_{kind}" for kind in ("FLAIR", "T1", "T1GD", "T2")],
+            "ped": [f"{name}/{name}-{kind}" for kind in ("t2f", "t1n", "t1c", "t2w")],
+            "nnunet": [f"imagesTr/{name}_{channel:04d}" for channel in (3, 0, 1, 2)],
+        }[layout]
+        truth = {"upenn": f"images_segm/{name}_segm", "ped": f"{name}/{name}-seg", "nnunet": f"labelsTr/{name}"}[layout]
+        voxels = np.asarray(image.dataobj)
+        for channel, file in enumerate(files):
+            save(folder / f"{file}.nii.gz", voxels[..., channel], image.affine)
+        save(folder / f"{truth}.nii.gz", np.array(old[layout], np.uint8)[np.asarray(label.dataobj)], image.affine)
+        names.append(name)
+    if layout == "nnunet":
+        about = {"channel_names": dict(enumerate(("T1", "T1ce", "T2", "FLAIR"))), "file_ending": ".nii.gz"}
+        about |= {"labels": {"background": 0, "edema": 1, "core": 2, "ET": 3}, "numTraining": len(cases)}
+        (folder / "dataset.json").write_text(json.dumps(about))
+    return names
+
+
+def test_the_same_cases_in_any_layout_give_the_same_scores_and_predictions(tmp_path: Path) -> None:
+    """UPENN-GBM, BraTS PED 2024 and nnU-Net's raw data through index, prepare, evaluate and predict, by one MSD run."""
+    data, run = tmp_path / "msd", tmp_path / "run"
+    write_set(str(data), cases=6, seed=2, grid=32, anatomy="procedural")
+    cases = sorted((data / "imagesTr").glob("*.nii.gz"))
+    ids = {layout: write_as(tmp_path / layout, cases, layout) for layout in ("upenn", "ped", "nnunet")}
+    ids["msd"] = [path.name.removesuffix(".nii.gz") for path in cases]
+    options = settings("preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]", "train.epochs=10")
+    commands = [["train", "--data", str(data), "--run-dir", str(run), "--workers", "1", *options]]
+    scores = []
+    for layout in ("msd", "upenn", "ped", "nnunet"):
+        manifest, store, out = (str(tmp_path / f"{layout}.{what}") for what in ("jsonl", "store", "out"))
+        commands += [
+            ["index", "--data", str(tmp_path / layout), "--out", manifest],
+            ["prepare", "--data", manifest, "--store", store, "--set=preprocess.spacing_mm=7.5"],
+            ["evaluate", "--store", store, "--run-dir", str(run), "--split", "all", "--overlays", "0"],
+            ["predict", "--run-dir", str(run), "--images", str(tmp_path / layout), "--out", out],
+        ]
+    commands += [
+        ["predict", "--run-dir", str(run), "--images", str(data), "--out", f"{out}2", "--convention", "brats2023"]
+    ]
+    run_all(*commands)
+    for folder in [run / "evaluation", *(run / "evaluations").iterdir()]:
+        found = json.loads((folder / "summary.json").read_text())
+        scores.append((found["convention"], found["dice"]))
+    assert sorted(name for name, _ in scores) == ["brats2017_2021", "brats2024_ped", "msd", "msd"]
+    assert all(dice == scores[0][1] for _, dice in scores)
+    for number in range(len(cases)):
+        made = [
+            np.asarray(nib.load(tmp_path / f"{layout}.out" / f"{names[number]}.nii.gz").dataobj)
+            for layout, names in ids.items()
+        ]
+        assert made[0].any() and all(np.array_equal(made[0], other) for other in made[1:])
+        other = np.asarray(nib.load(f"{out}2/{ids['msd'][number]}.nii.gz").dataobj)
+        assert np.array_equal(other, np.array([0, 2, 1, 3])[np.asarray(made[-1])])
+
+
+def test_a_bad_case_is_named_and_the_run_goes_on_or_stops_by_its_share(tmp_path: Path) -> None:
+    """A cut-off file costs its samples, not the run; beyond the allowed share the run stops and says why."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    write_set(str(data), cases=6, seed=2, grid=32, anatomy="procedural")
+    damaged = data / "imagesTr/BRATS_001.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-2000])
+    options = settings("preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]")
+    train = ["train", "--data", str(data), "--workers", "1", *options]
+    run_all([*train, "--run-dir", str(run), "--set=data.max_bad_share=0.5"])
+
+    assert sum(row["bad"] for row in journal.read_rows(str(run))) == 2 * 4  # epochs x patches of the one case
+    quarantined = [e for e in journal.read_events(str(run)) if e["event"] == "quarantine"]
+    assert {(e["case"], e["reason"]) for e in quarantined} == {("BRATS_001", "gzip_damaged")}
+
+    command = [sys.executable, "-m", "raytrain_brats", *train, "--run-dir", str(tmp_path / "strict")]
+    done = subprocess.run(
+        command, env=os.environ | {"RAY_ADDRESS": "local"}, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 1
+    assert "max_bad_share" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_demo_survives_a_killed_worker_and_says_what_it_made(tmp_path: Path) -> None:
+    """`scripts/demo --chaos` on few phantoms: one restart, every sample once, scores, predictions, report, summary.
+
+    In a folder whose name is not ASCII, which Ray's metrics do not take.
+    """
+    out = tmp_path / "Läufe 训练"
+    small = ["train.epochs=10", "checkpoint.every_samples=16", "validate.every_samples=100"]
+    command = [sys.executable, "-m", "scripts.demo_story", "--chaos", "--out", str(out), "--cases", "8"]
+    command += [f"--set={value}" for value in small]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+    summary = json.loads((out / "summary.json").read_text())
+    rows = journal.read_rows(str(out / "run"))
+    assert summary["restarts"] == 1
+    assert summary["samples_seen"] == 6 * 4 * 10
+    assert [row["positions"] for row in rows] == [[p, p + 4] for p in range(0, 240, 4)]
+    assert set(summary["dice"]) == {"WT", "TC", "ET"}
+    assert len(list((out / "predictions").glob("*.nii.gz"))) == 8
+    assert Path(summary["report"]).read_text().startswith("<!doctype html>")
+    assert summary["seconds"]["train"] > 0
+    scores = (out / "run/evaluation/cases.csv").read_text().splitlines()[1:]
+    for name, *dice in (line.split(",")[:4] for line in scores):  # the scores are those of the files written
+        made, truth = (
+            np.asarray(nib.load(out / p / f"{name}.nii.gz").dataobj) for p in ("predictions", "data/labelsTr")
+        )
+        for values, found in zip(((1, 2, 3), (2, 3), (3,)), dice, strict=True):
+            p, t = np.isin(made, values), np.isin(truth, values)
+            assert 2 * (p & t).sum() / max(1, p.sum() + t.sum()) == pytest.approx(float(found), abs=1e-3)

@@ -1,0 +1,247 @@
+"""What a rank writes down, and what it does when steps are not finite or the disk is full."""
+
+import dataclasses
+import resource
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrain_brats import storage
+from raytrain_brats.learn.step import StepResult
+from raytrain_brats.run import checkpoint, checkpoint_request, control, journal
+from raytrain_brats.run.checkpoint_request import HOLD, SAVE
+from raytrain_brats.run.journal import MetricsLog
+from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.recorder import ROLL_BACK_AFTER, RunRecorder
+from raytrain_brats.run.worker import batch_of, train_step_of
+from tests.support.steps import CPU, patch, spec
+
+GOOD = StepResult(0.5, 0, True, False, 17, 0, 0.1, (0.01,))
+BAD = dataclasses.replace(GOOD, loss=None, finite=False)
+OVERFLOW = dataclasses.replace(GOOD, finite=False, overflow=True)
+
+
+def recorder_at(run_dir: Path) -> RunRecorder:
+    """A worker group of one rank that goes on where the run stands."""
+    todo = dataclasses.replace(spec(), run_dir=str(run_dir), dataset_identity="x")
+    return RunRecorder(todo, journal.begin_generation(str(run_dir)), 0, 1, CPU, PhaseTimer())
+
+
+def steps(recorder: RunRecorder, result: StepResult, start: int, count: int) -> None:
+    for number in range(count):
+        recorder.step(start + 4 * number, start + 4 * number + 4, result, [])
+
+
+def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in journal.read_events(str(run_dir)) if e["event"] == kind]
+
+
+def test_steps_that_stay_non_finite_go_back_before_the_trouble_then_stop(tmp_path: Path) -> None:
+    """Ten in a row: the group ends and goes on from the checkpoint before them; the third time the run stops."""
+    train_step = train_step_of(spec(), 1, CPU)
+    for time_ in range(3):
+        with recorder_at(tmp_path) as recorder:
+            if time_ == 0:
+                steps(recorder, GOOD, 0, 2)
+                recorder.checkpoint(8, train_step)
+            assert recorder.generation.roll_backs == time_ and recorder.generation.samples_seen == (8 if time_ else 0)
+            steps(recorder, BAD, 8, ROLL_BACK_AFTER - 1)
+            recorder.checkpoint(
+                8 + 4 * (ROLL_BACK_AFTER - 1), train_step
+            )  # none: it would hold what led to the trouble
+            if time_ < 2:
+                with pytest.raises(FloatingPointError, match="positions 8 to 47"):
+                    steps(recorder, BAD, 8 + 4 * (ROLL_BACK_AFTER - 1), 1)
+            else:
+                steps(recorder, BAD, 8 + 4 * (ROLL_BACK_AFTER - 1), 1)
+                assert recorder.stopped
+    assert [e["positions"] for e in events(tmp_path, "roll_back")] == [[8, 48], [8, 48]]
+    assert "positions 8 to 47" in events(tmp_path, "stop")[0]["reason"]
+    assert [c[1] for c in checkpoint.committed(str(tmp_path))] == [8]
+
+
+def test_loss_scaling_that_finds_its_place_is_no_trouble(tmp_path: Path) -> None:
+    """fp16 overflows of the first steps are skipped as ever, and count for nothing."""
+    with recorder_at(tmp_path) as recorder:
+        steps(recorder, OVERFLOW, 0, 30)
+        steps(recorder, BAD, 120, ROLL_BACK_AFTER - 1)
+        steps(recorder, GOOD, 156, 1)
+        steps(recorder, BAD, 160, ROLL_BACK_AFTER - 1)
+    assert not events(tmp_path, "roll_back") and not recorder.stopped
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """The kernel refuses to let any file of this process grow beyond `size` bytes: a full disk, without root."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_full_disk_costs_checkpoints_not_the_run(tmp_path: Path) -> None:
+    """Training goes on, the last good checkpoint stays, the event tells; with room again all is made up for."""
+    train_step = train_step_of(spec(), 1, CPU)
+    with recorder_at(tmp_path) as recorder:
+        steps(recorder, GOOD, 0, 2)
+        recorder.checkpoint(8, train_step)
+        recorder._writer.wait()
+        steps(recorder, GOOD, 8, 2)
+        with no_file_beyond((tmp_path / "metrics.jsonl").stat().st_size + 100):
+            steps(recorder, GOOD, 16, 3)  # the rows find no room, nor a part of one
+            recorder.checkpoint(28, train_step)
+            recorder._writer.wait()
+        assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+        assert checkpoint.newest_valid(str(tmp_path))[0].samples_seen == 8
+        steps(recorder, GOOD, 28, 1)
+        recorder.checkpoint(32, train_step)
+    assert [row["samples_seen"] for row in journal.read_rows(str(tmp_path))] == list(range(4, 36, 4))
+    assert checkpoint.newest_valid(str(tmp_path))[0].samples_seen == 32
+    failed = events(tmp_path, "checkpoint_failed")
+    assert [e["samples_seen"] for e in failed] == [28] and "Errno" in failed[0]["error"]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_an_event_that_finds_no_room_is_told_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """None is lost, none is torn, order stays."""
+    journal.event(str(tmp_path), "first")
+    with no_file_beyond((tmp_path / "events.jsonl").stat().st_size + 20):
+        journal.event(str(tmp_path), "second")
+        journal.event(str(tmp_path), "third")
+    journal.event(str(tmp_path), "fourth")
+    assert [e["event"] for e in journal.read_events(str(tmp_path))] == ["first", "second", "third", "fourth"]
+    assert "second: not written to events.jsonl yet" in caplog.text
+
+
+def test_a_save_that_is_still_under_way_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow storage makes checkpoints rarer; it does not hold the training up."""
+    real = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (time.sleep(1), real(*a, **k))[1])
+    train_step, began = train_step_of(spec(), 1, CPU), time.monotonic()
+    with recorder_at(tmp_path) as recorder:
+        for number in range(3):
+            steps(recorder, GOOD, 4 * number, 1)
+            recorder.checkpoint(4 * number + 4, train_step)
+        assert time.monotonic() - began < 0.9
+    assert [e["samples_seen"] for e in events(tmp_path, "checkpoint_left_out")] == [8, 12]
+    assert [c[1] for c in checkpoint.committed(str(tmp_path))] == [4]
+
+
+def test_the_clock_shares_every_moment_out(tmp_path: Path) -> None:
+    """What checkpoints say was spent is the time between their marks, no more and no less."""
+    train_step = train_step_of(spec(), 1, CPU)
+    with recorder_at(tmp_path) as recorder:
+        timer = recorder.timer
+        timer.enter("validate")  # before the first batch: start-up
+        timer.enter("data")
+        began = time.time()
+        for seen in (4, 8, 12):
+            time.sleep(0.05)
+            train_step.step(batch_of([patch(i) for i in range(4)], seen - 4), seen - 4, 0, timer.enter)
+            timer.enter("save")
+            steps(recorder, GOOD, seen - 4, 1)
+            recorder.checkpoint(seen, train_step)
+            recorder._writer.wait()
+            timer.enter("data")
+    marks = events(tmp_path, "checkpoint") + events(tmp_path, "closed")
+    assert timer.first_batch == pytest.approx(began + 0.05, abs=0.5)
+    for before, event in zip([began, *(e["mark"] for e in marks)], marks, strict=False):
+        before = max(before, timer.first_batch)
+        assert sum(event["spent"].values()) == pytest.approx(event["mark"] - before, abs=0.02)
+    assert all(e["spent"]["data_wait_s"] >= 0.05 for e in marks[1:3])
+
+
+def test_a_step_waited_for_data_and_computed(tmp_path: Path) -> None:
+    """The row's seconds are those of its own step; neither the saving before it nor its own counts."""
+    timer, began = PhaseTimer(), time.monotonic()
+    for phase, seconds in (("data", 0.2), ("forward", 0.1), ("update", 0.05), ("save", 0.3)):
+        timer.enter(phase)
+        time.sleep(seconds)
+    wait_s, step_s = timer.step_times()
+    assert wait_s >= 0.2 and step_s >= wait_s + 0.15 and step_s <= time.monotonic() - began - 0.3
+    assert timer.step_times() == (0.0, 0.0) and timer.updates == 1 and timer.entries == 4
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_requests_are_heard_once_and_by_the_group_they_are_for(place: str, request: Any, tmp_path: Path) -> None:
+    """By a thread: a storage that is away costs no step."""
+    run_dir = str(tmp_path) if place == "local" else f"{request.getfixturevalue('s3_server')}/run"
+    poller = checkpoint_request.RequestPoller(run_dir, 3)
+    poller._every_s = 0.05
+    for generation, expected in ((2, 0), (3, HOLD)):
+        text = f'{{"generation": {generation}, "what": {HOLD}, "time": {time.time()}}}'
+        storage.write_bytes(f"{run_dir}/save-request.json", text.encode())
+        deadline, heard = time.monotonic() + (1 if not expected else 15), 0
+        while time.monotonic() < deadline and not heard:
+            time.sleep(0.02)
+            heard = poller.poll()
+        assert heard == expected
+    assert poller.poll() == 0
+    poller.close()
+
+
+@pytest.mark.parametrize("wants", [(HOLD, HOLD), (SAVE, HOLD), (HOLD, SAVE)])
+@pytest.mark.parametrize("apart_s", [0.0, 0.3])
+def test_controller_and_driver_may_ask_at_once(wants: tuple[int, int], apart_s: float, tmp_path: Path) -> None:
+    """A resize and Ctrl-C, say: both are told that the group is saved, though it listens to neither once it holds."""
+    run_dir, generation = str(tmp_path), begun(tmp_path)
+    poller = checkpoint_request.RequestPoller(run_dir, generation.number)
+    poller._every_s = 0.1
+
+    def group() -> None:
+        heard = 0
+        while heard != HOLD and not poller._closed.is_set():
+            if heard := poller.poll():
+                holds = {"holds_since": time.time()} if heard == HOLD else {}
+                control.note(run_dir, generation.number, answered=poller.answered, **holds)
+            time.sleep(0.02)
+
+    with ThreadPoolExecutor(3) as pool:
+        pool.submit(group)
+        first = pool.submit(checkpoint_request.request, run_dir, wants[0])
+        time.sleep(apart_s)
+        second = pool.submit(checkpoint_request.request, run_dir, wants[1])
+        try:
+            assert first.result(timeout=20)
+            assert second.result(timeout=20)
+        finally:
+            poller.close()
+
+
+def test_nobody_waits_for_a_group_that_was_replaced(tmp_path: Path) -> None:
+    """The new group does not know of the request: the answer is no, at once."""
+    begun(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(checkpoint_request.request, str(tmp_path), SAVE)
+        time.sleep(0.3)
+        journal.begin_generation(str(tmp_path))
+        assert asked.result(timeout=5) is False
+
+
+def begun(tmp_path: Path) -> journal.Generation:
+    """A run whose group has applied a step."""
+    generation = journal.begin_generation(str(tmp_path))
+    control.note(str(tmp_path), generation.number, trains=True)
+    return generation
+
+
+def test_rows_of_a_cut_off_write_are_taken_back(tmp_path: Path) -> None:
+    """A row that fits in part only leaves the file as it was."""
+    log = MetricsLog(str(tmp_path), journal.begin_generation(str(tmp_path)))
+    log.add({"samples_seen": 4})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with no_file_beyond(size + 5):
+        log.add({"samples_seen": 8})
+        assert (tmp_path / "metrics.jsonl").stat().st_size == size
+        with pytest.raises(OSError, match="a part"):
+            log.flush()
+    log.add({"samples_seen": 12})
+    assert [row["samples_seen"] for row in journal.read_rows(str(tmp_path))] == [4, 8, 12]
+    assert log.bytes == (tmp_path / "metrics.jsonl").stat().st_size
