@@ -82,10 +82,10 @@ def work(args: Args) -> None:
         first_of.setdefault(keys[case.id], case)
     there = stores.objects(store)
     done = {} if args.verify else {key: there[key] for key in first_of if key in there}
-    todo = [{"case": _packed(case), "object": there.get(key, "")} for key, case in first_of.items() if key not in done]
+    rows = [{"case": _packed(case), "object": there.get(key, "")} for key, case in first_of.items() if key not in done]
     verdicts: dict[str, dict[str, str]] = {}
-    results = _prepare_all(store, source, todo, options, args.codec) if todo else iter(())
-    for row in progress(results, "preparing", len(todo)):
+    results = _prepare_all(store, source, rows, options, args.codec) if rows else iter(())
+    for row in progress(results, "preparing", len(rows)):
         if row["reason"]:
             verdicts[keys[row["id"]]] = {name: row[name] for name in ("uri", "reason", "detail")}
             if args.strict:
@@ -141,7 +141,7 @@ def _check_same_store(store: str, before: stores.About, about: stores.About, man
 
 
 def _prepare_all(
-    store: str, source: Source, todo: list[dict[str, Any]], options: dict[str, Any], codec: Codec
+    store: str, source: Source, rows: list[dict[str, Any]], options: dict[str, Any], codec: Codec
 ) -> Iterator[dict[str, Any]]:
     """{id, object, uri, reason, detail} of every row {case, object}, over the cluster; intact objects stay."""
 
@@ -161,7 +161,7 @@ def _prepare_all(
 
     cluster.connect()
     cluster.check_shared({"store": store}, {"data folder": source.root})
-    yield from cluster.data_map(one, todo)
+    yield from cluster.data_map(one, rows)
 
 
 def _packed(case: Case) -> str:

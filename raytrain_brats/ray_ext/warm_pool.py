@@ -56,9 +56,9 @@ def _warm(*modules: str) -> None:
 
 
 class WarmPool(WorkerGroupCallback):
-    """Requests idle processes once a group has applied its first step (`trains` returns True)."""
+    """Requests idle processes once a group has applied its first step (`trains` returns something true)."""
 
-    def __init__(self, trains: Callable[[], bool]) -> None:
+    def __init__(self, trains: Callable[[], object]) -> None:
         self._trains = trains
         self._ready: Counter[str] = Counter()
         """Warm processes on each node, as far as known."""
