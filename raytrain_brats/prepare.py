@@ -4,7 +4,7 @@ In: a folder of NIfTI cases or a manifest; a recipe's `preprocess` section.
 Out: a store for `train --store`; `quarantine.json` in it names what could not be used and why; `manifest.jsonl` what
 the folder held, so that it is not read again.
 
-May be killed anywhere: the same command again makes what is missing. An object is told by its name and length;
+May be killed anywhere: the same command again makes what is missing. An object is identified by its name and length;
 `--verify` reads all of them, and the folder, again.
 """
 
