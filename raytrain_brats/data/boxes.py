@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase
-from raytrain_brats.data.patch import Patch, Triple, crop, empty_patch, patch_origin
-from raytrain_brats.data.preprocess import Prepared
+from raytrain_brats.data.patch import Patch, crop, empty_patch, patch_origin
+from raytrain_brats.data.preprocess import Prepared, Triple, triple
 from raytrain_brats.data.sampler import Sample
 from raytrain_brats.data.store import Source, binary_column, binary_value
 
@@ -131,9 +131,9 @@ def bounding_boxes(
         return [box for sample in samples for box in bounding_boxes(prepared, case_id, [sample], patch_spec)]
     inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))  # NumPy clips it to the case
     assert prepared.label_zyx is not None, "training cases are labelled; the manifest saw to it"
-    within = [(sample, _triple(origin - low)) for sample, origin in zip(samples, origins, strict=True)]
+    within = [(sample, triple(origin - low)) for sample, origin in zip(samples, origins, strict=True)]
     image, label = prepared.image_czyx[(slice(None), *inside)], prepared.label_zyx[inside]
-    return [CaseBox(case_id, within, "", _triple(high - low), image, label, prepared.mean, prepared.std)]
+    return [CaseBox(case_id, within, "", triple(high - low), image, label, prepared.mean, prepared.std)]
 
 
 def encode(boxes: list[CaseBox], size_zyx: Triple, left: int, buffer: Buffer | None = None) -> pa.Table:
@@ -193,8 +193,3 @@ def _fill(target: npt.NDArray[Any], array: npt.NDArray[Any]) -> None:
         rest[axis] = slice(count, None)
         target[tuple(rest)] = 0
     np.copyto(target[tuple(slice(count) for count in array.shape)], array)
-
-
-def _triple(values: Any) -> Triple:
-    z, y, x = (int(v) for v in values)
-    return z, y, x

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raytrain_brats.data.preprocess import Prepared
+from raytrain_brats.data.preprocess import Prepared, Triple
 from raytrain_brats.data.sampler import Sample, draw
-
-Triple = tuple[int, int, int]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from raytrain_brats.data.nifti import MAX_BYTES, InvalidCase, Volume, VolumeStats, intensity_range
 from raytrain_brats.labels import MODALITIES
 
+Triple = tuple[int, int, int]
 FOREGROUND_VOXELS = 512
 """Voxels stored per label value, as centres of foreground crops: enough to cover a tumour, too few to cost space."""
 _CHUNK = 1 << 15  # voxels worked on at a time, so that they stay in the processor's cache
@@ -126,10 +127,10 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
     stored, mean, std = _condensed(image[(slice(None), *crop)].transpose(0, 3, 2, 1), extent, volume.files)
     foreground, counts = _foreground_index(label_zyx)
     geometry = Geometry(
-        native_shape=_triple(volume.image_cxyz.shape[1:]),
+        native_shape=triple(volume.image_cxyz.shape[1:]),
         affine=tuple(tuple(row) for row in volume.affine.tolist()),
-        axes=_triple(axes),
-        flips=_triple(flips),
+        axes=triple(axes),
+        flips=triple(flips),
         grid_shape=grid_shape,
         spacing_mm=(float(wanted_mm[0]), float(wanted_mm[1]), float(wanted_mm[2])),
         box=(box[0], box[1], box[2]),
@@ -196,7 +197,7 @@ def _grid(affine: npt.NDArray[np.float64], shape: tuple[int, ...], spacing_mm: f
     # Edges that differ by less than a micrometre are the same: resampling for 1.0000001 mm would blur for nothing.
     wanted_mm = np.where(np.abs(native_mm - spacing_mm) < 1e-3, native_mm, spacing_mm)
     if (wanted_mm == native_mm).all():
-        return native_mm, native_mm, _triple(shape), np.zeros(3)
+        return native_mm, native_mm, triple(shape), np.zeros(3)
     # A^T A = U^T U, so A U^-1 is orthogonal: the new grid keeps the axes' directions and drops their shear, as MONAI's
     # zoom_affine does.
     upper = np.linalg.cholesky(affine[:3, :3].T @ affine[:3, :3]).T
@@ -207,7 +208,7 @@ def _grid(affine: npt.NDArray[np.float64], shape: tuple[int, ...], spacing_mm: f
     new_shape = np.round(np.ptp(reached, axis=1) + 1)
     square = any(np.allclose((reached - corner[:, None]).min(axis=1), 0) for corner in reached.T)
     middle = np.array(shape) / 2 - np.linalg.solve(affine[:3, :3], new[:3, :3]) @ new_shape / 2
-    return native_mm, wanted_mm, _triple(new_shape), np.zeros(3) if square else middle
+    return native_mm, wanted_mm, triple(new_shape), np.zeros(3) if square else middle
 
 
 def to_ras(array: npt.NDArray[Any], axes: Any, flips: Any) -> npt.NDArray[Any]:
@@ -352,6 +353,6 @@ def _foreground_index(label_zyx: npt.NDArray[np.uint8] | None) -> tuple[npt.NDAr
     return np.concatenate(indices), tuple(counts)
 
 
-def _triple(values: Any) -> tuple[int, int, int]:
-    x, y, z = (int(v) for v in values)
-    return x, y, z
+def triple(values: Any) -> Triple:
+    first, second, third = (int(v) for v in values)
+    return first, second, third

@@ -104,35 +104,18 @@ def binary_value(table: pa.Table, column: str, dtype: Any) -> npt.NDArray[Any]:
 
 def encode(prepared: Prepared, codec: Codec = "zstd") -> bytes:
     """The Parquet object of a prepared case; the same case and codec always give the same bytes."""
+    image, label, native = prepared.image_czyx, prepared.label_zyx, prepared.native_label_xyz
+    about: dict[str, Any] = {"format": FORMAT, "dtype": image.dtype.name, "shape_czyx": image.shape}
+    about |= {"labelled": label is not None, "native_labelled": native is not None}
+    about |= {"mean": prepared.mean, "std": prepared.std, "geometry": dataclasses.asdict(prepared.geometry)}
+    about |= {"foreground_counts": prepared.foreground_counts}
     nothing = np.zeros(0, np.uint8)
-    native = prepared.native_label_xyz
-    table = pa.table(
-        {
-            "image": binary_column(prepared.image_czyx),
-            "label": binary_column(nothing if prepared.label_zyx is None else prepared.label_zyx),
-            "native_label": binary_column(nothing if native is None else native.T),
-            "foreground": binary_column(prepared.foreground),
-            "about": [
-                json.dumps(
-                    {
-                        "format": FORMAT,
-                        "dtype": prepared.image_czyx.dtype.name,
-                        "shape_czyx": prepared.image_czyx.shape,
-                        "labelled": prepared.label_zyx is not None,
-                        "native_labelled": native is not None,
-                        "mean": prepared.mean,
-                        "std": prepared.std,
-                        "geometry": dataclasses.asdict(prepared.geometry),
-                        "foreground_counts": prepared.foreground_counts,
-                    }
-                )
-            ],
-        }
-    )
-    sink = io.BytesIO()
-    pq.write_table(
-        table, sink, compression=codec, use_dictionary=False, write_statistics=False, write_page_checksum=True
-    )
+    columns: dict[str, Any] = {"image": binary_column(image)}
+    columns["label"] = binary_column(nothing if label is None else label)
+    columns["native_label"] = binary_column(nothing if native is None else native.T)
+    columns |= {"foreground": binary_column(prepared.foreground), "about": [json.dumps(about)]}
+    sink, plain = io.BytesIO(), {"use_dictionary": False, "write_statistics": False}  # voxels hold no repeated values
+    pq.write_table(pa.table(columns), sink, compression=codec, write_page_checksum=True, **plain)
     return sink.getvalue()
 
 
