@@ -29,7 +29,7 @@ COMMANDS = {
     "report": "one page: curves, overlays, time split",
     "ec2": "clusters on EC2: what is left that costs",
     "spot": "on a spot machine: drain its Ray node when EC2 gives notice",
-    "sagemaker": "the same run as a SageMaker job: launch, process, status, logs, stop",
+    "sagemaker": "the same run as a SageMaker job: launch, process, host",
 }
 
 
