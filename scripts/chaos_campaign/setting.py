@@ -101,7 +101,7 @@ def train_alone(run_spec: RunSpec) -> None:
 
 
 def stream(run_spec: RunSpec, generation: Generation, rank: int, world_size: int) -> Callable[[], Iterator[Patch]]:
-    """`next_segment` as Ray Data gives it: this rank's rows of each stretch in order, decoded window by window."""
+    """`next_segment` as Ray Data gives it: this rank's rows of each segment in order, decoded window by window."""
     cursor = generation.samples_seen
 
     def next_segment() -> Iterator[Patch]:
