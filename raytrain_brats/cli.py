@@ -77,12 +77,12 @@ def progress(rows: Iterable[T], what: str, total: int) -> Iterator[T]:
 
         yield from track(rows, what, total)
         return
-    began = said = time.monotonic()
+    began = printed_s = time.monotonic()
     for number, row in enumerate(rows, 1):
         yield row
         now = time.monotonic()
-        if now - said >= LINE_S and number < total:
-            said = now
+        if now - printed_s >= LINE_S and number < total:
+            printed_s = now
             left_s = (now - began) / number * (total - number)
             print(f"{what}: {number:,} of {total:,}, about {left_s:,.0f} s left", flush=True)
 
@@ -97,7 +97,7 @@ def show_refused(refused: list[dict[str, str]]) -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table with nothing cut: on a terminal long names go on in a second line, elsewhere lines are long."""
+    """Print a table without truncation: on a terminal long names wrap, elsewhere lines are long."""
     for column in table.columns:
         column.overflow = "fold"
     console = Console()
@@ -123,7 +123,8 @@ def show_skipped(skipped: Sequence[Skipped], strict: bool = False) -> None:
 
 
 def choose(program: str, kind: str, given: list[str], choices: dict[str, str]) -> int | str:
-    """The first of what was given, when it is one of the choices {name: what it does}; else the exit code, all said."""
+    """The first of what was given, if it is one of the choices {name: what it does}; else the exit code, after a
+    message."""
     name = given[0] if given else "--help"
     if name in choices:
         return name
@@ -146,17 +147,17 @@ def entry(
 ) -> int:
     """Parse and work; a user's mistake is one line on standard error, never a traceback. `name` may be empty."""
     messages.show()
-    said, program = io.StringIO(), f"{program} {name}".rstrip()
+    captured, program = io.StringIO(), f"{program} {name}".rstrip()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(captured):
             parsed = tyro.cli(options, prog=program, args=argv)
     except SystemExit as stop:
         if stop.code:
             # tyro draws a box: a title, the message, a hint at the full help
-            plain = re.sub("[│╭╮╰╯─|]|-{5,}", " ", said.getvalue()).splitlines()
+            plain = re.sub("[│╭╮╰╯─|]|-{5,}", " ", captured.getvalue()).splitlines()
             _, *message = [line.strip() for line in plain if line.strip()]
-            told = " ".join(message).partition("For full helptext")[0].strip()
-            print(f"error: {told}; see {program} --help", file=sys.stderr)
+            text = " ".join(message).partition("For full helptext")[0].strip()
+            print(f"error: {text}; see {program} --help", file=sys.stderr)
         return int(stop.code or 0)
     try:
         with interrupt.gracefully():
@@ -172,8 +173,8 @@ def entry(
     except Exception as error:
         if os.environ.get("RAYTRAIN_BRATS_VERBOSE"):
             raise
-        told = f"{type(error).__name__}: {_one_line(error)}"[:600]
-        print(f"failed: {told}; RAYTRAIN_BRATS_VERBOSE=1 shows where", file=sys.stderr)
+        text = f"{type(error).__name__}: {_one_line(error)}"[:600]
+        print(f"failed: {text}; RAYTRAIN_BRATS_VERBOSE=1 shows where", file=sys.stderr)
         return 1
     return 0
 

@@ -1,7 +1,7 @@
-"""The whole description of a run: one frozen value, checked at the door.
+"""The whole description of a run: one frozen value, checked when it is read.
 
 In: a recipe (a name from `recipes/`, or a YAML file) and `a.b=c` overrides.
-Out: a `Config`, and its YAML. Whatever is wrong is told with the key and the nearest names that exist.
+Out: a `Config`, and its YAML. An error names the key and the nearest names that exist.
 """
 
 import difflib
@@ -144,7 +144,7 @@ class Run(_Frozen):
     CPUs and object store allow."""
     prefetch: PositiveInt | None = None
     """Parcels of the stream a worker fetches ahead, of up to `data.patches_per_case` patches each; by default 4 with
-    GPUs and 1 without, where a step takes seconds and each parcel 30 MB of a small object store."""
+    GPUs and 1 without, where a step takes seconds and each table 30 MB of a small object store."""
     resize_check_s: PositiveFloat = 30.0
     """How often a running group is compared with what the cluster could give."""
     hang_timeout_s: PositiveFloat = 20.0

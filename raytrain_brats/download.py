@@ -269,7 +269,7 @@ def _mend(out: str, state: State, remote: Remote) -> int:
 
 def _stream(out: str, source: Published, state: State, remote: Remote) -> None:
     """Every wanted member is checked, written, then noted. Raises ArchiveError; what is noted by then stays."""
-    here, told = storage.list_files(out), state.offset * 20 // state.bytes
+    here, shown = storage.list_files(out), state.offset * 20 // state.bytes
     for member in members(remote):
         name, size = member.name.removeprefix("./").removeprefix(f"{source.folder}/"), member.size * member.isreg()
         wanted = member.isreg() and source.files.fullmatch(name)  # not macOS's `._` files
@@ -284,9 +284,10 @@ def _stream(out: str, source: Published, state: State, remote: Remote) -> None:
         remote.done(state.offset)
         if wanted:
             _save(out, state)
-        if state.offset * 20 // state.bytes > told:
-            told, megabytes = state.offset * 20 // state.bytes, f"{state.offset / 1e6:,.0f} of {state.bytes / 1e6:,.0f}"
-            print(f"{5 * told} %: {megabytes} MB, {len(state.files)} files", flush=True)
+        if state.offset * 20 // state.bytes > shown:
+            shown = state.offset * 20 // state.bytes
+            megabytes = f"{state.offset / 1e6:,.0f} of {state.bytes / 1e6:,.0f} MB"
+            print(f"{5 * shown} %: {megabytes}, {len(state.files)} files", flush=True)
     state.md5, state.offset = remote.done(state.bytes), state.bytes
     _save(out, state)
 

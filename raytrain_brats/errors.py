@@ -6,7 +6,7 @@ Out: UserError (the user can mend it, exit code 2) and RunFailed (we could not, 
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was wrong, where, and what to do."""
+    """A mistake that the user can correct. The message names what is wrong, where, and what to do."""
 
 
 class RunFailed(Exception):  # noqa: N818 - it reads better than RunFailedError

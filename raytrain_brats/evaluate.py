@@ -110,7 +110,7 @@ def _write(folder: str, summary: dict[str, Any], files: dict[str, bytes]) -> Non
 
 
 def _keep_earlier(run_dir: str, made_from: dict[str, str]) -> None:
-    """Move an evaluation of other inputs whole to `evaluations/`; when killed amid that, the next time goes on."""
+    """Move an evaluation of other inputs to `evaluations/`; if killed in between, the next call completes it."""
     folder = RunDir(run_dir).evaluation
     files = {name: storage.read_bytes(storage.join(folder, name)) for name in storage.list_files(folder)}
     try:

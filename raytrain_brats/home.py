@@ -3,7 +3,7 @@
 In: the environment as a command finds it: HOME, USER; the account's entry.
 Out: the same, with a folder of our own for what must be written, and a name for who has none.
 
-Ray, torch and Matplotlib fail when imported without a home or a name, or print what nobody can act upon.
+Ray, torch and Matplotlib fail when imported without a home or a name, or print warnings that need no action.
 """
 
 import contextlib

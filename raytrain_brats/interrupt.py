@@ -29,7 +29,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _State:
-    installed = said = raised = False
+    installed = printed = raised = False
     grace_s = 0.0
     """0: end at once, there is nothing of ours to clean up."""
     depth = 0
@@ -50,9 +50,9 @@ def install() -> None:
     if _state.installed or threading.current_thread() is not threading.main_thread():
         return
     ours = [s for s in _SIGNALS if signal.getsignal(s) in (signal.SIG_DFL, signal.default_int_handler)]
-    hearing, told = os.pipe()
-    os.set_blocking(told, False)
-    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    hearing, notify = os.pipe()
+    os.set_blocking(notify, False)
+    signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
     _state.ours = ours
     again()
     os.register_at_fork(after_in_child=_forget)
@@ -134,8 +134,8 @@ def _hear() -> bool:
 
 def _end() -> None:
     """End this process and all that it started, such as a Ray of its own."""
-    if not _state.said:
-        _state.said = True
+    if not _state.printed:
+        _state.printed = True
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         shown = b"\x1b[?25h" if os.isatty(2) else b""  # a bar hides the cursor

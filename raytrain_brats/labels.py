@@ -168,7 +168,7 @@ def stated_convention(stated: Any, where: str) -> str | None:
         values = {str(name): _whole(value) for name, value in by_name.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where}: its `labels` are no table of values and names; mend them") from error
-    told = ", ".join(f"{'/'.join(map(str, v))} {name}" for name, v in values.items())
+    listed = ", ".join(f"{'/'.join(map(str, v))} {name}" for name, v in values.items())
     by_region = {name: r for name in values if (r := _first(_REGION_WORDS, name))}
     if not (any(len(v) > 1 for v in values.values()) and sorted(by_region.values()) == sorted(REGIONS)):
         by_region = {}
@@ -197,7 +197,7 @@ def stated_convention(stated: Any, where: str) -> str | None:
         fitting = [c for c in CONVENTIONS if known(c).tissue == tissue]
     if not fitting:
         every = "; ".join(described(c) for c in CONVENTIONS if c != "article")
-        raise UserError(f"{where}: its `labels` say {told}, which is no convention known here: {every}")
+        raise UserError(f"{where}: its `labels` say {listed}, which is no convention known here: {every}")
     return fitting[0]
 
 
@@ -251,7 +251,7 @@ def stated_modalities(stated: Any, where: str) -> tuple[int, ...] | None:
         or sorted(found) != [0, 1, 2, 3]
         or sorted(which for which in found.values() if which is not None) != [0, 1, 2, 3]
     ):
-        told = ", ".join(channels.values())
-        raise UserError(f"{where}: it states the modalities {told}; {', '.join(MODALITIES)} are needed, each once")
+        listed = ", ".join(channels.values())
+        raise UserError(f"{where}: it states the modalities {listed}; {', '.join(MODALITIES)} are needed, each once")
     by_modality = {which: channel for channel, which in found.items()}
     return tuple(by_modality[number] for number in range(4))

@@ -165,26 +165,26 @@ def work(args: Args) -> None:
 
 def _go_on(copier: Copier, every_s: float) -> None:
     os.nice(19)
-    said = ""
+    last = ""
     try:
         while True:
-            said = _look(copier, said)
+            last = _look(copier, last)
             time.sleep(every_s)
     finally:
         interrupt.allow(END_S)
-        _look(copier, said)
+        _look(copier, last)
 
 
-def _look(copier: Copier, said: str) -> str:
-    """One look, whatever it meets; what was said last, so that an outage of an hour is two lines."""
+def _look(copier: Copier, last: str) -> str:
+    """Copy once and log the outcome where it differs from the last one, so that an outage is two lines."""
     try:
         copier.look()
-        told = "copying"
+        line = "copying"
     except Exception as error:  # noqa: BLE001 - a place that is away is there again with a later look
-        told = f"cannot copy ({' '.join(str(error).split())[:300]}); trying on"
-    if told != said:
-        _log(told)
-    return told
+        line = f"cannot copy ({' '.join(str(error).split())[:300]}); trying on"
+    if line != last:
+        _log(line)
+    return line
 
 
 def _log(line: str) -> None:

@@ -150,7 +150,7 @@ def claim_file(
     overwrite: bool = False,
     option: str = "--out",
 ) -> None:
-    """Leave to write one file that tells itself what made it: `ours(content)` is whether that is this command, with
+    """Permission to write one file that records what made it: `ours(content)` is whether that is this command, with
     these inputs. Raises UserError as `claim` does."""
     target = storage.normal(target)
     _check_no_input(target, _places(protected), option)
@@ -214,10 +214,10 @@ def _check_replaceable(target: str, before: Mapping[str, str], origin: str, over
     if overwrite:
         return
     if before:
-        told = f"{target} was made from {before['origin']}; now it would be from {origin}"
+        message = f"{target} was made from {before['origin']}; now it would be from {origin}"
     else:
-        told = f"{target} is there already and was not made by this command from these inputs"
-    raise UserError(f"{told}; give another {option}, or --overwrite to replace it")
+        message = f"{target} is there already and was not made by this command from these inputs"
+    raise UserError(f"{message}; give another {option}, or --overwrite to replace it")
 
 
 def data_kind(target: str, ours: bool = False) -> str:

@@ -80,9 +80,9 @@ def work(args: Args) -> None:
         for root, case in found
         if _name(case) not in there
     ]
-    told = f", {len(there)} were there already" if there else ""
+    already = f", {len(there)} were there already" if there else ""
     if not items:
-        print(f"0 label volumes made{told}, in {out}")
+        print(f"0 label volumes made{already}, in {out}")
         return
     cluster.connect()
     network = ray.put((settings, weights))
@@ -91,7 +91,7 @@ def work(args: Args) -> None:
     for kind, message in told_of:
         print(f"{kind}: {message}", file=sys.stderr)
     refusals = [message for kind, message in told_of if kind == "refused"]
-    print(f"{len(items) - len(refusals)} label volumes{told and f' made{told},'} in {out}")
+    print(f"{len(items) - len(refusals)} label volumes{already and f' made{already},'} in {out}")
     if refusals:
         raise RunFailed(f"{len(refusals)} of {len(items)} cases could not be read")
 
@@ -135,7 +135,7 @@ def _check_folder(out: str, roots: dict[str, str], images: list[str], run_dir: s
 
 
 def _one(shared: ray.ObjectRef[Any], out: str, item: tuple[Source, Case]) -> tuple[str, str]:
-    """(refused or warning, what is to be told, if anything)."""
+    """(refused or warning, the message, if any)."""
     source, case = item
     try:
         volume = source.volume(case)

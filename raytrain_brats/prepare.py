@@ -4,7 +4,7 @@ In: a folder of NIfTI cases or a manifest; a recipe's `preprocess` section.
 Out: a store for `train --store`; `quarantine.json` in it names what could not be used and why; `manifest.jsonl` what
 the folder held, so that it is not read again.
 
-May be killed anywhere: the same command again makes what is missing. An object is told by its name and length;
+May be killed anywhere: the same command again makes what is missing. An object is identified by its name and length;
 `--verify` reads all of them, and the folder, again.
 """
 
@@ -82,10 +82,10 @@ def work(args: Args) -> None:
         first_of.setdefault(keys[case.id], case)
     there = stores.objects(store)
     done = {} if args.verify else {key: there[key] for key in first_of if key in there}
-    todo = [{"case": _packed(case), "object": there.get(key, "")} for key, case in first_of.items() if key not in done]
+    rows = [{"case": _packed(case), "object": there.get(key, "")} for key, case in first_of.items() if key not in done]
     verdicts: dict[str, dict[str, str]] = {}
-    results = _prepare_all(store, source, todo, options, args.codec) if todo else iter(())
-    for row in progress(results, "preparing", len(todo)):
+    results = _prepare_all(store, source, rows, options, args.codec) if rows else iter(())
+    for row in progress(results, "preparing", len(rows)):
         if row["reason"]:
             verdicts[keys[row["id"]]] = {name: row[name] for name in ("uri", "reason", "detail")}
             if args.strict:
@@ -141,7 +141,7 @@ def _check_same_store(store: str, before: stores.About, about: stores.About, man
 
 
 def _prepare_all(
-    store: str, source: Source, todo: list[dict[str, Any]], options: dict[str, Any], codec: Codec
+    store: str, source: Source, rows: list[dict[str, Any]], options: dict[str, Any], codec: Codec
 ) -> Iterator[dict[str, Any]]:
     """{id, object, uri, reason, detail} of every row {case, object}, over the cluster; intact objects stay."""
 
@@ -161,7 +161,7 @@ def _prepare_all(
 
     cluster.connect()
     cluster.check_shared({"store": store}, {"data folder": source.root})
-    yield from cluster.data_map(one, todo)
+    yield from cluster.data_map(one, rows)
 
 
 def _packed(case: Case) -> str:

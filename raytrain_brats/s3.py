@@ -1,4 +1,4 @@
-"""Single requests to S3 that end with what was asked for, or with an error that says whose fault it is.
+"""Single requests to S3 that return the result, or raise an error that names the cause.
 
 In: `s3://bucket/key` (another endpoint by AWS_ENDPOINT_URL).
 Out: bytes that did arrive as they were sent; FileNotFoundError, FileExistsError, UserError or OSError.
@@ -93,7 +93,7 @@ def translated(uri: str) -> Iterator[None]:
 
 
 def patient(operation: Callable[P, R]) -> Callable[P, R]:
-    """Try again while S3 is out, as long as RAYTRAIN_BRATS_PATIENCE_S says. Only for what may be done twice."""
+    """Retry while S3 is unreachable, for RAYTRAIN_BRATS_PATIENCE_S. Only for requests that may be sent twice."""
 
     @wraps(operation)
     def patiently(*arguments: P.args, **options: P.kwargs) -> R:
@@ -171,7 +171,7 @@ def _get(uri: str, public_region: str, options: dict[str, Any]) -> tuple[bytes, 
 
 @patient
 def put(uri: str, content: bytes, **condition: str) -> None:
-    """Put an object. With a condition FileExistsError may be said of our own put, when its answer was lost."""
+    """Put an object. With a condition, FileExistsError may mean our own put, whose answer was lost."""
     at, bucket, key = locate(uri)
     with translated(uri):
         at.put_object(Bucket=bucket, Key=key, Body=content, **condition)

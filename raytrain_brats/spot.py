@@ -89,7 +89,7 @@ class Imds:
 @dataclass(frozen=True)
 class Notice:
     text: str
-    """What was said, which is also what tells two notices apart."""
+    """The notice's text, which also distinguishes two notices."""
     deadline: float
     """Unix time at which the machine goes; 0 when none is known."""
 
@@ -193,7 +193,7 @@ def apart(target: Callable[[Notice, str], None], notice: Notice, node: str = "")
 
 
 def drain(notice: Notice, node: str = "") -> None:
-    """Tell Ray that this machine's node goes. Exits with 1 when nobody accepts, saying why."""
+    """Drain this machine's node in Ray. Exits with 1 and the reason when no node was accepted."""
     try:
         store, ours = _nodes_here(node)
         # in the future, or Ray refuses; 0 is no deadline
@@ -213,8 +213,8 @@ def save(_notice: Notice, node: str = "") -> None:
 
     try:
         store, ours = _nodes_here(node)
-        told = [json.loads(value or b"{}") for value in store.values(heartbeat.PREFIX)]
-        runs = {a["run_dir"] for a in told if a.get("node") in ours and a["phase"] != "end" and _alive(a["pid"])}
+        reports = [json.loads(value or b"{}") for value in store.values(heartbeat.PREFIX)]
+        runs = {a["run_dir"] for a in reports if a.get("node") in ours and a["phase"] != "end" and _alive(a["pid"])}
         sys.exit(0 if [run for run in sorted(runs) if checkpoint_request.request(run, checkpoint_request.SAVE)] else 1)
     except Exception as error:  # noqa: BLE001 - it was a recommendation
         _log(f"no checkpoint could be asked for: {type(error).__name__}: {' '.join(str(error).split())[:300]}")

@@ -81,8 +81,8 @@ def read_checked(uris: Sequence[str], sha256: str | None, size: int | None = Non
             return contents
         agreed = wrong == (found, digest.digest()) and sum(s3.head(uri)[0] for uri in uris) == found  # not cut twice
         if agreed or not is_s3(uris[0]):
-            told = "another checksum" if size in (None, found) else f"{found:,} bytes instead of {size:,}"
-            raise ChangedError(f"{', '.join(uris)}: {told}")
+            detail = "another checksum" if size in (None, found) else f"{found:,} bytes instead of {size:,}"
+            raise ChangedError(f"{', '.join(uris)}: {detail}")
         wrong = (found, digest.digest())
     raise s3.OutageError(f"{', '.join(uris)}: altered on the way, each time in another manner")
 
@@ -343,7 +343,7 @@ def check_writable(uri: str) -> None:
 
 
 def sweep(uri: str) -> None:
-    """Remove what writers below a folder left that were killed amid a write.
+    """Remove the temporary files below a folder of writers that were killed.
 
     Only what is an hour old: another one may be writing now.
     """

@@ -64,28 +64,29 @@ def work(args: Args) -> None:
     _check_run_dir(run_dir)
     if not real:
         _make_phantoms(data)
-    todo = spec.build(settings, run_dir, data, store, recipe)
-    storage.check_writable(todo.run_dir)
-    found, _ = checkpoint.newest_valid(todo.run_dir)
-    scored = not todo.held_out_cases or journal.validated(todo.run_dir, todo.sampler.total)
-    if found and found.samples_seen >= todo.sampler.total and scored:
-        print(f"{todo.run_dir} is finished: {todo.sampler.total:,} samples; evaluate it, or give another --run-dir")
+    run_spec = spec.build(settings, run_dir, data, store, recipe)
+    storage.check_writable(run_spec.run_dir)
+    found, _ = checkpoint.newest_valid(run_spec.run_dir)
+    scored = not run_spec.held_out_cases or journal.validated(run_spec.run_dir, run_spec.sampler.total)
+    if found and found.samples_seen >= run_spec.sampler.total and scored:
+        total = f"{run_spec.sampler.total:,} samples"
+        print(f"{run_spec.run_dir} is finished: {total}; evaluate it, or give another --run-dir")
         return
-    with lease.hold(todo.run_dir) as held:
+    with lease.hold(run_spec.run_dir) as held:
         print(config.described(recipe, settings))
-        for warning in spec.warnings(settings, todo.manifest, todo.source):
+        for warning in spec.warnings(settings, run_spec.manifest, run_spec.source):
             print(warning, file=sys.stderr)
-        show_skipped(todo.manifest.skipped)
+        show_skipped(run_spec.manifest.skipped)
         cluster.connect()
-        needed = driver.check(todo)
+        needed = driver.check(run_spec)
         kind = "GPU" if needed.gpus else "CPU"
         done = f"{found.samples_seen:,} of them done" if found else "a new run"
         print(
-            f"{len(todo.train_cases)} cases to train on, {len(todo.held_out_cases)} held out; "
-            f"{needed.low} to {needed.high} {kind} workers; {todo.sampler.total:,} samples, {done}"
+            f"{len(run_spec.train_cases)} cases to train on, {len(run_spec.held_out_cases)} held out; "
+            f"{needed.low} to {needed.high} {kind} workers; {run_spec.sampler.total:,} samples, {done}"
         )
-        driver.train(todo, needed, held)
-    print(f"done: {todo.run_dir}")
+        driver.train(run_spec, needed, held)
+    print(f"done: {run_spec.run_dir}")
 
 
 def _demo_places() -> tuple[str, str]:

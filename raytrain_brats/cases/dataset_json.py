@@ -1,9 +1,9 @@
-"""What a dataset.json says: MSD's (Antonelli et al. 2022, doi 10.1038/s41467-022-30695-9), nnU-Net's v1 and v2, MONAI's
-data lists.
+"""Parse and make dataset.json files: MSD's (Antonelli et al. 2022, doi 10.1038/s41467-022-30695-9), nnU-Net's v1 and
+v2, MONAI's data lists. Runs in the driver.
 
-In: its bytes; for a set of our own what it is to say.
-Out: a `Stated`: listed images and labels, modality order, label convention. Which files are there is not its concern.
-For a set of our own the content.
+In: its bytes; for a data set that this package makes, its cases.
+Out: a `Stated`: listed images and labels, modality order, label convention; the content of a new one. Whether the
+listed files exist is checked in `layouts`.
 """
 
 import json
@@ -43,7 +43,7 @@ class Stated:
 
 
 def parse(content: bytes, where: str, root: str) -> Stated:
-    """Raises UserError, naming what is not understood."""
+    """Raises UserError that names what is not understood."""
     try:
         about = json.loads(content)
         modalities, table = about.get("channel_names") or about.get("modality"), about.get("labels")
@@ -64,7 +64,7 @@ def parse(content: bytes, where: str, root: str) -> Stated:
         raise UserError(f"{where}: file_ending {ending} is not read here; convert the images to .nii.gz")
     if rows is not None and not all(0 <= row.fold < FOLDS for row in rows if row.fold is not None):
         raise UserError(f"{where}: a fold is not known; give 0 to {FOLDS - 1}")
-    channels = labels.stated_modalities(modalities, where)  # first: of another task the labels are no mistake
+    channels = labels.stated_modalities(modalities, where)  # first: it names the cause when this is another MSD task
     convention = labels.stated_convention(table, where)
     if own is not None:
         labels.known(str(own))
@@ -79,8 +79,8 @@ def parse(content: bytes, where: str, root: str) -> Stated:
 def made(
     name: str, description: str, table: Mapping[int, str], training: Sequence[Mapping[str, object]], **more: object
 ) -> dict[str, Any]:
-    """The dataset.json of a set that a program made, in MSD's words. `table` names the label values, `training` lists
-    {"image", "label"} and what else is known of a case; `more` are keys of our own."""
+    """The dataset.json of a generated data set, with MSD's keys. `table` names the label values, `training` lists
+    {"image", "label"} and more about each case; `more` are keys of our own."""
     return {
         "name": name,
         "description": description,
@@ -104,15 +104,12 @@ def _row(row: Any, root: str) -> Row:
     paths = tuple(_path(image, root) for image in images)
     if not paths:
         raise ValueError("a case without an image")
-    return Row(paths, None if label is None else _path(label, root), str(row.get("subject", "")), _fold(fold))
-
-
-def _fold(fold: Any) -> int | None:
-    return None if fold is None else int(fold)
+    fold = None if fold is None else int(fold)
+    return Row(paths, None if label is None else _path(label, root), str(row.get("subject", "")), fold)
 
 
 def _path(given: str, root: str) -> str:
-    """Relative to the root, without `./` and `..`; what lies elsewhere keeps its absolute path or `..`."""
+    """Relative to the root, without `./` and `..`; a path outside the root stays absolute or keeps its `..`."""
     if given.startswith("/"):
         given = given.removeprefix(root.rstrip("/") + "/")
     return posixpath.normpath(given)

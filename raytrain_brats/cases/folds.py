@@ -1,4 +1,4 @@
-"""Folds that somebody else dealt.
+"""Use the folds of somebody else's split file. Runs in the driver.
 
 In: a manifest; nnU-Net's splits_final.json, or a partitioning_*.csv of FeTS (Pati et al. 2021, arXiv 2105.05874).
 Out: the manifest with those folds.
@@ -16,7 +16,7 @@ from raytrain_brats.errors import UserError
 
 
 def dealt(manifest: Manifest, uri: str) -> Manifest:
-    """Every case in the fold that the file gives it. Raises UserError when the file does not fit the cases."""
+    """Every case in the fold that the file gives it. Raises UserError when the file does not match the cases."""
     uri = storage.normal(uri)
     try:
         text = storage.read_bytes(uri).decode()
@@ -34,9 +34,9 @@ def dealt(manifest: Manifest, uri: str) -> Manifest:
     sides = defaultdict(set)
     for case in cases:
         sides[case.subject].add(case.fold)
-    if torn := [subject for subject, folds in sides.items() if len(folds) > 1]:
-        ids = ", ".join(case.id for case in cases if case.subject == torn[0])
-        raise UserError(f"--folds {uri}: {ids} are one patient in several folds ({len(torn)} such); mend the file")
+    if split := [subject for subject, folds in sides.items() if len(folds) > 1]:
+        ids = ", ".join(case.id for case in cases if case.subject == split[0])
+        raise UserError(f"--folds {uri}: {ids} are one patient in several folds ({len(split)} such); mend the file")
     return dataclasses.replace(manifest, cases=cases)
 
 
@@ -55,11 +55,8 @@ def _splits(text: str) -> dict[str, int]:
 def _partitions(text: str) -> dict[str, int]:
     """Whole partitions (sites), the largest first, each to the fold that has the fewest cases so far."""
     rows = [(row["Partition_ID"].strip(), row["Subject_ID"].strip()) for row in csv.DictReader(io.StringIO(text))]
-    sizes, fold_of_site, filled = (
-        Counter(site for site, _ in rows),
-        dict[str, int](),
-        Counter(dict.fromkeys(range(FOLDS), 0)),
-    )
+    sizes, fold_of_site = Counter(site for site, _ in rows), dict[str, int]()
+    filled = Counter(dict.fromkeys(range(FOLDS), 0))
     for site, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
         fold = min(range(FOLDS), key=lambda number: (filled[number], number))
         fold_of_site[site], filled[fold] = fold, filled[fold] + size

@@ -1,4 +1,4 @@
-"""From the names of files to cases: MSD and nnU-Net by their dataset.json, BraTS, UCSF-PDGM and UPENN-GBM by names.
+"""From file names to cases: MSD and nnU-Net by dataset.json; BraTS, UCSF-PDGM, UPENN-GBM by names. Runs in the driver.
 
 In: a `storage.Listing`, and what a dataset.json states.
 Out: a `Found`: the cases, and every NIfTI file that is part of none, with the cause. No file is read.
@@ -19,7 +19,7 @@ from raytrain_brats.storage import Listing
 MODALITY, LABEL, UNREADABLE, UNKNOWN = "missing modality", "no label", "cannot be read", "name not known"
 TWICE, UNUSED, UNLISTED, OUTSIDE, OTHER = "there twice", "not needed", "not listed", "outside", "other convention"
 QUARANTINED = {MODALITY: "missing", LABEL: "missing", UNREADABLE: "missing", OUTSIDE: "missing"}
-"""The refusal's code (docs/refusals.md) of a case that is skipped for this cause."""
+"""Reason code (docs/refusals.md) of a case that is skipped for this cause."""
 
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _LABELS = {"seg": 0, "segm": 0, "tumor_segmentation": 0, "automated_approx_segm": 1}  # 1: where no expert drew
@@ -39,9 +39,9 @@ class Family:
     name: str
     id: re.Pattern[str]
     conventions: tuple[str, ...]
-    """Those that the name leaves open; values decide between them."""
+    """Those that the name allows; label values decide between them."""
     may_be_stated: tuple[str, ...] = ()
-    """Others that a user may say they follow."""
+    """Others that a user may state."""
 
 
 def _family(name: str, pattern: str, *conventions: str, may_be_stated: tuple[str, ...] = ()) -> Family:
@@ -51,7 +51,7 @@ def _family(name: str, pattern: str, *conventions: str, may_be_stated: tuple[str
 _FAMILIES = (
     _family("BraTS 2017 to 2021", r"(?P<subject>(brats\d\d|brats20\d\d|fets20\d\d)_.+)", "brats2017_2021"),
     _family("BraTS 2024 GLI", r"(?P<subject>BraTS-GLI-\d+)-[1-9]\d\d", "brats2024_gli"),
-    # A 4 in these is no cavity of 2024 but, as likely, the enhancing tumour of files that were renamed from 2021
+    # A 4 in these may be the enhancing tumour of renamed files of 2021 rather than the resection cavity of 2024
     _family("BraTS 2023 GLI", r"(?P<subject>BraTS-GLI-\d+)-0\d\d", "brats2023", may_be_stated=("brats2024_gli",)),
     _family("BraTS MET", r"(?P<subject>BraTS-MET-\d+)-\d+", "brats2023", "brats2024_met"),
     _family("BraTS PED", r"(?P<subject>BraTS-PED-\d+)-\d+", "brats2023", "brats2024_ped"),
@@ -59,7 +59,7 @@ _FAMILIES = (
     _family("UCSF-PDGM", r"(?P<subject>UCSF-PDGM-\d+)(_FU\d+d)?", "brats2017_2021"),
     _family("UPENN-GBM", r"(?P<subject>UPENN-GBM-\d+)_\d+", "brats2017_2021"),
 )
-_BY_SUFFIX = (  # other ids: what their files' endings say
+_BY_SUFFIX = (  # other ids: by the endings of their files' names
     Family("BraTS 2017 to 2021 (by the files' endings)", re.compile(""), ("brats2017_2021",)),
     Family("BraTS 2023 (by the files' endings)", re.compile(""), ("brats2023",)),
 )
@@ -67,7 +67,7 @@ _BY_SUFFIX = (  # other ids: what their files' endings say
 
 @dataclass(frozen=True)
 class Found:
-    """`candidates`: the conventions that hold for all cases by their names; `tests`: cases meant to be predicted."""
+    """`candidates`: the conventions that the names of all cases allow; `tests`: cases without labels, for `predict`."""
 
     layout: str
     cases: tuple[Case, ...] = ()
@@ -84,7 +84,7 @@ class _Group:
     family: Family
     folder: str
     files: dict[int, str] = field(default_factory=dict)  # by number of modality
-    labels: dict[int, str] = field(default_factory=dict)  # by rank: an expert's first
+    labels: dict[int, str] = field(default_factory=dict)  # by preference: an expert's first
     unreadable: dict[str, str] = field(default_factory=dict)
     twice: list[tuple[str, str]] = field(default_factory=list)
     endings: set[str] = field(default_factory=set)
@@ -102,7 +102,7 @@ def stem(path: str) -> str:
 
 
 def _parts(path: str) -> tuple[str, str]:
-    """(folder, name); some unpackers make a folder `x_flair.nii` with the file in it: that is the name then."""
+    """(folder, name); some programs unpack into a folder `x_flair.nii` that holds the file: its name counts then."""
     *folders, name = path.split("/")
     if folders and NIFTI.search(folders[-1]):
         *folders, name = folders
@@ -110,7 +110,7 @@ def _parts(path: str) -> tuple[str, str]:
 
 
 def by_names(listing: Listing, need_labels: bool, convention: str | None = None, root_name: str = "") -> Found:
-    """Cases of four 3D files, told by the files' names; `convention` where the user states one.
+    """Cases of four 3D files, by the files' names; `convention` where the user states one.
 
     `root_name` is the listed folder's own name: the id of a case whose files are called `flair.nii.gz` and so on.
     Raises UserError where cases of two conventions lie in one folder and none is stated.
@@ -140,7 +140,7 @@ def by_names(listing: Listing, need_labels: bool, convention: str | None = None,
 
 
 def _grouped(listing: Listing, root_name: str) -> tuple[list[_Group], list[str], list[Skipped]]:
-    """(files by case, NIfTI files whose names say nothing, what else is skipped)."""
+    """(files by case, NIfTI files whose names match no pattern, what else is skipped)."""
     groups: dict[tuple[str, str], _Group] = {}
     strange, skipped = [], []
     for path in [*listing.files, *listing.unreadable]:
@@ -174,7 +174,7 @@ def _grouped(listing: Listing, root_name: str) -> tuple[list[_Group], list[str],
 
 
 def _name_apart(groups: list[_Group]) -> None:
-    """Cases of one name in several folders are named by their folders too."""
+    """Add the folder to the ids of cases that have the same name in several folders."""
     by_id = defaultdict(list)
     for group in groups:
         by_id[group.id].append(group)
@@ -208,11 +208,11 @@ def _wrong(group: _Group, need_labels: bool, strange: list[str]) -> Skipped | No
 def _of_one_convention(
     cases: list[Case], families: list[Family], convention: str | None
 ) -> tuple[list[Case], list[Family], list[Skipped]]:
-    """Those whose labels follow one convention; the others are skipped when it was stated, else refused."""
+    """Those whose labels follow one convention; the others are skipped when it was stated, else UserError is raised."""
     known = [family for family in families if family not in _BY_SUFFIX]
-    said = {family: (*family.conventions, *family.may_be_stated) for family in known}
-    if convention and (not known or any(convention in names for names in said.values())):
-        fit = [family in _BY_SUFFIX or convention in said[family] for family in families]
+    possible = {family: (*family.conventions, *family.may_be_stated) for family in known}
+    if convention and (not known or any(convention in names for names in possible.values())):
+        fit = [family in _BY_SUFFIX or convention in possible[family] for family in families]
         rest = [(case, family) for case, family, keep in zip(cases, families, fit, strict=True) if not keep]
         skipped = [Skipped(c.images[0], OTHER, f"{f.conventions[0]}, not {convention}", c.id) for c, f in rest]
         kept = [(c, f) for c, f, keep in zip(cases, families, fit, strict=True) if keep]
@@ -220,12 +220,12 @@ def _of_one_convention(
         return [c for c, _ in kept], [stated] * len(kept), skipped
     first = {family: case.id for case, family in reversed(list(zip(cases, families, strict=True)))}
     if first and not set.intersection(*(set(family.conventions) for family in first)):
-        told = "; ".join(
+        kinds = "; ".join(
             f"{families.count(family)} of {family.name} (such as {case}: {' or '.join(family.conventions)})"
             for family, case in first.items()
         )
         raise UserError(
-            f"the folder holds cases of different label conventions: {told}; give a folder for each, or say which are "
+            f"the folder holds cases of different label conventions: {kinds}; give a folder for each, or say which are "
             f"wanted: index --convention, --set data.convention={families[0].conventions[0]}"
         )
     return cases, families, []
@@ -252,7 +252,7 @@ def listed(stated: Stated, listing: Listing, need_labels: bool) -> Found:
 
 
 def _rows_of_folders(listing: Listing, which: str) -> list[Row]:
-    """nnU-Net v2 lists nothing: what lies in imagesTr and labelsTr counts."""
+    """nnU-Net v2 lists no cases: they are the files of imagesTr and labelsTr."""
     stems: dict[str, str] = {}
     for path in [*listing.files, *listing.unreadable]:
         folder, _, name = path.rpartition("/")

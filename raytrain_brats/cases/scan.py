@@ -1,7 +1,7 @@
-"""Which cases a folder holds: found, checksummed, their label convention settled, dealt to folds. Runs in the driver.
+"""Find a folder's cases, compute checksums, determine the label convention, assign folds. Runs in the driver.
 
 In: a root URI (local or s3://) in one of the layouts of docs/data.md, or a manifest file written before.
-Out: a `Manifest`. A file that changed since it was read is noticed by its size or time, and read again.
+Out: a `Manifest`. A file that changed since it was read is detected by its size or time, and read again.
 """
 
 import contextlib
@@ -25,22 +25,22 @@ from raytrain_brats.storage import Listing
 
 T = TypeVar("T")
 
-Progress = Callable[[Iterator[Case], int], Iterable[Case]]
-"""Hands so many cases on and shows how far it is."""
+ShowProgress = Callable[[Iterator[Case], int], Iterable[Case]]
+"""Yields the given cases, of which there are so many, and shows progress."""
 
 
 def open_manifest(
-    data: str, progress: Progress | None = None, known: str | None = None, convention: str = "auto"
+    data: str, progress: ShowProgress | None = None, known: str | None = None, convention: str = "auto"
 ) -> Manifest:
     """The manifest of a data folder (scanned and checksummed now) or of a manifest file.
 
     With `known`, a manifest of the same data written before, only files are read that are new or whose size or time
-    differs. Raises UserError when the folder is missing, holds no case, or means something else than `convention`; when
-    files of a manifest file have another content by now.
+    differs. Raises UserError when the folder is missing, holds no case, or contradicts `convention`; when files of a
+    manifest file have changed since.
     """
     data, before = storage.normal(data), None
     if known and storage.exists(known):
-        with contextlib.suppress(UserError):  # a damaged copy is no loss
+        with contextlib.suppress(UserError):  # a damaged copy only means that all files are read
             before = manifests.read(known)
     if not data.endswith(".jsonl"):
         return checksummed(scan(data, convention), progress, before)
@@ -88,7 +88,7 @@ def is_synthetic(data: str) -> bool:
 
 
 def _open(root: str) -> tuple[str, Listing, Stated | None]:
-    """(the data set's own root, what lies there, its dataset.json): it may lie below the folder given."""
+    """(the data set's root, its files, its dataset.json); the root may be a folder below the given one."""
     root = storage.normal(root)
     listing = storage.listing(root)
     if not listing.files and NIFTI.search(root) and storage.exists(root):
@@ -121,7 +121,7 @@ def _below(rows: dict[str, T], folder: str) -> dict[str, T]:
 
 
 def _agree(asked: str, stated: str, where: str) -> str:
-    """The convention to read by. Raises UserError when the one asked for contradicts what the data say."""
+    """The convention to use. Raises UserError when the one asked for contradicts the data's."""
     if stated == "article" and asked != "article":
         raise UserError(
             f"{where} takes value 2 for the enhancing tumour; on MSD's files that is a known mistake (3 enhances): "
@@ -138,7 +138,7 @@ def _agree(asked: str, stated: str, where: str) -> str:
 
 
 def _nothing(root: str, listing: Listing, found: Found, stated: Stated | None) -> str:
-    """Why no case was found, with the nearest layout."""
+    """The message that no case was found, with the likely cause."""
     cases = [row for row in found.skipped if row.case]
     if cases:
         causes = "; ".join(
@@ -164,9 +164,9 @@ def _nothing(root: str, listing: Listing, found: Found, stated: Stated | None) -
 
 
 def scan_images(uris: Iterable[str]) -> tuple[list[tuple[str, Case]], list[Skipped]]:
-    """((root, case) of what is to be segmented, what was not taken): of folders, of 4D files, of patients' 3D files.
+    """((root, case) to segment, what is skipped) of folders, 4D files and patients' 3D files.
 
-    Labels are neither needed nor read. Raises UserError when a place holds nothing to segment.
+    Labels are neither needed nor read. Raises UserError when a URI holds nothing to segment.
     """
     found: list[tuple[str, Case]] = []
     skipped: list[Skipped] = []
@@ -192,7 +192,7 @@ def scan_images(uris: Iterable[str]) -> tuple[list[tuple[str, Case]], list[Skipp
 
 
 def _images(root: str, listing: Listing, stated: Stated | None) -> Found:
-    """The cases of a place. Raises UserError when it holds none."""
+    """The cases of a folder. Raises UserError when it holds none."""
     if stated:
         found = layouts.listed(stated, listing, need_labels=False)
         found = dataclasses.replace(found, cases=(*found.cases, *found.tests))
@@ -207,7 +207,7 @@ def _images(root: str, listing: Listing, stated: Stated | None) -> Found:
 
 
 def _beside(root: str) -> Stated | None:
-    """What the dataset.json in a folder or above it says: images of imagesTr have the set's channels."""
+    """The dataset.json in a folder or the one above: it applies to the images of imagesTr."""
     for folder in (root, root.rpartition("/")[0]):
         where = storage.join(folder, "dataset.json")
         if folder.strip("/") and storage.exists(where):
@@ -216,19 +216,19 @@ def _beside(root: str) -> Stated | None:
 
 
 def unstated(found: list[tuple[str, Case]]) -> list[str]:
-    """Ids of 4D images, as `scan_images` gives them, of whose channels nothing says what they are."""
-    said: dict[str, bool] = {}
+    """Ids of the 4D images found by `scan_images` for which no dataset.json states the channels' modalities."""
+    is_stated: dict[str, bool] = {}
     for root in {root for root, case in found if len(case.images) == 1}:
         stated = _beside(root)
-        said[root] = bool(stated and stated.channels)
-    return [case.id for root, case in found if len(case.images) == 1 and not said[root]]
+        is_stated[root] = bool(stated and stated.channels)
+    return [case.id for root, case in found if len(case.images) == 1 and not is_stated[root]]
 
 
-def checksummed(manifest: Manifest, progress: Progress | None = None, before: Manifest | None = None) -> Manifest:
-    """Read every file once, fill in `sha256`, settle the convention where values must, and deal the cases to folds.
+def checksummed(manifest: Manifest, progress: ShowProgress | None = None, before: Manifest | None = None) -> Manifest:
+    """Read every file once, fill in `sha256`, determine the convention by values where needed, and assign folds.
 
-    What `before` has with the same sizes and times is not read again. Folds that are stated stay. Raises UserError
-    where the values leave the convention open.
+    Files that `before` has with the same sizes and times are not read again. Stated folds are kept. Raises UserError
+    where the values do not determine the convention.
     """
     known = {(c.id, case_versions(c)): c for c in before.cases if c.versions} if before else {}
     same = before is not None and all((case.id, case_versions(case)) in known for case in manifest.cases)
@@ -245,7 +245,7 @@ def checksummed(manifest: Manifest, progress: Progress | None = None, before: Ma
         for path in manifests.case_files(case):
             content = storage.read_bytes(storage.join(manifest.root, path))
             digest.update(content)
-        if not settled:  # the label comes last
+        if not settled:  # the label is the last file
             values.update(_values(content))
         return dataclasses.replace(case, sha256=digest.hexdigest())
 
@@ -258,7 +258,10 @@ def checksummed(manifest: Manifest, progress: Progress | None = None, before: Ma
 
 
 def dealt(cases: Iterable[Case]) -> tuple[Case, ...]:
-    """The cases with their folds: by subject, and those of equal content together."""
+    """The cases with their folds, all of a subject in one fold, and subjects of equal content too.
+
+    By a hash of the subject, so that one more case hardly moves the others.
+    """
     cases = list(cases)
     one = _as_one(cases)
     groups = sorted(set(one.values()), key=lambda s: hashlib.sha256(s.encode()).hexdigest())
@@ -272,32 +275,32 @@ def case_versions(case: Case) -> tuple[tuple[str, str], ...]:
 
 
 def _values(label: bytes) -> set[int]:
-    """The values of a label file; none of one that cannot be read, which is refused later with its reason."""
+    """The values of a label file; none of a damaged one, which is rejected later with its reason."""
     with contextlib.suppress(nifti.InvalidCase):
         return {int(value) for value in np.unique(nifti.decode(label, "label").array) if value == int(value)}
     return set()
 
 
 def _by_values(manifest: Manifest, values: set[int]) -> str:
-    """The one of the candidates that the values allow. Raises UserError where they leave it open and it matters."""
+    """The candidate that the values allow. Raises UserError where several do and they differ in meaning."""
     allowed = {c: set(labels.allowed_values(c)) for c in manifest.candidates}
-    values &= set[int]().union(*allowed.values())  # others are their cases' fault, and refused there
+    values &= set[int]().union(*allowed.values())  # any other value makes its case invalid, later
     fitting = [c for c in manifest.candidates if values <= allowed[c]]
     tissue = {tuple((v, t) for v, t in labels.known(c).tissue.items() if v in values) for c in fitting}
     old = 4 in values and 3 not in values and "RC" in labels.regions(fitting[0])  # as likely the 4 of BraTS 2021
     if len(tissue) == 1 and not old:
         return fitting[0]
-    told = " or ".join(labels.described(c) for c in manifest.candidates)
+    names = " or ".join(labels.described(c) for c in manifest.candidates)
     raise UserError(
-        f"{manifest.root}: by its names ({manifest.layout}) and its values ({sorted(values)}) it may be {told}, in "
+        f"{manifest.root}: by its names ({manifest.layout}) and its values ({sorted(values)}) it may be {names}, in "
         "which the same values mean other tissues; state which: index --convention, or --set data.convention="
     )
 
 
 def _unchanged(manifest: Manifest, uri: str, before: Manifest | None) -> Manifest:
-    """The manifest with its files' times as they are now. Raises UserError when a file has another content.
+    """The manifest with its files' current times. Raises UserError when the content of a file changed.
 
-    Only what differs in size or time from both the manifest and `before` is read.
+    Only files that differ in size or time from both the manifest and `before` are read.
     """
     here = storage.listing(manifest.root).files
     if not here and manifest.cases:
@@ -307,7 +310,7 @@ def _unchanged(manifest: Manifest, uri: str, before: Manifest | None) -> Manifes
 
     def look(case: Case) -> Case:
         files = manifests.case_files(case)
-        if any(path not in here for path in files):  # refused as `missing` when it is read
+        if any(path not in here for path in files):  # rejected as `missing` when it is read
             return case
         now = dataclasses.replace(case, versions=tuple(f"{here[path][0]}:{here[path][1]}" for path in files))
         if known.get((case.id, case_versions(now))) == case.sha256:
@@ -327,7 +330,7 @@ def _unchanged(manifest: Manifest, uri: str, before: Manifest | None) -> Manifes
 
 
 def _as_one(cases: list[Case]) -> dict[str, str]:
-    """{subject: the first of those that share content, directly or by way of others}."""
+    """{subject: the first of those that share content, directly or through others}: union-find."""
     parent = {case.subject: case.subject for case in cases}
     first_of: dict[str, str] = {}
 

@@ -1,14 +1,14 @@
-"""Unpack gzip into memory that is used again.
+"""Decompress gzip into reused memory. Runs in data tasks.
 
 In: the bytes of a .gz file; how many bytes are wanted.
 Out: exactly those, with checksum and length compared, in a buffer of this thread; or `Damaged`, `WrongLength`.
 
 Two things decide the cost, both measured (240x240x155x4 as int16 and float32, ms CPU on an Intel Xeon, 2 cores). The
 library: libdeflate 40, 60; cramjam 76, 125; ISA-L 90, 145; zlib-ng 91, 137; zlib 121, 201. And page faults, one for
-every 4 KB of fresh memory: libdeflate into a fresh buffer takes 62, 102. The `deflate` package holds libdeflate in
-130 KB (imagecodecs does in 80 MB), but its Python functions allocate, keep the interpreter's lock and do not tell where
-a member ended; so the C function that it exports is called as it is. zlib has the last word on every file that
-libdeflate does not accept.
+every 4 KB of fresh memory: libdeflate into a fresh buffer takes 62, 102. The `deflate` package contains libdeflate in
+130 KB (imagecodecs in 80 MB), but its Python functions allocate, hold the interpreter's lock and do not return where a
+member ended; so the C function that it exports is called directly. Files that libdeflate does not accept are decided by
+zlib.
 """
 
 import ctypes
@@ -24,24 +24,24 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 SMALL_BYTES = 1 << 20
-"""Below this a fresh buffer is as cheap as a kept one."""
+"""Below this a fresh buffer is as cheap as a reused one."""
 KEPT_BYTES = 512 << 20
-"""Of a thread's buffers that nobody views; the largest go first."""
-_DEFLATE_RATIO = 1032  # no deflate stream unpacks to more than this many times its length
+"""Limit for a thread's buffers that nobody views; the largest are dropped first."""
+_DEFLATE_RATIO = 1032  # no deflate stream expands to more than this many times its length
 _STEP_BYTES = 1 << 16
 _HEADER_CHECKSUM = 2  # flag in byte 3 of a member
 
 
-class Damaged(Exception):  # noqa: N818 (a verdict on a file, not a fault of ours)
+class Damaged(Exception):  # noqa: N818 - a property of a file, not an error of ours
     """The stream is cut off, altered or followed by something else."""
 
 
-class WrongLength(Exception):  # noqa: N818 (likewise)
+class WrongLength(Exception):  # noqa: N818 - likewise
     """The stream holds fewer or more bytes than wanted."""
 
 
 def head(content: bytes, num_bytes: int) -> bytes:
-    """The first unpacked bytes, fewer when there are not so many. Raises Damaged."""
+    """The first `num_bytes` decompressed bytes, or all when there are fewer. Raises Damaged."""
     found = b""
     for piece in _pieces(content):
         found += piece
@@ -78,7 +78,7 @@ LIBDEFLATE = _exported()
 
 
 def _by_libdeflate(content: bytes, whole: Bytes) -> bool:
-    """True when sound members fill `whole` exactly and nothing follows; otherwise nothing is known."""
+    """True when valid members fill `whole` exactly and nothing follows; False leaves the decision to zlib."""
     source = np.frombuffer(content, np.uint8)
     read, written, used, made = 0, 0, ctypes.c_size_t(), ctypes.c_size_t()
     decompressor = LIBDEFLATE.libdeflate_alloc_decompressor()
@@ -87,7 +87,7 @@ def _by_libdeflate(content: bytes, whole: Bytes) -> bool:
     try:
         while read < source.size:
             if source.size - read < 18 or source[read + 3] & _HEADER_CHECKSUM:
-                return False  # a checksum that libdeflate does not compare, and hardly any file has
+                return False  # a header checksum, which libdeflate does not compare; hardly any file has one
             places = source.ctypes.data + read, source.size - read, whole.ctypes.data + written, whole.size - written
             if LIBDEFLATE.libdeflate_gzip_decompress_ex(decompressor, *places, used, made):
                 return False
@@ -109,7 +109,7 @@ def _by_zlib(content: bytes, whole: Bytes) -> None:
 
 
 def _pieces(content: bytes) -> Iterator[bytes]:
-    """The unpacked bytes of all members, a little at a time; zeros after the last one are padding."""
+    """The decompressed bytes of all members, at most _STEP_BYTES at a time; zeros after the last one are padding."""
     position = 0
     while not position or content.count(0, position) < len(content) - position:
         member = zlib.decompressobj(31)
@@ -143,10 +143,10 @@ _UNVIEWED = _references([np.empty(0, np.uint8)], 0)
 
 
 def take(num_bytes: int) -> Bytes:
-    """That many bytes to write to, of any content: a buffer that this thread took before and nobody views any more.
+    """That many bytes to write to, of any content: where possible a buffer of this thread that nobody views any more.
 
-    Every array, memoryview or tensor over a buffer refers to it, so the count of references tells when it is free:
-    no caller has to give anything back, and nothing is overwritten while it can still be read.
+    Every array, memoryview or tensor over a buffer holds a reference to it, so the reference count shows when it is
+    free: callers return nothing, and nothing is overwritten while it can still be read.
     """
     if num_bytes < SMALL_BYTES:
         return np.empty(num_bytes, np.uint8)
@@ -156,11 +156,11 @@ def take(num_bytes: int) -> Bytes:
     for number in free:
         if num_bytes <= buffers[number].size <= 2 * num_bytes:
             return buffers[number][:num_bytes]
-    spare = KEPT_BYTES - num_bytes - sum(buffers[number].size for number in free)
+    room = KEPT_BYTES - num_bytes - sum(buffers[number].size for number in free)
     dropped = []
-    while spare < 0 and free:
+    while room < 0 and free:
         dropped.append(free.pop())
-        spare += buffers[dropped[-1]].size
+        room += buffers[dropped[-1]].size
     for number in sorted(dropped, reverse=True):
         del buffers[number]
     buffers.append(np.empty(num_bytes, np.uint8))

@@ -1,4 +1,4 @@
-"""The cases of a data set as one value, and its identity. Values alone; `scan` makes them.
+"""The cases of a data set as one value, and its identity; `cases.scan` makes them. Runs in any process.
 
 In: cases; a manifest file written before.
 Out: a `Manifest` of `Case` rows and of what was not taken; its identity; its file (JSON lines).
@@ -44,7 +44,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A case or file of the folder that is not taken, and why; `case` is empty where it is no case."""
+    """A case or file of the folder that is not used, and why; `case` is empty for a file."""
 
     path: str
     cause: str
@@ -57,13 +57,13 @@ class Manifest:
     root: str
     layout: str
     convention: str
-    """How label values are read; "" where only they can say and none was read yet."""
+    """How label values are read; "" where the values decide and none was read yet."""
     cases: tuple[Case, ...]
     synthetic: bool = False
     """Phantoms: scores on them say nothing about patients."""
     skipped: tuple[Skipped, ...] = ()
     candidates: tuple[str, ...] = ()
-    """The conventions that the files' names leave open; their values decide."""
+    """The conventions that the files' names allow; the label values decide."""
 
     def split(self, fold: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
         """(training cases, held-out cases) for a held-out fold."""
@@ -72,7 +72,7 @@ class Manifest:
 
 
 def meaning(convention: str) -> dict[str, Any]:
-    """What voxels mean, as it stands in identities, keys and outputs: convention, its label values, modality order."""
+    """What voxels mean, as identities, keys and outputs record it: convention, its label values, modality order."""
     words = {str(value): word for value, word in labels.names(convention).items()}
     return {"convention": convention, "labels": words, "modalities": list(MODALITIES)}
 
@@ -87,7 +87,7 @@ def dataset_identity(cases: Iterable[Case], preprocessing: dict[str, Any], conve
 def is_dataset_identity(stored: str, cases: Iterable[Case], preprocessing: dict[str, Any], convention: str) -> bool:
     """Whether a run's identity is that of these; `convention` must be the run's own.
 
-    Runs begun before identities told what voxels mean go on where that has not changed: channels in their old order.
+    Earlier identities did not include what voxels mean: such a run is accepted where the channels are in file order.
     """
     cases = list(cases)
     if stored == dataset_identity(cases, preprocessing, convention):
@@ -117,7 +117,7 @@ def case_files(case: Case) -> tuple[str, ...]:
 
 
 def write(manifest: Manifest, uri: str) -> None:
-    """JSON lines: a header with all that is said of the set as a whole, then one case a line."""
+    """JSON lines: a header about the set as a whole, then one case a line."""
     header: dict[str, Any] = {"manifest": 1, "root": manifest.root, "layout": manifest.layout}
     header |= meaning(manifest.convention) | {"synthetic": manifest.synthetic}
     header |= {"skipped": [dataclasses.asdict(row) for row in manifest.skipped]}
@@ -127,7 +127,7 @@ def write(manifest: Manifest, uri: str) -> None:
 
 
 def as_written(uri: str) -> bool:
-    """Whether nobody changed the cases of a manifest file by hand, which is fine for whoever reads it."""
+    """False when the cases of a manifest file were edited by hand (which `read` allows)."""
     header, _, rows = storage.read_bytes(uri).partition(b"\n")
     return json.loads(header).get("rows_sha256") in (None, hashlib.sha256(rows).hexdigest())
 
@@ -141,11 +141,13 @@ def read(uri: str) -> Manifest:
         convention, synthetic = str(header["convention"]), bool(header["synthetic"])
         made = Manifest(header["root"], header["layout"], convention, cases, synthetic, skipped)
         now = meaning(convention)
-        told = {name: header.get(name, now[name]) for name in now}
+        written = {name: header.get(name, now[name]) for name in now}
     except FileNotFoundError as error:
         raise UserError(f"manifest {uri} does not exist; write it with `raytrain-brats index`") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{uri} is not a manifest; write it with `raytrain-brats index`") from error
-    if told != now:
-        raise UserError(f"{uri} was written with {told}, here that is {now}; write it anew with `raytrain-brats index`")
+    if written != now:
+        raise UserError(
+            f"{uri} was written with {written}, here that is {now}; write it anew with `raytrain-brats index`"
+        )
     return made

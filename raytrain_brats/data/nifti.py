@@ -1,10 +1,10 @@
-"""Decode: the bytes of a case's NIfTI files, checked, as arrays with geometry; and a label's file on the same grid.
+"""Decode and check a case's NIfTI files; encode a label on the same grid. Runs in data tasks, workers and the driver.
 
 In: bytes of .nii or .nii.gz (NIfTI-1, https://nifti.nimh.nih.gov/nifti-1).
-Out: a `Volume`, or `InvalidCase` with a reason code (docs/refusals.md) and the file at fault. Nothing is half-used:
-nibabel alone reads cut-off and bit-flipped files without a word, because it never reaches the gzip checksum.
+Out: a `Volume`, or `InvalidCase` with a reason code (docs/refusals.md) and the file at fault. The check is strict,
+because nibabel alone reads truncated and bit-flipped files without an error: it never reaches the gzip checksum.
 
-The arrays are views of buffers that this thread uses again as soon as nobody holds them (`inflate.take`).
+The arrays are views of buffers that this thread reuses when nobody references them any more (`gunzip.take`).
 """
 
 import contextlib
@@ -44,12 +44,12 @@ MAX_BYTES = 4 << 30
 _PLAUSIBLE_BYTES, _PLAUSIBLE_RATIO = 1 << 30, 100  # real images shrink 5 to 20 times, labels of a few MB 1,000 times
 _CHUNK = 1 << 15  # voxels worked on at a time, so that they stay in the processor's cache
 _NEARLY_WHOLE = 1e-3
-# What says where a file's voxels lie, by whichever of the standard's methods a program goes
+# The fields that define where voxels lie, by any of the standard's three methods
 _PLACE = ("dim_info", "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
           "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")  # fmt: skip
 
 
-class InvalidCase(Exception):  # noqa: N818 (a verdict on a file, not a fault of ours)
+class InvalidCase(Exception):  # noqa: N818 - a property of a file, not an error of ours
     """A case that cannot be used; `reason` is a key of REASONS, `file` the one at fault ("": the case as a whole)."""
 
     def __init__(self, reason: str, detail: str, file: str = "") -> None:
@@ -60,9 +60,9 @@ class InvalidCase(Exception):  # noqa: N818 (a verdict on a file, not a fault of
 
 @dataclass(frozen=True)
 class VolumeStats:
-    """What one pass over an image finds: the least and greatest value per channel, and where it is not zero.
+    """Least and greatest value per channel, and the foreground's bounding box.
 
-    `box`: (low, high) per axis x, y, z of the voxels that are not zero in every channel; None when there is none.
+    `box`: (low, high) per axis x, y, z of the voxels that are nonzero in any channel; None when there is none.
     """
 
     low: tuple[float, ...]
@@ -104,10 +104,10 @@ def decode_case(
     names: Sequence[str] = (),
     channels: tuple[int, ...] | None = None,
 ) -> Volume:
-    """Decode one 4D image or four 3D images, and the label if given. Raises Refused.
+    """Decode one 4D image or four 3D images, and the label if given. Raises InvalidCase.
 
-    `names` are those of the files in this order, for refusals; `channels` says which channel of a 4D file holds each
-    of MODALITIES (None: they stand in that order).
+    `names` are those of the files in this order, for messages; `channels` says which channel of a 4D file holds each
+    of MODALITIES (None: they are in that order).
     """
     names = names or [*(f"image {number}" for number in range(len(images))), "label"]
     parts = [decode(content, name) for content, name in zip(images, names, strict=False)]
@@ -129,9 +129,9 @@ def decode_case(
 
 
 def background_warning(volume: Volume) -> str:
-    """A line when what lies outside of the head is not 0, as after a z-score over all voxels; else "".
+    """A warning when the background is not 0, as after a z-score over all voxels; else "".
 
-    Networks here learn from images whose background is 0 (BraTS, MSD), and statistics are taken of what is not.
+    Statistics and the foreground box are of voxels that are not 0, as BraTS and MSD publish their images.
     """
     corners_c8 = volume.image_cxyz[:, :: volume.image_cxyz.shape[1] - 1 or 1, :: volume.image_cxyz.shape[2] - 1 or 1]
     corners_c8 = corners_c8[..., :: volume.image_cxyz.shape[3] - 1 or 1].reshape(len(MODALITIES), -1)
@@ -144,7 +144,7 @@ def background_warning(volume: Volume) -> str:
 
 
 def _one_file(file: File, channels: tuple[int, ...] | None) -> npt.NDArray[Any]:
-    """The image (c, x, y, z) of a 4D file: a view, but for channels in another order."""
+    """The image (c, x, y, z) of a 4D file: a view, or a copy where the channels are in another order."""
     if file.array.ndim != 4 or file.array.shape[3] != len(MODALITIES):
         shape = file.array.shape
         raise InvalidCase("header", f"{file.name}: image has shape {shape}, expected (x, y, z, 4)", file.name)
@@ -162,7 +162,7 @@ def _four_files(parts: list[File]) -> npt.NDArray[Any]:
 
     first = parts[0]
     if first.array.ndim == 3 and not any(agree(part, first) for part in parts[1:]):
-        first = parts[1]  # the first one differs from all others: it is at fault
+        first = parts[1]  # the first file differs from all others, so it is the one to blame
     for part in parts:
         with _about(part.name):
             _same_grid(part, first.array.shape, first.affine, first.name)
@@ -180,7 +180,7 @@ def _stacked(arrays_xyz: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
 
 @contextlib.contextmanager
 def _about(name: str) -> Iterator[None]:
-    """What is refused inside is refused because of this file, and says so."""
+    """Errors raised inside become InvalidCase errors that name this file."""
     try:
         yield
     except gunzip.Damaged as error:
@@ -192,7 +192,7 @@ def _about(name: str) -> Iterator[None]:
 
 
 def decode(content: bytes, name: str) -> File:
-    """One file. Raises Refused."""
+    """Decode one file. Raises InvalidCase."""
     with _about(name):
         packed = content[:2] == b"\x1f\x8b"
         start = gunzip.head(content, 352) if packed else content[:352]
@@ -214,7 +214,7 @@ def decode(content: bytes, name: str) -> File:
         native = gunzip.take(voxels.nbytes).view(voxels.dtype.newbyteorder("="))
         native[:] = voxels
         voxels = native
-    while len(shape) > 3 and shape[-1] == 1:
+    while len(shape) > 3 and shape[-1] == 1:  # trailing dimensions of length 1 carry nothing
         shape = shape[:-1]
     if len(shape) == 5 and shape[3] == 1:  # components of a vector have the fifth dimension, as ITK writes them
         shape = (*shape[:3], shape[4])
@@ -224,8 +224,8 @@ def decode(content: bytes, name: str) -> File:
 def label_file(label_xyz: npt.NDArray[np.uint8], header: bytes) -> bytes:
     """The .nii.gz of a label (x, y, z) on the grid of the scan whose `Volume.header` is given; always the same bytes.
 
-    The scan's geometry is copied field by field, also codes of 0 and transforms that contradict each other: a program
-    that places the scan in its own way then places the label in the same. Nothing else of the scan is taken over.
+    The scan's geometry is copied field by field, also codes of 0 and transforms that contradict each other, so that
+    any program overlays the label on the scan. Nothing else of the header is copied.
     """
     scan, ours = nib.Nifti1Header(header, check=False), nib.Nifti1Header(endianness="<")
     ours.set_data_shape(label_xyz.shape)
@@ -238,7 +238,7 @@ def label_file(label_xyz: npt.NDArray[np.uint8], header: bytes) -> bytes:
 
 
 def intensity_range(image_cxyz: npt.NDArray[Any]) -> VolumeStats:
-    """The extent of an image, which is read once, in the order of memory; NaN shows in both bounds."""
+    """The statistics of an image, in one pass in memory order; a NaN makes at least one bound NaN."""
     order = np.argsort([-abs(stride) for stride in image_cxyz.strides[1:]], kind="stable")
     slowest_first = image_cxyz.transpose(0, *(1 + order))
     used = np.zeros(slowest_first.shape[2:], bool)
@@ -263,7 +263,8 @@ def intensity_range(image_cxyz: npt.NDArray[Any]) -> VolumeStats:
 
 def _bounds(planes: npt.NDArray[Any]) -> tuple[float, float, npt.NDArray[np.bool_]]:
     """(least, greatest, where along the planes anything is not zero) of one channel, (planes, rows, columns)."""
-    # Read as unsigned, numbers without a sign keep their order and NaN is above all: one pass finds the greatest
+    # IEEE floats without a sign bit compare like unsigned integers, with NaN above all: one integer maximum finds the
+    # greatest value and whether any has a sign. If none has, a zero in the corner is the least value: no second pass.
     bits = planes.view(f"u{planes.itemsize}")
     most = _along(np.maximum, bits)
     greatest = most.max()
@@ -274,7 +275,7 @@ def _bounds(planes: npt.NDArray[Any]) -> tuple[float, float, npt.NDArray[np.bool
 
 
 def _along(better: np.ufunc, planes: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A plane with the least or greatest of each column of planes; `reduce` would be three times slower."""
+    """The least or greatest over planes, for each voxel of a plane; `better.reduce` would be three times slower."""
     best: npt.NDArray[Any] = planes[0].copy()
     for plane in planes[1:]:
         better(best, plane, out=best)
@@ -282,9 +283,9 @@ def _along(better: np.ufunc, planes: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _scaled(voxels: npt.NDArray[Any], slope: float, inter: float) -> npt.NDArray[np.float32]:
-    """slope * voxel + inter in float64, rounded once."""
+    """slope * voxel + inter in float64, rounded once to float32; in chunks, without a float64 copy of the volume."""
     scaled, wide = gunzip.take(4 * voxels.size).view(np.float32), np.empty(_CHUNK)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinite voxels are refused later
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite voxels are rejected later
         for start in range(0, voxels.size, _CHUNK):
             chunk = voxels[start : start + _CHUNK]
             product = np.multiply(chunk, slope, out=wide[: chunk.size], dtype=np.float64)
@@ -294,7 +295,7 @@ def _scaled(voxels: npt.NDArray[Any], slope: float, inter: float) -> npt.NDArray
 
 
 def _nearly_whole(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Whole numbers where they are so to 0.001: what a program that scales integers makes of 1 is 1.00001."""
+    """Round values within 0.001 of a whole number: a program that stores scaled integers makes 1.00001 of 1."""
     with np.errstate(invalid="ignore"):
         whole = np.rint(array)
         return np.where(np.abs(array - whole) <= _NEARLY_WHOLE, whole, array)
@@ -314,7 +315,7 @@ def _label(array: npt.NDArray[Any], allowed: tuple[int, ...]) -> npt.NDArray[np.
 
 
 def _header(start: bytes) -> tuple[nib.Nifti1Header, int, int]:
-    """(header, offset of the voxels, whole length in bytes), or Refused."""
+    """(header, offset of the voxels, whole length in bytes). Raises InvalidCase."""
     if len(start) < 352 or start[344:348] != b"n+1\0":
         raise InvalidCase("not_nifti", "no single-file NIfTI-1 header")
     header = nib.Nifti1Header(start[:348], check=False)
@@ -346,7 +347,7 @@ def _header(start: bytes) -> tuple[nib.Nifti1Header, int, int]:
 
 
 def _check_extensions(block: bytes, endian: str) -> None:
-    """`block` is what lies between the header and the voxels: a flag, and after it extensions that fill it."""
+    """`block` is between the header and the voxels: 4 flag bytes, then extensions that fill it. Raises InvalidCase."""
     position, order = 4, "little" if endian == "<" else "big"
     while block[0] and (position == 4 or block[position:].strip(b"\0")):
         size = int.from_bytes(block[position : position + 4], order, signed=True)  # type: ignore[arg-type]
@@ -355,10 +356,10 @@ def _check_extensions(block: bytes, endian: str) -> None:
         position += size
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what overflows is refused
+@np.errstate(over="ignore", invalid="ignore")  # an affine that overflows is rejected
 def _affine(header: nib.Nifti1Header) -> npt.NDArray[np.float64]:
     if header["pixdim"][0] == 0:
-        header["pixdim"][0] = 1  # as the standard says
+        header["pixdim"][0] = 1  # the standard: a qfac of 0 means 1
     try:
         affine = np.asarray(header.get_best_affine(), np.float64)
     except (ValueError, HeaderDataError) as error:  # a quaternion longer than 1, a qfac other than 1 or -1

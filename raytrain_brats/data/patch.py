@@ -1,7 +1,7 @@
-"""The patch of one sample: where it lies in a prepared case, and its voxels.
+"""The patch of one sample: its origin in a prepared case, and its voxels. Runs in data tasks and workers.
 
 In: a `Prepared` case, a `Sample`, the patch's size.
-Out: a `Patch`: integers and statistics; the training device normalises, flips and makes regions of it.
+Out: a `Patch`: integers and statistics; the training device normalises, augments and converts labels to regions.
 """
 
 from dataclasses import dataclass
@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raytrain_brats.data.preprocess import Prepared
+from raytrain_brats.data.preprocess import Prepared, Triple
 from raytrain_brats.data.sampler import Sample, draw
-
-Triple = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One training sample. `weight` 0: padding, or a case that could not be read (then `reason` says why).
+    """One training sample. `weight` 0: padding, or an invalid case (then `reason` says why).
 
-    The arrays may be views into memory that others hold too: read-only, and not contiguous.
+    The arrays may be views into shared memory: read-only, and not contiguous.
     """
 
     position: int
@@ -34,34 +32,35 @@ class Patch:
     std: npt.NDArray[np.float32]
 
 
-def place(prepared: Prepared, sample: Sample, size_zyx: Triple, foreground_share: float) -> Triple:
-    """Where in the box (z, y, x) the patch of `sample` begins.
+def patch_origin(prepared: Prepared, sample: Sample, size_zyx: Triple, foreground_share: float) -> Triple:
+    """First voxel (z, y, x) of the sample's patch in the prepared box.
 
     With probability `foreground_share` the centre is a tumour voxel, of a label value drawn evenly among those
-    present (nnU-Net's oversampling); else the place is uniform.
+    present (nnU-Net's oversampling, Isensee et al. 2021, doi 10.1038/s41592-020-01008-z); else the origin is uniform.
     """
     box = prepared.image_czyx.shape[1:]
-    chance, value, voxel, *place = draw(sample.seed, "crop", 6)
+    # Always six numbers, whichever branch uses them: a sample's crop depends on its seed and its case alone.
+    chance, value, voxel, *uniform = draw(sample.seed, "crop", 6)
     room = [max(0, b - s) for b, s in zip(box, size_zyx, strict=True)]
-    start = [int(p * (r + 1)) for p, r in zip(place, room, strict=True)]
+    origin = [int(u * (r + 1)) for u, r in zip(uniform, room, strict=True)]
     if chance < foreground_share and prepared.foreground_counts:
         counts = [count for _, count in prepared.foreground_counts]
         chosen = int(value * len(counts))
         index = prepared.foreground[sum(counts[:chosen]) + int(voxel * counts[chosen])]
         centre = np.unravel_index(index, box)
-        start = [min(max(0, int(c) - s // 2), r) for c, s, r in zip(centre, size_zyx, room, strict=True)]
-    return start[0], start[1], start[2]
+        origin = [min(max(0, int(c) - s // 2), r) for c, s, r in zip(centre, size_zyx, room, strict=True)]
+    return origin[0], origin[1], origin[2]
 
 
-def window(array: npt.NDArray[Any], start: Triple, size_zyx: Triple) -> npt.NDArray[Any]:
-    """The voxels (..., z, y, x) from `start` on: a view."""
-    inside: tuple[Any, ...] = (..., *(slice(a, a + s) for a, s in zip(start, size_zyx, strict=True)))
+def crop(array: npt.NDArray[Any], origin: Triple, size_zyx: Triple) -> npt.NDArray[Any]:
+    """The voxels (..., z, y, x) from `origin` on: a view."""
+    inside: tuple[Any, ...] = (..., *(slice(a, a + s) for a, s in zip(origin, size_zyx, strict=True)))
     view: npt.NDArray[Any] = array[inside]
     return view
 
 
 def empty_patch(position: int, seed: int, case_id: str, reason: str, size_zyx: Triple) -> Patch:
-    """A patch of weight zero: a position never goes missing, whatever becomes of its case."""
+    """A patch of weight zero: every position yields a patch, also where its case is invalid."""
     nothing = np.zeros(1, np.int16), np.zeros(1, np.uint8)
     image, label = np.broadcast_to(nothing[0], (4, *size_zyx)), np.broadcast_to(nothing[1], size_zyx)
     return Patch(position, seed, case_id, 0.0, reason, image, label, np.zeros(4, np.float32), np.ones(4, np.float32))

@@ -1,10 +1,11 @@
-"""From a native volume to a prepared case, and exactly back.
+"""From a native volume to a prepared case, and exactly back. Runs in data tasks, and in workers for validation.
 
 In: a `Volume`, the wanted voxel edge.
 Out: a `Prepared` case: RAS, resampled, cropped to the foreground, statistics, geometry; `restore`, its inverse.
 
 The order is that of MONAI's chain (Orientation RAS, Spacing, CropForeground, NormalizeIntensity nonzero channel by
-channel); normalisation itself waits until after the crop, on the training device, so integers travel.
+channel). Only the statistics are computed here: the training device normalises the patch, so 16 bits a voxel travel
+instead of 32, and a patch's values do not depend on where it was cropped.
 """
 
 import itertools
@@ -19,14 +20,15 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from raytrain_brats.data.nifti import MAX_BYTES, InvalidCase, Volume, VolumeStats, intensity_range
 from raytrain_brats.labels import MODALITIES
 
+Triple = tuple[int, int, int]
 FOREGROUND_VOXELS = 512
-"""Voxels remembered per label value, for crops centred on tumour."""
+"""Voxels stored per label value, as centres of foreground crops: enough to cover a tumour, too few to cost space."""
 _CHUNK = 1 << 15  # voxels worked on at a time, so that they stay in the processor's cache
-# float16 goes to 65,504, holds 11 bits, and has no steps below 2**-24: with a peak of 2**-6 even the deviation of a
-# channel that is one bright voxel and little else is 64 of them
+# float16 ends at 65,504, has a significand of 11 bits and no steps below 2**-24. With a peak of at least 2**-6 the
+# standard deviation is some 64 of these steps even in a channel of one bright voxel and little else
 _LEAST_PEAK, _GREATEST_PEAK = 2.0**-6, 60000.0
 _OFFSET_STDS = 256  # a mean this many deviations from zero leaves steps of an eighth to a quarter of a deviation
-_ROUNDED_TO_ZERO = 2.0**-25
+_ROUNDED_TO_ZERO = 2.0**-25  # half of float16's smallest number: IEEE rounding to even makes it 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Geometry:
     axes: tuple[int, int, int]
     """Native axis that became R, A, S."""
     flips: tuple[int, int, int]
-    """-1 where that axis was turned round."""
+    """-1 where that axis was reversed."""
     grid_shape: tuple[int, int, int]
     """After resampling, before the crop."""
     spacing_mm: tuple[float, float, float]
@@ -60,11 +62,11 @@ class Prepared:
 
     `image_czyx`: int16 where that is exact, else float16. A channel whose values float16 cannot
     hold, or only coarsely, is stored times a power of two;
-    `mean`, `std`: of what is stored, per channel over non-zero voxels, float64-accumulated;
-    `foreground`: flat indices into the (z, y, x) box, FOREGROUND_VOXELS at most per label value, and per value
-    its (value, count);
+    `mean`, `std`: of the stored values, per channel over non-zero voxels, float64-accumulated;
+    `foreground`: flat indices into the (z, y, x) box, FOREGROUND_VOXELS at most per label value;
+    `foreground_counts`: (value, how many of these indices) per label value;
     `native_label_xyz`: only where the prepared label cannot be restored to it (after resampling, or with label
-    voxels outside the foreground), since scores are taken on the native grid.
+    voxels outside the foreground), since scores are computed on the native grid.
     """
 
     image_czyx: npt.NDArray[Any]
@@ -88,9 +90,10 @@ class Prepared:
 def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
     """The prepared case at `spacing_mm`.
 
-    Raises Refused: "empty" when nothing but zeros is left, "range" for values that 16 bits cannot tell apart, "affine"
-    for a grid beyond memory.
+    Raises InvalidCase: "empty" when nothing but zeros is left, "range" for values that 16 bits cannot tell apart,
+    "affine" for a grid beyond memory.
     """
+    # RAS by transposing and reversing axes alone: the nearest axes, no interpolation, so the way back is exact.
     orientation = ornt_transform(io_orientation(volume.affine), axcodes2ornt("RAS"))
     axes = np.argsort(orientation[:, 0]).astype(int)
     flips = orientation[axes, 1].astype(int)
@@ -105,7 +108,9 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
             raise InvalidCase("affine", f"voxels of {native_mm.round(3)} mm resampled to {spacing_mm} mm: {grid_shape}")
         traces = _traces(volume)
         image = resample(image.astype(np.float32), ratio, grid_shape, 1, offset)
-        image[np.abs(image) <= traces] = 0  # rounded coordinates leave 1e-13 beside the brain; float16 holds it as 0
+        # Rounding of coordinates leaves values of 1e-13 beside the brain. float16 stores them as 0, so they must be 0
+        # before the bounding box is taken, or it would be larger than the foreground that is stored.
+        image[np.abs(image) <= traces] = 0
         label = None if label is None else resample(label, ratio, grid_shape, 0, offset)
         extent = intensity_range(image)
         box = extent.box
@@ -122,15 +127,16 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
     stored, mean, std = _condensed(image[(slice(None), *crop)].transpose(0, 3, 2, 1), extent, volume.files)
     foreground, counts = _foreground_index(label_zyx)
     geometry = Geometry(
-        native_shape=_triple(volume.image_cxyz.shape[1:]),
+        native_shape=triple(volume.image_cxyz.shape[1:]),
         affine=tuple(tuple(row) for row in volume.affine.tolist()),
-        axes=_triple(axes),
-        flips=_triple(flips),
+        axes=triple(axes),
+        flips=triple(flips),
         grid_shape=grid_shape,
         spacing_mm=(float(wanted_mm[0]), float(wanted_mm[1]), float(wanted_mm[2])),
         box=(box[0], box[1], box[2]),
         offset=(float(offset[0]), float(offset[1]), float(offset[2])),
     )
+    # Without resampling the prepared label restores to the native one, unless the crop removed label voxels.
     native = volume.label_xyz
     if native is not None and label_zyx is not None and (ratio == 1).all():
         native = None if np.count_nonzero(label_zyx) == np.count_nonzero(native) else native
@@ -160,14 +166,19 @@ def restore(box_czyx: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:
 def resample(
     array: npt.NDArray[Any], ratio: npt.NDArray[np.float64], shape: Any, order: int, offset: Any = (0, 0, 0)
 ) -> npt.NDArray[Any]:
-    """Sample (..., x, y, z) at index i * ratio + offset, linearly or (order 0) at the nearest voxel; edges repeat."""
+    """Sample (..., x, y, z) at index i * ratio + offset, linearly or (order 0) at the nearest voxel; edges repeat.
+
+    Labels take the nearest voxel, as a mixture of label values is another label. Images are interpolated linearly, as
+    in MONAI's Spacing: higher orders overshoot at edges and make negative intensities.
+    """
     leading = array.shape[:-3]
     if order == 0:
+        # round(9): indices half-way between voxels must not be decided by rounding errors of the product
         at = [np.arange(size) * step + first for size, step, first in zip(shape, ratio, offset, strict=True)]
         nearest = [np.rint(x.round(9)).clip(0, n - 1).astype(int) for x, n in zip(at, array.shape[-3:], strict=True)]
         picked: npt.NDArray[Any] = array[(..., *np.ix_(*nearest))]
         return picked
-    from scipy import ndimage  # 8 MB in each of the processes of Ray that hear of this module
+    from scipy import ndimage  # here, as it costs 8 MB in every process that imports this module
 
     output: npt.NDArray[Any] = np.empty((*leading, *shape), array.dtype)
     options: dict[str, Any] = {"offset": offset, "output_shape": tuple(shape), "order": order, "mode": "nearest"}
@@ -179,13 +190,16 @@ def resample(
 def _grid(affine: npt.NDArray[np.float64], shape: tuple[int, ...], spacing_mm: float) -> Any:
     """(native edges, new edges, new shape, native index of the first new voxel) as MONAI's Spacing chooses them.
 
-    It lays the new grid on the native grid's first corner or, where the axes are not square to 1e-8 (oblique ones
-    after a file's float32), on its middle.
+    It aligns the new grid with the native grid's first corner or, where the axes are not orthogonal to 1e-8 (oblique
+    ones after a file's float32), with its middle. Compared with MONAI itself in tests/test_preprocess.py.
     """
     native_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    # Edges that differ by less than a micrometre are the same: resampling for 1.0000001 mm would blur for nothing.
     wanted_mm = np.where(np.abs(native_mm - spacing_mm) < 1e-3, native_mm, spacing_mm)
     if (wanted_mm == native_mm).all():
-        return native_mm, native_mm, _triple(shape), np.zeros(3)
+        return native_mm, native_mm, triple(shape), np.zeros(3)
+    # A^T A = U^T U, so A U^-1 is orthogonal: the new grid keeps the axes' directions and drops their shear, as MONAI's
+    # zoom_affine does.
     upper = np.linalg.cholesky(affine[:3, :3].T @ affine[:3, :3]).T
     new = np.eye(4)
     new[:3, :3] = affine[:3, :3] @ np.linalg.inv(upper) @ np.diag(wanted_mm)
@@ -194,7 +208,7 @@ def _grid(affine: npt.NDArray[np.float64], shape: tuple[int, ...], spacing_mm: f
     new_shape = np.round(np.ptp(reached, axis=1) + 1)
     square = any(np.allclose((reached - corner[:, None]).min(axis=1), 0) for corner in reached.T)
     middle = np.array(shape) / 2 - np.linalg.solve(affine[:3, :3], new[:3, :3]) @ new_shape / 2
-    return native_mm, wanted_mm, _triple(new_shape), np.zeros(3) if square else middle
+    return native_mm, wanted_mm, triple(new_shape), np.zeros(3) if square else middle
 
 
 def to_ras(array: npt.NDArray[Any], axes: Any, flips: Any) -> npt.NDArray[Any]:
@@ -229,7 +243,7 @@ def _condensed(
 
 
 def _peaks(extent: VolumeStats, files: tuple[str, ...]) -> list[float]:
-    """The greatest absolute value of each channel. Raises Refused when float32 does not hold it."""
+    """The greatest absolute value of each channel. Raises InvalidCase when float32 does not hold it."""
     peaks = [max(-low, high) for low, high in zip(extent.low, extent.high, strict=True)]
     single = np.finfo(np.float32)
     for number, peak in enumerate(peaks):
@@ -239,14 +253,18 @@ def _peaks(extent: VolumeStats, files: tuple[str, ...]) -> list[float]:
 
 
 def _factor(peak: float) -> float:
-    """The power of two by which a channel is stored: 1, but for values that float16 holds badly or not at all."""
+    """The factor by which a channel is multiplied before it is stored: 1, unless float16 holds its values badly.
+
+    A power of two, which changes the exponent alone and rounds nothing; mean and std are multiplied alike, so
+    normalisation removes it again.
+    """
     if not peak or _LEAST_PEAK <= peak <= _GREATEST_PEAK:
         return 1.0
     return math.ldexp(1, 15 - math.frexp(peak)[1])  # up to 2**15
 
 
 def _traces(volume: Volume) -> npt.NDArray[np.float32]:
-    """What is nothing but a trace of rounding in each channel of the resampled image: float16 will hold it as 0."""
+    """Per channel of the resampled image, the value up to which float16 will store 0: what rounding left behind."""
     extent = volume.extent or intensity_range(volume.image_cxyz)
     traces = [_ROUNDED_TO_ZERO / _factor(peak) for peak in _peaks(extent, volume.files)]
     return np.array(traces, np.float32).reshape(-1, 1, 1, 1)
@@ -278,7 +296,11 @@ def _integers(
 
 
 class _Moments:
-    """Sums over the non-zero voxels of a channel, in float64; zeros add nothing to either."""
+    """Sums over the non-zero voxels of a channel; zeros add nothing to either.
+
+    In float64: a float32 sum of some 10^6 intensities loses the digits that a standard deviation needs. Added chunk by
+    chunk in a fixed order, as the order of float additions decides the last bits.
+    """
 
     def __init__(self) -> None:
         self.count, self.total, self.squares = 0, 0.0, 0.0
@@ -291,11 +313,16 @@ class _Moments:
             wide[:] = chunk
             self.count += int(np.count_nonzero(chunk))
             self.total += float(wide.sum())
-            self.squares += float(np.einsum("i,i->", wide, wide))  # not np.dot: BLAS would start threads
+            # Not np.dot: BLAS would start threads beside Ray's tasks, and sum in an order that depends on their number.
+            self.squares += float(np.einsum("i,i->", wide, wide))
 
 
 def _statistics(channels: list[_Moments]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and population standard deviation of the non-zero voxels of each channel (1 where it would be 0)."""
+    """Mean and population standard deviation of the non-zero voxels of each channel (1 where it would be 0).
+
+    As E[x^2] - E[x]^2, which needs one pass. It loses 2 log2(|mean| / std) of float64's 53 bits, few for intensities,
+    and may round below zero where all values are equal.
+    """
     means = [moments.total / max(1, moments.count) for moments in channels]
     variances = [m.squares / max(1, m.count) - mean * mean for m, mean in zip(channels, means, strict=True)]
     return tuple(means), tuple(max(0.0, variance) ** 0.5 or 1.0 for variance in variances)
@@ -319,12 +346,13 @@ def _foreground_index(label_zyx: npt.NDArray[np.uint8] | None) -> tuple[npt.NDAr
         values = label_zyx.reshape(-1)[tumour]
         for value in np.unique(values):
             found = tumour[values == value]
+            # Evenly along the flat index, not at random: the same case always gives the same object.
             pick = np.linspace(0, len(found) - 1, min(len(found), FOREGROUND_VOXELS)).astype(int)
             indices.append(found[pick].astype(np.int32))
             counts.append((int(value), len(pick)))
     return np.concatenate(indices), tuple(counts)
 
 
-def _triple(values: Any) -> tuple[int, int, int]:
-    x, y, z = (int(v) for v in values)
-    return x, y, z
+def triple(values: Any) -> Triple:
+    first, second, third = (int(v) for v in values)
+    return first, second, third

@@ -1,15 +1,16 @@
-"""Which case, crop and augmentation stands at each position of a run: integers only, no I/O.
+"""Which case, crop and augmentation belongs to each position of a run: integers only, no I/O. Runs in any process.
 
 In: seed, number of cases, global batch, patches per case, window, epochs.
-Out: for a position its case and seeds; for a rank the positions it owns; for a cursor the stretch to stream.
+Out: for a position its case and seed; for a rank its positions in a step; for a cursor the segment to stream.
 
 A run is the list of positions 0 .. total-1. Step s applies positions [s*G, (s+1)*G) whatever the number of
 workers. An epoch holds every case `patches_per_case` times, padded to whole global batches by samples of weight
-zero. Cases are shuffled anew each epoch; groups of `window_cases` are decoded together and their patches shuffled
-among each other, so one decode serves several patches and neighbours still differ.
+zero. Cases are shuffled anew each epoch; `window_cases` of them are decoded together and their patches shuffled
+within the window, so one decode serves several patches and neighbouring steps still see different cases.
 
-The idea of a partition that is a pure function is MosaicML Streaming's (`partition/`); theirs asks that the world
-size divides the batch, this one does not.
+Everything here is a pure function of (seed, position): a resume needs one number, `samples_seen`, and no state of a
+generator; any process computes any position without those before it. The idea is MosaicML Streaming's (`partition/`);
+theirs asks that the world size divides the batch, this one does not.
 """
 
 import hashlib
@@ -19,12 +20,13 @@ from functools import lru_cache
 import numpy as np
 
 SEGMENT_WINDOWS = 1024
-"""Read tasks of one Ray Data execution: each costs 1.2 ms before the first row, each execution about 1 s."""
+"""Read tasks of one Ray Data execution, a compromise: each costs 1.2 ms before the first row, and each execution about
+1 s in which nothing is streamed."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What stands at one position. `case` is an index into the sorted training cases, None for padding."""
+    """What belongs to one position. `case` is an index into the sorted training cases, None for padding."""
 
     position: int
     epoch: int
@@ -33,30 +35,37 @@ class Sample:
 
 
 def draw(seed: int, purpose: str, count: int) -> list[float]:
-    """`count` numbers in [0, 1): the same for the same arguments on any machine and library version."""
+    """`count` numbers in [0, 1): the same for the same arguments on any machine and library version.
+
+    A hash, not a generator: `purpose` keeps the crop's numbers independent of the augmentation's, so that one more
+    number for the one does not change the other.
+    """
     numbers: list[float] = []
     for block in range((count + 7) // 8):
         digest = hashlib.blake2b(f"{seed}/{purpose}/{block}".encode(), digest_size=64).digest()
-        # 53 bits fill a float; 64 would round up to 1.0 now and then
+        # A float's significand holds 53 bits; 64 bits would sometimes round up to 1.0, which is outside [0, 1).
         numbers += [(int.from_bytes(digest[i : i + 8], "little") >> 11) / 2**53 for i in range(0, 64, 8)]
     return numbers[:count]
 
 
 def _seed(*parts: int) -> int:
-    """A 63-bit seed from integers (so that it fits a signed 64-bit column)."""
+    """A 63-bit seed from integers, so that it fits a signed 64-bit column. Hashing keeps seeds of neighbouring
+    arguments unrelated; sums of them would collide."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def fingerprint(position: int, case_id: str, seed: int) -> int:
-    """32 bits of what stands at a position. A step's sum over its samples is the same however ranks share them."""
+    """32 bits of what belongs to a position. A step's sum over its samples does not depend on how ranks share them, so
+    one number in each row proves which samples a step applied (`verify` computes it again)."""
     text = f"{position}/{case_id}/{seed}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
 
 
 @lru_cache(maxsize=8)
 def _shuffled(seed: int, count: int) -> tuple[int, ...]:
-    # RandomState is frozen by NumPy's policy (NEP 19); Generator may change between releases.
+    # NumPy freezes the numbers of RandomState (NEP 19); those of Generator may change between releases, and a resume
+    # under another NumPy would then apply cases twice. Cached, as `sample` asks for one order once for each position.
     return tuple(np.random.RandomState(seed % 2**32).permutation(count).tolist())
 
 
@@ -99,13 +108,15 @@ class Sampler:
             return Sample(position, epoch, None, _seed(self.seed, epoch, within))
         window, row = divmod(within, self.window_samples)
         order = _shuffled(_seed(self.seed, epoch), self.cases)
+        # Two shuffles: of cases over the epoch, of patches within a window. The last window may hold fewer cases.
         members = order[window * self.window_cases : (window + 1) * self.window_cases]
         mixed = _shuffled(_seed(self.seed, epoch, window), len(members) * self.patches_per_case)
         case, patch = members[mixed[row] // self.patches_per_case], mixed[row] % self.patches_per_case
+        # By (epoch, case, patch), not by position: the crops of a case do not depend on the batch size or the window.
         return Sample(position, epoch, case, _seed(self.seed, epoch, case, patch))
 
     def windows(self, low: int, high: int) -> list[range]:
-        """The positions [low, high) cut where a new group of cases begins: one read task each."""
+        """The positions [low, high) split at the windows' borders: one read task each."""
         cuts: list[range] = []
         while low < high:
             epoch, within = divmod(low, self.epoch_length)
@@ -118,7 +129,10 @@ class Sampler:
         return cuts
 
     def segment(self, cursor: int) -> tuple[int, int]:
-        """[low, high) that one Ray Data execution streams from `cursor` on; high ends a global step."""
+        """[low, high) that one Ray Data execution streams from `cursor` on; high ends a global step.
+
+        `high` lies on a fixed grid, not at a distance from `cursor`: after a resume all later segments are the same.
+        """
         steps = max(1, SEGMENT_WINDOWS * self.window_samples // self.global_batch)
         length = steps * self.global_batch
         return cursor, min(self.total, (cursor // length + 1) * length)
@@ -129,6 +143,8 @@ class Sampler:
         The split deals rows in turn from `stream_start` on, so counts differ by at most one and any world size
         from 1 to the global batch works.
         """
+        # Position p goes to rank (p - stream_start) mod W, so the first of this step is the least p >= step_start with
+        # p = stream_start + rank (mod W). Where W does not divide G, the extra sample moves from rank to rank.
         end = min(step_start + self.global_batch, self.total)
         first = step_start + (stream_start + rank - step_start) % world_size
         return list(range(first, end, world_size))

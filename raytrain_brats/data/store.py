@@ -1,4 +1,4 @@
-"""The prepared cases on storage: one Parquet object a case, and an index.
+"""The prepared cases on storage: one Parquet object a case, and an index. Runs in data tasks and the driver.
 
 In: prepared cases.
 Out: `objects/<key>-<bytes>-<sha256>.parquet`, `index.jsonl` (a manifest whose cases name their objects).
@@ -45,15 +45,15 @@ class Source:
     spacing_mm: float
 
     def load(self, case: Case) -> Prepared:
-        """Raises Refused for a case that cannot be used, OSError when storage fails."""
+        """Raises InvalidCase for a case that cannot be used, OSError when storage fails."""
         if case.object:
             try:
                 (content,) = storage.read_checked([storage.join(self.root, case.object)], case.object_sha256)
             except FileNotFoundError as error:
                 raise InvalidCase("missing", f"{case.object}; run `prepare` again", case.object) from error
             except storage.ChangedError as error:
-                told = f"{case.object} differs from its checksum; run `prepare --verify`"
-                raise InvalidCase("changed", told, case.object) from error
+                detail = f"{case.object} differs from its checksum; run `prepare --verify`"
+                raise InvalidCase("changed", detail, case.object) from error
             return decode(content, verified=True)
         return preprocess(self.volume(case), self.spacing_mm)
 
@@ -69,21 +69,21 @@ class Source:
             raise InvalidCase("missing", file or gone, file) from error
         except storage.ChangedError as error:
             if fault := self._damaged(paths):
-                told = f"{fault.detail} ({fault.reason}), since the manifest was written"
-                raise InvalidCase("changed", told, fault.file) from error
+                detail = f"{fault.detail} ({fault.reason}), since the manifest was written"
+                raise InvalidCase("changed", detail, fault.file) from error
             raise InvalidCase("changed", f"{error}, by the manifest") from error
         images = len(case.images)
         label = files[images] if case.label else None
         return decode_case(files[:images], label, allowed_values(self.convention), paths, case.channels or None)
 
     def _damaged(self, paths: tuple[str, ...]) -> InvalidCase | None:
-        """The verdict on the first of these files that cannot be decoded: the manifest sums up all files of a case."""
+        """Why the first damaged file cannot be decoded: the manifest has one checksum for all files of a case."""
         for path in paths:
             try:
                 decode_file(storage.read_bytes(storage.join(self.root, path)), path)
             except InvalidCase as error:
                 return error
-            except OSError:  # it went just now
+            except OSError:  # removed since it was read
                 return None
         return None
 
@@ -104,42 +104,25 @@ def binary_value(table: pa.Table, column: str, dtype: Any) -> npt.NDArray[Any]:
 
 def encode(prepared: Prepared, codec: Codec = "zstd") -> bytes:
     """The Parquet object of a prepared case; the same case and codec always give the same bytes."""
+    image, label, native = prepared.image_czyx, prepared.label_zyx, prepared.native_label_xyz
+    about: dict[str, Any] = {"format": FORMAT, "dtype": image.dtype.name, "shape_czyx": image.shape}
+    about |= {"labelled": label is not None, "native_labelled": native is not None}
+    about |= {"mean": prepared.mean, "std": prepared.std, "geometry": dataclasses.asdict(prepared.geometry)}
+    about |= {"foreground_counts": prepared.foreground_counts}
     nothing = np.zeros(0, np.uint8)
-    native = prepared.native_label_xyz
-    table = pa.table(
-        {
-            "image": binary_column(prepared.image_czyx),
-            "label": binary_column(nothing if prepared.label_zyx is None else prepared.label_zyx),
-            "native_label": binary_column(nothing if native is None else native.T),
-            "foreground": binary_column(prepared.foreground),
-            "about": [
-                json.dumps(
-                    {
-                        "format": FORMAT,
-                        "dtype": prepared.image_czyx.dtype.name,
-                        "shape_czyx": prepared.image_czyx.shape,
-                        "labelled": prepared.label_zyx is not None,
-                        "native_labelled": native is not None,
-                        "mean": prepared.mean,
-                        "std": prepared.std,
-                        "geometry": dataclasses.asdict(prepared.geometry),
-                        "foreground_counts": prepared.foreground_counts,
-                    }
-                )
-            ],
-        }
-    )
-    sink = io.BytesIO()
-    pq.write_table(
-        table, sink, compression=codec, use_dictionary=False, write_statistics=False, write_page_checksum=True
-    )
+    columns: dict[str, Any] = {"image": binary_column(image)}
+    columns["label"] = binary_column(nothing if label is None else label)
+    columns["native_label"] = binary_column(nothing if native is None else native.T)
+    columns |= {"foreground": binary_column(prepared.foreground), "about": [json.dumps(about)]}
+    sink, plain = io.BytesIO(), {"use_dictionary": False, "write_statistics": False}  # voxels hold no repeated values
+    pq.write_table(pa.table(columns), sink, compression=codec, write_page_checksum=True, **plain)
     return sink.getvalue()
 
 
 def decode(content: bytes, verified: bool = False) -> Prepared:
     """The prepared case of a Parquet object, its pages' checksums compared unless the whole was `verified` already.
 
-    Raises Refused("changed") for anything else.
+    Raises InvalidCase("changed") for anything else.
     """
     try:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=not verified)
@@ -167,14 +150,14 @@ def decode(content: bytes, verified: bool = False) -> Prepared:
 
 
 def key(case: Case, preprocessing: dict[str, Any], convention: str) -> str:
-    """Name of a case's object: what went in decides it, and what that means."""
+    """Name of a case's object: a hash of the files' content, the preprocessing and the label convention."""
     about = [FORMAT, case.sha256, list(case.channels), preprocessing, manifests.meaning(convention)]
     text = json.dumps(about, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def put(store: str, source: Source, case: Case, preprocessing: dict[str, Any], codec: Codec = "zstd") -> Case:
-    """Prepare one case into the store; the case, with its object. Raises Refused."""
+    """Prepare one case into the store; the case, with its object. Raises InvalidCase."""
     content = encode(source.load(case), codec)
     checksum = hashlib.sha256(content).hexdigest()
     name = f"objects/{key(case, preprocessing, source.convention)}-{len(content)}-{checksum}.parquet"
@@ -190,11 +173,11 @@ def with_object(case: Case, name: str) -> Case:
 
 
 def objects(store: str) -> dict[str, str]:
-    """{key: name} of the objects that are there in full length, by their names alone."""
+    """{key: name} of the objects whose size is the one in their name; no content is read."""
     found: dict[str, str] = {}
     for name, size in storage.list_files(storage.join(store, "objects")).items():
         if (match := _OBJECT.fullmatch(f"objects/{name}")) and int(match["bytes"]) == size:
-            found.setdefault(match["key"], match[0])  # two, when versions of a library pack differently: either will do
+            found.setdefault(match["key"], match[0])  # two where library versions compress differently: either will do
     return found
 
 
@@ -209,7 +192,7 @@ def intact(store: str, name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What makes a store what it is: its preprocessing, and what its voxels mean; `data`: where they came from."""
+    """A store's preprocessing and label convention; `data`: where its cases came from."""
 
     preprocess: dict[str, Any]
     convention: str
@@ -217,16 +200,16 @@ class About:
 
 
 def begun(store: str) -> About | None:
-    """What `prepare` began in this folder; None where it began nothing.
+    """What `prepare` recorded in this folder when it began; None in an empty one.
 
-    Raises UserError when the folder holds other things, or a damaged beginning.
+    Raises UserError when the folder holds other files, or when the record is damaged.
     """
     where = storage.join(store, _ABOUT)
     try:
         about = json.loads(storage.read_bytes(where))
         if about.get("maker") == _MAKER:
             return About(dict(about["preprocess"]), str(about["convention"]), str(about["data"]))
-        index = manifests.read(storage.join(store, "index.jsonl"))  # by an earlier version: settings alone
+        index = manifests.read(storage.join(store, "index.jsonl"))  # an earlier version recorded the settings alone
         return About(about, index.convention, "")
     except (FileNotFoundError, NotADirectoryError):
         others = [
@@ -240,13 +223,14 @@ def begun(store: str) -> About | None:
 
 
 def begin(store: str, about: About) -> None:
-    """Say what is being prepared here, before anything is put; an index of something else goes first."""
+    """Record what is being prepared here, before any object is put; first remove an index of other settings."""
     where = storage.join(store, _ABOUT)
     text = json.dumps(
         {"maker": _MAKER} | dataclasses.asdict(about) | manifests.meaning(about.convention), indent=1
     ).encode()
     if storage.exists(where) and storage.read_bytes(where) != text:
-        storage.delete(storage.join(store, "index.jsonl"))  # a kill right here must not leave it under other settings
+        # In this order: a kill between the two must not leave an index whose objects have other settings.
+        storage.delete(storage.join(store, "index.jsonl"))
     storage.write_bytes(where, text)
 
 
@@ -275,7 +259,7 @@ def open_index(store: str, preprocessing: dict[str, Any], convention: str = "aut
             f"store {store} was prepared as {described(manifest.convention)}, data.convention says "
             f"{described(convention)}; leave it at auto, or prepare another store"
         )
-    return dataclasses.replace(manifest, root=store)  # a store may have been moved
+    return dataclasses.replace(manifest, root=store)  # the store may have been moved
 
 
 def _tuples(value: Any) -> Any:

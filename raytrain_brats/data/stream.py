@@ -1,11 +1,11 @@
-"""Stream the plan's patches to the training workers with Ray Data, in order, each position exactly once.
+"""Stream the sampler's patches to the training workers with Ray Data, in order, each position exactly once.
 
-In: a plan, the training cases, their source, a cursor.
+In: a sampler, the training cases, their source, a cursor. Runs in Ray Train's controller, data tasks and workers.
 Out: a Ray Dataset of one-row blocks in position order; a split that deals them to the ranks in turn; patches.
 
 One read task decodes one window of cases and yields its patches in position order. The first execution of the
-dataset streams from the cursor to the end of its stretch, each later one a whole stretch. Every position yields a row:
-a case that is refused becomes a row of weight zero, since a missing row would shift all later ones to other ranks.
+dataset streams from the cursor to the end of its segment, each later one a whole segment. Every position yields a
+patch: one of an invalid case has weight zero, since a missing row would shift all later ones to other ranks.
 """
 
 import time
@@ -20,7 +20,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
 
-from raytrain_brats.data.boxes import Buffer, Item, PatchSpec, parcels, unpack
+from raytrain_brats.data.boxes import Buffer, Item, PatchSpec, decode, rank_tables
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import Sampler
@@ -28,15 +28,13 @@ from raytrain_brats.data.store import Source
 from raytrain_brats.ray_ext.internals.data import ExecutionCallback, execution_index
 
 WORLD_SIZE = "raytrain_brats.world_size"
-"""The number of ranks that read tasks pack for, in the dataset's context: known only once the workers are."""
-
-
+"""Key in the dataset's context: for how many ranks read tasks make tables, known only once the workers are."""
 BUSY_LOOP_S, PAUSE_S = 0.01, 0.03
-"""A turn of Ray Data's loop that waited for nothing is shorter than the one, and is followed by the other."""
+"""An iteration of Ray Data's scheduling loop shorter than the first is followed by a pause of the second."""
 
 
 class PositionSource(Datasource):
-    """Positions as a Ray datasource; every execution of the dataset asks anew and gets the next stretch."""
+    """Positions as a Ray datasource; every execution of the dataset asks for read tasks and gets the next segment's."""
 
     def __init__(
         self, sampler: Sampler, cases: tuple[Case, ...], source: Source, patch_spec: PatchSpec, cursor: int
@@ -68,10 +66,11 @@ class PositionSource(Datasource):
 
 
 class SchedulerThrottle(ExecutionCallback):
-    """Holds Ray Data's scheduling loop up when it spins.
+    """Sleep briefly when Ray Data's scheduler busy-loops.
 
-    It waits for read tasks with something to hand over; where all have and nobody has room for it, as whenever loading
-    is faster than training, it turns without a pause: 0.6 of a core, and a CPU run on two cores at half its speed.
+    The scheduler waits until a read task has output. When all have output and no consumer has room for it, as whenever
+    loading is faster than training, it iterates without a pause: 0.6 of a core, and a CPU run on two cores at half its
+    speed.
     """
 
     _before = 0.0
@@ -86,8 +85,9 @@ _buffer = Buffer()
 
 
 def _read(source: Source, items: list[Item], patch_spec: PatchSpec, world_size: int) -> Iterator[pa.Table]:
-    # A process does one task at a time, and Ray has copied a table to the object store when it asks for the next.
-    return parcels(source, items, patch_spec, world_size, _buffer)
+    # One buffer a process is enough: a process runs one task at a time, and Ray has copied a table to the object store
+    # before it asks for the next.
+    return rank_tables(source, items, patch_spec, world_size, _buffer)
 
 
 def dataset(
@@ -100,8 +100,11 @@ def dataset(
     tasks: int | None = None,
     nodes: dict[str, str] | None = None,
 ) -> Any:
-    """The ordered Ray Dataset of all positions from `cursor` on, read by so many tasks at a time (by default as many
-    as Ray Data finds CPUs and object store for), on nodes with these labels (by default on any)."""
+    """The ordered Ray Dataset of all positions from `cursor` on.
+
+    `tasks`: how many read tasks run at a time (None: as many as Ray Data finds CPUs and object store for); `nodes`:
+    labels of the nodes they run on (None: any).
+    """
     positions = PositionSource(sampler, cases, source, patch_spec, cursor)
     windows = len(sampler.windows(*sampler.segment(cursor)))
     made = ray.data.read_datasource(
@@ -112,7 +115,7 @@ def dataset(
     made.context.execution_options.label_selector = nodes or None
     made.context.custom_execution_callback_classes = [SchedulerThrottle]
     made.context.memory_usage_poll_interval_s = None  # reading a process's memory map costs as much as a patch
-    made.context.execution_no_progress_timeout_s = 6 * 3600  # a long validation is no hang of the stream
+    made.context.execution_no_progress_timeout_s = 6 * 3600  # during a long validation nobody takes a row
     return made
 
 
@@ -129,17 +132,17 @@ class OrderedSplit(DataConfig):
 
 
 def patches(shard: Any, prefetch: int) -> Iterator[Patch]:
-    """The patches of a rank's share for one execution (one stretch)."""
-    return unpacked(shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch))
+    """The patches of a rank's share for one execution (one segment)."""
+    return decoded(shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch))
 
 
-def unpacked(tables: Iterable[pa.Table]) -> Iterator[Patch]:
+def decoded(tables: Iterable[pa.Table]) -> Iterator[Patch]:
     """The patches of a rank's tables, by position."""
     held: list[Patch] = []
     for table in tables:
-        left, found = unpack(table)
+        left, found = decode(table)
         held += found
         if not left:
             held.sort(key=lambda patch: -patch.position)
-            while held:  # let go of each as it is given away: the last one of a table frees it
+            while held:  # keep no reference to a patch that was yielded: the last one of a table frees the table
                 yield held.pop()

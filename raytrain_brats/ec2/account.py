@@ -84,12 +84,12 @@ def fill(config: dict[str, Any], path: str = "") -> None:
 
 
 def given(provider: dict[str, Any], name: str) -> str:
-    """What the block at the top of the YAML says; where the line is empty, RAYTRAIN_BRATS_<NAME>."""
+    """The settings at the top of the YAML; where one is empty, RAYTRAIN_BRATS_<NAME>."""
     return str(provider.get(name) or os.environ.get(f"RAYTRAIN_BRATS_{name.upper()}", "")).strip()
 
 
 def region_of(provider: dict[str, Any]) -> str:
-    """Raises UserError when nobody says it."""
+    """Raises UserError when neither gives it."""
     of_zone = re.fullmatch(r"([a-z]{2}(?:-[a-z]+)+-\d)[a-z]", given(provider, "zone"))
     region = provider.get("region") or (of_zone and of_zone[1]) or os.environ.get("AWS_REGION")
     if not (region := region or boto3.Session().region_name):
@@ -185,7 +185,7 @@ def _image(session: Any, node: dict[str, Any], head: dict[str, Any] | None) -> N
 
 
 def _quota(session: Any, kind: dict[str, Any], provider: dict[str, Any]) -> None:
-    """A quota that lets not one node up is told; where the account may not ask, nothing is."""
+    """Report a quota that allows not even one node; nothing where the account may not read quotas."""
     node, cpus = kind["node_config"], kind["resources"].get("CPU") or 0
     spot = "InstanceMarketOptions" in node and provider.get("on_demand_fallback") is not True
     market = "spot" if spot else "on demand"

@@ -160,7 +160,7 @@ def _not_open(ec2: Any, vpc: str) -> None:
 
 
 def fill(ec2: Any, config: dict[str, Any], place: Place, ssh_from: str) -> None:
-    """Make what is missing of the groups, and tell every node type where it stands; what the YAML says stays."""
+    """Make the missing groups, and set the place of every node type; what the YAML gives is kept."""
     group = _security_group(ec2, place.vpc, ssh_from)
     for kind in config["available_node_types"].values():
         node = kind["node_config"]

@@ -51,7 +51,7 @@ class Provider(AWSNodeProvider):
 
     @staticmethod
     def fillout_available_node_types_resources(cluster_config: dict[str, Any]) -> dict[str, Any]:
-        """As they stand: the YAMLs say them, and which instances exist `bootstrap_config` asks."""
+        """Unchanged: the YAMLs give them, and `bootstrap_config` checks which instance types exist."""
         return cluster_config
 
     @staticmethod

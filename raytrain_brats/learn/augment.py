@@ -1,4 +1,4 @@
-"""From integer patches to what the network eats, on the training device.
+"""From integer patches to the network's input, on the training device. Runs in a worker.
 
 In: raw voxels, statistics, label values, draws in [0, 1) from the sample's own seed.
 Out: normalised, augmented images and region targets, float32.

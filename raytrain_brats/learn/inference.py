@@ -1,4 +1,4 @@
-"""Whole-case inference by MONAI's sliding window.
+"""Whole-case inference by MONAI's sliding window. Runs in workers and predict tasks.
 
 In: a network, one prepared image and its statistics.
 Out: region probabilities on the prepared box.

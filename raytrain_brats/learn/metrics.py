@@ -1,4 +1,4 @@
-"""How well regions agree: Dice and 95th-percentile Hausdorff distance.
+"""Dice and 95th-percentile Hausdorff distance of regions. Runs in workers and predict tasks.
 
 In: predicted and true region masks on one grid.
 Out: one number per region, with the BraTS challenge's rules for empty regions.
@@ -34,7 +34,7 @@ def hd95_mm(predicted: Masks, truth: Masks, spacing_mm: tuple[float, ...]) -> di
             distances[region] = 0.0 if p.any() == t.any() else MISSED_MM
             continue
         box = tuple(slice(int(i.min()), int(i.max()) + 1) for i in np.nonzero(p | t))
-        p, t = np.pad(p[box], 1), np.pad(t[box], 1)  # without a rim MONAI sees no surface at the box's border
+        p, t = np.pad(p[box], 1), np.pad(t[box], 1)  # MONAI finds no surface at the border of an array
         first, second = (torch.from_numpy(mask)[None, None] for mask in (p, t))
         distances[region] = float(compute_hausdorff_distance(first, second, percentile=95, spacing=list(spacing_mm)))
     return distances

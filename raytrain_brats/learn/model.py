@@ -1,10 +1,10 @@
-"""Network, loss, optimiser and learning rate of a run.
+"""Network, loss, optimiser and learning rate of a run. Runs in workers and predict tasks.
 
 In: the config.
 Out: a MONAI network from 4 modalities to 3 region logits, a per-sample loss, a torch optimiser.
 
 Samples must not influence each other, or the number of workers would change the result: networks use group or
-instance norm, and the loss is reduced sample by sample.
+instance norm, and the loss is one number per sample.
 """
 
 import math

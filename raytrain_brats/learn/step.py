@@ -4,9 +4,10 @@ In: the batch of this rank in the step.
 Out: updated weights; the step's loss over the whole global batch.
 
 The update is that of one worker with the whole batch: each sample's loss is weighted, gradients are summed over ranks
-and divided by the batch's weight, so ranks may hold unequal numbers of samples. Two ways to sum (`train.reduction`):
-`fast` is DDP, whose order of summing depends on the ranks; `exact` takes one gradient per sample and sums them along a
-fixed tree, so the weights are the same bits at any world size.
+and then divided by the weight of the whole batch. (A mean per rank, averaged over ranks, would count the samples of a
+rank with fewer of them more, and padding as if it were data.) Two ways to sum (`train.reduction`): `fast` is DDP, whose
+order of summing depends on the ranks; `exact` computes one gradient per sample and sums them along a fixed tree, so the
+weights are the same bits at any world size.
 """
 
 import math
@@ -24,26 +25,30 @@ from torch.nn.parallel import DistributedDataParallel
 from raytrain_brats.config import Config
 from raytrain_brats.labels import region_table
 from raytrain_brats.learn import tree_reduce
-from raytrain_brats.learn.batch import Batch, Sample, to_device
+from raytrain_brats.learn.batch import Batch, TensorSample, to_device
 from raytrain_brats.learn.inference import amp_dtype, autocast
 from raytrain_brats.learn.model import build_network, build_optimiser, learning_rate, sample_losses
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of the whole global batch: mean loss (None when no sample counted or it was not finite), samples that could not
-    be read, whether loss and gradient were finite (else the step changed nothing), whether that was no more than fp16's
-    loss scale finding its place, the sum of the fingerprints of the samples that arrived, what rank 0 asked of all
-    ranks, each rank's own seconds per sample in the step before. The same on all ranks."""
+    """Of the whole global batch; the same on all ranks."""
 
     loss: float | None
+    """Mean over the batch's weight; None when no sample counted or it was not finite."""
     bad: int
+    """Samples whose case is invalid."""
     finite: bool
+    """Whether loss and gradient were finite; if not, the step changed nothing."""
     overflow: bool
+    """They were not, only because fp16's loss scale was too large: it is lowered, and the next step is normal."""
     samples: int
+    """Sum of the fingerprints of the samples that arrived."""
     asked: int
+    """What rank 0 asked of all ranks."""
     learning_rate: float
     forward_s: tuple[float, ...] = field(compare=False)
+    """Each rank's own seconds per sample in the step before."""
 
 
 class TrainStep:
@@ -77,8 +82,8 @@ class TrainStep:
     ) -> StepResult:
         """Apply one global step. A step without weight or with a non-finite loss or gradient changes nothing.
 
-        `asked` (of rank 0, else 0) travels with the sums, so that all ranks know it after the same step. `enter` is
-        told each phase as it begins.
+        `asked` (of rank 0, else 0) is reduced with the sums, so that all ranks learn it in the same step. `enter` is
+        called with each phase as it begins.
         """
         enter("forward")
         rate = learning_rate(self.config.train.optimiser, samples_seen, self.total)
@@ -86,7 +91,8 @@ class TrainStep:
             group["lr"] = rate
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
-        # bad samples, fingerprints (float64 holds the sum of 2^20 of them exactly), asked, seconds by rank
+        # One all-reduce for all numbers: bad samples, fingerprints (32 bits each, so float64 holds the sum of 2^20 of
+        # them exactly), asked, seconds by rank (each rank fills its own place).
         rank = distributed.get_rank() if self.world_size > 1 else 0
         sums = torch.zeros(3 + self.world_size, dtype=torch.float64)
         sums[0], sums[1] = batch.bad, batch.fingerprint
@@ -103,6 +109,8 @@ class TrainStep:
         finite = math.isfinite(loss)
         overflow = False
         if weight > 0 and finite:
+            # Unscale and divide before clipping: the norm must be that of the whole batch's mean gradient. All ranks
+            # hold equal sums, so they compute equal norms and take the same decision without another message.
             self.scaler.unscale_(self.optimiser)
             torch._foreach_div_([p.grad for p in self.network.parameters() if p.grad is not None], weight)
             norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.optimiser.clip_norm)
@@ -114,8 +122,8 @@ class TrainStep:
         mean = loss / weight if weight > 0 and math.isfinite(loss) else None
         return StepResult(mean, round(bad), finite, overflow, round(samples), round(asked), rate, tuple(seconds))
 
-    def _fast(self, samples: Sequence[Sample], enter: Callable[[str], None]) -> Tensor:
-        """DDP: gradients summed while the last backward goes on. (this rank's weight, its weighted loss)."""
+    def _fast(self, samples: Sequence[TensorSample], enter: Callable[[str], None]) -> Tensor:
+        """DDP sums gradients during the last backward. Returns (this rank's weight, its weighted loss)."""
         weighed = torch.zeros(2, dtype=torch.float64, device=self.device)
         size = self.config.train.micro_batch
         for first in range(0, len(samples), size):
@@ -123,13 +131,14 @@ class TrainStep:
             with nullcontext() if last or self.world_size == 1 else self.parallel.no_sync():  # type: ignore[operator]
                 total, weighed_here = self._losses(samples[first : first + size], enter)
                 enter("backward")
-                # DDP averages over ranks what is to be summed
+                # DDP divides the sum over ranks by their number. Multiplying the loss by it undoes that, so the result
+                # is the plain sum, and dividing by the batch's weight comes last, once, for all ranks alike.
                 self.scaler.scale(total * self.world_size).backward()
             weighed += weighed_here
         return weighed
 
-    def _exact(self, samples: Sequence[Sample], enter: Callable[[str], None]) -> Tensor:
-        """A gradient per sample, summed along the tree. (weight, weighted loss) of the whole global step."""
+    def _exact(self, samples: Sequence[TensorSample], enter: Callable[[str], None]) -> Tensor:
+        """A gradient per sample, summed along the tree. Returns (weight, weighted loss) of the whole global step."""
         parameters, total = list(self.network.parameters()), self.config.train.global_batch
         by_place = {sample.place: sample for sample in samples}
 
@@ -148,7 +157,7 @@ class TrainStep:
         mine = tree_reduce.fold(vectors(), total)
         enter("reduce")
         places = [list(by_place)]
-        if self.world_size > 1:  # ranks take turns along the stream: one own place tells all
+        if self.world_size > 1:  # ranks receive samples in turn, so one's own first place determines all others'
             turn = min(by_place) - distributed.get_rank()
             places = [list(range((turn + r) % self.world_size, total, self.world_size)) for r in range(self.world_size)]
         summed = tree_reduce.sum_over_ranks(mine, places, total)
@@ -157,7 +166,7 @@ class TrainStep:
             parameter.grad = part.view_as(parameter)
         return summed[-2:].double()
 
-    def _losses(self, samples: Sequence[Sample], enter: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+    def _losses(self, samples: Sequence[TensorSample], enter: Callable[[str], None]) -> tuple[Tensor, Tensor]:
         """(sum of the weighted losses, to be differentiated; (weight, the same sum))."""
         enter("forward")
         began = self._now()
@@ -170,7 +179,7 @@ class TrainStep:
         return total, weighed
 
     def _now(self) -> Any:
-        """A point in the device's own time; `_forward_s` reads it once the step's sums have been waited for."""
+        """A point in the device's own time, recorded without waiting; read after the step's sums have arrived."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -178,7 +187,7 @@ class TrainStep:
         return event
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, JSON values) of everything that must survive."""
+        """(tensors, JSON values) of everything that a checkpoint must hold."""
         optimiser = self.optimiser.state_dict()
         tensors = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
         for index, entries in optimiser["state"].items():
@@ -186,7 +195,7 @@ class TrainStep:
         return tensors, {"param_groups": optimiser["param_groups"], "scaler": self.scaler.state_dict()}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Take over what `state` gave, written at any number of workers."""
+        """Load what `state` returned, at any number of workers."""
         self.network.load_state_dict(network_weights(tensors))
         entries: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -204,7 +213,8 @@ def network_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weight_hash(network: nn.Module) -> int:
-    """64 bits of all weights: a flipped bit always changes it, as its factor is odd and the sum is modulo 2^64."""
+    """64 bits of all weights. One flipped bit always changes it: its word's factor is odd, so the product changes too
+    modulo 2^64, where the integer sum wraps around."""
     total = 0
     for number, parameter in enumerate(network.parameters()):
         kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
@@ -215,9 +225,9 @@ def weight_hash(network: nn.Module) -> int:
 
 
 def differing(device: str, network: nn.Module) -> list[int]:
-    """The ranks whose weights are not those of the most, among ranks of the same kind of device; [] when all agree.
+    """The ranks whose weights differ from the majority's, among ranks of the same kind of device; [] when all agree.
 
-    For all ranks at once. With two that differ nobody can tell which is right: both are named.
+    A collective: all ranks must call it. When two ranks differ there is no majority, and both are returned.
     """
     mine, gathered = (device, weight_hash(network)), [("", 0)] * distributed.get_world_size()
     distributed.all_gather_object(gathered, mine)

@@ -1,12 +1,17 @@
-"""Sum the samples' gradients in an order that does not depend on the number of ranks.
+"""Sum the samples' gradients in an order that does not depend on the number of ranks. Runs in a worker.
 
 In: one vector per sample of this rank, named by the sample's place in the global step.
 Out: their sum over the global step, bit-equal at any world size.
 
-The order is a tree over the places 0 .. n-1 that folds halves: of a width w, place j is added to place j + w/2, and so
-on down to one. A rank deals with every W-th place, so when W is a power of two its places are a whole subtree and it
-sends one vector, as an all-reduce would: each rank finishes the tree for one W-th of the vector, then all gather the
-parts. At other world sizes ranks send more, up to a vector per sample. IEEE addition commutes, so only the tree counts.
+Why: float addition is not associative ((a + b) + c rounds differently from a + (b + c)), so an all-reduce over ranks
+gives other last bits at every world size, and a resumed run would drift from the uninterrupted one. It is commutative
+in IEEE 754, so it is enough to fix which partial sums are added; who adds them, and when, does not matter.
+
+Why a tree: with a fixed chain (0 + 1) + 2 + ... no rank could add its own samples before those of the others. The tree
+over the places 0 .. n-1 folds halves: at width w, place j + w/2 is added to place j, then w halves, down to one. A rank
+has every W-th place, so when W is a power of two its places are one complete subtree and it sends one vector, as an
+all-reduce would: each rank completes the tree for one W-th of the vector, then all gather the parts. At other world
+sizes ranks send more, up to a vector per sample.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,18 +24,21 @@ Node = tuple[int, int]
 
 
 def order(places: Iterable[int], total: int) -> list[int]:
-    """The places in the order in which their vectors are best made: few partial sums wait at a time."""
+    """The places in the order in which to compute their vectors, so that few partial sums exist at a time.
+
+    By reversed bits: siblings at the widest level differ in the highest bit, so they come next to each other.
+    """
     width = _width(total)
     bits = width.bit_length() - 1
     return sorted(places, key=lambda place: int(f"{place:0{bits}b}"[::-1], 2) if bits else 0)
 
 
 def fold(vectors: Iterable[tuple[Node, Tensor]], total: int) -> dict[Node, Tensor]:
-    """Add up what belongs together, in place; what waits for another rank's part stays as it is."""
+    """Add siblings as soon as both are there, in place; the nodes that are left wait for vectors of other ranks."""
     waiting: dict[Node, Tensor] = {}
     for node, vector in vectors:
         summed = vector
-        for upper, sibling in _way_up(node, total):
+        for upper, sibling in _path_to_root(node, total):
             if sibling is not None:
                 if sibling not in waiting:
                     break
@@ -41,7 +49,7 @@ def fold(vectors: Iterable[tuple[Node, Tensor]], total: int) -> dict[Node, Tenso
 
 
 def held(places: Iterable[int], total: int) -> list[Node]:
-    """The nodes that `fold` leaves of these places, sorted: what a rank sends."""
+    """The nodes that `fold` leaves of these places, sorted: what a rank sends. Any rank can compute any rank's."""
     nothing = torch.empty(0)
     return sorted(fold(((leaf(place, total), nothing) for place in places), total))
 
@@ -54,8 +62,8 @@ def _width(total: int) -> int:
     return 1 << (total - 1).bit_length()
 
 
-def _way_up(node: Node, total: int) -> Iterator[tuple[Node, Node | None]]:
-    """(the node above, the other node it is the sum with or None) up to the root."""
+def _path_to_root(node: Node, total: int) -> Iterator[tuple[Node, Node | None]]:
+    """(parent, sibling) of each node up to the root; the sibling is None where no place of the step is below it."""
     width, j = node
     while width > 1:
         half = width // 2
@@ -70,6 +78,8 @@ def sum_over_ranks(mine: dict[Node, Tensor], places: list[list[int]], total: int
     if world_size == 1:
         (root,) = mine.values()
         return root
+    # All-to-all, not all-reduce: the library's reduction would choose the order of its additions itself. Each rank
+    # receives one W-th of every node's vector, adds along the tree, and so does one W-th of the work.
     nodes = [held(own, total) for own in places]
     here = nodes[distributed.get_rank()]
     length = mine[here[0]].numel()

@@ -1,4 +1,4 @@
-"""What Ray 2.60 lacks for an elastic run: the cluster at the door, node roles, live nodes, warm processes.
+"""What Ray 2.60 lacks for an elastic run: joining a cluster, node roles, live nodes, warm processes.
 
-In: the environment, Ray's nodes. Out: a connection, resources, policies. Knows no run folder.
+In: the environment, Ray's nodes. Out: a connection, resources, policies. Knows no run folder. Runs in any process.
 """

@@ -1,4 +1,4 @@
-"""The Ray cluster a command runs on: found or started, measured, refused when it cannot do the work.
+"""The Ray cluster a command runs on: found or started, measured, refused when it is too small. Runs in the driver.
 
 In: the environment (RAY_ADDRESS, a `ray start`ed cluster, or nothing), the config's `run` section.
 Out: a connection; `Resources` that fit; ordered parallel maps.
@@ -30,30 +30,30 @@ R = TypeVar("R")
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of tasks beside one that failed, which is told: a traceback each
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # else a traceback for each task beside the one whose error is reported
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is noticed, and report() returns, this fast
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # after a node loss Ray asks for too many workers this long
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
-    "RAY_prestart_worker_first_driver": "0",  # a process a CPU, 43 MB each, that no task of ours was seen to get
-    "RAY_num_workers_soft_limit": "16",  # else idle processes beyond one a CPU are ended and started anew all the time
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning
+    "RAY_prestart_worker_first_driver": "0",  # one process per CPU, 43 MB each; none of our tasks was seen to use one
+    "RAY_num_workers_soft_limit": "16",  # else Ray keeps ending and restarting idle processes beyond one per CPU
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; silences a warning
 }
 
 STORE_BYTES_PER_CPU = 160_000_000
-"""Object store of a cluster of our own. Ray would take 30 % of the memory, use all of it in turn, and each page costs
-every process some 2 microseconds when it meets it for the first time: 15 ms a case more until all are met."""
+"""Object store of a cluster that we start. Ray would take 30 % of the memory and use all of it in turn, and a process's
+first access to each page costs some 2 microseconds: 15 ms a case more until it has touched every page."""
 
-# Where S3 is; workers on other nodes inherit their node's environment, not ours. Never credentials: they would show
-# in the dashboard.
+# Where S3 is: workers on other nodes inherit their node's environment, not ours. Never credentials: the dashboard
+# shows these variables.
 _PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", storage.PATIENCE)
-_JOINED = {"RAY_DATA_CLUSTER_SCALING_UP_UTIL_THRESHOLD": "inf"}  # roles.py says why
-_PATIENCE_S = "180"  # a run outlives an outage of S3 of this length; the command at the door does not wait for it
+_JOINED = {"RAY_DATA_CLUSTER_SCALING_UP_UTIL_THRESHOLD": "inf"}  # the reason is in roles.py
+_PATIENCE_S = "180"  # a run survives an outage of S3 of this length; a command that starts does not wait so long
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run uses: workers from `low` to `high`, each `cpus` and `gpus`; data tasks of `cpus_per_task` each,
-    `tasks` of them at a time (None: as many as find room, also on nodes that join later); `prefetch` parcels ahead."""
+    """What a run uses: workers from `low` to `high`, each with `cpus` and `gpus`; data tasks of `cpus_per_task` each,
+    `tasks` at a time (None: as many as fit, also on nodes that join later); `prefetch` tables ahead per rank."""
 
     low: int
     high: int
@@ -73,8 +73,8 @@ def connect(local_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     start_up.check_folder()
-    logging.getLogger(core.TOKEN_LOGGER).setLevel(logging.ERROR)  # that tokens are in use is no news
-    with interrupt.gracefully(0):  # nothing is ours yet, and Ray's start may hold the main thread for long
+    logging.getLogger(core.TOKEN_LOGGER).setLevel(logging.ERROR)  # it reports at every start that tokens are used
+    with interrupt.gracefully(0):  # nothing has to be saved yet, and Ray's start may block the main thread for long
         _connect(start_up.address(), local_cpus)
         interrupt.again()
 
@@ -87,15 +87,15 @@ def _connect(address: str, local_cpus: int | None) -> None:
         os.environ.setdefault(name, value)
     verbose = bool(os.environ.get("RAYTRAIN_BRATS_VERBOSE"))
     for handler in [] if verbose else logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):  # the console; its log file stays
+        if isinstance(handler, logging.StreamHandler):  # the console; its log file still gets everything
             handler.setLevel(logging.ERROR)
     quiet: Any = {"log_to_driver": verbose, "logging_level": "WARNING" if verbose else "ERROR"}
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    given = (job.get("runtime_env") or {}).get("env_vars") or {}  # Ray refuses to be given a variable twice
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}  # Ray rejects a variable that is given twice
     os.environ.setdefault(storage.PATIENCE, _PATIENCE_S)
     passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ and name not in given}
     passed |= {name: value for name, value in _JOINED.items() if name not in given}
-    joining = quiet | {"runtime_env": {"env_vars": passed}}  # a cluster of our own inherits them, and starts faster
+    joining = quiet | {"runtime_env": {"env_vars": passed}}  # a cluster that we start inherits them instead, faster
     if address:
         try:
             ray.init(address=address, **joining)
@@ -108,12 +108,12 @@ def _connect(address: str, local_cpus: int | None) -> None:
         return
     start_up.make_room()
     cpus = local_cpus or max(2, os.cpu_count() or 1)
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # 110 MB; nobody drains a node of ours
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # 110 MB, and nobody drains this one node
     memory = min(int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), cpus * STORE_BYTES_PER_CPU)
     try:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **quiet)
     except Exception as error:
-        if "timed out during startup" not in str(error):  # a bare Exception of Ray's
+        if "timed out during startup" not in str(error):  # Ray raises a plain Exception
             raise
         raise RunFailed(
             "Ray did not start in time: this machine is overloaded; the same command again goes on"
@@ -123,7 +123,7 @@ def _connect(address: str, local_cpus: int | None) -> None:
 def measure(run: Run, global_batch: int) -> Resources:
     """Resources that the connected cluster can give.
 
-    Raises UserError where Ray would wait for ever without a word: when `high` workers leave no CPU for data tasks.
+    Raises UserError where Ray would wait for ever without a message: when `high` workers leave no CPU for data tasks.
     """
     train, data = roles.part("train"), roles.part("data")
     cpus = sum(n.get("CPU", 0.0) for n in data.nodes)
@@ -146,7 +146,7 @@ def measure(run: Run, global_batch: int) -> Resources:
     per_worker = run.cpus_per_worker or (1.0 if wanted else 0.5)
     per_task = run.cpus_per_task or (0.5 if cpus <= 4 else 1.0)
     room = sum(_workers_on(node, per_worker, wanted) for node in train.nodes)
-    if train.selector and room < (high if train.grows else low):  # the autoscaler brings all that is asked, or nothing
+    if train.selector and room < (high if train.grows else low):  # the autoscaler adds all nodes asked for, or none
         raise UserError(
             f"run.workers {low}:{high}: nodes labelled role: train have room for {room} workers of {per_worker:g} CPUs"
             f"{' and a GPU' if wanted else ''}; lower --workers, or "
@@ -154,7 +154,7 @@ def measure(run: Run, global_batch: int) -> Resources:
         )
     fitting = max(low, min(high, room))
     taken = 0.0 if train.selector and data.selector else fitting * per_worker
-    awaited = wanted and not gpus  # nodes that an autoscaler is to bring have CPUs of their own
+    awaited = wanted and not gpus  # the GPU nodes that an autoscaler will add bring their own CPUs
     if taken + per_task > cpus and not awaited:
         most = math.floor((cpus - per_task) / per_worker)
         remedy = f"use --workers {min(low, most)}:{most}, or " if most >= 1 else ""
@@ -162,8 +162,8 @@ def measure(run: Run, global_batch: int) -> Resources:
             f"{fitting} workers of {per_worker:g} CPUs leave no CPU for data tasks of {per_task:g} on this cluster of "
             f"{cpus:g} CPUs; {remedy}lower run.cpus_per_worker or run.cpus_per_task, or add CPUs"
         )
-    # On a small machine each process counts: 0.25 GB, and pages of the object store that are new to it. One data task
-    # a CPU that is not a worker's is enough.
+    # On a small machine each process matters: 0.25 GB, and its first access to each page of the object store. One data
+    # task per CPU that no worker uses is enough.
     tasks = run.data_tasks or (max(1, int(cpus - taken)) if cpus <= 4 and not data.grows else None)
     return Resources(low, high, per_worker, wanted, per_task, tasks, run.prefetch or (4 if wanted else 1))
 
@@ -180,9 +180,9 @@ def _range(workers: str) -> tuple[int, int]:
 
 
 def check_shared(written: dict[str, str], read: dict[str, str] | None = None) -> None:
-    """Raises UserError unless every node sees these local folders; each maps what it is to where it is.
+    """Raises UserError unless every node sees these local folders, {what it is: where it is}.
 
-    Asked with a real file in those to be written, so a mounted network folder passes and a machine's own does not.
+    Tested by writing a file into those in `written`, so a mounted network folder passes and a local one does not.
     """
     others = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] != ray.get_runtime_context().get_node_id()]
     probe = f"probe-{uuid.uuid4().hex}"
@@ -212,14 +212,14 @@ def check_shared(written: dict[str, str], read: dict[str, str] | None = None) ->
 
 
 def parallel_map(function: Callable[[T], R], items: Iterable[T], on_gpus: bool = False) -> Iterator[R]:
-    """`map` over the cluster's CPUs (or GPUs, when it has some), results in order, a bounded number under way.
+    """`map` over the cluster's CPUs (or GPUs, when it has some), results in order, a bounded number in flight.
 
-    What `function` raises is raised here as it was, without Ray's wrapping.
+    An exception of `function` is raised here as it was, without Ray's wrapping.
     """
     totals = ray.cluster_resources()
     gpus = int(totals.get("GPU", 0)) if on_gpus else 0
     where = roles.part("train" if gpus else "data")
-    # max_calls 0: a process serves many tasks and keeps its network; with GPUs Ray's default is one task a process
+    # max_calls 0: a process runs many tasks and keeps its network; with GPUs Ray's default is one task per process
     options: Any = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 2, "max_calls": 0}
     if where.selector:
         options["label_selector"] = where.selector
@@ -238,11 +238,11 @@ def parallel_map(function: Callable[[T], R], items: Iterable[T], on_gpus: bool =
 
 
 def data_map(function: Callable[[dict[str, Any]], dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[Any]:
-    """`function` of every row, by Ray Data over the cluster's CPUs; the results as they come, in no order."""
+    """`function` of every row, by Ray Data over the cluster's CPUs; results in order of completion."""
     data = roles.part("data")
     roles.keep_apart(data)
     cpus = sum(node.get("CPU", 0.0) for node in data.nodes)
-    blocks = min(len(rows), 16 * max(1, int(cpus)))  # enough for an even load, not one task a row
+    blocks = min(len(rows), 16 * max(1, int(cpus)))  # enough for an even load, fewer tasks than rows
     made = ray.data.from_items(rows, override_num_blocks=blocks).map(function, num_cpus=min(1.0, cpus))
     made.context.execution_options.label_selector = data.selector or None
     made.context.memory_usage_poll_interval_s = None  # reading a process's memory map costs milliseconds a task

@@ -1,7 +1,7 @@
-"""How fast a worker group comes back: only nodes that are up and stay count. Runs in Ray Train's controller.
+"""Restart a worker group quickly: count workers only on nodes that are up and stay. Runs in Ray Train's controller.
 
 In: Ray's nodes and reservations, at a failure, a resize, a node that joins.
-Out: worker groups that fit the nodes that are left.
+Out: worker groups that fit the remaining nodes.
 """
 
 import hashlib
@@ -21,26 +21,26 @@ from raytrain_brats.ray_ext.internals.train import ControllerCallback
 from raytrain_brats.ray_ext.warm_pool import WarmPool
 
 DEATH_S = 20.0
-"""Longest wait for Ray to declare a node dead that does not answer; its own default takes some 20 s."""
+"""Longest wait until Ray declares a node dead that does not answer; Ray's default takes some 20 s."""
 
 _logger = logging.getLogger("ray.train")
 
 
 def tag(run_dir: str) -> str:
-    """What names a run's reservations and its datasets in Ray: the same for every driver of the run."""
+    """Name of a run's reservations and datasets in Ray: the same for every driver of the run."""
     return f"brats-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:12]}"
 
 
 def free_reservations(tag: str) -> None:
-    """Give back what a driver or controller of this run held that was killed.
+    """Release the reservations of a killed driver or controller of this run.
 
-    Only for who has the run's lease: nobody else reserves for it any more.
+    Only the holder of the run's lease may call it: then no other driver reserves for this run.
     """
     last = (core.kv_get(_key(tag)) or b"").decode()
     try:
         ray_data.cancel_reservations(last, f"data-{tag}")
-    except Exception as error:  # noqa: BLE001 - then they expire, which takes longer
-        _logger.warning("old reservations are left to expire: %r", error)
+    except Exception as error:  # noqa: BLE001 - they expire by themselves, later
+        _logger.warning("cannot release old reservations, they will expire: %r", error)
 
 
 def _key(tag: str) -> str:
@@ -48,10 +48,10 @@ def _key(tag: str) -> str:
 
 
 class LiveNodesPolicy(ControllerCallback):
-    """Workers are counted only on nodes that are up and stay, and while a group trains, on warm ones.
+    """Count workers only on nodes that are up and stay, and, while a group trains, on warm ones.
 
-    Ray's book of reservations learns of a dead node up to 20 s late, and of a drained one not at all; Ray would ask for
-    a group that cannot start, and wait for it as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S.
+    Ray's reservations notice a dead node up to 20 s late, and a drained one not at all. Ray would request a group that
+    cannot start, and wait for it as long as RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S.
     """
 
     def __init__(self, tag: str, warm_pool: WarmPool) -> None:
@@ -62,18 +62,18 @@ class LiveNodesPolicy(ControllerCallback):
         try:
             core.kv_put(_key(self._tag), self._requester.encode())
         except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here; this is a convenience
-            _logger.warning("reservations are not on record: %r", error)
+            _logger.warning("cannot record reservations: %r", error)
         ray_train.count_on(nodes_that_stay, self.in_use_or_warm)
 
     def in_use_or_warm(self, policy: Any, group: Any, reserved: dict[str, Any]) -> dict[str, Any]:
-        """`reserved` without cold nodes, unless the group would shrink for that.
+        """`reserved` without cold nodes, unless the group would shrink.
 
-        Ray may reserve a node that joined in place of one in use.
+        It could: Ray may reserve a node that joined instead of one in use.
         """
         try:
             kept = self._without_cold_nodes(policy, group, reserved)
         except Exception as error:  # noqa: BLE001 - likewise
-            _logger.warning("cold nodes are not known: %r", error)
+            _logger.warning("cannot tell which nodes are warm: %r", error)
             return reserved
         return kept if ray_train.possible_workers(policy, kept) >= group.num_workers else reserved
 
@@ -92,17 +92,17 @@ class LiveNodesPolicy(ControllerCallback):
         deadline = time.monotonic() + DEATH_S
         while silent := [node for node in ray.nodes() if node["Alive"] and not _answers(node)]:
             if time.monotonic() > deadline:
-                _logger.warning("nodes do not answer, Ray holds them for alive: %s", [n["NodeID"] for n in silent])
+                _logger.warning("nodes do not answer, but Ray counts them: %s", [n["NodeID"] for n in silent])
                 break
             time.sleep(0.3)
         try:
             ray_data.refresh_reservations(self._requester)
-        except Exception as error:  # noqa: BLE001 - then Ray's own, slower way
-            _logger.warning("reservations are not fresh: %r", error)
+        except Exception as error:  # noqa: BLE001 - Ray refreshes them later
+            _logger.warning("cannot refresh reservations: %r", error)
 
 
 def _answers(node: dict[str, Any]) -> bool:
-    """Whether a node's raylet takes connections: a plain worker kill waits for nobody."""
+    """Whether a node's raylet accepts connections; after the kill of a worker alone all do, and nothing waits."""
     try:
         socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=1).close()
     except OSError:
@@ -111,17 +111,17 @@ def _answers(node: dict[str, Any]) -> bool:
 
 
 def nodes_that_stay(policy: Any, reserved: dict[str, Any]) -> dict[str, Any]:
-    """Of what Ray has reserved, the nodes that are up and not drained; with roles, all nodes of the right one."""
+    """The reserved nodes that are up and not drained; with roles, all such nodes of the right role."""
     leaving = ray_train.draining_nodes()
     staying = {node["NodeID"]: node for node in roles.alive() if node["NodeID"] not in leaving}
     labels: Any = policy.scaling_config.label_selector
-    if labels:  # the book does not look at them; these nodes are for us alone
+    if labels:  # reservations ignore labels; no one else uses these nodes
         return {name: node["Resources"] for name, node in staying.items() if roles.has(node, labels)}
     return {node: resources for node, resources in reserved.items() if node in staying}
 
 
 def room_for_workers(per_worker: dict[str, float], labels: dict[str, str]) -> int:
-    """How many workers the nodes with these labels have room for that are up and stay."""
+    """How many workers fit on the nodes with these labels that are up and not drained."""
     leaving = ray_train.draining_nodes()
     nodes = [node for node in roles.alive() if roles.has(node, labels)]
     staying = [node["Resources"] for node in nodes if node["NodeID"] not in leaving]

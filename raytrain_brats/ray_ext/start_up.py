@@ -1,9 +1,9 @@
-"""Where Ray runs: a cluster that answers, or a folder that can hold the sockets of one of our own.
+"""Before Ray starts: find a cluster that answers, or a folder for the sockets of a new one. Runs in the driver.
 
 In: RAY_ADDRESS, the file that `ray start` leaves, RAY_TMPDIR, TMPDIR; the current folder.
 Out: the address to join, a folder for Ray's temporary files; or UserError with the remedy, within seconds.
 
-Ray itself waits for a quarter of an hour for a cluster that is gone, and leaves a traceback where it finds no folder.
+Ray itself waits a quarter of an hour for a cluster that is gone, and prints a traceback where it finds no folder.
 """
 
 import os
@@ -18,9 +18,10 @@ from raytrain_brats.errors import UserError
 from raytrain_brats.ray_ext.internals import core
 
 PATIENCE_S = 15.0
-"""A head that is named may be about to start, or be busy."""
+"""For a head named by RAY_ADDRESS, which may be starting or busy."""
 _LEFT_S = 5.0
-_TOKEN = "asks for a token"  # noqa: S105 - what is said of it
+"""For an address that an earlier `ray start` left in a file."""
+_TOKEN = "asks for a token"  # noqa: S105 - a message, not a secret
 _SOCKET = len("/ray/session_2025-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
 ROOM = 107 - _SOCKET
 """Bytes that the path of a Unix socket leaves to RAY_TMPDIR; 107 is the kernel's limit."""
@@ -37,15 +38,15 @@ def address() -> str:
                 f"RAY_ADDRESS={given} is no HOST:PORT of a Ray head; give that, or unset RAY_ADDRESS and submit the "
                 "command as a job: ray job submit --address http://HOST:8265 -- raytrain-brats ..."
             )
-        said = silence(given, PATIENCE_S)
-        if said == _TOKEN:
+        reason = unreachable(given, PATIENCE_S)
+        if reason == _TOKEN:
             raise UserError(
                 f"the Ray head at RAY_ADDRESS={given} {_TOKEN}: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the "
                 "cluster's token where ~/.ray/auth_token is not it"
             )
-        if said:
+        if reason:
             raise UserError(
-                f"no Ray cluster answers at RAY_ADDRESS={given} ({said}); start it (`ray start --head`), "
+                f"no Ray cluster answers at RAY_ADDRESS={given} ({reason}); start it (`ray start --head`), "
                 "or unset RAY_ADDRESS to use this machine alone"
             )
         _await_node(given)
@@ -55,12 +56,14 @@ def address() -> str:
             left = Path(file).read_text().strip()
         except OSError:
             continue
-        said = silence(left, _LEFT_S) if left else ""
-        if left and said in ("", _TOKEN):
+        reason = unreachable(left, _LEFT_S) if left else ""
+        if left and reason in ("", _TOKEN):
             core.use_token_if_there()
             return left
         if left and not given:
-            print(f"no Ray answers at {left} ({said}), which `ray start` left in {file}: starting one here", flush=True)
+            print(
+                f"no Ray answers at {left} ({reason}), which `ray start` left in {file}: starting one here", flush=True
+            )
     if given:
         raise UserError("RAY_ADDRESS=auto, but no Ray cluster runs here; start it (`ray start --head`), or unset it")
     return ""
@@ -78,8 +81,8 @@ def _await_node(head: str) -> None:
         time.sleep(0.5)
 
 
-def silence(head: str, patience_s: float) -> str:
-    """Why no Ray head takes our calls there, as a person would say it; "" when it does."""
+def unreachable(head: str, patience_s: float) -> str:
+    """Why no Ray head answers our calls at this address, for a message; "" when one does."""
     import grpc
 
     try:
@@ -95,18 +98,17 @@ def silence(head: str, patience_s: float) -> str:
 
 
 def make_room() -> None:
-    """Choose a folder for the files of a Ray of our own where its default cannot be used, by RAY_TMPDIR; a token too.
-
-    Raises UserError when RAY_TMPDIR is given and cannot be used, or when there is no such folder.
+    """Set RAY_TMPDIR for a Ray that we start where Ray's default folder cannot be used; and a token where none can be
+    stored. Raises UserError when RAY_TMPDIR is given and cannot be used, or when no folder can.
     """
     if not home.writable() and not os.path.exists(os.path.expanduser("~/.ray/auth_token")):
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray makes one, in a file in the home
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one to a file in the home
     if given := os.environ.get("RAY_TMPDIR"):
         if why := _unfit(given):
             raise UserError(f"RAY_TMPDIR={given} {why}; set it to a short path that can be written, such as /tmp/mine")
         return
-    own = f"/tmp/ray-{os.getuid()}"  # noqa: S108 - nobody else's, see _unfit
-    usual = os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - what Ray takes by itself
+    own = f"/tmp/ray-{os.getuid()}"  # noqa: S108 - _unfit checks that it belongs to this user
+    usual = os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - Ray's own choice
     if not _unfit(usual):
         return
     for place in dict.fromkeys(("/tmp", own, tempfile.gettempdir(), os.getcwd())):  # noqa: S108
@@ -137,13 +139,12 @@ def _unfit(place: str, make: bool = False) -> str:
 
 
 def check_folder() -> None:
-    """Raises UserError when a file in the current folder, which Ray puts first on its workers' path, hides a library.
-
-    Also when that folder is gone: nothing could be started from there.
+    """Raises UserError when a file in the current folder, which Ray puts first on its workers' path, shadows a library,
+    or when that folder was removed.
     """
     try:
         folder = os.getcwd()
     except OSError as error:
         raise UserError("the current folder does not exist any more; change to another one") from error
-    if told := shadow.clash(folder):
-        raise UserError(told)
+    if message := shadow.clash(folder):
+        raise UserError(message)

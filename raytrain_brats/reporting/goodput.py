@@ -35,10 +35,10 @@ class TimeBreakdown:
     redone_s: float = 0.0
     """Thrown away with a worker group: what it did after the mark that the next one went on from."""
     unsaved_s: float = 0.0
-    """Done since the last mark of a run that goes on or was cut off: kept or redone, nobody knows yet."""
+    """Spent since the last accounting event of a run that is training or was killed: not yet known to be kept."""
     other_s: float = 0.0
     unrecorded_s: float = 0.0
-    """Of a run folder from before these books, or around a checkpoint whose event a crash swallowed."""
+    """Time that no event accounts for: of older run folders, or around a checkpoint whose event a crash lost."""
     stopped_s: float = 0.0
     """From the last sign of life of one driver to the launch of the next."""
 
@@ -52,7 +52,7 @@ class TimeBreakdown:
 
     @property
     def goodput(self) -> float:
-        """Google's runtime goodput: time in steps that were kept / time the run was up. NaN when nobody can tell."""
+        """Google's runtime goodput: time in steps that were kept / time the run was up. NaN when unknown."""
         up_s = self.wall_s - self.stopped_s
         unknown = up_s <= 0 or (self.unrecorded_s > 0 and not self.productive_s)
         return math.nan if unknown else self.productive_s / up_s
@@ -73,7 +73,7 @@ class Recovery:
 
 
 def time_breakdown(events: Sequence[Row], rows: Sequence[Row] = ()) -> TimeBreakdown:
-    """Share out the time from the first launch to the last sign of life. Rows tell of what no mark tells."""
+    """Assign the time from the first launch to the last event or row to causes. Rows fill in where events lack."""
     line = _Line([e for e in events if _known(e)], [r for r in rows if _known(r)])
     launches = {i for i, e in enumerate(line.events) if e.get("event") == "launch"}
     for first, end in pairwise(sorted({0, *launches, len(line.events)})):
@@ -196,7 +196,7 @@ class _Line:
         self._group, self._begun, self._over = group, False, False
 
     def _begin(self, until: float) -> None:
-        """Where no event told of a group's first step, its first row does."""
+        """Where no event records a group's first step, take its first row."""
         if not self._begun and (mine := self._mine(until)):
             self._go(_began(mine[0]), "recovery_s")
             self._begun = True
@@ -213,7 +213,7 @@ class _Line:
         self._go(until, "unrecorded_s", {"productive_s": max(steps - waits, 0.0), "data_wait_s": waits})
 
     def _go(self, until: float, cause: str, measured: Mapping[str, float] | None = None) -> None:
-        """Move the cursor, never back nor past the end. What nobody measured is `cause`, but for validations."""
+        """Move the cursor, never back nor past the end. Unmeasured time is charged to `cause`, except validations."""
         gap = max(min(until, self.end) - self.at, 0.0) if until > self.at else 0.0
         measured = dict(measured or {})
         if "validation_s" not in measured:

@@ -1,4 +1,4 @@
-"""One self-contained page that tells what a run did: scores, curves, workers, where the time went.
+"""One self-contained page about a run: scores, curves, workers, where the time went.
 
 In: a run folder (local or s3://); only metrics.jsonl must be there.
 Out: `report.html` beside it. A page of the same run is replaced, by its own word (a meta tag); any other file is not.

@@ -1,4 +1,4 @@
-"""The elastic run: cluster, loop, checkpoints, ledger, validation.
+"""The elastic run: driver, controller, workers, checkpoints, journal, validation. Each module says where it runs.
 
-In: a config, cases and a run folder. Out: the run folder, filled.
+In: a config, cases and a run folder. Out: the run folder, filled. Runs in the driver, the controller and workers.
 """

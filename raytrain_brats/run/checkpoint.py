@@ -1,11 +1,20 @@
-"""Checkpoints: safetensors and JSON, written file by file, made valid by a manifest that comes last.
+"""Checkpoints: safetensors and JSON, made valid by a manifest that is written last. Runs in a worker (rank 0 writes),
+in the controller and the driver (they read).
 
 In: named tensors and a JSON state.
 Out: `checkpoints/<samples_seen>-g<generation>/{tensors.safetensors, state.json, MANIFEST.json}`.
 
-A checkpoint without a manifest does not exist; one whose bytes disagree with the manifest's sha256 is damaged, is
-named, and the next older one is used. Every file is put whole (`storage.write_bytes`), so this holds on a local disk
-and on S3 alike. No pickle: a checkpoint from elsewhere cannot run code here.
+Why the manifest comes last: several files cannot be written atomically, on a disk or on S3, but one can. Its appearance
+is the commit: without it a checkpoint does not exist, whatever a kill left of it. It holds every file's size and
+sha256, because its presence proves that writing ended, not that the bytes are intact today: a checkpoint whose bytes
+differ is damaged, is reported, and the next older one is used. `storage.write_bytes` writes each file under a temporary
+name, syncs it, renames it and syncs the folder: without the last a power failure may lose the rename of a file whose
+content is safe, or keep the manifest's name and lose a tensor file's. On S3 a put is atomic by itself.
+
+Why a fence right before the manifest: a writer that was suspended for long may belong to a group that was replaced
+meanwhile. Its commit would be newer than the point from which the new group continues.
+
+No pickle: a checkpoint from elsewhere cannot run code here.
 """
 
 import contextlib
@@ -39,7 +48,7 @@ class Checkpoint:
     generation: int
     bytes: int
     state: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """The JSON part, where it was read."""
+    """The JSON part, if it was read."""
 
 
 def save(
@@ -52,7 +61,7 @@ def save(
 ) -> Checkpoint:
     """Write and commit one checkpoint; when this returns it survives a crash.
 
-    `fence` is called right before the commit and raises when this writer has been replaced.
+    `fence` is called right before the commit and raises when this writer's group has been replaced.
     """
     name = f"{samples_seen:012d}-g{generation:04d}"
     contents = dict(zip(_FILES, (tensors_to_bytes(tensors), json.dumps(state).encode()), strict=True))
@@ -61,16 +70,12 @@ def save(
         for file, content in contents.items():
             storage.write_bytes(_uri(run_dir, name, file), content)
             listed[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    except OSError:  # a full disk needs its room back; never once the manifest may be there
+    except OSError:  # free a full disk's space; not after this block, when the manifest may have been written
         with contextlib.suppress(OSError):
             discard(run_dir, name)
         raise
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "samples_seen": samples_seen,
-        "generation": generation,
-        "files": listed,
-    }
+    manifest: dict[str, Any] = {"format": FORMAT, "samples_seen": samples_seen, "generation": generation}
+    manifest["files"] = listed
     fence()
     manifest["sha256"] = _digest(manifest)
     storage.write_bytes(_uri(run_dir, name, "MANIFEST.json"), json.dumps(manifest).encode())
@@ -78,13 +83,13 @@ def save(
 
 
 def load(run_dir: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU, state). Raises ValueError, saying what is wrong, unless every byte is as committed."""
+    """(tensors on the CPU, state). Raises ValueError that names the damage, unless every byte is as committed."""
     tensors, state = _contents(run_dir, name)
     return tensors_from_bytes(tensors), json.loads(state)
 
 
 def newest_valid(run_dir: str) -> tuple[Checkpoint | None, list[tuple[str, str]]]:
-    """The newest checkpoint whose every byte is as committed, and the damaged ones passed over, with the reason."""
+    """The newest checkpoint whose every byte is as committed, and the (name, reason) of newer damaged ones."""
     damaged = []
     for name, seen, generation in reversed(committed(run_dir)):
         try:
@@ -106,10 +111,10 @@ def discard(run_dir: str, name: str) -> None:
 
 
 def prune(run_dir: str, keep: int, generation: int, since: int | None = None) -> None:
-    """Remove all but the newest `keep` committed checkpoints, and what never was committed.
+    """Remove all but the newest `keep` committed checkpoints, and all uncommitted ones.
 
-    For the writer of a worker group, between two saves; what a later `generation` is writing is left alone. The group
-    went on from `since` samples: what an older group committed beyond that came too late and takes nobody's place.
+    For the writer of a worker group, between two saves; checkpoints of a later `generation` are kept. The group
+    started from `since` samples: what an older group committed beyond that came too late and does not count.
     """
     valid = [
         name for name, seen, number in committed(run_dir) if since is None or number >= generation or seen <= since
@@ -128,12 +133,12 @@ def _names(run_dir: str) -> set[str]:
     folder = RunDir(run_dir).checkpoints
     files: Iterable[str] = storage.list_files(folder)
     if not storage.is_s3(folder) and storage.exists(folder):
-        files = os.listdir(storage.normal(folder))  # also those where a crash left nothing but a hidden temporary file
+        files = os.listdir(storage.normal(folder))  # also folders in which a crash left only a hidden temporary file
     return {path.split("/")[0] for path in files if _NAME.match(path.split("/")[0])}
 
 
 def committed(run_dir: str) -> list[tuple[str, int, int]]:
-    """(name, samples_seen, generation) of everything with a manifest, oldest first; not verified."""
+    """(name, samples_seen, generation) of the checkpoints with a manifest, oldest first; not verified."""
     files = storage.list_files(RunDir(run_dir).checkpoints)
     names = (path.removesuffix("/MANIFEST.json") for path in files if path.endswith("/MANIFEST.json"))
     return [(name, *_parts(name)) for name in sorted((n for n in names if _NAME.match(n)), key=_parts)]
@@ -177,19 +182,19 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, which training on does not change."""
+    """Copies on the CPU, which later steps do not change."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 class Writer:
-    """Runs one save at a time beside the training."""
+    """Runs one save at a time, in a thread beside the training."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Begin `write` in the background, after the one before; raises what went wrong in that."""
+        """Run `write` in the background, after the one before; raises that one's exception."""
         self.wait()
         self._running = self._thread.submit(write)
 
@@ -197,7 +202,7 @@ class Writer:
         return self._running is not None and not self._running.done()
 
     def wait(self) -> None:
-        """Until the save under way is committed; raises what went wrong in it."""
+        """Wait until the running save has ended; raises its exception."""
         running, self._running = self._running, None
         if running is not None:
             running.result()

@@ -1,9 +1,10 @@
-"""Ask a running worker group for a checkpoint now: before a resize, on a preemption notice, on Ctrl-C.
+"""Request a checkpoint of a running worker group: before a resize, on a preemption notice, on Ctrl-C.
 
 In: `save-request.json`, put into the run folder by the driver, Ray Train's controller, or a node's spot watcher.
-Out: all ranks save at the same step; whoever asked knows when it is committed, by the group's status.
+Out: all ranks save at the same step; the requester learns from the group's status when it is committed. `request` runs
+in the driver and in Ray Train's controller, `RequestPoller` in a worker (rank 0). Runs in any of them.
 
-Ray ends the workers of a resize amid their step and asks nobody; without this all since the last checkpoint is redone.
+For a resize Ray kills the workers in the middle of a step; without this all work since the last checkpoint is redone.
 """
 
 import contextlib
@@ -19,30 +20,26 @@ from raytrain_brats.run.run_dir import RunDir
 TIMEOUT_S = 30.0
 HOLD_S = 60.0
 SAVE, HOLD = 1, 2
-"""What ranks agree on: save and train on; save, then wait to be ended."""
+"""What can be requested: save and continue; save, then wait to be ended."""
 
 
 def training(run_dir: str) -> journal.Generation | None:
-    """The worker group that has applied a step; None while none has."""
+    """The current worker group if it has applied a step; else None."""
     generation = journal.current(run_dir)
     return generation if generation and control.status(run_dir, generation.number).trains else None
 
 
-def is_training(run_dir: str) -> bool:
-    return training(run_dir) is not None
-
-
 def request(run_dir: str, what: int) -> bool:
-    """Ask for a checkpoint and wait until it is committed; False when no group trains, or none came in time.
+    """Request a checkpoint and wait until it is committed; False when no group trains, or when none came in time.
 
-    Controller and driver may ask at once: whoever comes second asks for no less, and an answer to the later request
-    answers the earlier. A group that holds already is at its checkpoint.
+    Controller and driver may both request one: the second request asks for no less than the first, and the answer to
+    the later counts for both. A group that holds already is at its checkpoint.
     """
     if (generation := training(run_dir)) is None:
         return False
     asked = time.time()
     document = RunDir(run_dir).save_request
-    for _ in range(20):  # as often as another is quicker
+    for _ in range(20):  # another writer may win the compare-and-swap
         before = document.read()
         other = _parsed(before)
         if other.get("generation") == generation.number and other["time"] > asked - TIMEOUT_S:
@@ -61,7 +58,7 @@ def request(run_dir: str, what: int) -> bool:
 
 
 class RequestPoller:
-    """Rank 0 looks for requests, in a thread: storage that is slow or away must not hold a step up."""
+    """Rank 0 reads requests in a thread: slow or unreachable storage must not delay a step."""
 
     def __init__(self, run_dir: str, generation: int) -> None:
         self._document, self._generation = RunDir(run_dir).save_request, generation
@@ -69,7 +66,7 @@ class RequestPoller:
         self._request: dict[str, Any] = {}
         self._closed = threading.Event()
         self.answered = 0.0
-        """Time of the last request heard: its name."""
+        """Time of the last request that `poll` returned, which identifies it."""
         threading.Thread(target=self._poll_all, name="requests", daemon=True).start()
 
     def poll(self) -> int:
@@ -85,7 +82,7 @@ class RequestPoller:
 
     def _poll_all(self) -> None:
         while not self._closed.wait(self._every_s):
-            with contextlib.suppress(OSError):  # storage may be away for a while
+            with contextlib.suppress(OSError):  # storage may be unreachable for a while
                 self._request = _parsed(self._document.read()) or self._request
 
 

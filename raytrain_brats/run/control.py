@@ -1,9 +1,10 @@
-"""How each worker group fares, as far as it decides anything: `groups/NNNN.json`, changed by compare-and-swap.
+"""The state of each worker group that decisions depend on: `groups/NNNN.json`, changed by compare-and-swap.
 
-In: rank 0 of the group (it trains, has saved, answers a request, rolls back, stops), the controller (it failed).
-Out: a `GroupStatus` for whoever decides: driver, controller, the next group. Events tell of the same, decide nothing.
+In: changes by rank 0 (trains, saved, answered a request, rolled back, stopped) and by the controller (failed).
+Out: a `GroupStatus` for the processes that decide: driver, controller, the next group. Events report the same and
+decide nothing. Runs in workers, the controller and the driver.
 
-Each group has a document of its own, so that what is left of a replaced group cannot keep others from writing theirs.
+Each group has its own document, so that a replaced group that is still alive cannot keep others from writing theirs.
 """
 
 import json
@@ -13,8 +14,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from raytrain_brats.errors import RunFailed
-from raytrain_brats.run.run_dir import Document, RunDir
+from raytrain_brats.run.run_dir import RunDir
 
 _logger = logging.getLogger(__name__)
 _TRIES = 20
@@ -28,21 +28,21 @@ class GroupStatus:
     committed: bool = False
     """It has committed a checkpoint."""
     answered: float = 0.0
-    """Name (time) of the newest request for a checkpoint whose checkpoint is committed."""
+    """Time, which identifies it, of the newest request whose checkpoint is committed."""
     holds_since: float = 0.0
     """When it began to wait to be ended, after such a checkpoint."""
     failure: str = ""
     """Why its workers failed."""
     rolled_back_from: int = -1
-    """First position of the steps without a finite loss that it gave up on."""
+    """First position of the steps without a finite loss because of which it ended."""
     stopped: str = ""
     """Why it must not be started again."""
 
 
 def status(run_dir: str, generation: int) -> GroupStatus:
-    """Of the group of that number; all defaults when it has not written any. Raises RunFailed when it is damaged."""
+    """The status of a group; defaults when none was written. Raises RunFailed when the document is damaged."""
     document = RunDir(run_dir).group(generation)
-    return _parsed(document, document.read())
+    return document.parsed(document.read(), GroupStatus) or GroupStatus()
 
 
 def note(run_dir: str, generation: int, **changes: Any) -> None:
@@ -50,24 +50,15 @@ def note(run_dir: str, generation: int, **changes: Any) -> None:
     document = RunDir(run_dir).group(generation)
     for _ in range(_TRIES):
         content = document.read()
-        before = _parsed(document, content)
+        before = document.parsed(content, GroupStatus) or GroupStatus()
         after = replace(before, **changes)
         if after == before or document.swap(content, json.dumps(asdict(after)).encode()):
             return
     raise OSError(f"{document.uri}: others were quicker {_TRIES} times")
 
 
-def _parsed(document: Document, content: bytes | None) -> GroupStatus:
-    try:
-        return GroupStatus(**json.loads(content or b"{}"))
-    except (ValueError, TypeError) as error:
-        raise RunFailed(
-            f"{document.uri} is damaged ({error}); remove it: the checkpoints say where to go on"
-        ) from error
-
-
 class StatusWriter:
-    """Writes rank 0's changes in a thread, in order: storage that is slow or away must not hold a step up."""
+    """Writes rank 0's changes in a thread, in order: slow or unreachable storage must not delay a step."""
 
     def __init__(self, run_dir: str, generation: int) -> None:
         self._run_dir, self._generation = run_dir, generation

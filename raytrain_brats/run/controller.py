@@ -1,6 +1,6 @@
-"""What Ray Train's controller calls of ours: where a group goes on, why it failed, a checkpoint before a resize.
+"""Callbacks: where a group starts, why it failed, a checkpoint before a resize. Runs in Ray Train's controller.
 
-In: a `RunSpec`, the driver's lease token; states and failures of worker groups. Runs in Ray Train's controller.
+In: a `RunSpec`, the driver's lease token; states and failures of worker groups.
 Out: the dataset of each worker group; generations, statuses, events in the run folder.
 """
 
@@ -22,7 +22,7 @@ from raytrain_brats.run.spec import RunSpec
 
 @dataclass(frozen=True)
 class StreamFactory:
-    """Called by Ray Train's controller before each worker group starts: decides where it goes on."""
+    """Called by Ray Train's controller before each worker group starts: decides where it starts."""
 
     spec: RunSpec
     needed: cluster.Resources
@@ -46,7 +46,7 @@ class StreamFactory:
 
 @dataclass(frozen=True)
 class FailureLogger(UserCallback):
-    """Notes why workers failed, also those that were killed."""
+    """Records why workers failed, also when they were killed."""
 
     run_dir: str
     driver: str
@@ -55,7 +55,7 @@ class FailureLogger(UserCallback):
         try:
             self._note(worker_exceptions)
         except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here
-            journal.warn(self.run_dir, f"a failure of workers is not on record: {error!r}")
+            journal.warn(self.run_dir, f"cannot record a failure of workers: {error!r}")
 
     def _note(self, worker_exceptions: dict[int, Exception]) -> None:
         generation = journal.current(self.run_dir)
@@ -63,7 +63,7 @@ class FailureLogger(UserCallback):
         lines = str(error).strip().splitlines() or [type(error).__name__]
         cause = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[0])[:500]
         if generation and generation.driver != self.driver:
-            return  # fenced off by the driver that took the run over: none of its groups failed
+            return  # another driver took the run over and fenced this group off: that is no failure
         number = generation.number if generation else 0
         control.note(self.run_dir, number, failure=cause)
         last = {"last_row": at} if (at := journal.last_row_time(self.run_dir)) else {}
@@ -72,14 +72,14 @@ class FailureLogger(UserCallback):
 
 @dataclass(frozen=True)
 class CheckpointBeforeResize(ControllerCallback):
-    """Has a group saved before it is resized or its node goes."""
+    """Requests a checkpoint before a group is resized or loses a node."""
 
     run_dir: str
     low: int
-    """A group that can be resized goes on with fewer workers at once when a node is to go, if so many find room on the
-    nodes that stay; else, and with 0, it uses the node to its end."""
+    """When a node is preempted and at least `low` workers fit on the others, the group restarts there at once; else,
+    and with 0 (a group of fixed size), it uses the node until its deadline."""
     per_worker: dict[str, float]
-    """What a worker needs of a node, as Ray counts."""
+    """Ray resources of one worker."""
     nodes: dict[str, str]
     """Labels of the nodes that workers may run on."""
 
@@ -92,9 +92,9 @@ class CheckpointBeforeResize(ControllerCallback):
                     not resize and self.low > 0 and elastic.room_for_workers(self.per_worker, self.nodes) >= self.low
                 )
                 saved = checkpoint_request.request(self.run_dir, HOLD if resize or leave else SAVE)
-            except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here; a full disk, say
+            except Exception as error:  # noqa: BLE001 - Ray would end the run for an error here, such as a full disk
                 journal.warn(self.run_dir, f"no checkpoint before the resize or preemption: {error!r}")
             seconds = round(time.perf_counter() - began, 3)
             journal.event(self.run_dir, "resize" if resize else "preemption", saved=saved, seconds=seconds)
-            if saved and leave:  # what is trained until the node's deadline would be lost with it
+            if saved and leave:  # steps after this checkpoint would be lost at the node's deadline
                 ray_train.end_preemption_wait_at(current_state, int(time.time() * 1000))

@@ -1,4 +1,4 @@
-"""Start (or go on with) a run. Runs in the driver.
+"""Start or resume a run. Runs in the driver.
 
 In: a `RunSpec`, a connected cluster.
 Out: the finished run folder; or RunFailed with the cause.
@@ -29,19 +29,19 @@ from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.spec import RunSpec, write_config
 from raytrain_brats.run.spilling import Spilling
 
-LAST_WORDS_S = 3.0
-"""How long Ray's call may take to notice that Ray was shut down; a thread it holds for ever holds no driver up."""
+SHUTDOWN_S = 3.0
+"""How long `fit` may take to return after Ray was shut down; if it never does, the driver ends all the same."""
 
 
 def _work(arguments: dict[str, Any]) -> None:
-    """What the workers run. Imported there: neither the driver nor Ray Train's controller needs MONAI for it."""
+    """What the workers run. Imported there, so that neither the driver nor Ray Train's controller imports MONAI."""
     from raytrain_brats.run.worker import train_worker
 
     train_worker(arguments)
 
 
 def check(spec: RunSpec) -> cluster.Resources:
-    """What the run will use of the connected cluster. Raises UserError when it cannot run there."""
+    """The resources that the run will use of the connected cluster. Raises UserError when it cannot run there."""
     gauges.prices()
     needed = cluster.measure(spec.config.run, spec.sampler.global_batch)
     cluster.check_shared({"run folder": spec.run_dir}, {"data folder": spec.source.root})
@@ -49,20 +49,15 @@ def check(spec: RunSpec) -> cluster.Resources:
 
 
 def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
-    """Train until the plan's end. Raises RunFailed when it had to give up; what was committed stays."""
+    """Train to the sampler's last position. Raises RunFailed when the run stopped before; its checkpoints stay."""
     journal.take_over(spec.run_dir, lease.token)
     write_config(spec)
-    facts = {
-        "workers": f"{needed.low}:{needed.high}",
-        "route": spec.route,
-        "cases_train": len(spec.train_cases),
-        "cases_val": len(spec.held_out_cases),
-        "total_samples": spec.sampler.total,
-        "dataset_identity": spec.dataset_identity,
-    }
+    facts: dict[str, Any] = {"workers": f"{needed.low}:{needed.high}", "route": spec.route}
+    facts |= {"cases_train": len(spec.train_cases), "cases_val": len(spec.held_out_cases)}
+    facts |= {"total_samples": spec.sampler.total, "dataset_identity": spec.dataset_identity}
     journal.event(spec.run_dir, "launch", **facts)
     if threading.current_thread() is threading.main_thread() and not interrupt.installed():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and schedulers: as Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # from `ray job stop` and schedulers: as Ctrl-C
     began, before = time.perf_counter(), journal.current(spec.run_dir)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     with (
@@ -74,7 +69,7 @@ def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
     found, _ = checkpoint.newest_valid(spec.run_dir)
     if problem or found is None or found.samples_seen < spec.sampler.total:
         now = journal.current(spec.run_dir)
-        begun = now and (before is None or now.number > before.number)  # else the last launch's group had stopped
+        begun = now and (before is None or now.number > before.number)  # else it is a group of an earlier launch
         stopped = control.status(spec.run_dir, now.number).stopped if now and begun else ""
         reason = stopped or problem or lease.trouble or "the workers stopped early"
         raise RunFailed(f"{reason}; see {RunDir(spec.run_dir).events}")
@@ -84,12 +79,12 @@ def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
 
 
 def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
-    """Run Ray Train to its end; why it failed, or an empty string."""
+    """Run Ray Train to its end; the reason why it failed, or "". Raises RunFailed when the lease was lost."""
     resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
     workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
     place, filesystem = storage.for_ray(RunDir(spec.run_dir).ray)
     tag, train_nodes = elastic.tag(spec.run_dir), roles.part("train").selector
-    pool = warm_pool.WarmPool(partial(checkpoint_request.is_training, spec.run_dir))
+    pool = warm_pool.WarmPool(partial(checkpoint_request.training, spec.run_dir))
     callbacks: list[Any] = [
         FailureLogger(spec.run_dir, lease.token),
         elastic.LiveNodesPolicy(tag, pool),
@@ -108,8 +103,8 @@ def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) ->
             resources_per_worker=resources,
             label_selector=train_nodes or None,
         ),
-        # A name of its own for every launch: Ray's registry of checkpoints loses some around a crash and does not
-        # start from a torn file, so it is neither told nor asked.
+        # A new name for every launch: Ray's own registry of checkpoints may lose some in a crash, and Ray does not
+        # start when its file is truncated, so the registry is not used.
         run_config=RunConfig(
             name=run_id,
             storage_path=place,
@@ -121,7 +116,7 @@ def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) ->
         datasets={"train": StreamFactory(spec, needed, lease.token)},
         dataset_config=stream.OrderedSplit(),
     )
-    # In a thread, so that Ctrl-C reaches us: on the main thread Ray's own handler ends the process without a word.
+    # In a thread, so that we handle Ctrl-C: on the main thread Ray's own handler ends the process without a message.
     fitting: Future[Any] = Future()
     threading.Thread(target=_settle, args=(fitting, trainer), name="fit", daemon=True).start()
     try:
@@ -136,7 +131,7 @@ def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) ->
         interrupt.allow(interrupt.GRACE_S)
         if not fitting.done():
             ray.shutdown()  # ends the workers, also on a second Ctrl-C
-            wait([fitting], LAST_WORDS_S)
+            wait([fitting], SHUTDOWN_S)
     error = fitting.exception()
     if isinstance(error, ray.train.TrainingFailedError):
         return " ".join(str(error).split()).removeprefix("Training failed due to controller error: ")[:800]
@@ -146,7 +141,7 @@ def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) ->
 
 
 def _save(run_dir: str) -> None:
-    """On Ctrl-C: have the group that trains save, if one does."""
+    """On Ctrl-C: request a checkpoint of the group that trains, if one does."""
     interrupt.allow(checkpoint_request.TIMEOUT_S + interrupt.GRACE_S)
     if checkpoint_request.training(run_dir):
         print("saving a checkpoint ...", flush=True)
@@ -155,12 +150,12 @@ def _save(run_dir: str) -> None:
         except OSError as error:
             print(f"cannot ask for one: {error}", flush=True)
             saved = False
-        told = "saved" if saved else "not saved now"
-        print(f"{told}: the same command goes on from the newest checkpoint", flush=True)
+        outcome = "saved" if saved else "not saved now"
+        print(f"{outcome}: the same command goes on from the newest checkpoint", flush=True)
 
 
 def _settle(fitting: "Future[Any]", trainer: TorchTrainer) -> None:
     try:
         fitting.set_result(trainer.fit())
-    except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+    except BaseException as error:  # noqa: BLE001 - raised again in `_fit`
         fitting.set_exception(error)

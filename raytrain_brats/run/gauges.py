@@ -1,7 +1,8 @@
-"""A run's numbers for Prometheus, by way of Ray: every node exports what its processes set (docs/monitoring.md).
+"""A run's numbers for Prometheus, through Ray: every node exports what its processes set (docs/monitoring.md).
 
-In: steps as rank 0 writes them down; now and then what the books say, and the nodes that are up.
-Out: gauges `ray_raytrain_brats_<name>`, tagged with the run folder. A gauge whose process ended is gone after 20 s.
+In: steps, from rank 0; every ten seconds rows and events of the run folder, and the nodes that are up.
+Out: gauges `ray_raytrain_brats_<name>`, tagged with the run folder. A gauge disappears 20 s after its process ended.
+Runs in a worker (rank 0: `StepGauges`) and in the driver (the rest).
 """
 
 import math
@@ -41,35 +42,35 @@ _STEPS, _NOTE_S = 20, 60.0
 
 
 def ascii_only(text: str) -> str:
-    """Other characters as in a URL: Ray's metrics take no others, and end the process that tries."""
+    """Percent-encode other characters: Ray's metrics end the process that sets them."""
     return "".join(c if c.isascii() else quote(c, errors="surrogateescape") for c in text)
 
 
 class Gauges:
-    """One run's, as seen from one process."""
+    """The gauges that one process sets for one run."""
 
     def __init__(self, run_dir: str) -> None:
         self._tags, self._made = {"run": ascii_only(run_dir)}, dict[str, Gauge]()
 
     def set(self, name: str, value: float | None, **tags: str) -> None:
         if value is None or not math.isfinite(value):
-            return  # what nobody knows is left out; the value before stays
+            return  # an unknown value is not exported; the one before stays
         if name not in self._made:
             self._made[name] = Gauge(f"raytrain_brats_{name}", NAMES[name], ("run", *tags))
         self._made[name].set(value, self._tags | tags)
 
 
 class StepGauges(Gauges):
-    """Rank 0's, of the steps of its worker group."""
+    """The gauges that rank 0 sets at each step of its worker group."""
 
     def __init__(self, run_dir: str) -> None:
         super().__init__(run_dir)
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=_STEPS)
 
-    def stepped(
+    def set_step(
         self, samples: int, seen: int, world_size: int, loss: float | None, wait_s: float, step_s: float
     ) -> None:
-        """A step of `samples` was applied in `step_s`, of which `wait_s` went by before its batch was there."""
+        """Set all after a step of `samples` that took `step_s`, of which it waited `wait_s` for its batch."""
         self._recent.append((samples, wait_s, step_s))
         applied, waited, seconds = (sum(column) for column in zip(*self._recent, strict=True))
         self.set("samples_per_s", applied / max(seconds, 1e-9))
@@ -80,8 +81,8 @@ class StepGauges(Gauges):
         self.set("samples_seen", seen)
 
 
-def tell(gauges: Gauges, events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], total: int) -> None:
-    """Set what the books say of the run: all its `events`, its last `rows`."""
+def set_run(gauges: Gauges, events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], total: int) -> None:
+    """Set what follows from all `events` of the run and its last `rows`."""
     recovered = recoveries(events)
     gauges.set("samples_total", total)
     gauges.set("goodput", time_breakdown(events, rows).goodput)
@@ -95,8 +96,8 @@ def tell(gauges: Gauges, events: Sequence[Mapping[str, Any]], rows: Sequence[Map
 
 
 def prices() -> dict[str, float]:
-    """{role: dollars an hour of each such node}, the whole cluster's under "": out of the environment's `12.5` or
-    `head=0.4,data=0.77,train=21.96`. Raises UserError."""
+    """{role: dollars an hour of each such node}, the whole cluster's under "". From the environment variable, which is
+    `12.5` or `head=0.4,data=0.77,train=21.96`. Raises UserError."""
     given = os.environ.get(PRICES, "")
     found = {}
     try:
@@ -113,9 +114,9 @@ def prices() -> dict[str, float]:
 
 
 class Cost:
-    """What the nodes that are up cost, by their prices: a rate, and a sum that events keep over launches.
+    """The cost of the nodes that are up: a rate, and a sum which `cost` events carry from launch to launch.
 
-    Time without a driver is not counted: nobody looks then.
+    Time without a driver is not counted, as nothing measures it.
     """
 
     def __init__(self, run_dir: str, prices: Mapping[str, float]) -> None:
@@ -125,24 +126,24 @@ class Cost:
         self.rate: float | None = None
         self.total = 0.0
 
-    def look(self, nodes: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> None:
-        """Add the time since the last look at the rate found then; note the sum once a minute."""
+    def update(self, nodes: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> None:
+        """Add the time since the last update at its rate; write an event once a minute."""
         now = time.monotonic()
         self._unnoted += (self.rate or 0.0) * (now - self._since) / 3600
         self._since, self.rate = now, dollars_per_hour(self._prices, nodes)
         self.total = sum(e["dollars"] for e in events if e.get("event") == "cost") + self._unnoted
         if now > self._noted + _NOTE_S:
-            self.note()
+            self.record()
 
-    def note(self) -> None:
-        """Put what is not there yet into the run folder's events."""
+    def record(self) -> None:
+        """Write what no event holds yet to the run folder's events."""
         if self._unnoted:
             event(self._run_dir, "cost", dollars=round(self._unnoted, 6), dollars_per_hour=self.rate)
             self._unnoted, self._noted = 0.0, time.monotonic()
 
 
 def dollars_per_hour(prices: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> float | None:
-    """What these nodes cost; None when no price is known."""
+    """The price of these nodes together; None when no price is known."""
     if not prices:
         return None
     return prices.get("", 0.0) + sum(prices.get((node["Labels"] or {}).get("role", "-"), 0.0) for node in nodes)

@@ -1,8 +1,8 @@
 """Find a rank that hangs, by the ranks' heartbeats. Runs in the driver.
 
-In: what each rank's heartbeat reports.
+In: the heartbeats of all ranks.
 Out: a `hang` event that names the rank, every rank's stack in `stacks/`, and the rank killed, so that the group starts
-again from the newest checkpoint. Without this a hung rank holds all others in their collective for half an hour.
+again from the newest checkpoint. Without this all others wait for a hung rank in their collective for half an hour.
 """
 
 import json
@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,70 +28,73 @@ from raytrain_brats.run.run_dir import RunDir
 
 _logger = logging.getLogger(__name__)
 PATIENCE_S = {"start": 300.0, "load": 300.0, "data": 300.0, "save": 120.0, "validate": 900.0}
-"""How long a rank may stay in a phase that is no computation; data come from elsewhere, which has its own retries."""
+"""Longest stay of a rank in a phase without computation. Reading data takes long where storage is retried."""
 FIRST_STEP_S = 300.0
 GONE = "the process is gone"
 SLOWER = 5.0
-"""A computing phase may last this many times as long as the longest so far."""
+"""A computing phase may last this many times as long as the longest one so far."""
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """A rank as the driver knows it; times are the driver's own monotonic clock, so hosts' clocks do not matter."""
+    """A rank as the driver sees it; times are of the driver's monotonic clock, never of another host's."""
 
-    about: dict[str, Any]
-    beaten_s: float
+    report: dict[str, Any]
+    """Its newest heartbeat."""
+    beat_s: float
+    """When a new heartbeat was last seen."""
     moved_s: float
+    """When it was last seen to have entered another phase."""
 
     @property
     def rank(self) -> int:
-        return int(self.about["rank"])
+        return int(self.report["rank"])
 
     @property
-    def place(self) -> tuple[int, int]:
-        """How far it is: a rank that is behind keeps the others waiting."""
-        return self.about["samples_seen"], PHASES.index(self.about["phase"])
+    def progress(self) -> tuple[int, int]:
+        """(samples seen, number of the phase): the others wait for the rank whose progress is least."""
+        return self.report["samples_seen"], PHASES.index(self.report["phase"])
 
 
-def news(life: RankStatus | None, about: dict[str, Any], now_s: float) -> RankStatus:
-    """`life` after another look at its rank."""
-    if life is None or life.about["pid"] != about["pid"] or life.about["generation"] != about["generation"]:
-        return RankStatus(about, now_s, now_s)
-    beaten_s = now_s if about["beats"] != life.about["beats"] else life.beaten_s
-    moved_s = now_s if about["entries"] != life.about["entries"] else life.moved_s
-    return replace(life, about=about, beaten_s=beaten_s, moved_s=moved_s)
+def updated(status: RankStatus | None, report: dict[str, Any], now_s: float) -> RankStatus:
+    """A rank's status after its heartbeat was read again."""
+    if status is None or any(status.report[key] != report[key] for key in ("pid", "generation")):
+        return RankStatus(report, now_s, now_s)
+    beat_s = now_s if report["beats"] != status.report["beats"] else status.beat_s
+    moved_s = now_s if report["entries"] != status.report["entries"] else status.moved_s
+    return RankStatus(report, beat_s, moved_s)
 
 
-def find_hung(lives: Sequence[RankStatus], now_s: float, timeout_s: float, longest_s: float) -> list[RankStatus]:
-    """The ranks that keep the group from going on; empty while it is healthy.
+def find_hung(ranks: Sequence[RankStatus], now_s: float, timeout_s: float, longest_s: float) -> list[RankStatus]:
+    """The ranks that block the group; empty while it is healthy.
 
-    A rank is silent when not even its beating thread runs (stopped, swapped out, stuck with the interpreter's lock).
-    Else the rank that is behind all others is it, once it has been in its phase for too long. Ranks that wait for it
-    are ahead of it.
+    First the silent ones, in which not even the heartbeat's thread runs (stopped, swapped out, or the interpreter's
+    lock is held). Else the ranks with the least progress, once they have been in their phase for too long: ranks that
+    wait for them are ahead of them.
     """
-    if silent := [life for life in lives if now_s - life.beaten_s > timeout_s and life.about["phase"] != "end"]:
+    if silent := [rank for rank in ranks if now_s - rank.beat_s > timeout_s and rank.report["phase"] != "end"]:
         return silent
-    if not lives or len(lives) < lives[0].about["world_size"]:
+    if not ranks or len(ranks) < ranks[0].report["world_size"]:
         return []
-    behind = min(life.place for life in lives)
-    last = [life for life in lives if life.place == behind]
-    phase = PHASES[behind[1]]
+    least = min(rank.progress for rank in ranks)
+    last = [rank for rank in ranks if rank.progress == least]
+    phase = PHASES[least[1]]
     if phase == "end":
         return []
-    first_step = any(life.about["updates"] == 0 for life in lives)
+    first_step = any(rank.report["updates"] == 0 for rank in ranks)
     limit_s = PATIENCE_S.get(phase, FIRST_STEP_S if first_step else max(timeout_s, SLOWER * longest_s))
-    return last if all(now_s - life.moved_s > limit_s for life in last) else []
+    return last if all(now_s - rank.moved_s > limit_s for rank in last) else []
 
 
 class HangDetector:
-    """Looks once a second, in a thread of the driver, for the time of a `with` block."""
+    """Checks once a second, in a thread of the driver, for the time of a `with` block."""
 
     def __init__(self, run_dir: str, run_id: str, timeout_s: float) -> None:
         self._run_dir, self._run_id, self._timeout_s = run_dir, run_id, timeout_s
-        self._lives: dict[int, RankStatus] = {}
-        self._generation, self._judged, self._longest_s = 0, 0, 0.0
+        self._ranks: dict[int, RankStatus] = {}
+        self._generation, self._ended, self._longest_s = 0, 0, 0.0
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._check_all, name="hang-detector", daemon=True)
 
     def __enter__(self) -> "HangDetector":
         self._thread.start()
@@ -101,69 +104,66 @@ class HangDetector:
         self._done.set()
         self._thread.join(timeout=5)
 
-    def _follow(self) -> None:
+    def _check_all(self) -> None:
         while not self._done.wait(1.0):
             try:
-                self._look(time.monotonic())
-            except Exception as error:  # noqa: BLE001 - whatever it was, it must look again
+                self._check(time.monotonic())
+            except Exception as error:  # noqa: BLE001 - whatever the cause, the next check must run
                 _logger.warning("cannot look for ranks that hang just now: %s", error)
 
-    def _look(self, now_s: float) -> None:
-        if not core.kv_ready():  # Ray is being left
+    def _check(self, now_s: float) -> None:
+        if not core.kv_ready():  # Ray shuts down
             return
-        told = [json.loads(core.kv_get(key) or b"null") for key in core.kv_list(f"{PREFIX}{self._run_id}/")]
-        told = [about for about in told if about]
-        newest = max((about["generation"] for about in told), default=0)
-        if newest <= self._judged:  # a group that was found hanging is on its way out
+        read = [json.loads(core.kv_get(key) or b"null") for key in core.kv_list(f"{PREFIX}{self._run_id}/")]
+        reports = [report for report in read if report]
+        newest = max((report["generation"] for report in reports), default=0)
+        if newest <= self._ended:  # this group's hung ranks are killed already
             return
         if newest > self._generation:
-            self._generation, self._longest_s, self._lives = newest, 0.0, {}
-        for about in told:
-            if about["generation"] != newest:
-                continue
-            before = self._lives.get(about["rank"])
-            life = self._lives[about["rank"]] = news(before, about, now_s)
-            if before and before.about["phase"] not in PATIENCE_S and life.moved_s > before.moved_s:
-                self._longest_s = max(self._longest_s, life.moved_s - before.moved_s)
-        culprits = find_hung(list(self._lives.values()), now_s, self._timeout_s, self._longest_s)
-        if culprits and self._end(culprits, now_s):
-            self._judged = newest
+            self._generation, self._longest_s, self._ranks = newest, 0.0, {}
+        for report in (report for report in reports if report["generation"] == newest):
+            before = self._ranks.get(report["rank"])
+            status = self._ranks[report["rank"]] = updated(before, report, now_s)
+            if before and before.report["phase"] not in PATIENCE_S and status.moved_s > before.moved_s:
+                self._longest_s = max(self._longest_s, status.moved_s - before.moved_s)
+        hung = find_hung(list(self._ranks.values()), now_s, self._timeout_s, self._longest_s)
+        if hung and self._end(hung, now_s):
+            self._ended = newest
 
-    def _end(self, culprits: Sequence[RankStatus], now_s: float) -> bool:
-        """Stacks of all ranks, the culprits last; those are killed: Ray Train then starts the group again.
+    def _end(self, hung: Sequence[RankStatus], now_s: float) -> bool:
+        """Write the stacks of all ranks, the hung ones last; kill those: Ray Train then restarts the group.
 
-        False when it is not known of each culprit that it is gone: then look again.
+        False when the death of a hung rank is not certain: then the next check does it again.
         """
-        guilty = {life.rank for life in culprits}
-        asked, sure = {}, True
-        for life in sorted(self._lives.values(), key=lambda life: life.rank in guilty):
-            at = NodeAffinitySchedulingStrategy(life.about["node"], soft=False)
+        to_kill = {rank.rank for rank in hung}
+        tasks, sure = {}, True
+        for status in sorted(self._ranks.values(), key=lambda status: status.rank in to_kill):
+            at = NodeAffinitySchedulingStrategy(status.report["node"], soft=False)
             task: Any = _stacks.options(scheduling_strategy=at)
-            asked[life.rank] = task.remote(life.about["pid"], life.about["stacks"], life.rank in guilty)
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=15)
-        for rank, reference in asked.items():
+            tasks[status.rank] = task.remote(status.report["pid"], status.report["stacks"], status.rank in to_kill)
+        ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=15)
+        for rank, reference in tasks.items():
             try:
                 text = ray.get(reference, timeout=0.1)
             except (ray.exceptions.RayError, TimeoutError) as error:
                 text = f"no stack: {' '.join(str(error).split())[:200]}"
-                sure = sure and rank not in guilty
-            about = self._lives[rank].about
-            if text == GONE:  # Ray ended it, or will find out: a rank that was killed does not hang
+                sure = sure and rank not in to_kill
+            status, report = self._ranks[rank], self._ranks[rank].report
+            if text == GONE:  # it was killed, which Ray notices by itself: that is no hang
                 continue
-            file = RunDir(self._run_dir).stacks(about["generation"], rank)
+            file = RunDir(self._run_dir).stacks(report["generation"], rank)
             storage.write_bytes(file, text.encode())
-            if rank in guilty:
-                facts = {key: about[key] for key in ("generation", "rank", "phase", "samples_seen", "pid", "node")}
-                life = self._lives[rank]
-                silent = now_s - life.beaten_s > self._timeout_s
-                seconds = round(now_s - (life.beaten_s if silent else life.moved_s), 1)
+            if rank in to_kill:
+                facts = {key: report[key] for key in ("generation", "rank", "phase", "samples_seen", "pid", "node")}
+                silent = now_s - status.beat_s > self._timeout_s
+                seconds = round(now_s - (status.beat_s if silent else status.moved_s), 1)
                 journal.event(self._run_dir, "hang", **facts, silent=silent, for_s=seconds, stacks=file)
         return sure
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _stacks(pid: int, file: str, kill: bool) -> str:
-    """The stacks of a process of this machine, also of one that was stopped; then its end, if wanted."""
+    """The stacks of a process of this machine, also of a stopped one; then kill it, if wanted."""
     cmdline = Path(f"/proc/{pid}/cmdline")
     if not cmdline.exists() or not cmdline.read_bytes().startswith(b"ray::"):
         return GONE

@@ -1,11 +1,12 @@
-"""One driver at a time: who may train into a run folder.
+"""One driver at a time may train into a run folder. Runs in the driver.
 
 In: a run folder.
-Out: a `Lease` on it, renewed while it is held; or UserError that names the driver that has it.
+Out: a `Lease` on it, renewed while it is held; or UserError that names the driver that holds it.
 
-`lease.json` holds its driver's token and a counter that the driver raises every few seconds. A second driver takes it
-when the first is known to be dead (same machine), or when the counter stood still for `ttl_s` by the second's own
-clock. A driver that was merely stopped may come back then: `Lease.lost` tells it, and the ledger refuses its token.
+`lease.json` holds its driver's token and a counter that the driver increments every few seconds. A second driver takes
+the lease when the first is known to be dead (same machine), or when the counter did not change for `ttl_s` by the
+second's own clock, so hosts' clocks are not compared. A driver that was merely suspended may resume after that: its
+`Lease.lost` is set, and the journal rejects its token.
 """
 
 import contextlib
@@ -26,14 +27,14 @@ TTL_S = 15.0
 
 
 class Lease:
-    """What a driver holds. Its `token` is written into generation.json, which is what keeps others out for good."""
+    """A driver's claim. Its `token` is written into generation.json, where compare-and-swap excludes other drivers."""
 
     def __init__(self, run_dir: str) -> None:
         self.run_dir, self.token, self.since, self._renewals = run_dir, uuid.uuid4().hex, time.time(), 0
         self.lost = ""
-        """Who has it instead, once another driver took it. An outage of the storage alone loses nothing."""
+        """The driver that took it over; "" while it is held, also during an outage of the storage."""
         self.trouble = ""
-        """Why the run folder cannot be written just now; "" when it can."""
+        """Why the run folder cannot be written now; "" when it can."""
 
     def _about(self) -> bytes:
         mine = {"token": self.token, "renewals": self._renewals, "since": self.since}
@@ -41,9 +42,9 @@ class Lease:
         return json.dumps(mine | process | {"host": socket.gethostname(), "machine": _machine()}).encode()
 
     def take(self, ttl_s: float) -> None:
-        """Raises UserError when another driver lives, as far as one can see."""
+        """Wait until the lease is free and take it. Raises UserError when another driver renews it."""
         seen: bytes | None = b""
-        document, watched_since, told = RunDir(self.run_dir).lease, 0.0, False
+        document, watched_since, printed = RunDir(self.run_dir).lease, 0.0, False
         while True:
             content = document.read()
             holder = _parsed(content)
@@ -55,9 +56,9 @@ class Lease:
                     )
                 if content != seen:
                     seen, watched_since = content, time.monotonic()
-                if not told:
+                if not printed:
                     print(f"waiting to see whether the driver {_name(holder)} still lives ...", flush=True)
-                    told = True
+                    printed = True
                 if time.monotonic() - watched_since < ttl_s:
                     time.sleep(ttl_s / 30)
                     continue
@@ -75,15 +76,15 @@ class Lease:
                     self.lost = _name(_parsed(content))
                     return
                 self._renewals += 1
-                document.swap(content, self._about())  # if another was faster, the next look tells
+                document.swap(content, self._about())  # if another driver was faster, the next read shows it
                 self.trouble = ""
-            except (OSError, UserError) as error:  # out for others too; if not for them, a later look tells
+            except (OSError, UserError) as error:  # the lease stays ours unless a later read shows another driver
                 self.trouble = str(error)
 
     def release(self) -> None:
-        """Leave it to whoever comes, unless it is another's already."""
+        """Free the lease, unless another driver has taken it."""
         document = RunDir(self.run_dir).lease
-        with contextlib.suppress(OSError, UserError):  # then the next driver finds us dead, or waits
+        with contextlib.suppress(OSError, UserError):  # then the next driver waits, or finds this process dead
             content = document.read()
             if _parsed(content).get("token") == self.token:
                 document.swap(content, json.dumps({"released_by": self.token}).encode())
@@ -91,7 +92,7 @@ class Lease:
 
 @contextlib.contextmanager
 def hold(run_dir: str, ttl_s: float = TTL_S) -> Iterator[Lease]:
-    """Have the run folder to oneself for the time of a `with` block. Raises UserError when another driver has it."""
+    """Hold the run folder's lease for the time of a `with` block. Raises UserError when another driver holds it."""
     lease, done = Lease(run_dir), threading.Event()
     lease.take(ttl_s)
     keeper = threading.Thread(target=lease.keep, args=(ttl_s, done), name="lease", daemon=True)
@@ -100,12 +101,12 @@ def hold(run_dir: str, ttl_s: float = TTL_S) -> Iterator[Lease]:
         yield lease
     finally:
         done.set()
-        keeper.join(ttl_s)  # or it might renew what is released
+        keeper.join(ttl_s)  # else it might renew the released lease
         lease.release()
 
 
 def _parsed(content: bytes | None) -> dict[str, Any]:
-    """Who holds it; empty when nobody does, also when a person damaged the file."""
+    """The holder; empty when there is none, also when the file is damaged."""
     try:
         found = json.loads(content or b"{}")
         return found if {"token", "renewals", "since", "host", "pid"} <= found.keys() else {}
@@ -121,7 +122,7 @@ def _name(holder: dict[str, Any]) -> str:
 
 
 def _machine() -> str:
-    """What gives process numbers their meaning: this boot of this machine, and the container; "" when not known."""
+    """The scope within which process ids are unique: this boot of this machine, and the container; "" if unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -129,9 +130,9 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began; "" when there is none, or only its exit code is left.
+    """When a process began, in the kernel's ticks since boot; "" when there is none, or it has exited.
 
-    In the kernel's ticks: psutil's create_time counts from 1970, and moves when somebody sets the clock.
+    Not psutil's create_time, which counts from 1970 and changes when somebody sets the clock.
     """
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -141,7 +142,7 @@ def _started(pid: int) -> str:
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:
-    """Whether a driver is known to have ended; of another machine, or of another user, nobody knows."""
+    """Whether a driver is known to have ended; False for one of another machine or another user."""
     here = _machine()
     if not here or (holder.get("machine"), holder["host"]) != (here, socket.gethostname()):
         return False

@@ -1,7 +1,7 @@
-"""Where a rank's time goes, measured once: heartbeat, rows, time breakdown and recovery all read this clock.
+"""Measure where a rank's time goes; heartbeat, rows, time breakdown and recovery all read it. Runs in a worker.
 
-In: each phase of the training loop as it begins. Runs in a worker.
-Out: the phase now; seconds by cause, which are the whole time since the first batch; when phases were first entered.
+In: each phase of the training loop as it begins.
+Out: the current phase; seconds by cause, which add up to the time since the first batch; when each phase first began.
 """
 
 import time
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 PHASES = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "validate", "end")
-"""In the order of a step: the rank that is behind the others keeps them waiting."""
+"""In the order of a step: the others wait for the rank that is in the earliest phase."""
 _CAUSES = {
     "data": "data_wait_s",
     "forward": "productive_s",
@@ -27,10 +27,10 @@ class PhaseTimer:
     def __init__(self, on_enter: Callable[[str], None] = lambda phase: None) -> None:
         self.phase, self.samples_seen = "start", 0
         self.entries, self.updates = 0, 0
-        """Phases entered so far, and updates among them: a rank whose `entries` stand still is stuck."""
+        """Phases entered so far, and updates among them: a rank whose `entries` do not change is stuck."""
         self.first_entered = {"start": time.time()}
         self.first_batch = 0.0
-        """When the first batch was there; all before is start-up, and no cause's."""
+        """When the first batch was there; the time before is start-up and charged to no cause."""
         self._on_enter = on_enter
         self._since = time.perf_counter()
         self._of_step: dict[str, float] = {}
@@ -54,14 +54,14 @@ class PhaseTimer:
             self.first_batch = time.time()
 
     def step_times(self) -> tuple[float, float]:
-        """(seconds waited for data, these and the seconds of computing) since the call before."""
+        """(seconds waited for data, seconds waited and computed) since the last call."""
         self._charge()
         times, self._of_step = self._of_step, {}
         wait_s = times.get("data_wait_s", 0.0)
         return wait_s, wait_s + times.get("productive_s", 0.0)
 
     def cut(self) -> dict[str, Any]:
-        """What was spent since the cut before, as events hold it."""
+        """The seconds by cause since the last call, in the form that events have."""
         self._charge()
         spent, self._spent = self._spent, {}
         return {"mark": time.time(), "spent": {cause: round(seconds, 4) for cause, seconds in spent.items()}}

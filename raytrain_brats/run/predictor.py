@@ -1,6 +1,6 @@
-"""Segment and score whole cases on their native grid: what evaluate, predict and validation share.
+"""Segment and score whole cases on their native grid. Runs in a task (evaluate, predict) or in a worker (validation).
 
-In: a network's weights, prepared cases. Runs in a task (evaluate, predict) or in a worker (validation).
+In: a network's weights, prepared cases.
 Out: region masks; Dice and HD95 per region and case; their means and table.
 """
 
@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import ray
 import torch
 from torch import nn
@@ -21,17 +20,15 @@ from raytrain_brats.data.preprocess import Prepared, restore
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS, to_regions
 from raytrain_brats.learn.inference import probabilities
-from raytrain_brats.learn.metrics import dice, hd95_mm
+from raytrain_brats.learn.metrics import Masks, dice, hd95_mm
 from raytrain_brats.learn.model import build_network
 from raytrain_brats.learn.step import network_weights
 from raytrain_brats.run import checkpoint
 
-Masks = npt.NDArray[np.bool_]
-
 
 @dataclass(frozen=True)
 class Score:
-    """One case; the dictionaries go from region to value."""
+    """Of one case, by region."""
 
     case_id: str
     dice: dict[str, float]
@@ -39,7 +36,7 @@ class Score:
 
 
 def newest_weights(run_dir: str) -> tuple[str, dict[str, torch.Tensor]]:
-    """(name, weights) of the newest valid checkpoint, read once: a run that goes on may remove the files.
+    """(name, weights) of the newest valid checkpoint, read once: a run that is training may remove the files.
 
     Raises UserError when there is none.
     """
@@ -51,7 +48,7 @@ def newest_weights(run_dir: str) -> tuple[str, dict[str, torch.Tensor]]:
 
 @lru_cache(maxsize=1)
 def shared_network(reference: ray.ObjectRef[Any]) -> tuple[nn.Module, Config, torch.device]:
-    """The network of a shared (config, weights), on the GPU if this process was given one; kept for the next case."""
+    """The network of a (config, weights) in the object store, on this process's GPU if any; kept for the next case."""
     settings, weights = ray.get(reference)
     network = build_network(settings)
     network.load_state_dict(weights)
@@ -61,16 +58,9 @@ def shared_network(reference: ray.ObjectRef[Any]) -> tuple[nn.Module, Config, to
 
 def predict_masks(prepared: Prepared, network: nn.Module, config: Config, device: torch.device) -> Masks:
     """(3, x, y, z) region masks on the native grid, nested as label values are: ET in TC in WT."""
-    found = probabilities(
-        network,
-        prepared.image_czyx,
-        prepared.mean,
-        prepared.std,
-        config.data.patch_xyz,
-        config.validate_.overlap,
-        device,
-        config.train.amp,
-    )
+    case = prepared.image_czyx, prepared.mean, prepared.std
+    patch_xyz, overlap = config.data.patch_xyz, config.validate_.overlap
+    found = probabilities(network, *case, patch_xyz, overlap, device, config.train.amp)
     masks: Masks = restore(found, prepared.geometry) > 0.5
     masks[1] |= masks[2]
     masks[0] |= masks[1]
@@ -93,7 +83,7 @@ def means(scores: list[Score]) -> dict[str, dict[str, float]]:
 
 
 def table(scores: list[Score]) -> bytes:
-    """CSV, a case a line."""
+    """CSV, one case a line."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["case", *(f"dice_{r}" for r in REGIONS), *(f"hd95_{r}_mm" for r in REGIONS)])

@@ -1,7 +1,7 @@
-"""What a person sees while a run goes on.
+"""Show a run's progress and export its metrics. Runs in the driver.
 
 In: the run folder, as it fills.
-Out: a live line on a terminal; a plain line every few seconds elsewhere; what the books say as metrics of Ray.
+Out: a live line on a terminal; a plain line every few seconds elsewhere; metrics of rows and events through Ray.
 """
 
 import re
@@ -29,10 +29,10 @@ class Progress:
     """Follow a run from the driver, in a thread, for the time of a `with` block."""
 
     def __init__(self, spec: RunSpec, trouble: Callable[[], str] = lambda: "") -> None:
-        """`trouble` tells why the run folder cannot be written just now, also when the books cannot."""
+        """`trouble` returns why the run folder cannot be written now, for the time in which no event can report it."""
         self._spec, self._trouble = spec, trouble
-        self._since, self._told = time.time(), ""
-        self._told_news: set[str] = set()
+        self._since, self._unsaved = time.time(), ""
+        self._printed: set[str] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._console = Console(stderr=False)
@@ -47,7 +47,7 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         self._done.set()
         self._thread.join(timeout=10)
-        self._cost.note()
+        self._cost.record()
 
     def _follow(self) -> None:
         every_s = 1.0 if not storage.is_s3(self._spec.run_dir) else 5.0
@@ -55,57 +55,59 @@ class Progress:
             with Bar(BarColumn(20), TextColumn("{task.description}", markup=False), console=self._console) as bar:
                 run = bar.add_task("", total=self._spec.sampler.total)
                 while not self._done.wait(every_s):
-                    rows, line = self._look(lambda said: bar.console.print(said, markup=False, soft_wrap=True))
+                    rows, line = self._update(lambda text: bar.console.print(text, markup=False, soft_wrap=True))
                     bar.update(run, description=line, completed=rows[-1]["samples_seen"] if rows else 0)
-                bar.update(run, description=self._look()[1], completed=self._spec.sampler.total)
+                bar.update(run, description=self._update()[1], completed=self._spec.sampler.total)
             return
-        last, said, over = "", time.monotonic(), False
-        while not over:  # what goes wrong is told at once, how far it is now and then
+        last, printed_s, over = "", time.monotonic(), False
+        while not over:  # warnings at once, the line every ten seconds
             over = self._done.wait(every_s)
-            line = self._look()[1]
-            if line != last and (over or time.monotonic() > said + _LINE_S):
+            line = self._update()[1]
+            if line != last and (over or time.monotonic() > printed_s + _LINE_S):
                 print(line, flush=True)
-                last, said = line, time.monotonic()
+                last, printed_s = line, time.monotonic()
 
-    def _look(self, say: Callable[[str], None] = lambda said: print(said, flush=True)) -> tuple[list[Any], str]:
+    def _update(self, show: Callable[[str], None] = lambda text: print(text, flush=True)) -> tuple[list[Any], str]:
+        """(the last rows, the line); new messages are shown, metrics are set."""
         try:
             rows, events = journal.recent(self._spec.run_dir)
-            self._tell(events, say)
+            self._show_messages(events, show)
             self._measure(rows)
-        except (OSError, ValueError, UserError, RayError) as error:  # the picture is not the run: storage may come back
+        except (OSError, ValueError, UserError, RayError) as error:  # the run goes on; the next update tries again
             return [], f"run folder cannot be read just now: {error}"
         cost = f" | ${self._cost.rate:,.2f}/h, ${self._cost.total:,.2f} so far" if self._cost.rate is not None else ""
         return rows, describe(rows, events, self._spec.sampler.total, self._trouble()) + cost
 
-    def _tell(self, events: list[dict[str, Any]], say: Callable[[str], None]) -> None:
-        """A line for each thing to know; about saving, when it begins to fail and when it works again."""
-        for line in [news(e) for e in events if e["time"] >= self._since]:
-            if line and line not in self._told_news:
-                self._told_news.add(line)
-                say(line)
-        failure = unsaved([e for e in events if e["time"] >= self._since], self._trouble())
+    def _show_messages(self, events: list[dict[str, Any]], show: Callable[[str], None]) -> None:
+        """Show each new message once; about saving, when it begins to fail and when it works again."""
+        events = [e for e in events if e["time"] >= self._since]
+        for line in map(message_of, events):
+            if line and line not in self._printed:
+                self._printed.add(line)
+                show(line)
+        failure = unsaved(events, self._trouble())
         why = failure[1] if failure else ""
-        if why and why != self._told:
-            say(f"warning: not saved: {why}; training goes on and saves when it can: make room, or mend what is wrong")
-        if self._told and not why:
-            say("saved again")
-        self._told = why
+        if why and why != self._unsaved:
+            show(f"warning: not saved: {why}; training goes on and saves when it can: make room, or mend what is wrong")
+        if self._unsaved and not why:
+            show("saved again")
+        self._unsaved = why
 
     def _measure(self, rows: list[dict[str, Any]]) -> None:
-        """Metrics out of all events: every ten seconds, or less often where that takes more than 1 % of them."""
+        """Set metrics from all events: every ten seconds, or less often where that takes more than 1 % of the time."""
         if (began := time.monotonic()) < self._next_measure:
             return
-        self._next_measure = began + _MEASURE_S  # also when a next line fails
+        self._next_measure = began + _MEASURE_S  # also when a line below raises
         events = journal.read_events(self._spec.run_dir)
-        gauges.tell(self._gauges, events, rows, self._spec.sampler.total)
+        gauges.set_run(self._gauges, events, rows, self._spec.sampler.total)
         if self._prices:
-            self._cost.look(roles.alive(), events)
+            self._cost.update(roles.alive(), events)
             self._gauges.set("dollars_per_hour", self._cost.rate)
         self._next_measure = began + max(_MEASURE_S, 100 * (time.monotonic() - began))
 
 
-def news(event: dict[str, Any]) -> str:
-    """What an event has to say to the person at the terminal; "" for most."""
+def message_of(event: dict[str, Any]) -> str:
+    """The message of an event that a person must know of; "" for most events."""
     kind = event["event"]
     if kind == "failure":
         return f"worker group {event['generation']} failed and starts again: {event['error']}"
@@ -121,7 +123,7 @@ def news(event: dict[str, Any]) -> str:
 
 
 def unsaved(events: list[dict[str, Any]], trouble: str = "") -> tuple[int, str] | None:
-    """(sample that is saved last, why no later one is) while checkpoints fail; None when all is well."""
+    """(last sample that is saved, why no later one is) while checkpoints fail; None when they succeed."""
     at, why = 0, ""
     for e in events:
         if e["event"] == "group":
@@ -130,12 +132,12 @@ def unsaved(events: list[dict[str, Any]], trouble: str = "") -> tuple[int, str] 
             at, why = e["samples_seen"], ""
         elif e["event"] == "checkpoint_failed":
             why = e["error"]
-    why = re.sub(r"\[Errno \d+\] |: '[^']*'$", "", why or trouble)  # the path is another one each time
+    why = re.sub(r"\[Errno \d+\] |: '[^']*'$", "", why or trouble)  # without the path, which differs each time
     return (at, why) if why else None
 
 
 def describe(rows: list[dict[str, Any]], events: list[dict[str, Any]], total: int, trouble: str = "") -> str:
-    """One line: how far, how well, how fast, how long still; that nothing is saved, and why, while that is so."""
+    """One line: progress, loss and Dice, speed, time left; while checkpoints fail, since when and why."""
     failure = unsaved(events, trouble)
     warning = f" | not saved since sample {failure[0]:,}: {failure[1]}" if failure else ""
     groups = [e for e in events if e["event"] == "group"]

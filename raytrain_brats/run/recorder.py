@@ -1,4 +1,4 @@
-"""What a rank writes down while it trains, and when it must stop. Runs in a worker.
+"""Record what a rank trains: rows, events, checkpoints; decide when it must stop. Runs in a worker.
 
 In: results of steps, checkpoints, validations.
 Out: rows, events and checkpoints in the run folder (rank 0), quarantined cases (every rank).
@@ -29,17 +29,17 @@ from raytrain_brats.run.spec import RunSpec
 ROLL_BACK_AFTER = 10
 """Steps in a row without a finite loss and gradient."""
 ROLL_BACKS = 2
-"""From one place; after that the data or the settings are at fault, not a device."""
+"""Roll-backs from one position; after that the cause is the data or the settings, not a device."""
 SAVE_PATIENCE_S = 300.0
-"""How long the last checkpoint of a run is tried again, while the disk is full or the storage away."""
+"""How long the last checkpoint of a run is retried while the disk is full or the storage unreachable."""
 
 
 class Stragglers:
-    """Which rank needs far longer than the others for a sample, by medians, which single hiccups do not move.
+    """Finds ranks that need far longer than the others for a sample, by medians, which single outliers do not move.
 
-    What is judged is a rank's ratio to the median of the others in the same step, over a window of steps: its median
-    must be far above 1, also against its own spread (1.4826 MAD is a normal distribution's standard deviation, Hampel
-    1974; that of a median of n is 1.25 / sqrt(n) times it).
+    The measure is a rank's ratio to the median of the others in the same step. Over a window of steps its median must
+    be far above 1, also compared with its own spread (1.4826 MAD estimates a normal distribution's standard deviation,
+    Hampel 1974, doi 10.1080/01621459.1974.10482962; that of a median of n values is 1.25 / sqrt(n) times it).
     """
 
     WINDOW, SLOWER, WELL = 17, 1.5, 1.2
@@ -49,7 +49,8 @@ class Stragglers:
         self._flagged: set[int] = set()
 
     def add(self, seconds: tuple[float, ...]) -> list[tuple[int, float]]:
-        """(rank, times slower than the others) of those found with this step; again only once they were well."""
+        """(rank, times slower than the others) of those found in this step; a rank is found again only after it was
+        well."""
         found = []
         for rank, recent in enumerate(self._recent if len(seconds) > 1 else ()):
             recent.append(seconds[rank] / max(statistics.median(seconds[:rank] + seconds[rank + 1 :]), 1e-9))
@@ -66,7 +67,7 @@ class Stragglers:
 
 
 class RunRecorder:
-    """Bookkeeping of one rank, for the time of one worker group. `stopped` is the same on all ranks."""
+    """The records of one rank in one worker group. `stopped` is the same on all ranks."""
 
     def __init__(
         self,
@@ -115,16 +116,16 @@ class RunRecorder:
             self._status.note(**changes)
 
     def poll(self) -> int:
-        """What the controller or the driver asks for just now; all ranks learn it with the next step."""
+        """The current request of the controller or the driver; the next step gives it to all ranks."""
         return self._requests.poll() if self._requests else 0
 
     def ready(self) -> None:
-        """This rank is about to take its first patch."""
+        """Record that this rank is about to wait for its first patch."""
         node = ray.util.get_node_ip_address()
         self.event("worker", rank=self.rank, world_size=self.world_size, node=node, device=self._device)
 
     def step(self, before: int, seen: int, result: StepResult, mine: list[Patch]) -> None:
-        """Write the row of an applied step; name what is wrong; stop or roll back when it is too much."""
+        """Write the row of an applied step; report invalid cases and stragglers; stop or roll back where needed."""
         for patch in mine:
             if patch.reason and patch.case_id not in self._quarantined:
                 self._quarantined.add(patch.case_id)
@@ -144,7 +145,7 @@ class RunRecorder:
             if before == self.generation.samples_seen:
                 self._note(trains=True)
                 self._recovered()
-            self._gauges.stepped(seen - before, seen, self.world_size, result.loss, wait_s, step_s)
+            self._gauges.set_step(seen - before, seen, self.world_size, result.loss, wait_s, step_s)
             for rank, times in slow:
                 self.event("straggler", rank=rank, times_slower=times, samples_seen=seen)
         if self._bad_in_epoch > self.spec.config.data.max_bad_share * sampler.epoch_samples:
@@ -154,10 +155,10 @@ class RunRecorder:
             self._roll_back(seen)
 
     def _recovered(self) -> None:
-        """Write down where the time from the failure, resize or launch to this first step went."""
+        """Record where the time from the failure, resize or launch to this first step went."""
         first, now = self.timer.first_entered, time.time()
-        marks = [first["start"], first.get("data", now), first.get("forward", now), now]
-        parts = breakdown(journal.recent(self.spec.run_dir)[1], warm_pool.imported, marks)
+        reached = [first["start"], first.get("data", now), first.get("forward", now), now]
+        parts = breakdown(journal.recent(self.spec.run_dir)[1], warm_pool.imported, reached)
         self.event("recovered", world_size=self.world_size, began=self.timer.first_batch, **parts)
 
     def _stop(self, reason: str) -> None:
@@ -167,7 +168,10 @@ class RunRecorder:
             self.event("stop", reason=reason)
 
     def _roll_back(self, seen: int) -> None:
-        """Once more from the newest checkpoint, which is older than the trouble; if that did not help, stop."""
+        """End this group so that the next starts from the newest checkpoint; stop the run if that did not help before.
+
+        Raises FloatingPointError on all ranks.
+        """
         first = self._skipped[0]
         where = f"positions {first} to {seen - 1}: no finite loss or gradient in {len(self._skipped)} steps"
         if self.generation.rolled_back_from == first and self.generation.roll_backs >= ROLL_BACKS:
@@ -179,9 +183,9 @@ class RunRecorder:
         raise FloatingPointError(where)
 
     def checkpoint(self, seen: int, train_step: TrainStep, asked: int = 0) -> None:
-        """Save beside the training (rank 0), unless the last steps were not finite: a roll-back must lead before them.
+        """Save in the background (rank 0), unless the last steps were not finite: a roll-back must go to before them.
 
-        Ray's own registry is not told: it would be a barrier for nothing.
+        Without ray.train.report: it would be a barrier, and Ray's registry of checkpoints is not used.
         """
         needed = bool(asked) or seen == self.spec.sampler.total
         if self._skipped and not needed:
@@ -191,11 +195,11 @@ class RunRecorder:
             self._save(seen, train_step, needed, asked)
         if asked == HOLD:
             until = time.monotonic() + HOLD_S
-            while time.monotonic() < until:  # whoever asked ends this process; every step from here would be lost
+            while time.monotonic() < until:  # the requester ends this process; a step after the save would be lost
                 time.sleep(0.1)
 
     def compare(self, before: int, seen: int, train_step: TrainStep) -> None:
-        """Every so many steps, find a rank whose weights have become others: a flipped bit, a wrong sum."""
+        """Every `compare_weights_steps`, look for a rank whose weights differ: a flipped bit, a wrong sum."""
         if before // self.spec.sampler.global_batch % self.spec.config.run.compare_weights_steps == 0:
             self._compare(seen, train_step)
 
@@ -207,7 +211,7 @@ class RunRecorder:
 
     def _save(self, seen: int, train_step: TrainStep, needed: bool, asked: int) -> None:
         began = time.perf_counter()
-        if not needed and self._writer.busy():  # the disk is slow or full, the storage away: training goes on
+        if not needed and self._writer.busy():  # the storage is slow, full or unreachable: training goes on
             self.event("checkpoint_left_out", samples_seen=seen)
             return
         self._writer.wait()
@@ -225,17 +229,18 @@ class RunRecorder:
 
         def write() -> None:
             began = time.perf_counter()
-            self._log.flush()
+            self._log.flush()  # rows first: a committed checkpoint says how many bytes of them belong to it
             number = self.generation.number
             made = checkpoint.save(self.spec.run_dir, seen, number, tensors, state, fence=self._log.check)
-            self._log.check()  # a replaced group's writer takes nothing away either
+            self._log.check()  # a replaced group's writer must not remove checkpoints either
             checkpoint.prune(self.spec.run_dir, self.spec.config.checkpoint.keep, number, self.generation.samples_seen)
             seconds = round(time.perf_counter() - began, 3)
             self._note(committed=True, **answer)
             self.event("checkpoint", name=made.name, bytes=made.bytes, seconds=seconds, **facts)
 
         def persist() -> None:
-            """Where the storage fails the one before stays the newest, and the next one is due soon."""
+            """If the storage fails, the previous checkpoint stays the newest and the next attempt is the next save;
+            the last of a run is retried here."""
             last = seen == self.spec.sampler.total
             until = time.monotonic() + (SAVE_PATIENCE_S if last else 0)
             while True:
@@ -259,26 +264,26 @@ class RunRecorder:
 
 
 def breakdown(
-    events: list[dict[str, Any]], imported: tuple[float, float], marks: list[float]
+    events: list[dict[str, Any]], imported: tuple[float, float], reached: list[float]
 ) -> dict[str, str | float]:
     """Where the time from a failure, resize or launch to the first applied step went; the parts add up to `total_s`.
 
-    `imported` is when the worker's process began and ended its imports (long before, when it was a spare); `marks` are
-    when it entered the training function, was ready, had its first batch, had applied its first step.
+    `imported` is when the worker's process began and ended its imports (long before, if it was a warm one); `reached`
+    is when it entered the training function, was ready, had its first batch, had applied its first step.
     """
     last = max((n for n, e in enumerate(events) if e["event"] == "recovered"), default=-1)
     causes = [e for e in events[last + 1 :] if e["event"] in ("launch", "failure", "resize", "preemption")]
-    launches = [e for e in causes if e["event"] == "launch"]  # the driver's end leaves no trace but the next start
-    cause = (launches[-1:] or causes[:1] or [{"event": "unknown", "time": marks[0]}])[0]
-    noticed, entered = cause["time"], max(marks[0], cause["time"])
+    launches = [e for e in causes if e["event"] == "launch"]  # a driver that was killed wrote no event
+    cause = (launches[-1:] or causes[:1] or [{"event": "unknown", "time": reached[0]}])[0]
+    noticed, entered = cause["time"], max(reached[0], cause["time"])
     detect_s = max(0.0, cause.get("seconds", noticed - cause.get("last_row", noticed)))
     on_the_way = max(0.0, min(imported[1], entered) - max(imported[0], noticed))
     parts = {
         "detect_s": detect_s,
         "reschedule_s": entered - noticed - on_the_way,
-        "import_s": on_the_way + marks[1] - entered,
-        "first_batch_s": marks[2] - marks[1],
-        "first_step_s": marks[3] - marks[2],
+        "import_s": on_the_way + reached[1] - entered,
+        "first_batch_s": reached[2] - reached[1],
+        "first_step_s": reached[3] - reached[2],
     }
     rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
     return {"cause": cause["event"], **rounded, "total_s": round(sum(rounded.values()), 3)}

@@ -1,25 +1,29 @@
-"""The layout of a run folder: where each of its files lies, and who changes it. Runs in any process.
+"""The layout of a run folder: the path of each of its files, and which process changes it. Runs in any process.
 
-In: the folder, local or s3://. Out: places; the documents that processes change by compare-and-swap.
+In: the folder, local or s3://. Out: paths; the documents that processes change by compare-and-swap.
 
 | file | written by |
 |---|---|
 | `config.yaml`, `manifest.jsonl` | the driver, at each start |
 | `lease.json` | the driver that has the run |
-| `generation.json` | the controller: where the worker group goes on |
-| `groups/NNNN.json` | the controller and rank 0: how that group fares |
-| `save-request.json` | whoever wants a checkpoint now |
+| `generation.json` | the controller: where the worker group starts |
+| `groups/NNNN.json` | the controller and rank 0: the state of that group |
+| `save-request.json` | the driver, the controller, spot watchers: a checkpoint is wanted |
 | `metrics.jsonl`, `checkpoints/`, `validation/` | rank 0 |
-| `events.jsonl` | all; it tells, and decides nothing |
+| `events.jsonl` | all; telemetry that decides nothing |
 | `stacks/` | the driver, of ranks that hang |
 | `evaluation/`, `evaluations/`, `report.html` | the commands of that name |
 | `ray/` | Ray Train's own |
 """
 
+import json
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from raytrain_brats import storage
+from raytrain_brats.errors import RunFailed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Document:
     uri: str
 
     def read(self) -> bytes | None:
-        """None when it is not there."""
+        """None when there is no such file."""
         try:
             return storage.read_bytes(self.uri)
         except FileNotFoundError:
@@ -39,59 +43,32 @@ class Document:
         """Put `after` if the file still holds `before`; False when it does not. Raises OSError."""
         return storage.swap(self.uri, before, after)
 
+    def parsed(self, content: bytes | None, kind: type[T]) -> T | None:
+        """The dataclass in the content that was read; None for None. Raises RunFailed when it is damaged."""
+        try:
+            return None if content is None else kind(**json.loads(content))
+        except (ValueError, TypeError) as error:
+            raise RunFailed(
+                f"{self.uri} is damaged ({error}); remove it: the checkpoints say where to go on"
+            ) from error
 
-@dataclass(frozen=True)
+
 class RunDir:
-    uri: str
+    """The paths and documents of one run folder."""
 
     FOLDERS: ClassVar = ("checkpoints", "validation", "evaluation", "evaluations", "ray", "groups", "stacks")
 
+    def __init__(self, uri: str) -> None:
+        self.uri = storage.normal(uri)
+        self.config, self.manifest = self.file("config.yaml"), self.file("manifest.jsonl")
+        self.metrics, self.events = self.file("metrics.jsonl"), self.file("events.jsonl")
+        self.report, self.evaluation = self.file("report.html"), self.file("evaluation")
+        self.ray, self.checkpoints = self.file("ray"), self.file("checkpoints")
+        self.lease, self.generation = Document(self.file("lease.json")), Document(self.file("generation.json"))
+        self.save_request = Document(self.file("save-request.json"))
+
     def file(self, *parts: str) -> str:
-        return storage.join(storage.normal(self.uri), *parts)
-
-    @property
-    def config(self) -> str:
-        return self.file("config.yaml")
-
-    @property
-    def manifest(self) -> str:
-        return self.file("manifest.jsonl")
-
-    @property
-    def metrics(self) -> str:
-        return self.file("metrics.jsonl")
-
-    @property
-    def events(self) -> str:
-        return self.file("events.jsonl")
-
-    @property
-    def report(self) -> str:
-        return self.file("report.html")
-
-    @property
-    def evaluation(self) -> str:
-        return self.file("evaluation")
-
-    @property
-    def ray(self) -> str:
-        return self.file("ray")
-
-    @property
-    def checkpoints(self) -> str:
-        return self.file("checkpoints")
-
-    @property
-    def lease(self) -> Document:
-        return Document(self.file("lease.json"))
-
-    @property
-    def generation(self) -> Document:
-        return Document(self.file("generation.json"))
-
-    @property
-    def save_request(self) -> Document:
-        return Document(self.file("save-request.json"))
+        return storage.join(self.uri, *parts)
 
     def group(self, generation: int) -> Document:
         return Document(self.file("groups", f"{generation:04d}.json"))

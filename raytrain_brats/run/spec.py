@@ -1,7 +1,7 @@
-"""Everything a run is about, in one frozen value that travels to every worker.
+"""What a run is, in one frozen value that is sent to every worker. Built in the driver. Runs in any process.
 
 In: a config, a data folder or store, a run folder.
-Out: a `RunSpec`: cases, plan, source, identity; refused when it cannot be what the run folder began.
+Out: a `RunSpec`: config, cases, sampler, source, identity; UserError when the run folder holds a run of another.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import yaml
 
 from raytrain_brats import storage
 from raytrain_brats.cases import scan
-from raytrain_brats.cases.scan import Progress
+from raytrain_brats.cases.scan import ShowProgress
 from raytrain_brats.config import Config, differences, load, parse, patch_divisor, recipe_names
 from raytrain_brats.config import described as described_recipe
 from raytrain_brats.data import manifest as manifests
@@ -41,7 +41,7 @@ class RunSpec:
     dataset_identity: str
     manifest: Manifest
     recipe: str = ""
-    """What the config was made from, for people."""
+    """The recipe's name and changes, for people."""
 
     @property
     def patch_spec(self) -> PatchSpec:
@@ -53,12 +53,11 @@ def preprocessing(config: Config) -> dict[str, Any]:
 
 
 def open_cases(
-    config: Config, data: str, store: str = "", run_dir: str = "", progress: Progress | None = None
+    config: Config, data: str, store: str = "", run_dir: str = "", progress: ShowProgress | None = None
 ) -> tuple[Manifest, Source]:
     """The manifest and the source of a data folder (or manifest file) or of a store. Raises UserError.
 
-    A run keeps its manifest in `run_dir`, so that a folder is not checksummed at every start; `progress` shows how
-    far that is.
+    The manifest in `run_dir` saves reading unchanged files again; `progress` shows how far the reading is.
     """
     if store:
         manifest = stores.open_index(store, preprocessing(config), config.data.convention)
@@ -85,7 +84,7 @@ def recipe_for(given: str, data: str, store: str) -> str:
         return given or "demo"
     index = storage.join(storage.normal(store), "index.jsonl") if store else ""
     if store and not storage.exists(index):
-        return "demo"  # refused as unfinished soon
+        return "demo"  # `open_index` raises: the store is not finished
     if manifests.read(index).synthetic if store else scan.is_synthetic(data):
         return "demo"
     lines = "; ".join(config_line(name) for name in recipe_names())
@@ -99,10 +98,10 @@ def config_line(recipe: str) -> str:
 
 
 def warnings(config: Config, manifest: Manifest, source: Source) -> list[str]:
-    """Lines about what would make the results worse, by the first case: coarse voxels, a background that is not 0."""
+    """Warnings about what would make the results worse, by the first case: coarse voxels, a background other than 0."""
     case = manifest.cases[0]
-    told = []
-    with contextlib.suppress(InvalidCase, OSError):  # told where the case is used
+    lines = []
+    with contextlib.suppress(InvalidCase, OSError):  # reported where the case is used
         if case.object:
             affine, background = np.array(source.load(case).geometry.affine), ""
         else:
@@ -111,16 +110,16 @@ def warnings(config: Config, manifest: Manifest, source: Source) -> list[str]:
         native_mm = np.linalg.norm(affine[:3, :3], axis=0)
         if config.preprocess.spacing_mm > 1.01 * native_mm.min():
             edges = " x ".join(f"{edge:.3g}" for edge in native_mm)
-            told.append(
+            lines.append(
                 f"warning: voxels of {config.preprocess.spacing_mm:g} mm are coarser than the scans' own ({edges} mm "
                 f"in {case.id}); small structures are lost"
             )
-        told += [f"warning: case {case.id}: {background}"] if background else []
-    return told
+        lines += [f"warning: case {case.id}: {background}"] if background else []
+    return lines
 
 
 def build(config: Config, run_dir: str, data: str, store: str, recipe: str = "") -> RunSpec:
-    """The job, checked as far as it can be before Ray starts. Raises UserError."""
+    """The `RunSpec`, checked as far as possible before Ray starts. Raises UserError."""
     divisor = patch_divisor(config)
     if any(edge % divisor or edge < 2 * divisor for edge in config.data.patch_xyz):
         patch = "x".join(map(str, config.data.patch_xyz))
@@ -131,20 +130,9 @@ def build(config: Config, run_dir: str, data: str, store: str, recipe: str = "")
         raise UserError(
             f"{manifest.root}: none of its {len(manifest.cases)} cases is left to train on; more are needed"
         )
-    sampler = sampler_of(config, len(train))
-    dataset_identity = manifests.dataset_identity(manifest.cases, preprocessing(config), source.convention)
-    spec = RunSpec(
-        config,
-        storage.normal(run_dir),
-        "store" if store else "raw",
-        source,
-        train,
-        held_out,
-        sampler,
-        dataset_identity,
-        manifest,
-        recipe,
-    )
+    sampler, where, route = sampler_of(config, len(train)), storage.normal(run_dir), "store" if store else "raw"
+    identity = manifests.dataset_identity(manifest.cases, preprocessing(config), source.convention)
+    spec = RunSpec(config, where, route, source, train, held_out, sampler, identity, manifest, recipe)
     _check_same_run(spec)
     return spec
 
@@ -179,7 +167,7 @@ def _check_same_run(spec: RunSpec) -> None:
 
 
 def _difference(spec: RunSpec) -> str:
-    """How the cases differ from those that the run folder noted, in words; "" where it cannot be said."""
+    """How the cases differ from those of the run folder's manifest, in words; "" if it cannot be read."""
     with contextlib.suppress(UserError):
         before = manifests.read(RunDir(spec.run_dir).manifest).cases
         old, new = ({case.id: case.sha256 for case in cases} for cases in (before, spec.manifest.cases))
@@ -190,7 +178,7 @@ def _difference(spec: RunSpec) -> str:
 
 
 def write_config(spec: RunSpec) -> None:
-    """Record what the run is, for resumes, `evaluate` and the reader."""
+    """Write the run folder's config.yaml and manifest.jsonl, for resumes, `evaluate` and people."""
     about = {
         "recipe": spec.recipe,
         "identity": spec.dataset_identity,

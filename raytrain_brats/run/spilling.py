@@ -1,6 +1,6 @@
-"""Tell when the object store overflows to disk: training still works, at the disk's pace.
+"""Report when the object store spills to disk, which slows training to the disk's speed. Runs in the driver.
 
-In: the connected cluster, the run folder. Out: a line on the terminal and a `spilling` event each time there is more.
+In: the connected cluster, the run folder. Out: a warning and a `spilling` event each time more was spilled.
 """
 
 import logging
@@ -20,12 +20,12 @@ _REMEDY = (
 
 
 class Spilling:
-    """Watches from the driver, in a thread, for the time of a `with` block."""
+    """Checks every 15 s, in a thread of the driver, for the time of a `with` block."""
 
     def __init__(self, run_dir: str, spilled: Callable[[], int] = core.spilled_bytes, every_s: float = EVERY_S) -> None:
         self._run_dir, self._spilled, self._every_s = run_dir, spilled, every_s
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="spilling", daemon=True)
+        self._thread = threading.Thread(target=self._check_all, name="spilling", daemon=True)
 
     def __enter__(self) -> "Spilling":
         self._thread.start()
@@ -35,17 +35,17 @@ class Spilling:
         self._done.set()
         self._thread.join(timeout=10)
 
-    def _watch(self) -> None:
+    def _check_all(self) -> None:
         known: int | None = None
         while True:
             try:
                 now = self._spilled()
-            except Exception:  # noqa: BLE001 - a cluster that goes away is told of elsewhere
+            except Exception:  # noqa: BLE001 - others report a cluster that is gone
                 now = known or 0
             if known is not None and now > known:
                 grown = f"{(now - known) / 1e9:.2f} GB"
                 _logger.warning("Ray's object store wrote %s to disk, which is slow; %s", grown, _REMEDY)
                 journal.event(self._run_dir, "spilling", bytes=now - known, remedy=_REMEDY)
-            known = now  # what was spilled before the run is not its doing
+            known = now  # the first value, of before the run, is not reported
             if self._done.wait(self._every_s):
                 return

@@ -3,45 +3,34 @@
 In: the network as it is, the run's held-out cases.
 Out: `validation/<samples seen>.csv` by rank 0, with Dice and HD95 per region and case; their means.
 
-Ranks read their dealt cases themselves: a second Ray Dataset beside the training stream gets no CPU.
+Ranks read every W-th case themselves: a second Ray Dataset beside the training stream would get no CPU.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import distributed, nn
+from torch import distributed
 
 from raytrain_brats import storage
-from raytrain_brats.config import Config
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase
-from raytrain_brats.data.store import Source
+from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import journal
 from raytrain_brats.run.predictor import Score, means, predict_masks, score, table
 from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.spec import RunSpec
 
 
-def validate(
-    spec: RunSpec,
-    network: nn.Module,
-    device: torch.device,
-    rank: int,
-    world_size: int,
-    seen: int,
-    enter: Callable[[], None] = lambda: None,
-) -> Any:
+def validate(spec: RunSpec, train_step: TrainStep, rank: int, seen: int, enter: Callable[[], None]) -> Any:
     """Score the held-out cases over all ranks; rank 0 writes `validation/<seen>.csv` and gets the means.
 
-    `enter` is called after each case, as a sign of life.
-    The number of cases is bounded by `validate.max_cases`; unreadable ones are left out. None on other ranks, and
-    when nothing could be scored.
+    At most `validate.max_cases` cases; invalid ones are left out. `enter` is called after each case, so that the hang
+    detector sees progress. None on other ranks, and when no case could be scored.
     """
-    chosen = spec.held_out_cases[: spec.config.validate_.max_cases]
+    chosen, world_size = spec.held_out_cases[: spec.config.validate_.max_cases], train_step.world_size
     mine = []
     for case in chosen[rank::world_size]:
-        mine.append(_scored(spec.run_dir, spec.source, case, network, spec.config, device))
+        mine.append(_scored(spec, case, train_step))
         enter()
     gathered: list[Any] = [mine]
     if world_size > 1:
@@ -54,12 +43,12 @@ def validate(
     return means(scores) | {"cases": len(scores)}
 
 
-def _scored(
-    run_dir: str, source: Source, case: Case, network: nn.Module, config: Config, device: torch.device
-) -> Score | None:
+def _scored(spec: RunSpec, case: Case, train_step: TrainStep) -> Score | None:
     try:
-        prepared = source.load(case)
+        prepared = spec.source.load(case)
     except InvalidCase as error:
-        journal.event(run_dir, "quarantine", case=case.id, reason=error.reason, detail=error.detail, position=None)
+        reason = {"reason": error.reason, "detail": error.detail}
+        journal.event(spec.run_dir, "quarantine", case=case.id, **reason, position=None)
         return None
-    return score(case.id, predict_masks(prepared, network, config, device), prepared, source.convention)
+    masks = predict_masks(prepared, train_step.network, spec.config, train_step.device)
+    return score(case.id, masks, prepared, spec.source.convention)

@@ -1,7 +1,7 @@
 """The training loop. Runs in a worker.
 
-In: a `RunSpec`; the `Generation` that says where this worker group goes on; the ordered stream of patches.
-Out: checkpoints, rows, events. Safe to be killed at any moment and started again at any world size.
+In: a `RunSpec`; the `Generation` from which this worker group starts; the ordered stream of patches.
+Out: checkpoints, rows, events. It may be killed at any moment and started again at any world size.
 """
 
 import os
@@ -21,7 +21,7 @@ from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import draw, fingerprint
 from raytrain_brats.data.stream import patches
 from raytrain_brats.learn.augment import DRAWS
-from raytrain_brats.learn.batch import Batch, Sample
+from raytrain_brats.learn.batch import Batch, TensorSample
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.run.heartbeat import Heartbeat
@@ -33,12 +33,12 @@ from raytrain_brats.run.validate import validate
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker: who it is, its device, its share of the stream."""
+    """Ray Train's train function, called on every worker: find rank, device and stream, then train."""
     spec: RunSpec = arguments["spec"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    if device.type == "cpu":  # in exact mode one: sums within a kernel depend on the number of threads
+    if device.type == "cpu":  # exact mode needs one thread: sums within a kernel depend on the number of threads
         share = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
         torch.set_num_threads(1 if spec.config.train.reduction == "exact" else share)
     generation = journal.current(spec.run_dir)
@@ -50,7 +50,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
 
 def open_ahead(spec: RunSpec, seen: int, prefetch: int) -> Callable[[], Iterator[Patch]]:
-    """The rank's stream, one segment a call; the first is begun in a thread, while the model is being set up."""
+    """The rank's stream, one segment a call; a thread begins the first while the model is set up."""
     opened: Future[tuple[Any, Iterator[Patch]]] = Future()
     begun: list[Any] = []
 
@@ -60,7 +60,7 @@ def open_ahead(spec: RunSpec, seen: int, prefetch: int) -> Callable[[], Iterator
             stream = patches(shard, prefetch)
             first = list(islice(stream, 1)) if seen < spec.sampler.total else []
             opened.set_result((shard, chain(first, stream)))
-        except BaseException as error:  # noqa: BLE001 - raised where the stream is asked for
+        except BaseException as error:  # noqa: BLE001 - raised again by `next_segment`
             opened.set_exception(error)
 
     def next_segment() -> Iterator[Patch]:
@@ -83,8 +83,8 @@ def train_rank(
 ) -> None:
     """Train until the sampler's last position, or until the run must stop.
 
-    `next_segment` gives the stream of this rank's patches from the cursor to the end of the segment it is in, then of
-    one whole segment at each call.
+    `next_segment` returns this rank's patches from the cursor to the end of its segment, then of one whole segment at
+    each call.
     """
     seen, sampler, every = generation.samples_seen, spec.sampler, spec.config
     with RunRecorder(spec, generation, rank, world_size, device, timer) as recorder:
@@ -95,7 +95,7 @@ def train_rank(
             train_step.restore(tensors, state["learner"])
         recorder.ready()
         if due(seen - sampler.global_batch, seen, every.validate_.every_samples) or seen == sampler.total:
-            score(spec, train_step, recorder, seen)  # unless the last worker group came to it
+            validate_once(spec, train_step, recorder, seen)  # the last group may have been killed before it did
         while seen < sampler.total and not recorder.stopped:
             stream_start, segment_end = sampler.segment(seen)
             stream = next_segment()
@@ -111,22 +111,22 @@ def train_rank(
                 if due(before, seen, every.checkpoint.every_samples) or seen == sampler.total or result.asked:
                     recorder.checkpoint(seen, train_step, result.asked)
                 if due(before, seen, every.validate_.every_samples) or seen == sampler.total:
-                    score(spec, train_step, recorder, seen)
-            next(stream, None)  # lets Ray Data close this execution, so that the next one is planned
+                    validate_once(spec, train_step, recorder, seen)
+            next(stream, None)  # reaches the end, so that Ray Data closes this execution and plans the next
 
 
 def train_step_of(spec: RunSpec, world_size: int, device: torch.device) -> TrainStep:
-    """The network and all that is trained with it, at its first weights."""
+    """The network, optimiser and loss scaler at their initial state."""
     return TrainStep(spec.config, spec.sampler.total, spec.source.convention, world_size, device)
 
 
-def score(spec: RunSpec, train_step: TrainStep, recorder: RunRecorder, seen: int) -> None:
-    """Validate over all ranks, unless that was done before."""
+def validate_once(spec: RunSpec, train_step: TrainStep, recorder: RunRecorder, seen: int) -> None:
+    """Validate over all ranks, unless an earlier group has done so at this sample."""
     if seen == 0 or not spec.held_out_cases or journal.validated(spec.run_dir, seen):
         return
     began, enter = time.perf_counter(), partial(recorder.timer.enter, "validate")
     enter()
-    means = validate(spec, train_step.network, train_step.device, recorder.rank, recorder.world_size, seen, enter)
+    means = validate(spec, train_step, recorder.rank, seen, enter)
     recorder.validated(seen, time.perf_counter() - began, means)
 
 
@@ -142,9 +142,10 @@ def take(stream: Iterator[Patch], positions: list[int]) -> list[Patch]:
 
 
 def batch_of(patches: list[Patch], samples_seen: int) -> Batch:
-    """A rank's patches of one step as tensors, copied: blocks of the object store are read-only, and freed by this."""
+    """A rank's patches of one step as tensors. Copied, because the object store's blocks are read-only and can be freed
+    then."""
     samples = tuple(
-        Sample(
+        TensorSample(
             place=p.position - samples_seen,
             image_czyx=torch.tensor(p.image_czyx),
             label_zyx=torch.tensor(p.label_zyx),
@@ -160,5 +161,5 @@ def batch_of(patches: list[Patch], samples_seen: int) -> Batch:
 
 
 def due(before: int, seen: int, every: int) -> bool:
-    """Whether a multiple of `every` samples lies in (before, seen]: the same at any number of workers."""
+    """Whether (before, seen] holds a multiple of `every`; it depends on samples alone, so all world sizes agree."""
     return before // every != seen // every

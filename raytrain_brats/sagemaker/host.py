@@ -5,7 +5,7 @@ Out: the same exit code on every host: 0 done, 143 stopped and saved, else faile
 after `train` the model, config and report in /opt/ml/model.
 
 The head listens, the others (peers) call it and say who they are. It tells all of them at once to start Ray, later how
-it ended; nobody polls, sleeps and hopes, or goes on without the others.
+it ended. No host polls, or continues without the others.
 """
 
 import contextlib
@@ -86,9 +86,9 @@ def start_ray(cluster: Cluster, deadline: float) -> str:
         f"--labels=role={cluster.group},sagemaker-host={cluster.me}",
         *shlex.split(os.environ.get("RAYTRAIN_BRATS_RAY_START", "")),
     ]
-    said = subprocess.run(started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
-    if said.returncode:
-        raise RunFailed(f"Ray did not start on {cluster.me}: {' '.join(said.stdout.split())[-600:]}")
+    ended = subprocess.run(started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
+    if ended.returncode:
+        raise RunFailed(f"Ray did not start on {cluster.me}: {' '.join(ended.stdout.split())[-600:]}")
     print(f"host: Ray runs on {cluster.me} ({cluster.group})", flush=True)
     return head
 
@@ -155,13 +155,13 @@ class Host:
 
     def _await_join(self, host: str, channel: Channel, deadline: float) -> None:
         try:
-            said = channel.receive(max(1.0, deadline - time.monotonic()))
+            message = channel.receive(max(1.0, deadline - time.monotonic()))
         except TimeoutError:
-            said = "time is up"
-        if said == "stop":
+            message = "time is up"
+        if message == "stop":
             raise Stopped
-        if said != "joined":
-            raise RunFailed(f"{host} did not join: {said or 'its container ended'}")
+        if message != "joined":
+            raise RunFailed(f"{host} did not join: {message or 'its container ended'}")
 
     def _work(self, channels: dict[str, Channel], arguments: list[str]) -> tuple[int, str]:
         """Run the command here, on all hosts' resources; (exit code, cause)."""
@@ -196,16 +196,16 @@ class Host:
             for there in [at for at, (_, channel) in sockets.items() if at in readable or channel.pending]:
                 host, channel = sockets[there]
                 with contextlib.suppress(TimeoutError):
-                    said = channel.receive(1.0)
-                    if said == "stop":  # any host's SIGTERM stops the job: the service takes all of them
+                    message = channel.receive(1.0)
+                    if message == "stop":  # any host's SIGTERM stops the job: the service takes all of them
                         self._on_sigterm()
-                    elif said is None:  # Ray and the run notice that by themselves, and may go on
+                    elif message is None:  # Ray and the run notice that by themselves, and may continue
                         print(f"host: {host} is gone", flush=True)
                         del sockets[there]
         reader.join(5)
         code, self._driver = self._driver.returncode, None
-        told = [channel.strip() for channel in tail if channel.startswith(("failed:", "error:"))]
-        return (code if 0 <= code < 256 else 1), (told[-1] if told else "".join(tail)) if code else ""
+        errors = [line.strip() for line in tail if line.startswith(("failed:", "error:"))]
+        return (code if 0 <= code < 256 else 1), (errors[-1] if errors else "".join(tail)) if code else ""
 
     def _part(self, channels: dict[str, Channel], code: int, cause: str) -> None:
         """Tell every peer how it ended, and wait until they have heard it."""
@@ -223,15 +223,15 @@ class Host:
         if self._stopping:
             channel.send("stop")
         while True:
-            said = channel.receive()
-            if said == "join":
+            message = channel.receive()
+            if message == "join":
                 try:
                     start_ray(cluster, deadline)
                     channel.send("joined")
                 except (RunFailed, OSError) as error:
                     channel.send(str(error))
-            elif isinstance(said, dict):
-                return int(said["code"]), str(said["cause"])
+            elif isinstance(message, dict):
+                return int(message["code"]), str(message["cause"])
             elif self._stopping:
                 return STOPPED, "stopped"
             else:
@@ -284,8 +284,8 @@ def _verdict(error: Exception) -> tuple[int, str]:
     """(exit code, cause) of what was raised, by itself or while it was handled."""
     if isinstance(error, Stopped):
         return STOPPED, "stopped before the run began"
-    told = isinstance(error, RunFailed | UserError | OSError)
-    return 1, str(error) if told else "".join(traceback.format_exception(error))
+    expected = isinstance(error, RunFailed | UserError | OSError)
+    return 1, str(error) if expected else "".join(traceback.format_exception(error))
 
 
 def _write_failure(root: Path, cause: str) -> None:

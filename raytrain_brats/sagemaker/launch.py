@@ -43,7 +43,7 @@ TUNNEL = (
     f"--parameters portNumber={host.DASHBOARD_PORT},localPortNumber={host.DASHBOARD_PORT}"
 )
 RETRIES = 3
-"""Times the service starts the job again after a failure of its own; the run goes on where it stood."""
+"""How often the service restarts the job after an internal failure; the run continues from its checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Args(JobOptions):
 
 def work(args: Args) -> None:
     request = Request.of(args)
-    service.tell(service.cost(request.groups, args.spot))
+    service.show(service.cost(request.groups, args.spot))
     for remark in filter(None, (request.idle, rules.about(request.groups[-1][0]))):
-        service.tell(remark)
+        service.show(remark)
     service.send(
         args, service.bucket_of(request.run_dir), "CreateTrainingJob", lambda session: _train(request, session)
     )
@@ -111,7 +111,7 @@ class Request:
 
     @staticmethod
     def of(args: Args) -> "Request":
-        """Raises UserError for all that can be told without asking AWS: the recipe too, before anything is paid for."""
+        """Raises UserError for all that can be checked without AWS, also the recipe, before anything is paid for."""
         service.check(args)
         given_run, (data, store) = default(args.run_dir, "RUN_DIR"), cases_from(args.data, args.store)
         run_dir = service.s3_place(given_run, "run-dir")

@@ -45,7 +45,7 @@ def work(args: Args) -> None:
     rules.check_volume_key([instances], args.kms_key, "leave it out; the store is encrypted as its bucket says")
     arguments = ["prepare", "--data", data, "--store", store, "--recipe", args.recipe]
     arguments += [f"--set={change}" for change in args.set]
-    service.tell(service.cost([instances]))
+    service.show(service.cost([instances]))
     service.send(
         args,
         service.bucket_of(store),

@@ -72,7 +72,7 @@ class Channel:
 
     @property
     def pending(self) -> bool:
-        """Whether a message was read already that nobody has received."""
+        """Whether a message has arrived that `receive` has not returned yet."""
         return b"\n" in self._read
 
     def send(self, message: Any) -> None:
@@ -109,8 +109,8 @@ def gather(cluster: Cluster, token: str, server: socket.socket, deadline: float,
         with contextlib.suppress(TimeoutError):
             channel = Channel(server.accept()[0])
             hello = channel.receive(min(left_s, 10))
-            host, said = (hello.get("host"), hello.get("token")) if isinstance(hello, dict) else (None, None)
-            if host in missing and isinstance(said, str) and hmac.compare_digest(said.encode(), token.encode()):
+            host, given = (hello.get("host"), hello.get("token")) if isinstance(hello, dict) else (None, None)
+            if host in missing and isinstance(given, str) and hmac.compare_digest(given.encode(), token.encode()):
                 channels[host] = channel
                 print(f"host: {host} is here, {len(missing) - 1} still missing", flush=True)
 
@@ -121,8 +121,8 @@ def _missing(hosts: list[str], after_s: float) -> str:
 
 def call(cluster: Cluster, token: str, deadline: float) -> Channel:
     """A line to the head. Raises RunFailed when it does not answer before the deadline."""
-    told = f"{cluster.head}, the head, did not come up in time"
-    channel = _until(deadline, lambda: Channel(socket.create_connection((cluster.head, PORT), timeout=5)), told)
+    failure = f"{cluster.head}, the head, did not come up in time"
+    channel = _until(deadline, lambda: Channel(socket.create_connection((cluster.head, PORT), timeout=5)), failure)
     channel.send({"host": cluster.me, "token": token})
     return channel
 
@@ -132,21 +132,21 @@ def address_of(host: str, deadline: float) -> str:
     return _until(deadline, lambda: socket.gethostbyname(host), f"host {host} has no address")
 
 
-def _until(deadline: float, ask: Callable[[], T], told: str) -> T:
-    """The answer: there is no name yet, or nobody listens yet. Raises RunFailed at the deadline (monotonic)."""
+def _until(deadline: float, ask: Callable[[], T], failure: str) -> T:
+    """Retry `ask` while the name or the listener does not exist yet. Raises RunFailed at the deadline (monotonic)."""
     while True:
         try:
             return ask()
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RunFailed(f"{told} ({error})") from error
+                raise RunFailed(f"{failure} ({error})") from error
             time.sleep(0.5)
 
 
 def shared_token(folder: str) -> str:
     """The secret of this run's clusters, which only those can read that may read its folder; made by who is first.
 
-    Not in the request: whoever may describe the job would read it there.
+    Not in the request: everyone who may describe the job could read it there.
     """
     place = storage.join(folder, "sagemaker", "ray_token")
     storage.swap(place, None, secrets.token_hex(32).encode())

@@ -1,4 +1,4 @@
-"""What AWS refuses or wastes, told before anything is sent.
+"""Check before a request is sent what AWS would refuse or waste.
 
 In: the request as botocore would send it, and botocore's own model of the service; instance types; the run's settings.
 Out: nothing where all is well; else a UserError that names the option, or a line about GPUs that nobody would use.
@@ -54,7 +54,7 @@ OPTIONS = {
 }
 """Option behind each member of a request that a user's words go into."""
 MAX_HOURS = 28 * 24
-"""Of a training job, says the API's guide; the model has no such bound."""
+"""Of a training job, by the API's guide; the service model has no such limit."""
 
 
 def gpus(kind: str) -> int:
@@ -124,10 +124,10 @@ def check_request(operation: str, request: dict[str, Any]) -> None:
     botocore itself has checked names, types and lower bounds before; not patterns, choices and upper bounds.
     """
     shape = botocore.session.get_session().get_service_model("sagemaker").operation_model(operation).input_shape
-    for path, told in _faults(shape, request, ()):
+    for path, reason in _faults(shape, request, ()):
         names = [name for name in path if name in OPTIONS]
         option = f"--{OPTIONS[names[-1]]}" if names else ".".join(path)
-        raise UserError(f"{option}: AWS would refuse {'.'.join(path)}: {told}")
+        raise UserError(f"{option}: AWS would refuse {'.'.join(path)}: {reason}")
 
 
 def _faults(shape: Any, value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:

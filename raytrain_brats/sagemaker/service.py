@@ -53,7 +53,7 @@ class JobOptions:
     kms_key: str = ""
     """Encrypts the instances' disks and the job's output; not for types with local disks, such as g5 or p4d."""
     encrypt_traffic: bool = False
-    """Encrypt what containers say to each other; slower all-reduce."""
+    """Encrypt the traffic between containers; slower all-reduce."""
     network_isolation: bool = False
     """No network but between the job's own containers."""
     tag: Changes = ()
@@ -141,7 +141,7 @@ def send(options: JobOptions, bucket: str, operation: str, start: Callable[[Any]
             f"the SageMaker SDK is not installed ({error}); run scripts/venv sagemaker, or pip install "
             "'raytrain_brats[sagemaker]'"
         ) from error
-    # Nobody told the user that the SDK reports its calls to AWS, and a dry run has no network to do so.
+    # The SDK would report its calls to AWS without asking the user, and a dry run has no network.
     quiet = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
     place: dict[str, Any] = {"default_bucket": bucket, "sagemaker_config": quiet}
     try:
@@ -201,6 +201,6 @@ def s3_place(uri: str, option: str) -> str:
     return storage.normal(uri)
 
 
-def tell(text: str) -> None:
+def show(text: str) -> None:
     """To the user, beside the JSON on standard output."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a folder of phantoms holds, so that a set goes on where it was stopped and nothing else is ever touched.
+"""What a folder of phantoms holds, so that a set is continued where it stopped and no other file is touched.
 
 In: a folder, and what the phantoms wanted are made from.
 Out: its dataset.json and the numbers of its cases; or UserError that names the file in the way.

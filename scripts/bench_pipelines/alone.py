@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from raytrain_brats.config import Config
-from raytrain_brats.data.boxes import Buffer, PatchSpec, parcels, unpack
+from raytrain_brats.data.boxes import Buffer, PatchSpec, decode, rank_tables
 from raytrain_brats.data.manifest import Manifest
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import Sampler
@@ -48,13 +48,13 @@ class CopySink:
 
 
 def alone(order: Order) -> Iterator[int]:
-    """Load, check, preprocess, pack, unpack and copy as the routes do, in one thread; in the order of the parcels."""
+    """Load, check, preprocess, encode, decode and copy as the routes do, in one thread; in the order of the tables."""
     manifest, source, sampler, patch_spec = opened(order, settings(order))
     taker, buffer = CopySink(order.patch), Buffer()
     for window in sampler.windows(0, sampler.total):
         samples = [sampler.sample(p) for p in window]
         items = [(s, None if s.case is None else manifest.cases[s.case]) for s in samples]
-        for table in parcels(source, items, patch_spec, 1, buffer):
-            for patch in unpack(table)[1]:
+        for table in rank_tables(source, items, patch_spec, 1, buffer):
+            for patch in decode(table)[1]:
                 taker.take(patch)
                 yield 1

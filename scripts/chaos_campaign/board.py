@@ -15,7 +15,7 @@ from raytrain_brats.run import checkpoint
 from raytrain_brats.run.journal import MetricsLog
 
 TRAINING = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "end")
-WRITING = ("checkpoint write", "commit", "rows", "ledger", "prune")
+WRITING = ("checkpoint write", "commit", "rows", "journal", "prune")
 PHASES = ("", *TRAINING, *WRITING, "begin")
 MAIN, WRITER = 0, 1
 _FILES = {"tensors.safetensors": "checkpoint write", "state.json": "checkpoint write", "MANIFEST.json": "commit"}
@@ -56,7 +56,7 @@ class Board:
         write_bytes, prune, put = storage.write_bytes, checkpoint.prune, MetricsLog._put
 
         def told_write(uri: str, content: bytes) -> None:
-            with self.during(rank, _FILES.get(uri.rsplit("/", 1)[-1], "ledger")):
+            with self.during(rank, _FILES.get(uri.rsplit("/", 1)[-1], "journal")):
                 write_bytes(uri, content)
 
         def told_prune(run_dir: str, keep: int, generation: int, since: int | None = None) -> None:

@@ -113,60 +113,62 @@ class Campaign:
         while figures.kills + (figures.pauses if self.stop_early else 0) < self._wanted and not self._stop():
             number = figures.runs
             seed = self.seed * 1000 + number
-            todo = self.setting.spec(f"run-{seed}-{number}", seed)
-            os.makedirs(todo.run_dir, exist_ok=True)
+            run_spec = self.setting.spec(f"run-{seed}-{number}", seed)
+            os.makedirs(run_spec.run_dir, exist_ok=True)
             found = len(figures.violations)
             try:
-                self._one_run(todo)
+                self._one_run(run_spec)
             except (RunFailed, RuntimeError, ValueError, KeyError) as error:
-                self._violation(todo, f"{type(error).__name__}: {error}")
+                self._violation(run_spec, f"{type(error).__name__}: {error}")
             finally:
                 self._end_zombies()
             figures.runs += 1
             if not self._stop() and len(figures.violations) == found:
-                for why in faults_at_end(todo, self.setting.end(seed)):
-                    self._violation(todo, why)
+                for why in faults_at_end(run_spec, self.setting.end(seed)):
+                    self._violation(run_spec, why)
         return figures
 
     def _stop(self) -> bool:
         return self.stop_early and bool(self.figures.violations)
 
-    def _violation(self, todo: RunSpec, why: str) -> None:
-        self.figures.violations.append(f"{todo.run_dir}, kill {self.figures.kills}: {why}")
+    def _violation(self, run_spec: RunSpec, why: str) -> None:
+        self.figures.violations.append(f"{run_spec.run_dir}, kill {self.figures.kills}: {why}")
 
-    def _one_run(self, todo: RunSpec) -> None:
+    def _one_run(self, run_spec: RunSpec) -> None:
         """From begin to the last position, in as many groups as it takes."""
         rows, seen, attempts = 0, 0, 0
         while not self._stop():
             attempts += 1
             if attempts > 400:
                 raise RuntimeError("no end after 400 groups")
-            if not self._begin(todo):
-                self._look(todo)
+            if not self._begin(run_spec):
+                self._look(run_spec)
                 continue
-            generation = journal.current(todo.run_dir)
+            generation = journal.current(run_spec.run_dir)
             assert generation is not None
-            applied = generation.samples_seen // todo.sampler.global_batch
+            applied = generation.samples_seen // run_spec.sampler.global_batch
             if generation.samples_seen < seen:
-                self._violation(todo, f"went back from {seen} to {generation.samples_seen}")
-            elif len(journal.read_rows(todo.run_dir)) != applied:
-                self._violation(todo, f"{len(journal.read_rows(todo.run_dir))} rows at the start, {applied} applied")
+                self._violation(run_spec, f"went back from {seen} to {generation.samples_seen}")
+            elif len(journal.read_rows(run_spec.run_dir)) != applied:
+                self._violation(
+                    run_spec, f"{len(journal.read_rows(run_spec.run_dir))} rows at the start, {applied} applied"
+                )
             seen = generation.samples_seen
             self.figures.redone.append(max(0, rows - applied))
             world_size = self.rng.randint(1, 4)
             self.figures.worlds[world_size] += 1
-            group = Group(todo, generation, world_size, self.twist)
+            group = Group(run_spec, generation, world_size, self.twist)
             self.figures.groups += 1
-            finished = self._disturb(todo, group)
+            finished = self._disturb(run_spec, group)
             if not finished:
-                self._look(todo)
-            rows = len(journal.read_rows(todo.run_dir))
+                self._look(run_spec)
+            rows = len(journal.read_rows(run_spec.run_dir))
             if finished:
                 return
 
-    def _begin(self, todo: RunSpec) -> bool:
+    def _begin(self, run_spec: RunSpec) -> bool:
         if self.figures.kills >= self._wanted or self.rng.random() >= self.controller_share:
-            return begin(todo, self.twist)
+            return begin(run_spec, self.twist)
         delay = self.rng.uniform(0, 0.03)
 
         def strike(process: Process, board: Board) -> bool:
@@ -176,7 +178,7 @@ class Campaign:
             process.kill()
             return process.code == -signal.SIGKILL and self._count(board, 0, 1, True)
 
-        return begin(todo, self.twist, strike)
+        return begin(run_spec, self.twist, strike)
 
     def _count(self, board: Board, rank: int, processes: int, controller: bool = False) -> bool:
         figures = self.figures
@@ -189,7 +191,7 @@ class Campaign:
         self.progress(figures.kills, self._wanted, f"{len(figures.violations)} violations")
         return True
 
-    def _disturb(self, todo: RunSpec, group: Group) -> bool:
+    def _disturb(self, run_spec: RunSpec, group: Group) -> bool:
         """Strike the group; True when it came to the end of the run before that."""
         if time.monotonic() > self._until:
             self._wanted = self.figures.kills  # out of time: this run to its end, then no more
@@ -201,7 +203,7 @@ class Campaign:
         if group.over() or self.figures.kills >= self._wanted:
             self._end_zombies()
             if not group.finish():
-                self._violation(todo, f"a group that was not struck failed; see {todo.run_dir}/processes.log")
+                self._violation(run_spec, f"a group that was not struck failed; see {run_spec.run_dir}/processes.log")
                 return False
             return True
         self._end_zombies()  # of the group before: this one has trained beside them
@@ -258,14 +260,14 @@ class Campaign:
             process.kill()
         self._zombies.clear()
 
-    def _look(self, todo: RunSpec) -> None:
+    def _look(self, run_spec: RunSpec) -> None:
         """After each kill: what was committed once is there, whole."""
-        found, damaged = checkpoint.newest_valid(todo.run_dir)
+        found, damaged = checkpoint.newest_valid(run_spec.run_dir)
         for name, why in damaged:
-            self._violation(todo, f"checkpoint {name} is damaged: {why}")
-        done = any(e["event"] == "checkpoint" for e in journal.read_events(todo.run_dir))
+            self._violation(run_spec, f"checkpoint {name} is damaged: {why}")
+        done = any(e["event"] == "checkpoint" for e in journal.read_events(run_spec.run_dir))
         if done and found is None:
-            self._violation(todo, "no valid checkpoint is left")
+            self._violation(run_spec, "no valid checkpoint is left")
 
 
 def section(folder: Path, seed: int, kills: int, minutes: float, progress: Progress) -> dict[str, Any]:

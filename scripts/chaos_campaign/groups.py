@@ -80,10 +80,10 @@ class Process:
 class Group:
     """The ranks of one generation."""
 
-    def __init__(self, todo: RunSpec, generation: Generation, world_size: int, twist: Twist) -> None:
+    def __init__(self, run_spec: RunSpec, generation: Generation, world_size: int, twist: Twist) -> None:
         self.generation, self.world_size, self.board = generation, world_size, Board(world_size)
-        log = Path(todo.run_dir, "processes.log")
-        meeting = Path(todo.run_dir, f"meeting-{generation.number}")
+        log = Path(run_spec.run_dir, "processes.log")
+        meeting = Path(run_spec.run_dir, f"meeting-{generation.number}")
 
         def rank_work(rank: int) -> None:
             twist()
@@ -95,7 +95,7 @@ class Group:
 
             timer = PhaseTimer(lambda phase: self.board.put(rank, MAIN, phase))
             worker.train_rank(
-                todo, generation, rank, world_size, CPU, timer, stream(todo, generation, rank, world_size)
+                run_spec, generation, rank, world_size, CPU, timer, stream(run_spec, generation, rank, world_size)
             )
 
         self.processes = [
@@ -123,18 +123,18 @@ class Group:
             process.wait()
 
 
-def begin(todo: RunSpec, twist: Twist, strike: Callable[[Process, Board], bool] | None = None) -> bool:
+def begin(run_spec: RunSpec, twist: Twist, strike: Callable[[Process, Board], bool] | None = None) -> bool:
     """`begin_generation` in a process of its own, which `strike` may kill; whether it got through.
 
     Raises RuntimeError when it failed by itself.
     """
-    board, log = Board(1), Path(todo.run_dir, "processes.log")
+    board, log = Board(1), Path(run_spec.run_dir, "processes.log")
 
     def work() -> None:
         twist()
         board.put(0, MAIN, "begin")
         board.watch_writes(0)
-        journal.begin_generation(todo.run_dir)
+        journal.begin_generation(run_spec.run_dir)
 
     process = Process(forked(log, work))
     if strike is not None and strike(process, board):

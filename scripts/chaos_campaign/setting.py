@@ -18,9 +18,9 @@ from raytrain_brats import verify
 from raytrain_brats.config import Config, parse
 from raytrain_brats.data import sampler as samplers
 from raytrain_brats.data import store as stores
-from raytrain_brats.data.boxes import parcels
+from raytrain_brats.data.boxes import rank_tables
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.stream import unpacked
+from raytrain_brats.data.stream import decoded
 from raytrain_brats.run import checkpoint, journal, spec, worker
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
@@ -94,24 +94,24 @@ class Setting:
         return self._ends[seed]
 
 
-def train_alone(todo: RunSpec) -> None:
+def train_alone(run_spec: RunSpec) -> None:
     """The whole run in this process."""
-    generation = journal.begin_generation(todo.run_dir)
-    worker.train_rank(todo, generation, 0, 1, CPU, PhaseTimer(), stream(todo, generation, 0, 1))
+    generation = journal.begin_generation(run_spec.run_dir)
+    worker.train_rank(run_spec, generation, 0, 1, CPU, PhaseTimer(), stream(run_spec, generation, 0, 1))
 
 
-def stream(todo: RunSpec, generation: Generation, rank: int, world_size: int) -> Callable[[], Iterator[Patch]]:
-    """`next_segment` as Ray Data gives it: this rank's rows of each stretch in order, decoded window by window."""
+def stream(run_spec: RunSpec, generation: Generation, rank: int, world_size: int) -> Callable[[], Iterator[Patch]]:
+    """`next_segment` as Ray Data gives it: this rank's rows of each segment in order, decoded window by window."""
     cursor = generation.samples_seen
 
     def next_segment() -> Iterator[Patch]:
         nonlocal cursor
-        low, high = todo.sampler.segment(cursor)
+        low, high = run_spec.sampler.segment(cursor)
         cursor = high
-        for window in todo.sampler.windows(low, high):
-            samples = [todo.sampler.sample(p) for p in window if (p - low) % world_size == rank]
-            items = [(s, None if s.case is None else todo.train_cases[s.case]) for s in samples]
-            yield from unpacked(parcels(todo.source, items, todo.patch_spec, world_size=1))
+        for window in run_spec.sampler.windows(low, high):
+            samples = [run_spec.sampler.sample(p) for p in window if (p - low) % world_size == rank]
+            items = [(s, None if s.case is None else run_spec.train_cases[s.case]) for s in samples]
+            yield from decoded(rank_tables(run_spec.source, items, run_spec.patch_spec, world_size=1))
 
     return next_segment
 
@@ -119,8 +119,8 @@ def stream(todo: RunSpec, generation: Generation, rank: int, world_size: int) ->
 class End:
     """The newest checkpoint of a run that is finished."""
 
-    def __init__(self, todo: RunSpec) -> None:
-        self.spec = todo
+    def __init__(self, run_spec: RunSpec) -> None:
+        self.spec = run_spec
 
     @cached_property
     def _loaded(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -145,31 +145,31 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
 
 
-def faults_at_end(todo: RunSpec, calm: End) -> list[str]:
+def faults_at_end(run_spec: RunSpec, calm: End) -> list[str]:
     """What is wrong with a finished run: its rows, weights, optimiser, events, leftovers."""
     wrong = []
-    rows = journal.read_rows(todo.run_dir)
-    if len(rows) != todo.sampler.total // todo.sampler.global_batch:
-        wrong.append(f"{len(rows)} rows instead of {todo.sampler.total // todo.sampler.global_batch}")
+    rows = journal.read_rows(run_spec.run_dir)
+    if len(rows) != run_spec.sampler.total // run_spec.sampler.global_batch:
+        wrong.append(f"{len(rows)} rows instead of {run_spec.sampler.total // run_spec.sampler.global_batch}")
     for number, row in enumerate(rows):
-        if why := verify.difference(row, number, todo.sampler, todo.train_cases):
+        if why := verify.difference(row, number, run_spec.sampler, run_spec.train_cases):
             wrong.append(f"row {number + 1}: {why}")
             break
     try:
-        if why := End(todo).differs_from(calm):
+        if why := End(run_spec).differs_from(calm):
             wrong.append(f"not the undisturbed run's end: {why}")
     except (AssertionError, ValueError) as error:
         wrong.append(f"no valid last checkpoint: {error}")
-    damaged = [e for e in journal.read_events(todo.run_dir) if e["event"] == "damaged_checkpoint"]
+    damaged = [e for e in journal.read_events(run_spec.run_dir) if e["event"] == "damaged_checkpoint"]
     wrong += [f"checkpoint {e['name']} was damaged: {e['why']}" for e in damaged]
-    generation = journal.current(todo.run_dir)
+    generation = journal.current(run_spec.run_dir)
     assert generation is not None
-    checkpoint.prune(todo.run_dir, todo.config.checkpoint.keep, generation.number)
-    kept = checkpoint.committed(todo.run_dir)
-    files = sorted(p for p in Path(todo.run_dir, "checkpoints").rglob("*") if p.is_file())
-    if len(kept) > todo.config.checkpoint.keep or len(files) != 3 * len(kept):
+    checkpoint.prune(run_spec.run_dir, run_spec.config.checkpoint.keep, generation.number)
+    kept = checkpoint.committed(run_spec.run_dir)
+    files = sorted(p for p in Path(run_spec.run_dir, "checkpoints").rglob("*") if p.is_file())
+    if len(kept) > run_spec.config.checkpoint.keep or len(files) != 3 * len(kept):
         wrong.append(f"left in checkpoints/: {[p.name for p in files]}")
-    hidden = [p.name for p in Path(todo.run_dir).iterdir() if p.name.startswith(".")]
+    hidden = [p.name for p in Path(run_spec.run_dir).iterdir() if p.name.startswith(".")]
     if left := [name for name in hidden if not name.endswith(".lock")]:  # the locks of `storage.swap` are to stay
         wrong.append(f"temporary files left beside the books: {left}")
     return wrong

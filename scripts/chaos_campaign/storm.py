@@ -69,54 +69,54 @@ class Storm:
         rng = random.Random(self.seed)
         while self.done < len(self.legs) and not self.failures:
             seed = self.seed * 1000 + self.runs
-            todo = self.setting.spec(f"storm-{seed}", seed)
-            os.makedirs(todo.run_dir, exist_ok=True)
-            self._one_run(todo, rng)
+            run_spec = self.setting.spec(f"storm-{seed}", seed)
+            os.makedirs(run_spec.run_dir, exist_ok=True)
+            self._one_run(run_spec, rng)
             self.runs += 1
             if not self.failures:
-                self.failures += faults_at_end(todo, self.setting.end(seed))
+                self.failures += faults_at_end(run_spec, self.setting.end(seed))
 
-    def _one_run(self, todo: RunSpec, rng: random.Random) -> None:
+    def _one_run(self, run_spec: RunSpec, rng: random.Random) -> None:
         how, rows = "", 0
         while True:
-            begin(todo, lambda: None)
-            generation = journal.current(todo.run_dir)
+            begin(run_spec, lambda: None)
+            generation = journal.current(run_spec.run_dir)
             assert generation is not None
             if how:
                 lost = rows - generation.samples_seen // GLOBAL_BATCH
                 self.redone[how].append(lost)
                 if how == "graceful" and lost:
-                    self.failures.append(f"{todo.run_dir}: a graceful change cost {lost} steps")
-            left = (todo.sampler.total - generation.samples_seen) // GLOBAL_BATCH
+                    self.failures.append(f"{run_spec.run_dir}: a graceful change cost {lost} steps")
+            left = (run_spec.sampler.total - generation.samples_seen) // GLOBAL_BATCH
             last = self.done >= len(self.legs) or left < 25  # too short for a request to be heard in time
             size, graceful = self.legs[min(self.done, len(self.legs) - 1)]
-            group = Group(todo, generation, size, poll_often)
+            group = Group(run_spec, generation, size, poll_often)
             self.sizes[size] += 1
             if last:
                 if not group.finish():
-                    self.failures.append(f"{todo.run_dir}: the last group failed; see processes.log there")
+                    self.failures.append(f"{run_spec.run_dir}: the last group failed; see processes.log there")
                 return
-            if not self._leave(todo, group, graceful, rng.randint(2, 4)):
+            if not self._leave(run_spec, group, graceful, rng.randint(2, 4)):
                 return
-            how, rows = "graceful" if graceful else "forced", len(journal.read_rows(todo.run_dir))
+            how, rows = "graceful" if graceful else "forced", len(journal.read_rows(run_spec.run_dir))
             self.changes[how] += 1
             self.done += 1
             self.progress(self.done, len(self.legs), f"{len(self.failures)} violations")
 
-    def _leave(self, todo: RunSpec, group: Group, graceful: bool, steps: int) -> bool:
+    def _leave(self, run_spec: RunSpec, group: Group, graceful: bool, steps: int) -> bool:
         """End the group once it has trained a few steps."""
         until = time.monotonic() + 120
         while not group.over() and time.monotonic() < until:
-            own = [r for r in journal.recent(todo.run_dir)[0] if r["generation"] == group.generation.number]
+            own = [r for r in journal.recent(run_spec.run_dir)[0] if r["generation"] == group.generation.number]
             if len(own) >= steps:
                 break
             time.sleep(0.005)
-        saved = not graceful or checkpoint_request.request(todo.run_dir, checkpoint_request.HOLD)
+        saved = not graceful or checkpoint_request.request(run_spec.run_dir, checkpoint_request.HOLD)
         alone = group.over()
         group.kill()
         if alone or not saved or time.monotonic() >= until:
             why = "a rank ended by itself" if alone else "no checkpoint on request" if not saved else "too slow"
-            self.failures.append(f"{todo.run_dir}, {group.world_size} workers: {why}; see processes.log there")
+            self.failures.append(f"{run_spec.run_dir}, {group.world_size} workers: {why}; see processes.log there")
         return not self.failures
 
 

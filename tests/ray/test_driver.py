@@ -23,7 +23,7 @@ def test_ctrl_c_ends_a_driver_whose_call_of_ray_never_returns(tmp_path: Path, mo
     monkeypatch.setattr(driver.roles, "keep_apart", lambda _: None)
     monkeypatch.setattr(driver.checkpoint_request, "request", lambda *_: True)
     monkeypatch.setattr(driver.ray, "shutdown", lambda: shut.append(True))
-    monkeypatch.setattr(driver, "LAST_WORDS_S", 0.1)
+    monkeypatch.setattr(driver, "SHUTDOWN_S", 0.1)
     spec: Any = SimpleNamespace(
         run_dir=str(tmp_path), config=SimpleNamespace(run=SimpleNamespace(resize_check_s=2.0)), train_cases=()
     )

@@ -47,7 +47,7 @@ def _ray() -> Iterator[None]:
 
 
 def copied(patch: Patch) -> Patch:
-    """The patch with arrays of its own: a view keeps the whole parcel in the object store."""
+    """The patch with arrays of its own: a view keeps the whole table in the object store."""
     return dataclasses.replace(patch, image_czyx=patch.image_czyx.copy(), label_zyx=patch.label_zyx.copy())
 
 

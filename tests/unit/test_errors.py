@@ -66,9 +66,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the demo recipe on `data`, with a checkpoint."""
     folder = tmp_path_factory.mktemp("run")
-    todo = spec.build(config.load("demo"), str(folder), str(data), None)
-    spec.write_config(todo)
-    checkpoint.save(str(folder), 4, 1, *train_step_of(todo, 1, torch.device("cpu")).state())
+    run_spec = spec.build(config.load("demo"), str(folder), str(data), None)
+    spec.write_config(run_spec)
+    checkpoint.save(str(folder), 4, 1, *train_step_of(run_spec, 1, torch.device("cpu")).state())
     return folder
 
 

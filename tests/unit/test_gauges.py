@@ -31,9 +31,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 def test_steps_are_told_as_means_of_the_last_ones(told: Told) -> None:
     """A loss that is not finite leaves the one before."""
     rank = gauges.StepGauges("run")
-    rank.stepped(8, 8, 2, 9.0, 100.0, 200.0)
+    rank.set_step(8, 8, 2, 9.0, 100.0, 200.0)
     for number in range(gauges._STEPS):
-        rank.stepped(8, 16 + 8 * number, 2, 0.5 if number < 5 else None, 0.5, 2.0)
+        rank.set_step(8, 16 + 8 * number, 2, 0.5 if number < 5 else None, 0.5, 2.0)
     assert told == {
         ("samples_per_s", "run"): 4.0,
         ("data_wait_share", "run"): 0.25,
@@ -65,9 +65,9 @@ def test_the_books_are_told_as_they_stand(told: Told) -> None:
         {"event": "recovered", "time": 15.0, "generation": 2, "world_size": 2, "total_s": 3.0},
         {"event": "validation", "time": 16.0, "dice": {"WT": 0.9, "TC": 0.8, "ET": None}},
     ]
-    gauges.tell(gauges.Gauges("run"), [], [], 100)
+    gauges.set_run(gauges.Gauges("run"), [], [], 100)
     assert told == {("samples_total", "run"): 100, **{(n, "run"): 0 for n in ("resizes", "recoveries", "quarantined")}}
-    gauges.tell(gauges.Gauges("run"), events, [], 100)
+    gauges.set_run(gauges.Gauges("run"), events, [], 100)
     assert told[("resizes", "run")] == told[("quarantined", "run")] == 1
     assert (told[("recoveries", "run")], told[("recovery_s", "run")]) == (2, 3.0)
     assert {key[2]: value for key, value in told.items() if key[0] == "dice"} == {"WT": 0.9, "TC": 0.8}
@@ -138,12 +138,12 @@ def test_what_a_run_has_cost_so_far_is_kept_over_launches(tmp_path: Path, monkey
     for launch in range(2):
         cost = gauges.Cost(run_dir, {"train": 36.0})
         for up in (nodes, nodes * 2, nodes * 2):  # a minute with one node, a minute with two
-            cost.look(up, journal.read_events(run_dir))
+            cost.update(up, journal.read_events(run_dir))
             now[0] += 61
         assert cost.rate == 72.0
         assert cost.total == pytest.approx((launch + 1) * (0.61 + 1.22) + launch * 1.22)
-        cost.look(nodes * 2, journal.read_events(run_dir))
-        cost.note()
+        cost.update(nodes * 2, journal.read_events(run_dir))
+        cost.record()
     noted = [e["dollars"] for e in journal.read_events(run_dir) if e["event"] == "cost"]
     assert sum(noted) == pytest.approx(2 * (0.61 + 2 * 1.22), abs=1e-4)
     assert len(noted) == 6

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain_brats.run.hang_detector import RankStatus, find_hung, news
+from raytrain_brats.run.hang_detector import RankStatus, find_hung, updated
 from raytrain_brats.run.phase_timer import PHASES
 from raytrain_brats.run.recorder import Stragglers
 
@@ -72,10 +72,10 @@ def test_ranks_that_move_are_never_hung(ranks: list[tuple[str, float]]) -> None:
 def test_clocks_of_other_hosts_do_not_matter() -> None:
     """Only what changes between two looks counts, at the driver's own time."""
     about = {"rank": 0, "pid": 1, "generation": 1, "beats": 7, "entries": 3}
-    first = news(None, about, 10.0)
-    assert news(first, about | {"beats": 8}, 12.0) == RankStatus(about | {"beats": 8}, 12.0, 10.0)
-    assert news(first, about | {"entries": 4}, 12.0) == RankStatus(about | {"entries": 4}, 10.0, 12.0)
-    assert news(first, about | {"pid": 2}, 12.0).moved_s == 12.0  # another process under the same rank
+    first = updated(None, about, 10.0)
+    assert updated(first, about | {"beats": 8}, 12.0) == RankStatus(about | {"beats": 8}, 12.0, 10.0)
+    assert updated(first, about | {"entries": 4}, 12.0) == RankStatus(about | {"entries": 4}, 10.0, 12.0)
+    assert updated(first, about | {"pid": 2}, 12.0).moved_s == 12.0  # another process under the same rank
 
 
 def healthy(random_: random.Random, base_s: float) -> float:

@@ -62,6 +62,8 @@ RULES = {  # layer: what of ours it may import, what of others it may not
     "run": ({"leaf", "data", "cases", "learn", "ray_ext", "reporting", "run"}, set()),
 }
 
+PLACED = ("run", "ray_ext", "data", "cases", "learn")
+
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if layer(name) in RULES])
 def test_imports_go_one_way(name: str) -> None:
@@ -112,6 +114,12 @@ def test_modules_say_what_enters_and_what_leaves(name: str) -> None:
     """Every module's docstring names its input and its output."""
     docstring = ast.get_docstring(TREES[name]) or ""
     assert "In: " in docstring and "Out: " in docstring
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if layer(name) in PLACED])
+def test_modules_say_in_which_process_they_run(name: str) -> None:
+    """A reader must know which process executes a file: its docstring says so."""
+    assert "Runs in" in " ".join((ast.get_docstring(TREES[name]) or "").split())
 
 
 def test_sizes() -> None:

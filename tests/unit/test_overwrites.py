@@ -93,9 +93,9 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`data`, six MSD cases, and `run`, a run on it with one checkpoint."""
     folder = tmp_path_factory.mktemp("made")
     write_msd_folder(folder / "data", 6, shape=(16, 14, 12))
-    todo = spec.build(config.load("demo", SMALL), str(folder / "run"), str(folder / "data"), "")
-    spec.write_config(todo)
-    checkpoint.save(todo.run_dir, 4, 1, *train_step_of(todo, 1, torch.device("cpu")).state())
+    run_spec = spec.build(config.load("demo", SMALL), str(folder / "run"), str(folder / "data"), "")
+    spec.write_config(run_spec)
+    checkpoint.save(run_spec.run_dir, 4, 1, *train_step_of(run_spec, 1, torch.device("cpu")).state())
     return folder
 
 
@@ -108,8 +108,8 @@ def made(_made: Path, tmp_path: Path) -> Path:
 
 def train_on(run: Path, data: Path) -> None:
     """Another checkpoint of the run, of other weights."""
-    todo = spec.build(config.load("demo", (*SMALL, "train.seed=0")), str(run), str(data), "")
-    train_step = train_step_of(todo, 1, torch.device("cpu"))
+    run_spec = spec.build(config.load("demo", (*SMALL, "train.seed=0")), str(run), str(data), "")
+    train_step = train_step_of(run_spec, 1, torch.device("cpu"))
     tensors, state = train_step.state()
     checkpoint.save(str(run), 8, 1, {n: t + 0.01 if t.is_floating_point() else t for n, t in tensors.items()}, state)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ray.data import DataContext
 
 from raytrain_brats.cases.scan import open_manifest
-from raytrain_brats.data.boxes import Buffer, PatchSpec, cover, pack, parcels, unpack
+from raytrain_brats.data.boxes import Buffer, PatchSpec, bounding_boxes, decode, encode, rank_tables
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase, Volume
 from raytrain_brats.data.patch import Patch
@@ -31,9 +31,9 @@ BOX = PREPARED.image_czyx.shape[1:]
 
 
 def cut(prepared: Prepared, sample: Sample, case_id: str, patch_xyz: Any, share: float) -> Patch:
-    """The patch of one sample, through a parcel of its own."""
+    """The patch of one sample, through a table of its own."""
     patch_spec = PatchSpec(patch_xyz, share)
-    left, (patch,) = unpack(pack(cover(prepared, case_id, [sample], patch_spec), patch_spec.size_zyx, 0))
+    left, (patch,) = decode(encode(bounding_boxes(prepared, case_id, [sample], patch_spec), patch_spec.size_zyx, 0))
     assert left == 0
     return patch
 
@@ -121,8 +121,8 @@ def dealt(source: Source, wanted: Any, world_size: int = 1, patch_spec: PatchSpe
     """Each rank's patches of one window, in the order in which it trains on them."""
     ranks: list[list[Patch]] = [[] for _ in range(world_size)]
     held: list[list[Patch]] = [[] for _ in range(world_size)]
-    for number, table in enumerate(parcels(source, wanted, patch_spec, world_size)):
-        left, found = unpack(table)
+    for number, table in enumerate(rank_tables(source, wanted, patch_spec, world_size)):
+        left, found = decode(table)
         held[number % world_size] += found
         if not left:
             ranks[number % world_size] += sorted(held[number % world_size], key=lambda p: p.position)
@@ -151,7 +151,7 @@ def test_any_number_of_ranks_gets_every_wth_patch_and_the_same_voxels(
         assert all(equal(patch, alone[patch.position]) for patch in patches)
 
 
-def test_a_parcel_holds_a_case_once_and_never_more_than_its_patches() -> None:
+def test_a_box_holds_a_case_once_and_never_more_than_its_patches() -> None:
     """Patches that overlap travel as the box around them; those far apart as themselves; a reused buffer as a new one.
 
     Also float16 voxels, a position near 2^63, a table sliced out of a larger one.
@@ -161,12 +161,14 @@ def test_a_parcel_holds_a_case_once_and_never_more_than_its_patches() -> None:
     for size in ((20, 18, 16), (3, 2, 2)):
         patch_spec = PatchSpec(size, 0.5)
         samples = [Sample(2**62 + n, 0, 0, 2**63 - 1 - n) for n in range(9)]
-        apart = sum(pack(cover(prepared, "é", [s], patch_spec), patch_spec.size_zyx, 0).nbytes for s in samples)
-        together = pack(cover(prepared, "é", samples, patch_spec), patch_spec.size_zyx, 2, buffer)
+        apart = sum(
+            encode(bounding_boxes(prepared, "é", [s], patch_spec), patch_spec.size_zyx, 0).nbytes for s in samples
+        )
+        together = encode(bounding_boxes(prepared, "é", samples, patch_spec), patch_spec.size_zyx, 2, buffer)
         assert together.nbytes < (apart / 2 if size[0] > 10 else apart)
-        whole = pa.concat_tables([pack([], size, 0), together]).combine_chunks()
+        whole = pa.concat_tables([encode([], size, 0), together]).combine_chunks()
         for table in (together, whole.slice(1, 1)):
-            left, patches = unpack(table)
+            left, patches = decode(table)
             assert left == 2
             assert all(
                 equal(patch, cut(prepared, sample, "é", size, 0.5))

@@ -71,7 +71,7 @@ def test_books_that_cannot_be_read_do_not_end_the_picture(error: Exception, monk
         run_dir = "s3://x/run"
 
     monkeypatch.setattr(journal, "recent", fail)
-    _, line = progress.Progress(RunSpec())._look()  # type: ignore[arg-type]
+    _, line = progress.Progress(RunSpec())._update()  # type: ignore[arg-type]
     assert "cannot be read just now" in line and str(error) in line
 
 
@@ -82,15 +82,15 @@ def test_metrics_are_taken_from_the_books_now_and_then(tmp_path: Path, monkeypat
     spec: Any = SimpleNamespace(run_dir=str(tmp_path), sampler=SimpleNamespace(total=4000))
     monkeypatch.setattr(Gauge, "set", lambda gauge, value, tags: told.update({gauge.info["name"]: value}))
     picture = progress.Progress(spec)
-    picture._look()
+    picture._update()
     assert "raytrain_brats_goodput" not in told
     for name, lines in (("events", run.events), ("metrics", run.rows)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told.clear()
-    picture._look()
+    picture._update()
     assert not told
     picture._next_measure = 0.0
-    picture._look()
+    picture._update()
     assert told["raytrain_brats_goodput"] == pytest.approx(600 / (run.now - 1e6))
     assert told["raytrain_brats_samples_total"] == 4000
 

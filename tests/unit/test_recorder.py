@@ -30,8 +30,8 @@ OVERFLOW = dataclasses.replace(GOOD, finite=False, overflow=True)
 
 def recorder_at(run_dir: Path) -> RunRecorder:
     """A worker group of one rank that goes on where the run stands."""
-    todo = dataclasses.replace(spec(), run_dir=str(run_dir), dataset_identity="x")
-    return RunRecorder(todo, journal.begin_generation(str(run_dir)), 0, 1, CPU, PhaseTimer())
+    run_spec = dataclasses.replace(spec(), run_dir=str(run_dir), dataset_identity="x")
+    return RunRecorder(run_spec, journal.begin_generation(str(run_dir)), 0, 1, CPU, PhaseTimer())
 
 
 def steps(recorder: RunRecorder, result: StepResult, start: int, count: int) -> None:

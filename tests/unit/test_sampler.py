@@ -38,7 +38,7 @@ def test_every_position_is_owned_once_through_random_resizes(
         patch.setattr(samplers, "SEGMENT_WINDOWS", windows)
         while len(seen) < sampler.total:
             world, stop = dice.randint(1, sampler.global_batch), dice.randint(len(seen) + 1, sampler.total)
-            while len(seen) < stop:  # this group of workers streams stretch after stretch, then is resized
+            while len(seen) < stop:  # this group of workers streams segment after segment, then is resized
                 low, high = sampler.segment(len(seen))
                 queues = [list(range(low + rank, high, world)) for rank in range(world)]  # rows dealt in turn
                 for start in range(low, min(high, stop), sampler.global_batch):

@@ -42,15 +42,15 @@ def stepped(batch: list[Patch]) -> torch.Tensor:
     return weights(train_step)
 
 
-def by_hand(batch: list[Patch], todo: RunSpec) -> tuple[torch.Tensor, float]:
+def by_hand(batch: list[Patch], run_spec: RunSpec) -> tuple[torch.Tensor, float]:
     """Gradient of the mean loss over the whole batch, by autograd, and that loss."""
-    network = build_network(todo.config)
+    network = build_network(run_spec.config)
     image = torch.stack([torch.tensor(p.image_czyx).float() for p in batch])
     mean, std = (torch.tensor(np.stack([getattr(p, name) for p in batch])) for name in ("mean", "std"))
     label = torch.tensor(np.stack([p.label_zyx for p in batch]))
     table = torch.from_numpy(labels.region_table("msd"))
     draws = [draw(p.seed, "augment", DRAWS) for p in batch]
-    x, y = augment(normalise(image, mean, std), to_regions(label, table), draws, todo.config.train.augment)
+    x, y = augment(normalise(image, mean, std), to_regions(label, table), draws, run_spec.config.train.augment)
     loss = sample_losses(network(x), y).mean()
     loss.backward()  # type: ignore[no-untyped-call]
     return nn.utils.parameters_to_vector([p.grad for p in network.parameters() if p.grad is not None]), loss.item()
@@ -59,13 +59,13 @@ def by_hand(batch: list[Patch], todo: RunSpec) -> tuple[torch.Tensor, float]:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_step_is_the_gradient_of_the_mean_loss(network: str) -> None:
     """One SGD step moves the weights by rate * (1 + momentum) * gradient of the batch's mean loss (Nesterov)."""
-    todo, batch = spec(network), [patch(i) for i in range(4)]
-    train_step = train_step_of(todo, 1, CPU)
+    run_spec, batch = spec(network), [patch(i) for i in range(4)]
+    train_step = train_step_of(run_spec, 1, CPU)
     before = weights(train_step)
     result = train_step.step(batch_of(batch, 0), 0)
-    gradient, loss = by_hand(batch, todo)
-    rate = learning_rate(todo.config.train.optimiser, 0, todo.sampler.total)
-    decayed = gradient + todo.config.train.optimiser.weight_decay * before
+    gradient, loss = by_hand(batch, run_spec)
+    rate = learning_rate(run_spec.config.train.optimiser, 0, run_spec.sampler.total)
+    decayed = gradient + run_spec.config.train.optimiser.weight_decay * before
     assert result.loss == pytest.approx(loss, abs=1e-6) and result.bad == 0 and result.learning_rate == rate
     torch.testing.assert_close(weights(train_step), before - rate * 1.99 * decayed, rtol=0, atol=1e-6)
 
@@ -130,8 +130,8 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str, monkeypatch: pyte
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 def test_a_restored_learner_goes_on_bit_for_bit(optimiser: str, tmp_path: Path) -> None:
     """State through a checkpoint on disk, into a learner of another history: the next steps are the very same."""
-    todo = spec(optimiser=optimiser)
-    train_step, other = train_step_of(todo, 1, CPU), train_step_of(todo, 1, CPU)
+    run_spec = spec(optimiser=optimiser)
+    train_step, other = train_step_of(run_spec, 1, CPU), train_step_of(run_spec, 1, CPU)
     for start in (0, 4):
         train_step.step(batch_of([patch(start + i) for i in range(4)], start), start)
     made = checkpoint.save(str(tmp_path), 8, 1, *train_step.state())

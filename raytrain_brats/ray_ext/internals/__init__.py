@@ -1,4 +1,4 @@
-"""The wall: every private name of Ray that this package uses stands in this folder, with its reason.
+"""Every private name of Ray that this package uses is in this folder, with its reason. Runs in any process.
 
 In: Ray 2.60's own modules. Out: plain functions and base classes for the rest of the package.
 

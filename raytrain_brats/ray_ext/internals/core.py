@@ -52,14 +52,14 @@ NAMESPACE = b"raytrain_brats"
 """Of our keys in the cluster's key-value store."""
 TOKEN_LOGGER = "ray._private.authentication"  # noqa: S105 - a logger's name
 WORKER_MODULE = "ray.train.v2._internal.execution.worker_group.worker"
-"""What a worker's process imports first; a warm one has done so."""
+"""What a worker's process imports first; a warm process has imported it already."""
 
 
-# The key-value store of the cluster: an actor for a few bytes would need a process and die with its node.
+# The cluster's key-value store: an actor for a few bytes would need a process, and be lost with its node.
 
 
 def kv_ready() -> bool:
-    """Whether this process is connected; not while Ray is being left."""
+    """Whether this process is connected; not while Ray shuts down."""
     return bool(internal_kv._internal_kv_initialized())
 
 
@@ -81,12 +81,12 @@ def kv_exists(key: str) -> bool:
 
 
 def keep_own_signals() -> None:
-    """Leave SIGTERM to us: Ray's own handler ends the process with 15, or never."""
+    """Keep our SIGTERM handler: Ray's ends the process with status 15, or never."""
     ray._private.utils.set_sigterm_handler = lambda _: None
 
 
 def stop_auto_connect() -> None:
-    """Else a thread that outlives `ray.shutdown` starts a Ray of its own with its next call."""
+    """Else a thread that calls Ray after `ray.shutdown` starts a new local Ray."""
     auto_init_hook.enable_auto_connect = False
 
 
@@ -110,7 +110,7 @@ def make_token() -> None:
 
 
 def ask_cluster_id(head: str, timeout_s: float, wait: bool) -> None:
-    """The one question that a Ray head answers without being told this id. Raises grpc.RpcError."""
+    """The one call that a Ray head answers to a caller without this id. Raises grpc.RpcError."""
     channel = init_grpc_channel(head, options=(("grpc.enable_http_proxy", 0),))
     try:
         question: Any = vars(gcs_service_pb2)["GetClusterIdRequest"]()
@@ -138,14 +138,14 @@ def prestart(node: dict[str, Any], number: int, env: str, keep_s: int) -> None:
 
 
 def spilled_bytes() -> int:
-    """Bytes that all nodes' object stores have written to disk since they were started."""
+    """Bytes that all nodes' object stores have written to disk since they started."""
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
     return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)
 
 
 class ControlStore:
-    """The cluster's control store as a node's own processes reach it, without `ray.init`, for which a machine that is
-    about to go has no time. Raises what Ray raises."""
+    """The cluster's control store as a node's own processes reach it, without `ray.init`, which takes too long on a
+    machine that is about to be reclaimed. Raises what Ray raises."""
 
     def __init__(self, timeout_s: float) -> None:
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -169,6 +169,6 @@ class ControlStore:
         return accepted, why
 
     def values(self, prefix: str) -> list[bytes]:
-        """What stands under our keys that begin so."""
+        """The values of our keys with this prefix."""
         keys = self._client.internal_kv_keys(prefix.encode(), NAMESPACE, timeout=self._timeout_s)
         return [self._client.internal_kv_get(key, NAMESPACE, timeout=self._timeout_s) or b"" for key in keys]

@@ -1,4 +1,4 @@
-"""Private names of Ray's autoscaler for AWS: its provider and its key pair. Runs where `ray up` does, and on the head.
+"""Private names of Ray's autoscaler for AWS: its provider and its key pair. Runs in `ray up` and in the autoscaler.
 
 In: the cluster's YAML. Out: instances.
 """

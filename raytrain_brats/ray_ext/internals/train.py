@@ -1,6 +1,6 @@
-"""Private names of Ray Train: callbacks of its controller, its states, how it counts the workers that are possible.
+"""Private names of Ray Train: its controller's callbacks and states, how it counts the workers that are possible.
 
-In: Ray Train's controller. Out: base classes; a policy that counts what it is told to. Runs in the controller.
+In: Ray Train's controller. Out: base classes; a policy that counts given nodes. Runs in Ray Train's controller.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ _decide = ElasticScalingPolicy.make_decision_for_running_worker_group
 
 
 def draining_nodes() -> set[str]:
-    """Ids of the nodes that are about to go."""
+    """Ids of the nodes that are being drained."""
     return set(_get_draining_nodes() or {})
 
 
@@ -55,10 +55,10 @@ def count_on(
     nodes_for: Callable[[Any, dict[str, Any]], dict[str, Any]],
     while_running: Callable[[Any, Any, dict[str, Any]], dict[str, Any]],
 ) -> None:
-    """Replace what Ray Train's elastic policy counts workers on, {node: resources}, for this controller's life.
+    """Replace the nodes on which Ray Train's elastic policy counts workers, {node: resources}, in this process.
 
-    `nodes_for(policy, reserved)` gives the nodes for any group; `while_running(policy, group, those)` what counts of
-    them while a group trains. Ray asks its own book, which knows neither dead, nor drained, nor cold nodes in time.
+    `nodes_for(policy, reserved)` returns the nodes for any group; `while_running(policy, group, nodes)` those of them
+    that count while a group trains. Ray's reservations do not know of dead, drained or cold nodes in time.
     """
 
     def reserved(policy: Any) -> Any:
