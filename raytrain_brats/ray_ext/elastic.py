@@ -23,7 +23,7 @@ from raytrain_brats.ray_ext.warm_pool import WarmPool
 DEATH_S = 20.0
 """Longest wait until Ray declares a node dead that does not answer; Ray's default takes some 20 s."""
 
-_logger = logging.getLogger("ray.train")
+_logger = logging.getLogger(__name__)
 
 
 def tag(run_dir: str) -> str:

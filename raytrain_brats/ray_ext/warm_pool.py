@@ -28,7 +28,7 @@ WARM_S = 60.0
 WORKER = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{__name__}.warm_worker"}
 """Environment of a worker's process: what it calls before it accepts work (Ray's worker_process_setup_hook)."""
 
-_logger = logging.getLogger("ray.train")
+_logger = logging.getLogger(__name__)
 
 imported = (0.0, 0.0)
 """When this process began and ended its imports, if it was started for a worker."""
