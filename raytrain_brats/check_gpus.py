@@ -5,9 +5,11 @@ something is wrong. With NCCL_DEBUG=INFO the log names the network: on p4d "NET/
 """
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
+import threading
 import time
 import uuid
 from typing import Any
@@ -119,14 +121,30 @@ def main() -> int:
         "rounds": args.rounds,
         "edge": args.edge or (32 if args.cpu else 128),
     }
+    over, shown = threading.Event(), set[str]()
+
+    def show() -> None:
+        """Print what workers have found, as it comes: a network that hangs must not hide who is well."""
+        with contextlib.suppress(Exception):  # the cluster is going; `fit` says why
+            for key in sorted(set(core.kv_list(settings["key"])) - shown):
+                print((core.kv_get(key) or b"").decode(), flush=True)
+                shown.add(key)
+
+    def follow() -> None:
+        while not over.wait(1):
+            show()
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
     try:
         TorchTrainer(check, train_loop_config=settings, scaling_config=scaling).fit()
     except TrainingFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     finally:
-        for key in sorted(core.kv_list(settings["key"])):
-            print((core.kv_get(key) or b"").decode())
+        over.set()
+        follower.join(10)
+        show()
     return 0
 
 

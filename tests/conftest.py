@@ -57,3 +57,9 @@ def s3_server(_moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     s3.client.cache_clear()
     yield f"s3://{bucket}"
     s3.client.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def all_warnings_are_caught(caplog: pytest.LogCaptureFixture) -> None:
+    """Ray quiets the handlers it finds in this process, pytest's among them."""
+    caplog.handler.setLevel(0)

@@ -163,7 +163,9 @@ def _grouped(listing: Listing, root_name: str) -> tuple[list[_Group], list[str],
         elif path in listing.unreadable:
             group.unreadable[path] = listing.unreadable[path]
         else:
-            places, number = (group.labels, _LABELS[kind]) if kind in _LABELS else (group.files, modality(kind) or 0)
+            number = _LABELS[kind] if kind in _LABELS else modality(kind)
+            assert number is not None, f"labels.py has no modality for {kind}, which this pattern takes"
+            places = group.labels if kind in _LABELS else group.files
             if (first := places.setdefault(number, path)) != path:
                 group.twice.append((first, path))
     _name_apart(list(groups.values()))

@@ -180,6 +180,7 @@ def _placement_group(ec2: Any, name: str) -> str:
     """For our own name the account stack's, which CloudFormation called otherwise; else `name`, made if missing."""
     if name == GROUP:
         ours = [{"Name": "tag:project", "Values": [GROUP]}, {"Name": "state", "Values": ["available"]}]
+        ours.append({"Name": "strategy", "Values": ["cluster"]})
         if found := sorted(g["GroupName"] for g in ec2.describe_placement_groups(Filters=ours)["PlacementGroups"]):
             return str(found[0])
     with _allowed("InvalidPlacementGroup.Duplicate"):

@@ -25,7 +25,7 @@ from raytrain_brats.ray_ext.internals.train import WorkerGroupCallback
 KEEP_S = 24 * 3600
 WARM_S = 60.0
 """A node that joins is used after this time even if it is not warm."""
-WORKER = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{__name__}.warm_worker"}
+WORKER = {core.SETUP_HOOK: f"{__name__}.warm_worker"}
 """Environment of a worker's process: what it calls before it accepts work (Ray's worker_process_setup_hook)."""
 
 _logger = logging.getLogger(__name__)

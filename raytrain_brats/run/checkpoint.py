@@ -72,7 +72,8 @@ def save(
             listed[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     except OSError:  # free a full disk's space; not after this block, when the manifest may have been written
         with contextlib.suppress(OSError):
-            discard(run_dir, name)
+            if not storage.exists(_uri(run_dir, name, "MANIFEST.json")):  # else an earlier attempt has committed it
+                discard(run_dir, name)
         raise
     manifest: dict[str, Any] = {"format": FORMAT, "samples_seen": samples_seen, "generation": generation}
     manifest["files"] = listed

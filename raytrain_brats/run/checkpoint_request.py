@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from raytrain_brats import storage
+from raytrain_brats.errors import UserError
 from raytrain_brats.run import control, journal
 from raytrain_brats.run.run_dir import RunDir
 
@@ -54,6 +55,7 @@ def request(run_dir: str, what: int) -> bool:
         if now.holds_since > asked - HOLD_S or (now.answered >= asked and what == SAVE):
             return True
         time.sleep(0.2)
+    document.swap(json.dumps(wanted).encode(), json.dumps(wanted | {"what": 0}).encode())  # a late HOLD helps nobody
     return False
 
 
@@ -82,7 +84,7 @@ class RequestPoller:
 
     def _poll_all(self) -> None:
         while not self._closed.wait(self._every_s):
-            with contextlib.suppress(OSError):  # storage may be unreachable for a while
+            with contextlib.suppress(OSError, UserError):  # storage may be unreachable for a while
                 self._request = _parsed(self._document.read()) or self._request
 
 

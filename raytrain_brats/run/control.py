@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from raytrain_brats import storage
 from raytrain_brats.run.run_dir import RunDir
 
 _logger = logging.getLogger(__name__)
@@ -57,6 +58,12 @@ def note(run_dir: str, generation: int, **changes: Any) -> None:
     raise OSError(f"{document.uri}: others were quicker {_TRIES} times")
 
 
+def newest(run_dir: str) -> int:
+    """The greatest number of a group that has a document; 0 when none has."""
+    names = storage.list_files(RunDir(run_dir).groups)
+    return max((int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()), default=0)
+
+
 class StatusWriter:
     """Writes rank 0's changes in a thread, in order: slow or unreachable storage must not delay a step."""
 
@@ -88,7 +95,7 @@ class StatusWriter:
                 try:
                     note(self._run_dir, self._generation, **changes)
                     changes = {}
-                except OSError as error:
+                except Exception as error:  # noqa: BLE001 - whatever it was, all later changes wait for this thread
                     _logger.warning("the status of worker group %d is not written yet: %s", self._generation, error)
                     time.sleep(1)
                     with self._lock:

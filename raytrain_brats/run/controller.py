@@ -5,7 +5,7 @@ Out: the dataset of each worker group; generations, statuses, events in the run 
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray.train import UserCallback
@@ -50,6 +50,7 @@ class FailureLogger(UserCallback):
 
     run_dir: str
     driver: str
+    _noted: dict[str, int] = field(default_factory=dict)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         try:
@@ -65,9 +66,12 @@ class FailureLogger(UserCallback):
         if generation and generation.driver != self.driver:
             return  # another driver took the run over and fenced this group off: that is no failure
         number = generation.number if generation else 0
-        control.note(self.run_dir, number, failure=cause)
+        if number == self._noted.get("generation"):
+            return  # Ray calls this at each poll while a node is going
         last = {"last_row": at} if (at := journal.last_row_time(self.run_dir)) else {}
         journal.event(self.run_dir, "failure", generation=number, rank=rank, error=cause, **last)
+        control.note(self.run_dir, number, failure=cause)
+        self._noted["generation"] = number
 
 
 @dataclass(frozen=True)

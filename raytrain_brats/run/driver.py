@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer
 
 from raytrain_brats import interrupt, storage
 from raytrain_brats.data import stream
-from raytrain_brats.errors import RunFailed
+from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster, elastic, roles, warm_pool
 from raytrain_brats.run import checkpoint, checkpoint_request, control, gauges, journal
 from raytrain_brats.run.controller import CheckpointBeforeResize, FailureLogger, StreamFactory
@@ -143,15 +143,16 @@ def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) ->
 def _save(run_dir: str) -> None:
     """On Ctrl-C: request a checkpoint of the group that trains, if one does."""
     interrupt.allow(checkpoint_request.TIMEOUT_S + interrupt.GRACE_S)
-    if checkpoint_request.training(run_dir):
+    saved = False
+    try:
+        if not checkpoint_request.training(run_dir):
+            return
         print("saving a checkpoint ...", flush=True)
-        try:
-            saved = checkpoint_request.request(run_dir, checkpoint_request.HOLD)
-        except OSError as error:
-            print(f"cannot ask for one: {error}", flush=True)
-            saved = False
-        outcome = "saved" if saved else "not saved now"
-        print(f"{outcome}: the same command goes on from the newest checkpoint", flush=True)
+        saved = checkpoint_request.request(run_dir, checkpoint_request.HOLD)
+    except (OSError, UserError, RunFailed) as error:
+        print(f"cannot ask for a checkpoint: {error}", flush=True)
+    outcome = "saved" if saved else "not saved now"
+    print(f"{outcome}: the same command goes on from the newest checkpoint", flush=True)
 
 
 def _settle(fitting: "Future[Any]", trainer: TorchTrainer) -> None:

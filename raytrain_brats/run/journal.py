@@ -63,7 +63,7 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
     1. Raise the fence: from then on no older group passes `MetricsLog.check`. First, since whatever is read before that
        may change.
     2. Remove checkpoints that a replaced group committed late. Their rows were dropped when the current group began.
-    3. Choose the checkpoint. Nothing was removed yet that a person could need if none is valid.
+    3. Choose the checkpoint. Nothing that counts was removed yet, so a person can restore it if none is valid.
     4. Record the decision. A writer that passed its fence before 1 may still put its manifest; if it comes after 3, the
        record is what tells the next call that it is late (2).
     5. Drop the rows. After 4: were they dropped first and this process killed, the late checkpoint would be chosen next
@@ -73,7 +73,8 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
     before = known or Generation(0, driver=driver)
     if driver and before.driver != driver:
         raise RunFailed(_TAKEN.format(run_dir))
-    fence = max(before.number, before.fence) + 1
+    last = 0 if before.number else control.newest(run_dir)  # a person removed generation.json: no number twice
+    fence = max(before.number, before.fence, last) + 1
     content = _decide(run_dir, content, replace(before, fence=fence))
     _remove_temporary_files(run_dir)
     _end_torn_line(run_dir)
@@ -82,6 +83,8 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
             checkpoint.discard(run_dir, name)
     found, damaged = checkpoint.newest_valid(run_dir)
     status = control.status(run_dir, before.number)
+    if status.stopped and before.failures_in_place >= 0:  # else a person has started the run again since
+        raise RunFailed(status.stopped)
     if found is None and (damaged or before.checkpoint or status.committed):
         why = "; ".join(f"{name}: {reason}" for name, reason in damaged) or "they are gone"
         raise RunFailed(f"no checkpoint of {run_dir} is valid ({why}); restore them, or give another --run-dir")

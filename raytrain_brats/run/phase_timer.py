@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PHASES = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "validate", "end")
+PHASES = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "validate", "close", "end")
 """In the order of a step: the others wait for the rank that is in the earliest phase."""
 _CAUSES = {
     "data": "data_wait_s",

@@ -4,6 +4,7 @@ In: results of steps, checkpoints, validations.
 Out: rows, events and checkpoints in the run folder (rank 0), quarantined cases (every rank).
 """
 
+import contextlib
 import math
 import statistics
 import time
@@ -90,12 +91,14 @@ class RunRecorder:
         self._stragglers = Stragglers(world_size)
         self._quarantined: set[str] = set()
         self._gauges = StepGauges(spec.run_dir)
+        self._ready_at = 0.0
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def __enter__(self) -> "RunRecorder":
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
+        self.timer.enter("close")
         if self._requests:
             self._requests.close()
         try:
@@ -121,6 +124,7 @@ class RunRecorder:
 
     def ready(self) -> None:
         """Record that this rank is about to wait for its first patch."""
+        self._ready_at = time.time()
         node = ray.util.get_node_ip_address()
         self.event("worker", rank=self.rank, world_size=self.world_size, node=node, device=self._device)
 
@@ -157,8 +161,11 @@ class RunRecorder:
     def _recovered(self) -> None:
         """Record where the time from the failure, resize or launch to this first step went."""
         first, now = self.timer.first_entered, time.time()
-        reached = [first["start"], first.get("data", now), first.get("forward", now), now]
-        parts = breakdown(journal.recent(self.spec.run_dir)[1], warm_pool.imported, reached)
+        reached = [first["start"], self._ready_at or now, first.get("forward", now), now]
+        events = []
+        with contextlib.suppress(OSError):  # telemetry must not end a rank while the storage is away
+            events = journal.recent(self.spec.run_dir)[1]
+        parts = breakdown(events, warm_pool.imported, reached)
         self.event("recovered", world_size=self.world_size, began=self.timer.first_batch, **parts)
 
     def _stop(self, reason: str) -> None:
@@ -222,6 +229,7 @@ class RunRecorder:
         state |= {"metrics_bytes": self._log.bytes, "bad_in_epoch": self._bad_in_epoch}
         facts: dict[str, Any] = {"samples_seen": seen}
         answer: dict[str, float] = {}
+        keep = self.spec.config.checkpoint.keep
         if asked and self._requests:
             facts |= {"request": self._requests.answered, "hold": asked == HOLD}
             answer = {"answered": self._requests.answered} | ({"holds_since": time.time()} if asked == HOLD else {})
@@ -232,11 +240,12 @@ class RunRecorder:
             self._log.flush()  # rows first: a committed checkpoint says how many bytes of them belong to it
             number = self.generation.number
             made = checkpoint.save(self.spec.run_dir, seen, number, tensors, state, fence=self._log.check)
-            self._log.check()  # a replaced group's writer must not remove checkpoints either
-            checkpoint.prune(self.spec.run_dir, self.spec.config.checkpoint.keep, number, self.generation.samples_seen)
             seconds = round(time.perf_counter() - began, 3)
             self._note(committed=True, **answer)
             self.event("checkpoint", name=made.name, bytes=made.bytes, seconds=seconds, **facts)
+            self._log.check()  # a replaced group's writer must not remove checkpoints either
+            with contextlib.suppress(OSError):  # it is committed; what is too much goes with the next
+                checkpoint.prune(self.spec.run_dir, keep, number, self.generation.samples_seen)
 
         def persist() -> None:
             """If the storage fails, the previous checkpoint stays the newest and the next attempt is the next save;

@@ -63,7 +63,7 @@ class RunDir:
         self.config, self.manifest = self.file("config.yaml"), self.file("manifest.jsonl")
         self.metrics, self.events = self.file("metrics.jsonl"), self.file("events.jsonl")
         self.report, self.evaluation = self.file("report.html"), self.file("evaluation")
-        self.ray, self.checkpoints = self.file("ray"), self.file("checkpoints")
+        self.ray, self.checkpoints, self.groups = (self.file(name) for name in ("ray", "checkpoints", "groups"))
         self.lease, self.generation = Document(self.file("lease.json")), Document(self.file("generation.json"))
         self.save_request = Document(self.file("save-request.json"))
 
@@ -71,7 +71,7 @@ class RunDir:
         return storage.join(self.uri, *parts)
 
     def group(self, generation: int) -> Document:
-        return Document(self.file("groups", f"{generation:04d}.json"))
+        return Document(storage.join(self.groups, f"{generation:04d}.json"))
 
     def validation(self, samples_seen: int) -> str:
         return self.file("validation", f"{samples_seen:012d}.csv")

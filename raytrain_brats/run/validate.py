@@ -39,7 +39,10 @@ def validate(spec: RunSpec, train_step: TrainStep, rank: int, seen: int, enter: 
     scores = [s for part in gathered for s in part if s is not None]
     if rank != 0 or not scores:
         return None
-    storage.write_bytes(RunDir(spec.run_dir).validation(seen), table(scores))
+    try:
+        storage.write_bytes(RunDir(spec.run_dir).validation(seen), table(scores))
+    except OSError as error:  # a full disk costs the table, not the run
+        journal.warn(spec.run_dir, f"the table of the validation at sample {seen:,} is not written: {error}")
     return means(scores) | {"cases": len(scores)}
 
 

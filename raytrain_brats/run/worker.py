@@ -102,6 +102,7 @@ def train_rank(
             while seen < segment_end and not recorder.stopped:
                 timer.enter("data", seen)
                 mine = take(stream, sampler.rank_positions(seen, stream_start, rank, world_size))
+                timer.enter("forward")  # with the copying of the batch, which waits for nobody
                 result = train_step.step(batch_of(mine, seen), seen, recorder.poll(), timer.enter)
                 before, seen = seen, min(seen + sampler.global_batch, sampler.total)
 

@@ -24,7 +24,8 @@ def test_the_meter_counts_children_that_live_and_that_are_gone() -> None:
     with Meter() as meter, subprocess.Popen(command) as alive:
         begun = time.monotonic()
         subprocess.run([sys.executable, "-c", BURN.format(1.2, 0.3)], check=True)
-        while sum(map(int, Path(f"/proc/{alive.pid}/stat").read_text().split()[13:15])) < 120:
+        while sum(map(int, Path(f"/proc/{alive.pid}/stat").read_text().split()[13:15])) < 110:  # ticks of 10 ms
+            assert alive.poll() is None
             time.sleep(0.1)
         time.sleep(0.5)
         ended = time.monotonic()

@@ -36,7 +36,7 @@ def test_a_convolution_that_is_wrong_is_told(part: str, monkeypatch: pytest.Monk
 
 
 def test_each_worker_is_told_once() -> None:
-    """A line for each rank, in their order, and one for the sums; nothing of Ray's beside them."""
+    """A line for each rank and one for the sums; nothing of Ray's beside them."""
     try:
         head = ray.init(address="local", num_cpus=3, include_dashboard=False).address_info["gcs_address"]
         command = [sys.executable, "-m", "raytrain_brats.check_gpus", "--cpu", "--workers", "2", "--rounds", "2"]
@@ -45,4 +45,4 @@ def test_each_worker_is_told_once() -> None:
         ray.shutdown()
     assert done.returncode == 0, done.stderr
     found = [re.match(r"rank \d|all-reduce of 256 MiB over 2", line) for line in done.stdout.splitlines()]
-    assert [line and line[0] for line in found] == ["rank 0", "rank 1", "all-reduce of 256 MiB over 2"], done.stdout
+    assert sorted(line[0] if line else "" for line in found) == ["all-reduce of 256 MiB over 2", "rank 0", "rank 1"]

@@ -37,6 +37,8 @@ def _resolved(where: str) -> Any:
     found: Any = importlib.import_module(name)
     if path == "ScalingConfig()":
         return ray.train.ScalingConfig()
+    if path == "PreemptingState()":
+        return found.PreemptingState(None, 0.0)
     if path == "_AutoscalingCoordinatorActor()":
         return found._AutoscalingCoordinatorActor(lambda: 0.0, lambda *_, **__: None, list)
     for part in filter(None, path.removesuffix("()").split(".")):

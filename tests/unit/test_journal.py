@@ -136,6 +136,29 @@ def test_a_failure_counts_whatever_else_is_told(run_dir: str) -> None:
     assert journal.begin_generation(run_dir).failures_in_place == 1
 
 
+def test_a_removed_generation_takes_no_number_twice(run_dir: str) -> None:
+    """A person may remove a damaged generation.json: what an old group noted down is not taken for the new one's."""
+    for _ in range(3):
+        number = journal.begin_generation(run_dir).number
+        control.note(run_dir, number, trains=True, stopped="too many bad cases", failure="bug")
+        journal.take_over(run_dir)  # a person starts a run that had stopped again
+    save(run_dir, 8)
+    storage.delete(storage.join(run_dir, "generation.json"))
+    journal.take_over(run_dir, "me")
+    begun = journal.begin_generation(run_dir, "me")
+    assert (begun.number, begun.samples_seen, begun.failures_in_place) == (4, 8, 0)
+    assert control.status(run_dir, begun.number) == control.GroupStatus()
+
+
+def test_a_group_that_stopped_is_not_started_again_by_itself(run_dir: str) -> None:
+    """Whatever came after its reason to stop, the controller gives up with that; a person may start the run again."""
+    control.note(run_dir, journal.begin_generation(run_dir).number, stopped="too many bad cases", failure="flush")
+    with pytest.raises(RunFailed, match="too many bad cases"):
+        journal.begin_generation(run_dir)
+    journal.take_over(run_dir)
+    assert journal.begin_generation(run_dir).failures_in_place == 0
+
+
 def test_writers_of_a_status_keep_each_others_fields(run_dir: str) -> None:
     """The controller's failure and rank 0's notes meet in one document; a damaged one is named."""
     with ThreadPoolExecutor(4) as pool:

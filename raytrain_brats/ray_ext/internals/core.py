@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 from ray._common.utils import get_ray_address_file
-from ray._private import auto_init_hook, services
+from ray._private import auto_init_hook, ray_constants, services
 from ray._private.authentication import authentication_token_setup
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
@@ -45,12 +45,15 @@ ATTRIBUTES = {
     "ray.core.generated.autoscaler_pb2:DrainNodeReason": (),
     "ray._raylet:GcsClient": (),
     "ray._raylet:InnerGcsClient": ("internal_kv_keys", "internal_kv_get", "get_all_node_info", "drain_node"),
+    "ray._private.ray_constants": ("WORKER_PROCESS_SETUP_HOOK_ENV_VAR",),
     # names given as text: loggers that are quieted, modules that are imported ahead
     "ray.train.v2._internal.execution.worker_group.worker": (),
 }
 NAMESPACE = b"raytrain_brats"
 """Of our keys in the cluster's key-value store."""
 TOKEN_LOGGER = "ray._private.authentication"  # noqa: S105 - a logger's name
+SETUP_HOOK = ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+"""Environment variable by which Ray hands `worker_process_setup_hook` on."""
 WORKER_MODULE = "ray.train.v2._internal.execution.worker_group.worker"
 """What a worker's process imports first; a warm process has imported it already."""
 

@@ -26,6 +26,7 @@ ATTRIBUTES = {
         "make_decision_for_running_worker_group",
         "_count_possible_workers",
     ),
+    "ray.train.v2._internal.execution.controller.state:PreemptingState()": ("preemption_info",),
     "ray.train:ScalingConfig()": ("_resources_per_worker_not_none",),
 }
 _reserved = ElasticScalingPolicy._get_reserved_resources
