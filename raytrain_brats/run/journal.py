@@ -82,6 +82,8 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
         if generation < before.number and seen > before.samples_seen:
             checkpoint.discard(run_dir, name)
     found, damaged = checkpoint.newest_valid(run_dir)
+    if damaged:  # they will be removed: one bad read must not cost a good checkpoint
+        found, damaged = checkpoint.newest_valid(run_dir)
     status = control.status(run_dir, before.number)
     if status.stopped and before.failures_in_place >= 0:  # else a person has started the run again since
         raise RunFailed(status.stopped)
