@@ -1,4 +1,7 @@
-"""Warnings of any process, in one format. In: `logging`, by modules of this package. Out: lines on standard error.
+"""Warnings of any process, in one format. Runs in any process.
+
+In: `logging`, by modules of this package.
+Out: lines on standard error.
 
 A command's go to its terminal. Those of Ray's processes stand in Ray's logs of them; what a person must act on goes
 through `journal.warn` into the run's events besides, and the driver's progress shows it.

@@ -203,6 +203,26 @@ class Slow:
         self.writer.start(write)
 
 
+def test_a_second_attempt_that_fails_leaves_what_the_first_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to the manifest's write may be lost: what is committed then is no half-written checkpoint."""
+    made = save(tmp_path, 8)
+    write = storage.write_bytes
+
+    def full(uri: str, content: bytes) -> None:
+        if uri.endswith("state.json"):
+            raise OSError(28, "No space left on device")
+        write(uri, content)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(storage, "write_bytes", full)
+        with pytest.raises(OSError, match="No space"):
+            save(tmp_path, 8)
+    found, damaged = checkpoint.newest_valid(str(tmp_path))
+    assert found is not None and (found.name, damaged) == (made.name, [])
+
+
 def test_writer_takes_its_snapshot_at_once(tmp_path: Path) -> None:
     """`start` returns before anything is written; training on in place does not leak into the checkpoint."""
     slow, tensors = Slow(tmp_path), {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3).T}  # b is not contiguous

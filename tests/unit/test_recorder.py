@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from raytrain_brats import storage
+from raytrain_brats.errors import UserError
 from raytrain_brats.learn.step import StepResult
 from raytrain_brats.run import checkpoint, checkpoint_request, control, journal, phase_timer
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
@@ -228,6 +229,37 @@ def test_nobody_waits_for_a_group_that_was_replaced(tmp_path: Path) -> None:
         time.sleep(0.3)
         journal.begin_generation(str(tmp_path))
         assert asked.result(timeout=60) is False  # the request's own patience is longer
+
+
+def test_a_request_that_was_not_answered_in_time_is_withdrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that finds it later must not hold: whoever asked does not wait for it any more."""
+    generation = begun(tmp_path)
+    monkeypatch.setattr(checkpoint_request, "TIMEOUT_S", 0.3)
+    assert checkpoint_request.request(str(tmp_path), HOLD) is False
+    poller = checkpoint_request.RequestPoller(str(tmp_path), generation.number)
+    try:
+        deadline = time.monotonic() + 60
+        while not poller._request and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert poller._request and poller.poll() == 0
+    finally:
+        poller.close()
+
+
+def test_a_status_is_written_after_any_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is no OSError, as of a mount without locks: later changes wait for the same thread."""
+    real, failures = control.note, [UserError("its file system does not lock files")]
+
+    def note(*place: Any, **changes: Any) -> None:
+        if failures:
+            raise failures.pop()
+        real(*place, **changes)
+
+    monkeypatch.setattr(control, "note", note)
+    writer = control.StatusWriter(str(tmp_path), 1)
+    writer.note(trains=True)
+    writer.close(60)
+    assert not failures and control.status(str(tmp_path), 1).trains
 
 
 def begun(tmp_path: Path) -> journal.Generation:
