@@ -48,9 +48,7 @@ class Data(_Frozen):
     patch_xyz: tuple[PositiveInt, PositiveInt, PositiveInt] = (128, 128, 128)
     """Voxels of a training patch."""
     patches_per_case: PositiveInt = 4
-    """Patches cut from each case per epoch, out of one decode."""
-    window_cases: PositiveInt = 4
-    """Cases whose patches are shuffled among each other (decoded by one task)."""
+    """Patches cut from each case per epoch, out of one decode; shown in as many successive steps."""
     foreground_share: Share = 0.5
     """Share of patches centred on a tumour voxel."""
     max_bad_share: Share = 0.05
@@ -143,8 +141,8 @@ class Run(_Frozen):
     """Data tasks at a time; by default, on machines of up to 4 CPUs, one a CPU that no worker has, else as many as
     CPUs and object store allow."""
     prefetch: PositiveInt | None = None
-    """Parcels of the stream a worker fetches ahead, of up to `data.patches_per_case` patches each; by default 4 with
-    GPUs and 1 without, where a step takes seconds and each table 30 MB of a small object store."""
+    """Rows of the stream, of 1 to 8 cases, that a worker reads ahead; by default 4 with GPUs and 1 without, where a step
+    takes seconds and each case 30 MB of a small object store."""
     resize_check_s: PositiveFloat = 30.0
     """How often a running group is compared with what the cluster could give."""
     hang_timeout_s: PositiveFloat = 20.0

@@ -52,7 +52,8 @@ class Args:
 
 def work(args: Args) -> None:
     run_dir = run_folder(args.run_dir)
-    settings, convention, dataset_identity = spec.open_run(run_dir)
+    run = spec.open_run(run_dir)
+    settings, convention = run.config, run.convention
     manifest, source = spec.open_cases(settings, *cases_from(args.data, args.store), run_dir)
     if not comparable(convention, source.convention):
         raise UserError(
@@ -62,7 +63,7 @@ def work(args: Args) -> None:
         )
     preprocessing = spec.preprocessing(settings)
     own = convention == source.convention and manifests.is_dataset_identity(
-        dataset_identity, manifest.cases, preprocessing, convention
+        run.dataset_identity, manifest.cases, preprocessing, convention
     )
     if not own and args.split != "all":
         raise UserError(

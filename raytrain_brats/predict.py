@@ -54,7 +54,8 @@ class Args:
 
 def work(args: Args) -> None:
     run_dir, out = run_folder(args.run_dir), storage.normal(args.out)
-    settings, learned, _ = spec.open_run(run_dir)
+    run = spec.open_run(run_dir)
+    settings, learned = run.config, run.convention
     convention = args.convention or learned
     if not comparable(convention, learned):
         raise UserError(

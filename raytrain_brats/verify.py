@@ -30,12 +30,14 @@ class Args:
 
 def work(args: Args) -> None:
     run_dir = run_folder(args.run_dir)
-    settings, convention, dataset_identity = spec.open_run(run_dir)
+    run = spec.open_run(run_dir)
+    spec.check_order(run_dir, run)
     manifest = manifests.read(RunDir(run_dir).manifest)
-    if not manifests.is_dataset_identity(dataset_identity, manifest.cases, spec.preprocessing(settings), convention):
-        raise RunFailed(f"{run_dir}/manifest.jsonl is not the data that config.yaml names ({dataset_identity})")
-    cases, _ = manifest.split(settings.data.fold)
-    sampler, rows = spec.sampler_of(settings, len(cases)), journal.read_rows(run_dir)
+    meant = spec.preprocessing(run.config), run.convention
+    if not manifests.is_dataset_identity(run.dataset_identity, manifest.cases, *meant):
+        raise RunFailed(f"{run_dir}/manifest.jsonl is not the data that config.yaml names ({run.dataset_identity})")
+    cases, _ = manifest.split(run.config.data.fold)
+    sampler, rows = spec.sampler_of(run.config, len(cases)), journal.read_rows(run_dir)
     for number, row in enumerate(rows):
         if wrong := difference(row, number, sampler, cases):
             raise RunFailed(f"{run_dir}/metrics.jsonl, row {number + 1}: {wrong}")

@@ -1,15 +1,15 @@
 """What travels from data tasks to ranks: of each case the box that its patches cover. Runs in data tasks and workers.
 
-In: the samples of a window, their cases and source, the number of ranks.
-Out: one-row Arrow tables that the ranks receive in turn; on the rank the `Patch`es again, as views into the table.
+In: dealt cases, the samples that are to be cut from each, their source.
+Out: a one-row Arrow table of case boxes; on the rank the `Patch`es again, as views into the table.
 
 Patches of one case overlap: four of 128^3 are 76 MB, the brain they were cut from is 28. So a rank receives the part of
 each case that its patches cover, once, and crops the patches itself: a third of the bytes, and no second copy (measured
-in docs/benchmarks/data.md).
+in docs/benchmarks/stream.md).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,8 +24,6 @@ from raytrain_brats.data.patch import Patch, crop, empty_patch, patch_origin
 from raytrain_brats.data.preprocess import Prepared, Triple, triple
 from raytrain_brats.data.sampler import Sample
 from raytrain_brats.data.store import Source, binary_column, binary_value
-
-Item = tuple[Sample, Case | None]
 
 
 @dataclass(frozen=True)
@@ -70,59 +68,21 @@ class CaseBox:
     std: tuple[float, ...] = ()
 
 
-def rank_tables(
-    source: Source, items: list[Item], patch_spec: PatchSpec, world_size: int, buffer: Buffer | None = None
-) -> Iterator[pa.Table]:
-    """Tables for the ranks in turn: the first is for the rank of the first item, the next for the next rank.
+def case_boxes(source: Source, case: Case, samples: Sequence[Sample], patch_spec: PatchSpec) -> list[CaseBox]:
+    """The boxes of these samples of a case, which is loaded once.
 
-    All ranks get equally many tables with equally many items; then come the items that are left when their number is
-    no multiple of `world_size`, a table each. Each case is loaded once. A table in `buffer` is valid until the next is
-    asked for.
-
-    Invalid cases raise nothing: they become patches of weight zero, because a missing row would shift all later rows
-    to other ranks. OSError (storage down) is raised: it says nothing about the case, and the run must stop rather than
-    train without it.
+    An invalid case raises nothing: its samples become patches of weight zero. OSError (storage down) is raised: it says
+    nothing about the case, and the run must stop rather than train without it.
     """
-    # The split deals rows to ranks in turn (`stream.OrderedSplit`), so item n belongs to share n mod W. Only whole
-    # turns are grouped; the rest gets a table each, so that the next window begins with the rank whose turn it is.
-    whole = len(items) - len(items) % world_size
-    shares = [range(rank, whole, world_size) for rank in range(world_size)] if whole else []
-    shared = len(shares)
-    shares += [range(one, one + 1) for one in range(whole, len(items))]
-    cases = {case.id if case else "": case for _, case in items}
-    names = list(cases)
-    # With few ranks a share holds many cases. Rounds bound the memory on both sides to the boxes of about W cases.
-    rounds = max(1, len(names) // world_size) if whole else 1
-    waiting: list[list[CaseBox]] = [[] for _ in shares]
-    for left in reversed(range(rounds)):
-        for name in names[len(names) * (rounds - 1 - left) // rounds : len(names) * (rounds - left) // rounds]:
-            prepared = load(source, cases[name])
-            for share, boxes in zip(shares, waiting, strict=True):
-                wanted = [s for s, case in (items[n] for n in share) if (case.id if case else "") == name]
-                boxes += bounding_boxes(prepared, name, wanted, patch_spec) if wanted else []
-        for boxes in waiting[:shared]:
-            yield encode(boxes, patch_spec.size_zyx, left, buffer)
-            boxes.clear()
-    for boxes in waiting[shared:]:
-        yield encode(boxes, patch_spec.size_zyx, 0, buffer)
-
-
-def load(source: Source, case: Case | None) -> Prepared | str:
-    """The prepared case, or the reason why there is none; "" for padding, which has no case."""
-    if case is None:
-        return ""
     try:
-        return source.load(case)
+        return bounding_boxes(source.load(case), case.id, samples, patch_spec)
     except InvalidCase as error:
-        return f"{error.reason}: {error.detail}"
+        reason = f"{error.reason}: {error.detail}"
+        return [CaseBox(case.id, [(sample, (0, 0, 0)) for sample in samples], reason)]
 
 
-def bounding_boxes(
-    prepared: Prepared | str, case_id: str, samples: list[Sample], patch_spec: PatchSpec
-) -> list[CaseBox]:
+def bounding_boxes(prepared: Prepared, case_id: str, samples: Sequence[Sample], patch_spec: PatchSpec) -> list[CaseBox]:
     """The bounding box of these patches of a case; a box for each where the common one would be larger than all."""
-    if isinstance(prepared, str):
-        return [CaseBox(case_id, [(sample, (0, 0, 0)) for sample in samples], prepared)]
     size, share = np.array(patch_spec.size_zyx), patch_spec.foreground_share
     origins = [np.array(patch_origin(prepared, sample, patch_spec.size_zyx, share)) for sample in samples]
     separately = prod(size) * len(samples)
@@ -136,10 +96,10 @@ def bounding_boxes(
     return [CaseBox(case_id, within, "", triple(high - low), image, label, prepared.mean, prepared.std)]
 
 
-def encode(boxes: list[CaseBox], size_zyx: Triple, left: int, buffer: Buffer | None = None) -> pa.Table:
+def encode(boxes: Sequence[CaseBox], size_zyx: Triple, until: int, buffer: Buffer | None = None) -> pa.Table:
     """One row: a JSON description, and all voxels as one run of bytes, because dtypes differ between cases.
 
-    `left`: how many tables of the same window follow for this rank.
+    `until` is that of the sampler's `Row`. A table in `buffer` is valid until the next is asked for.
     """
     parts: list[dict[str, Any]] = []
     arrays: list[tuple[int, Triple, npt.NDArray[Any]]] = []
@@ -157,12 +117,12 @@ def encode(boxes: list[CaseBox], size_zyx: Triple, left: int, buffer: Buffer | N
     voxels = (buffer or Buffer()).take(total)
     for at, shape, array in arrays:
         _fill(_array(voxels, at, array.dtype, shape), array)
-    about_all = json.dumps({"left": left, "size_zyx": size_zyx, "parts": parts})
+    about_all = json.dumps({"until": until, "size_zyx": size_zyx, "parts": parts})
     return pa.table({"about": [about_all], "voxels": binary_column(voxels)})
 
 
 def decode(table: pa.Table) -> tuple[int, list[Patch]]:
-    """(How many tables of the same window follow for this rank, the patches in this one); views into the table."""
+    """(`until` of the row, its patches); views into the table."""
     about = json.loads(table.column("about")[0].as_py())
     voxels = binary_value(table, "voxels", np.uint8)
     size = tuple(about["size_zyx"])
@@ -178,7 +138,7 @@ def decode(table: pa.Table) -> tuple[int, list[Patch]]:
         for position, seed, origin in part["patches"]:
             cropped = crop(image, origin, size), crop(label, origin, size)
             patches.append(Patch(position, seed, name, 1.0, "", *cropped, mean, std))
-    return about["left"], patches
+    return about["until"], patches
 
 
 def _array(voxels: Any, at: int, dtype: Any, shape: Any) -> npt.NDArray[Any]:

@@ -1,12 +1,15 @@
 """Which case, crop and augmentation belongs to each position of a run: integers only, no I/O. Runs in any process.
 
-In: seed, number of cases, global batch, patches per case, window, epochs.
-Out: for a position its case and seed; for a rank its positions in a step; for a cursor the segment to stream.
+In: seed, number of cases N, global batch G, patches per case k, epochs.
+Out: for a position its case and seed; for a rank its positions in a step and the cases that it needs for them.
 
-A run is the list of positions 0 .. total-1. Step s applies positions [s*G, (s+1)*G) whatever the number of
-workers. An epoch holds every case `patches_per_case` times, padded to whole global batches by samples of weight
-zero. Cases are shuffled anew each epoch; `window_cases` of them are decoded together and their patches shuffled
-within the window, so one decode serves several patches and neighbouring steps still see different cases.
+A run deals its cases as one endless list, shuffled anew each epoch: dealt case n is case number n mod N of the order of
+epoch n div N. It is shown for k steps from step `start(n)` = n k div G on, one patch a step, so that a step shows the G
+youngest dealt cases, G / k of them for the first time. Position p is place p mod G of step p div G. While a run fills
+up, in its first k - 1 steps, and while it ends, some places show no case: padding, samples of weight zero.
+
+Rank r of W owns the dealt cases n = r mod W. A step's G cases have successive numbers, so each rank owns G / W of them,
+rounded up or down, at any world size from 1 to G, and a case travels to one rank only, for all its k patches.
 
 Everything here is a pure function of (seed, position): a resume needs one number, `samples_seen`, and no state of a
 generator; any process computes any position without those before it. The idea is MosaicML Streaming's (`partition/`);
@@ -19,9 +22,8 @@ from functools import lru_cache
 
 import numpy as np
 
-SEGMENT_WINDOWS = 1024
-"""Read tasks of one Ray Data execution, a compromise: each costs 1.2 ms before the first row, and each execution about
-1 s in which nothing is streamed."""
+ORDER = "dealt"
+"""Name of this order in a run folder's config.yaml: a run that began in another cannot go on in it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,16 @@ class Sample:
     epoch: int
     case: int | None
     seed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a rank receives at once. Empty where a turn has no case for the rank."""
+
+    until: int
+    """With this row the rank has all of its dealt cases below this number."""
+    cases: tuple[tuple[int, tuple[Sample, ...]], ...]
+    """(case, its samples that are still to come)."""
 
 
 def draw(seed: int, purpose: str, count: int) -> list[float]:
@@ -77,74 +89,73 @@ class Sampler:
     cases: int
     global_batch: int
     patches_per_case: int
-    window_cases: int
     epochs: int
 
     @property
     def epoch_samples(self) -> int:
-        """Real samples of an epoch."""
+        """Samples of an epoch: every case `patches_per_case` times."""
         return self.cases * self.patches_per_case
 
     @property
-    def epoch_length(self) -> int:
-        """Positions of an epoch: its samples padded to whole global batches."""
-        return -(-self.epoch_samples // self.global_batch) * self.global_batch
+    def dealt(self) -> int:
+        """Dealt cases of the run."""
+        return self.cases * self.epochs
+
+    @property
+    def steps(self) -> int:
+        return self.start(self.dealt - 1) + self.patches_per_case
 
     @property
     def total(self) -> int:
-        """Positions of the run."""
-        return self.epoch_length * self.epochs
+        """Positions of the run, padding included."""
+        return self.steps * self.global_batch
 
-    @property
-    def window_samples(self) -> int:
-        return self.window_cases * self.patches_per_case
+    def start(self, dealt: int) -> int:
+        """The first step that shows this dealt case."""
+        # Staggered, so that G / k cases are new at each step. Were all G new at every k-th step, a rank would have to
+        # hold twice as many cases, or to wait for G / W cases then (measured in docs/benchmarks/stream.md).
+        return dealt * self.patches_per_case // self.global_batch
+
+    def oldest(self, step: int) -> int:
+        """The first of the G successive dealt cases that a step shows; below 0 while the run fills up."""
+        # The youngest is the last n with start(n) <= step, that is the last below (step + 1) G / k.
+        return -(-(step + 1) * self.global_batch // self.patches_per_case) - self.global_batch
 
     def sample(self, position: int) -> Sample:
         """What stands at `position`. Raises IndexError outside the run."""
         if not 0 <= position < self.total:
             raise IndexError(f"position {position} is outside [0, {self.total})")
-        epoch, within = divmod(position, self.epoch_length)
-        if within >= self.epoch_samples:
-            return Sample(position, epoch, None, _seed(self.seed, epoch, within))
-        window, row = divmod(within, self.window_samples)
-        order = _shuffled(_seed(self.seed, epoch), self.cases)
-        # Two shuffles: of cases over the epoch, of patches within a window. The last window may hold fewer cases.
-        members = order[window * self.window_cases : (window + 1) * self.window_cases]
-        mixed = _shuffled(_seed(self.seed, epoch, window), len(members) * self.patches_per_case)
-        case, patch = members[mixed[row] // self.patches_per_case], mixed[row] % self.patches_per_case
-        # By (epoch, case, patch), not by position: the crops of a case do not depend on the batch size or the window.
-        return Sample(position, epoch, case, _seed(self.seed, epoch, case, patch))
+        step, place = divmod(position, self.global_batch)
+        dealt = self.oldest(step) + place
+        epoch = min(max(0, dealt // self.cases), self.epochs - 1)
+        if not 0 <= dealt < self.dealt:
+            return Sample(position, epoch, None, _seed(self.seed, self.epochs, position))
+        case = _shuffled(_seed(self.seed, epoch), self.cases)[dealt % self.cases]
+        # By (epoch, case, patch), not by position: the crops of a case do not depend on the batch size.
+        return Sample(position, epoch, case, _seed(self.seed, epoch, case, step - self.start(dealt)))
 
-    def windows(self, low: int, high: int) -> list[range]:
-        """The positions [low, high) split at the windows' borders: one read task each."""
-        cuts: list[range] = []
-        while low < high:
-            epoch, within = divmod(low, self.epoch_length)
-            last = -(-self.epoch_samples // self.window_samples) - 1  # the last window takes the padding too
-            window = min(within // self.window_samples, last)
-            end = self.epoch_length if window == last else (window + 1) * self.window_samples
-            end = min(high, epoch * self.epoch_length + end)
-            cuts.append(range(low, end))
-            low = end
-        return cuts
+    def rank_positions(self, step: int, rank: int, world_size: int) -> range:
+        """The positions of a step that `rank` trains."""
+        first = step * self.global_batch
+        return range(first + (rank - self.oldest(step)) % world_size, first + self.global_batch, world_size)
 
-    def segment(self, cursor: int) -> tuple[int, int]:
-        """[low, high) that one Ray Data execution streams from `cursor` on; high ends a global step.
+    def turns(self, step: int, world_size: int, cases_per_row: int) -> range:
+        """The dealt case with which each turn begins, from `step` on: in a turn each rank receives one row."""
+        first = max(0, self.oldest(step))  # of the cases before it, nothing is left to show
+        # A turn begins with a multiple of W: then its row for rank r holds the numbers r mod W.
+        return range(first - first % world_size, self.dealt, world_size * cases_per_row)
 
-        `high` lies on a fixed grid, not at a distance from `cursor`: after a resume all later segments are the same.
-        """
-        steps = max(1, SEGMENT_WINDOWS * self.window_samples // self.global_batch)
-        length = steps * self.global_batch
-        return cursor, min(self.total, (cursor // length + 1) * length)
+    def row(self, step: int, turn: int, rank: int, world_size: int, cases_per_row: int) -> Row:
+        """What `rank` receives in the turn that begins with the dealt case `turn`, in a run that goes on at `step`."""
+        until = min(turn + world_size * cases_per_row, self.dealt)
+        first = max(0, self.oldest(step))
+        mine = range(turn + rank, until, world_size)
+        return Row(until, tuple(self._left(dealt, step) for dealt in mine if dealt >= first))
 
-    def rank_positions(self, step_start: int, stream_start: int, rank: int, world_size: int) -> list[int]:
-        """The positions of the step beginning at `step_start` that `rank` receives from a stream split over ranks.
-
-        The split deals rows in turn from `stream_start` on, so counts differ by at most one and any world size
-        from 1 to the global batch works.
-        """
-        # Position p goes to rank (p - stream_start) mod W, so the first of this step is the least p >= step_start with
-        # p = stream_start + rank (mod W). Where W does not divide G, the extra sample moves from rank to rank.
-        end = min(step_start + self.global_batch, self.total)
-        first = step_start + (stream_start + rank - step_start) % world_size
-        return list(range(first, end, world_size))
+    def _left(self, dealt: int, step: int) -> tuple[int, tuple[Sample, ...]]:
+        """(case, its samples from `step` on) of a dealt case that is still shown then."""
+        steps = range(max(step, self.start(dealt)), self.start(dealt) + self.patches_per_case)
+        samples = tuple(self.sample(s * self.global_batch + dealt - self.oldest(s)) for s in steps)
+        case = samples[0].case
+        assert case is not None, "dealt cases are no padding"
+        return case, samples

@@ -1,17 +1,23 @@
-"""Stream the sampler's patches to the training workers with Ray Data, in order, each position exactly once.
+"""Stream the sampler's cases to the training workers with Ray Data, each patch exactly once, in the sampler's order.
 
-In: a sampler, the training cases, their source, a cursor. Runs in Ray Train's controller, data tasks and workers.
-Out: a Ray Dataset of one-row blocks in position order; a split that deals them to the ranks in turn; patches.
+In: a sampler, the training cases, their source, the step from which a run goes on.
+Out: Ray Datasets of one-row blocks, a split that deals these to the ranks in turn; on a rank its patches, step by step.
+Runs in Ray Train's controller (`dataset`, `OrderedSplit`), data tasks (`_read`) and workers (`rank_steps`).
 
-One read task decodes one window of cases and yields its patches in position order. The first execution of the
-dataset streams from the cursor to the end of its segment, each later one a whole segment. Every position yields a
-patch: one of an invalid case has weight zero, since a missing row would shift all later ones to other ranks.
+One read task loads a few dealt cases and yields rows (`boxes`). The split deals blocks in turn, so a turn holds one row
+for every rank, even an empty one. Each execution of a dataset streams one segment of the turns; a rank reads rows in a
+thread, so that it has some of the next segment before it needs them. An invalid case travels too, without voxels.
 """
 
+import queue
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import islice
+from math import prod
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -20,30 +26,68 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
 
-from raytrain_brats.data.boxes import Buffer, Item, PatchSpec, decode, rank_tables
+from raytrain_brats.data.boxes import Buffer, PatchSpec, case_boxes, decode, encode
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.sampler import Sampler
+from raytrain_brats.data.patch import Patch, empty_patch
+from raytrain_brats.data.preprocess import Triple
+from raytrain_brats.data.sampler import Row, Sampler
 from raytrain_brats.data.store import Source
 from raytrain_brats.ray_ext.internals.data import ExecutionCallback, execution_index
 
+T = TypeVar("T")
+
 WORLD_SIZE = "raytrain_brats.world_size"
-"""Key in the dataset's context: for how many ranks read tasks make tables, known only once the workers are."""
+"""Key in the dataset's context: for how many ranks read tasks make rows, known only once the workers are."""
+GROUP_RANKS = 16
+"""Ranks of one dataset: its coordinator, one Python process, needs 4 ms a row, and 16 GPUs want 280 cases a second."""
+SEGMENT_TASKS = 1024
+"""Read tasks of one Ray Data execution: each costs 1.2 ms before the first row, and each execution about 1 s in which
+nothing is streamed."""
+ROW_BYTES, ROW_CASES, TASK_BYTES, TASK_CASES = 1 << 20, 8, 1 << 25, (4, 64)
+"""Small cases are grouped, up to so many bytes a row and a task, since each costs milliseconds however small it is. A
+task holds 4 cases at least and 64 at most; a row of large cases up to 8, growing with the number of ranks."""
 BUSY_LOOP_S, PAUSE_S = 0.01, 0.03
 """An iteration of Ray Data's scheduling loop shorter than the first is followed by a pause of the second."""
 
 
-class PositionSource(Datasource):
-    """Positions as a Ray datasource; every execution of the dataset asks for read tasks and gets the next segment's."""
+@dataclass(frozen=True)
+class StreamSpec:
+    """What is streamed; pickled into the datasets."""
 
-    def __init__(
-        self, sampler: Sampler, cases: tuple[Case, ...], source: Source, patch_spec: PatchSpec, cursor: int
-    ) -> None:
+    sampler: Sampler
+    cases: tuple[Case, ...]
+    source: Source
+    patch_spec: PatchSpec
+    step: int
+    """The first step."""
+    store_bytes: int
+    """Ray's object store over all nodes: it bounds the rows on their way."""
+
+    def case_bytes(self) -> int:
+        """About what a case weighs: its files, or the one patch that travels at least."""
+        files = sum(case.bytes for case in self.cases) // len(self.cases)
+        return max(1, files, 9 * prod(self.patch_spec.patch_xyz))
+
+    def cases_per_row(self, world_size: int) -> int:
+        # More ranks take more rows a second, and the coordinators' time is per row. The last number keeps eight rows
+        # for each rank, on their way and being trained, within the object store.
+        wanted = max(min(ROW_CASES, -(-world_size // 4)), ROW_BYTES // self.case_bytes())
+        return max(1, min(wanted, self.store_bytes // (8 * world_size * self.case_bytes())))
+
+    def rows_per_task(self, cases_per_row: int) -> int:
+        low, high = TASK_CASES
+        return max(1, max(low, min(high, TASK_BYTES // self.case_bytes())) // cases_per_row)
+
+
+class CaseDatasource(Datasource):
+    """The rows of one group of ranks; every execution of the dataset asks for read tasks and gets the next segment's."""
+
+    def __init__(self, spec: StreamSpec, group: int) -> None:
         super().__init__()
-        self.sampler, self.cases, self.source, self.patch_spec, self.cursor = sampler, cases, source, patch_spec, cursor
+        self._spec, self._group = spec, group
 
     def get_name(self) -> str:
-        return "Positions"
+        return "Cases"
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -51,18 +95,47 @@ class PositionSource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        low, high = self.sampler.segment(self.cursor)
-        for _ in range(execution_index(data_context)):
-            low, high = self.sampler.segment(high)
+        spec, sampler = self._spec, self._spec.sampler
         world_size = data_context.get_config(WORLD_SIZE, 1) if data_context is not None else 1
-        return [self._task(positions, world_size) for positions in self.sampler.windows(low, high)]
+        ranks = group_ranks(self._group, world_size)
+        cases_per_row = spec.cases_per_row(world_size)
+        size = spec.rows_per_task(cases_per_row)
+        turns = sampler.turns(spec.step, world_size, cases_per_row)
+        length = max(1, SEGMENT_TASKS * size // len(ranks))
+        begin = execution_index(data_context) * length
+        rows = (
+            sampler.row(spec.step, turn, rank, world_size, cases_per_row)
+            for turn in turns[begin : begin + length]
+            for rank in ranks
+        )
+        tasks = []
+        while chosen := list(islice(rows, size)):
+            tasks.append(self._task(chosen))
+        return tasks
 
-    def _task(self, positions: range, world_size: int) -> ReadTask:
-        samples = [self.sampler.sample(p) for p in positions]
-        items = [(s, None if s.case is None else self.cases[s.case]) for s in samples]
-        x, y, z = self.patch_spec.patch_xyz
-        about = BlockMetadata(None, len(items) * x * y * z * 9, None, None)
-        return ReadTask(partial(_read, self.source, items, self.patch_spec, world_size), about)
+    def _task(self, rows: list[Row]) -> ReadTask:
+        cases = {index: self._spec.cases[index] for row in rows for index, _ in row.cases}
+        about = BlockMetadata(None, len(rows) * self._spec.case_bytes(), None, None)
+        return ReadTask(partial(_read, self._spec.source, rows, cases, self._spec.patch_spec), about)
+
+
+_buffer = Buffer()
+
+
+def _read(source: Source, rows: list[Row], cases: dict[int, Case], patch_spec: PatchSpec) -> Iterator[pa.Table]:
+    # One buffer a process is enough: a process runs one task at a time, and Ray has copied a table to the object store
+    # before it asks for the next.
+    for row in rows:
+        boxes = [box for index, samples in row.cases for box in case_boxes(source, cases[index], samples, patch_spec)]
+        yield encode(boxes, patch_spec.size_zyx, row.until, _buffer)
+
+
+def tables(spec: StreamSpec, rank: int, world_size: int) -> Iterator[pa.Table]:
+    """The rows of one rank, made in this process: what Ray Data sends, without it."""
+    size = spec.cases_per_row(world_size)
+    for turn in spec.sampler.turns(spec.step, world_size, size):
+        row = spec.sampler.row(spec.step, turn, rank, world_size, size)
+        yield from _read(spec.source, [row], dict(enumerate(spec.cases)), spec.patch_spec)
 
 
 class SchedulerThrottle(ExecutionCallback):
@@ -81,35 +154,21 @@ class SchedulerThrottle(ExecutionCallback):
         self._before = time.monotonic()
 
 
-_buffer = Buffer()
-
-
-def _read(source: Source, items: list[Item], patch_spec: PatchSpec, world_size: int) -> Iterator[pa.Table]:
-    # One buffer a process is enough: a process runs one task at a time, and Ray has copied a table to the object store
-    # before it asks for the next.
-    return rank_tables(source, items, patch_spec, world_size, _buffer)
-
-
 def dataset(
-    sampler: Sampler,
-    cases: tuple[Case, ...],
-    source: Source,
-    patch_spec: PatchSpec,
-    cursor: int,
+    spec: StreamSpec,
     cpus_per_task: float,
     tasks: int | None = None,
     nodes: dict[str, str] | None = None,
+    group: int = 0,
 ) -> Any:
-    """The ordered Ray Dataset of all positions from `cursor` on.
+    """The Ray Dataset of all rows of one group of ranks.
 
     `tasks`: how many read tasks run at a time (None: as many as Ray Data finds CPUs and object store for); `nodes`:
     labels of the nodes they run on (None: any).
     """
-    positions = PositionSource(sampler, cases, source, patch_spec, cursor)
-    windows = len(sampler.windows(*sampler.segment(cursor)))
     made = ray.data.read_datasource(
-        positions, override_num_blocks=max(1, windows), num_cpus=cpus_per_task, concurrency=tasks
-    )
+        CaseDatasource(spec, group), override_num_blocks=1, num_cpus=cpus_per_task, concurrency=tasks
+    )  # more blocks than there are read tasks would be made by splitting rows
     made.context.target_max_block_size = 1  # one row a block: the split deals blocks
     made.context.execution_options.preserve_order = True
     made.context.execution_options.label_selector = nodes or None
@@ -119,30 +178,105 @@ def dataset(
     return made
 
 
+def group_name(group: int) -> str:
+    return f"train-{group}"
+
+
+def groups(world_size: int) -> int:
+    """Datasets that serve so many ranks."""
+    return -(-world_size // GROUP_RANKS)
+
+
+def group_of(rank: int, world_size: int) -> int:
+    return rank * groups(world_size) // world_size
+
+
+def group_ranks(group: int, world_size: int) -> list[int]:
+    return [rank for rank in range(world_size) if group_of(rank, world_size) == group]
+
+
 class OrderedSplit(DataConfig):
     """Deal rows to ranks in turn. Ray's own split makes shares equal by dropping rows, and forgets the order."""
 
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
-        shares: list[dict[str, Any]] = [{} for _ in range(world_size)]
-        for name, ds in datasets.items():
-            ds.context.set_config(WORLD_SIZE, world_size)
-            for rank, share in enumerate(ds.streaming_split(world_size, equal=False)):
-                shares[rank][name] = share
+        shares: list[dict[str, Any]] = [dict.fromkeys(datasets) for _ in range(world_size)]
+        for group in range(groups(world_size)):
+            if (name := group_name(group)) in datasets:
+                ranks = group_ranks(group, world_size)
+                datasets[name].context.set_config(WORLD_SIZE, world_size)
+                for rank, share in zip(ranks, datasets[name].streaming_split(len(ranks), equal=False), strict=True):
+                    shares[rank][name] = share
+                # Ray ends the executions that rank 0 has a share of. It does not read this one.
+                shares[0][name] = shares[ranks[0]][name]
         return shares
 
 
-def patches(shard: Any, prefetch: int) -> Iterator[Patch]:
-    """The patches of a rank's share for one execution (one segment)."""
-    return decoded(shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch))
+def open_shard(rank: int, world_size: int) -> Any:
+    """The rank's share, in a worker. Ray makes a dataset's shares when rank 0 asks for its own."""
+    mine = group_of(rank, world_size)
+    asked = range(groups(world_size)) if rank == 0 else [mine]
+    return {group: ray.train.get_dataset_shard(group_name(group)) for group in asked}[mine]
 
 
-def decoded(tables: Iterable[pa.Table]) -> Iterator[Patch]:
-    """The patches of a rank's tables, by position."""
-    held: list[Patch] = []
-    for table in tables:
-        left, found = decode(table)
-        held += found
-        if not left:
-            held.sort(key=lambda patch: -patch.position)
-            while held:  # keep no reference to a patch that was yielded: the last one of a table frees the table
-                yield held.pop()
+def rank_rows(shard: Any, sampler: Sampler) -> Iterator[tuple[int, list[Patch]]]:
+    """(`until`, patches) of each row of a rank's share, execution after execution, to the end of the run."""
+    until = 0
+    while until < sampler.dealt:
+        for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+            until, patches = decode(table)
+            del table
+            yield until, patches
+            del patches  # only the consumer holds the row: with its last patch it leaves the object store
+
+
+def rank_steps(
+    rows: Iterator[tuple[int, list[Patch]]], sampler: Sampler, size_zyx: Triple, step: int, rank: int, world_size: int
+) -> Iterator[list[Patch]]:
+    """The rank's patches of each step from `step` on, by position.
+
+    Raises RuntimeError when the rows do not bring exactly what the sampler says: the position guard. The group then
+    starts again from the newest checkpoint.
+    """
+    held: dict[int, Patch] = {}
+    until = 0
+    for now in range(step, sampler.steps):
+        # By the whole step, not the rank's part of it: so all ranks read equally many rows before a step. If one waited
+        # for the next execution and another did not, Ray Data would wait for the second for ever.
+        while until < min(sampler.oldest(now) + sampler.global_batch, sampler.dealt):
+            until, patches = next(rows)
+            held |= {patch.position: patch for patch in patches}
+            del patches
+        samples = [sampler.sample(position) for position in sampler.rank_positions(now, rank, world_size)]
+        if missing := [s.position for s in samples if s.case is not None and s.position not in held]:
+            raise RuntimeError(f"the stream has no positions {missing} for rank {rank}; it holds {sorted(held)}")
+        yield [held.pop(s.position, None) or empty_patch(s.position, s.seed, "", "", size_zyx) for s in samples]
+    if held or next(rows, None):
+        raise RuntimeError(f"the stream has more than the sampler: positions {sorted(held)}")
+
+
+def read_ahead(make: Callable[[], Iterator[T]], ahead: int) -> Iterator[T]:
+    """Iterate in a thread that begins at once, and is up to `ahead` items before its consumer."""
+    waiting: queue.Queue[Any] = queue.Queue(ahead)
+    end = object()
+
+    def read() -> None:
+        try:
+            for item in make():
+                waiting.put((item, None))
+                del item
+            waiting.put((end, None))
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer
+            waiting.put((end, error))
+
+    def items() -> Iterator[T]:
+        while True:
+            item, error = waiting.get()
+            if error:
+                raise error
+            if item is end:
+                return
+            yield item
+            del item
+
+    threading.Thread(target=read, name="stream", daemon=True).start()
+    return items()

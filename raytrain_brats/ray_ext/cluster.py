@@ -53,7 +53,8 @@ _PATIENCE_S = "180"  # a run survives an outage of S3 of this length; a command 
 @dataclass(frozen=True)
 class Resources:
     """What a run uses: workers from `low` to `high`, each with `cpus` and `gpus`; data tasks of `cpus_per_task` each,
-    `tasks` at a time (None: as many as fit, also on nodes that join later); `prefetch` tables ahead per rank."""
+    `tasks` at a time (None: as many as fit, also on nodes that join later); `prefetch` rows ahead per rank, in an object
+    store of `store_bytes` over all nodes."""
 
     low: int
     high: int
@@ -62,6 +63,7 @@ class Resources:
     cpus_per_task: float
     tasks: int | None
     prefetch: int
+    store_bytes: int
 
 
 def connect(local_cpus: int | None = None) -> None:
@@ -165,7 +167,9 @@ def measure(run: Run, global_batch: int) -> Resources:
     # On a small machine each process matters: 0.25 GB, and its first access to each page of the object store. One data
     # task per CPU that no worker uses is enough.
     tasks = run.data_tasks or (max(1, int(cpus - taken)) if cpus <= 4 and not data.grows else None)
-    return Resources(low, high, per_worker, wanted, per_task, tasks, run.prefetch or (4 if wanted else 1))
+    store_bytes = int(ray.cluster_resources().get("object_store_memory", 0))
+    prefetch = run.prefetch or (4 if wanted else 1)
+    return Resources(low, high, per_worker, wanted, per_task, tasks, prefetch, store_bytes)
 
 
 def _workers_on(node: dict[str, float], cpus: float, gpus: int) -> int:

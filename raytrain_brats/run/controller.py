@@ -11,37 +11,48 @@ from typing import Any
 from ray.train import UserCallback
 
 from raytrain_brats.data import stream
+from raytrain_brats.data.stream import StreamSpec
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.ray_ext import cluster, elastic, roles
 from raytrain_brats.ray_ext.internals import train as ray_train
 from raytrain_brats.ray_ext.internals.train import ControllerCallback, PreemptingState, ResizingState, RunningState
 from raytrain_brats.run import checkpoint_request, control, journal
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
+from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.spec import RunSpec
 
 
 @dataclass(frozen=True)
 class StreamFactory:
-    """Called by Ray Train's controller before each worker group starts: decides where it starts."""
+    """Called by Ray Train's controller before each worker group starts, one for each group of ranks; the first decides
+    where the worker group starts."""
 
     spec: RunSpec
     needed: cluster.Resources
     driver: str
     """Token of the driver's lease."""
+    group: int
 
     def __call__(self) -> Any:
+        generation = self._begin() if self.group == 0 else journal.current(self.spec.run_dir)
+        assert generation is not None, "the first factory is called first, and writes it"
+        spec, step = self.spec, generation.samples_seen // self.spec.sampler.global_batch
+        made = stream.dataset(
+            StreamSpec(spec.sampler, spec.train_cases, spec.source, spec.patch_spec, step, self.needed.store_bytes),
+            self.needed.cpus_per_task, self.needed.tasks, roles.part("data").selector, self.group,
+        )  # fmt: skip
+        made.set_name(f"{elastic.tag(spec.run_dir)}-{self.group}")
+        return made
+
+    def _begin(self) -> Generation:
+        """Raises RunFailed when failures in a row have used up what the config allows."""
         generation = journal.begin_generation(self.spec.run_dir, self.driver)
         spec, again = self.spec, generation.failures_in_place
         if again > spec.config.run.max_failures_in_place:
             causes = [e["error"] for e in journal.read_events(spec.run_dir) if e["event"] == "failure"]
             last = f"; the last failure: {causes[-1]}" if causes else ""
             raise RunFailed(f"{again} failures in a row at sample {generation.samples_seen}{last}")
-        made = stream.dataset(
-            spec.sampler, spec.train_cases, spec.source, spec.patch_spec, generation.samples_seen,
-            self.needed.cpus_per_task, self.needed.tasks, roles.part("data").selector,
-        )  # fmt: skip
-        made.set_name(elastic.tag(spec.run_dir))
-        return made
+        return generation
 
 
 @dataclass(frozen=True)

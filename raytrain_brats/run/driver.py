@@ -113,7 +113,10 @@ def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) ->
             worker_runtime_env={"env_vars": warm_pool.WORKER},  # type: ignore[call-arg]
             callbacks=callbacks,
         ),
-        datasets={"train": StreamFactory(spec, needed, lease.token)},
+        datasets={
+            stream.group_name(group): StreamFactory(spec, needed, lease.token, group)
+            for group in range(stream.groups(needed.high))
+        },
         dataset_config=stream.OrderedSplit(),
     )
     # In a thread, so that we handle Ctrl-C: on the main thread Ray's own handler ends the process without a message.

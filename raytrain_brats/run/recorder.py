@@ -136,7 +136,7 @@ class RunRecorder:
                 reason, _, detail = patch.reason.partition(": ")
                 self.event("quarantine", case=patch.case_id, reason=reason, detail=detail, position=patch.position)
         sampler, (wait_s, step_s) = self.spec.sampler, self.timer.step_times()
-        if before % sampler.epoch_length == 0:
+        if before // sampler.epoch_samples != (before - sampler.global_batch) // sampler.epoch_samples:
             self._bad_in_epoch = 0
         self._bad_in_epoch += result.bad
         self._skipped = [] if result.finite or result.overflow else [*self._skipped, before]

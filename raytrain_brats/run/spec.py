@@ -21,7 +21,7 @@ from raytrain_brats.data import store as stores
 from raytrain_brats.data.boxes import PatchSpec
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import InvalidCase, background_warning
-from raytrain_brats.data.sampler import Sampler
+from raytrain_brats.data.sampler import ORDER, Sampler
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import described
@@ -140,26 +140,28 @@ def build(config: Config, run_dir: str, data: str, store: str, recipe: str = "")
 def sampler_of(config: Config, cases: int) -> Sampler:
     """The order of a run over so many training cases."""
     train, data = config.train, config.data
-    return Sampler(train.seed, cases, train.global_batch, data.patches_per_case, data.window_cases, train.epochs)
+    return Sampler(train.seed, cases, train.global_batch, data.patches_per_case, train.epochs)
 
 
 def _check_same_run(spec: RunSpec) -> None:
     """Raises UserError when the run folder holds a run of other data or of another config."""
     try:
-        config, convention, dataset_identity = read_config(spec.run_dir)
+        begun = read_config(spec.run_dir)
     except FileNotFoundError:
         return
-    if convention != spec.source.convention:
+    check_order(spec.run_dir, begun)
+    if begun.convention != spec.source.convention:
         raise UserError(
-            f"{spec.run_dir} was begun on labels read as {described(convention)}, now they would be read as "
+            f"{spec.run_dir} was begun on labels read as {described(begun.convention)}, now they would be read as "
             f"{described(spec.source.convention)}; give the data and convention it was begun with, or another --run-dir"
         )
-    if not manifests.is_dataset_identity(dataset_identity, spec.manifest.cases, preprocessing(spec.config), convention):
+    meant = preprocessing(spec.config), begun.convention
+    if not manifests.is_dataset_identity(begun.dataset_identity, spec.manifest.cases, *meant):
         raise UserError(
-            f"{spec.run_dir} was begun on other data or preprocessing (identity {dataset_identity}, now "
+            f"{spec.run_dir} was begun on other data or preprocessing (identity {begun.dataset_identity}, now "
             f"{spec.dataset_identity}{_difference(spec)}); give the data it was begun with, or another --run-dir"
         )
-    if changed := differences(config, spec.config):
+    if changed := differences(begun.config, spec.config):
         changes = "; ".join(changed)
         raise UserError(
             f"{spec.run_dir} was begun with another config ({changes}); use the old values, or another --run-dir"
@@ -186,30 +188,52 @@ def write_config(spec: RunSpec) -> None:
         "data": spec.source.root,
         "route": spec.route,
         "synthetic": spec.manifest.synthetic,
+        "order": ORDER,
         "config": yaml.safe_load(spec.config.to_yaml()),
     }
     storage.write_bytes(RunDir(spec.run_dir).config, yaml.safe_dump(about, sort_keys=False).encode())
     manifests.write(spec.manifest, RunDir(spec.run_dir).manifest)
 
 
-def read_config(run_dir: str) -> tuple[Config, str, str]:
-    """(config, label convention, dataset identity) of an existing run.
+@dataclass(frozen=True)
+class StoredRun:
+    """What the config.yaml of a run folder says."""
 
-    Raises FileNotFoundError when the folder holds no run, UserError when its config.yaml is no such file.
-    """
+    config: Config
+    convention: str
+    dataset_identity: str
+    order: str
+    """Name of the sampler's order; "" before orders had names."""
+
+
+def read_config(run_dir: str) -> StoredRun:
+    """Raises FileNotFoundError when the folder holds no run, UserError when its config.yaml is no such file."""
     where = RunDir(run_dir).config
     try:
         stored = yaml.safe_load(storage.read_bytes(where))
-        return parse(stored["config"], where), str(stored["convention"]), str(stored["identity"])
+        order = str(stored.get("order", ""))
+        if not order:
+            stored["config"]["data"].pop("window_cases", None)  # of the order that had no name
+        config = parse(stored["config"], where)
+        return StoredRun(config, str(stored["convention"]), str(stored["identity"]), order)
     except FileNotFoundError:
         raise
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is not a run's config.yaml; give another --run-dir") from error
     except OSError as error:
         raise UserError(f"cannot read {where} ({error}); choose another folder or mend its rights") from error
 
 
-def open_run(run_dir: str) -> tuple[Config, str, str]:
+def check_order(run_dir: str, begun: StoredRun) -> None:
+    """Raises UserError when the run's samples have another order than this version's."""
+    if begun.order != ORDER:
+        raise UserError(
+            f"{run_dir} was begun by a version that gave the samples another order; go on with that version, or give "
+            "another --run-dir"
+        )
+
+
+def open_run(run_dir: str) -> StoredRun:
     """As `read_config`, for commands that need a run. Raises UserError when there is none."""
     try:
         return read_config(run_dir)

@@ -1,16 +1,13 @@
 """The training loop. Runs in a worker.
 
-In: a `RunSpec`; the `Generation` from which this worker group starts; the ordered stream of patches.
+In: a `RunSpec`; the `Generation` from which this worker group starts; its patches of each step.
 Out: checkpoints, rows, events. It may be killed at any moment and started again at any world size.
 """
 
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from functools import partial
-from itertools import chain, islice
 from typing import Any
 
 import ray.train
@@ -19,7 +16,7 @@ import torch
 
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import draw, fingerprint
-from raytrain_brats.data.stream import patches
+from raytrain_brats.data.stream import open_shard, rank_rows, rank_steps, read_ahead
 from raytrain_brats.learn.augment import DRAWS
 from raytrain_brats.learn.batch import Batch, TensorSample
 from raytrain_brats.learn.step import TrainStep
@@ -45,31 +42,17 @@ def train_worker(arguments: dict[str, Any]) -> None:
     assert generation is not None, "the dataset factory writes it before workers start"
     timer = PhaseTimer()
     with Heartbeat(timer, arguments["run_id"], generation.number, rank, world_size, spec.run_dir):
-        stream = open_ahead(spec, generation.samples_seen, arguments["prefetch"])
+        step = generation.samples_seen // spec.sampler.global_batch
+        stream = open_stream(spec, step, rank, world_size, arguments["prefetch"])
         train_rank(spec, generation, rank, world_size, device, timer, stream)
 
 
-def open_ahead(spec: RunSpec, seen: int, prefetch: int) -> Callable[[], Iterator[Patch]]:
-    """The rank's stream, one segment a call; a thread begins the first while the model is set up."""
-    opened: Future[tuple[Any, Iterator[Patch]]] = Future()
-    begun: list[Any] = []
-
-    def begin() -> None:
-        try:
-            shard = ray.train.get_dataset_shard("train")
-            stream = patches(shard, prefetch)
-            first = list(islice(stream, 1)) if seen < spec.sampler.total else []
-            opened.set_result((shard, chain(first, stream)))
-        except BaseException as error:  # noqa: BLE001 - raised again by `next_segment`
-            opened.set_exception(error)
-
-    def next_segment() -> Iterator[Patch]:
-        shard, stream = opened.result()
-        begun.append(shard)
-        return stream if len(begun) == 1 else patches(shard, prefetch)
-
-    threading.Thread(target=begin, name="stream", daemon=True).start()
-    return next_segment
+def open_stream(spec: RunSpec, step: int, rank: int, world_size: int, prefetch: int) -> Iterator[list[Patch]]:
+    """The rank's patches of each step; a thread begins to read while the model is set up."""
+    if step == spec.sampler.steps:
+        return iter(())
+    rows = read_ahead(lambda: rank_rows(open_shard(rank, world_size), spec.sampler), prefetch)
+    return rank_steps(rows, spec.sampler, spec.patch_spec.size_zyx, step, rank, world_size)
 
 
 def train_rank(
@@ -79,13 +62,9 @@ def train_rank(
     world_size: int,
     device: torch.device,
     timer: PhaseTimer,
-    next_segment: Callable[[], Iterator[Patch]],
+    stream: Iterator[list[Patch]],
 ) -> None:
-    """Train until the sampler's last position, or until the run must stop.
-
-    `next_segment` returns this rank's patches from the cursor to the end of its segment, then of one whole segment at
-    each call.
-    """
+    """Train until the sampler's last position, or until the run must stop. `stream` gives the rank's patches by step."""
     seen, sampler, every = generation.samples_seen, spec.sampler, spec.config
     with RunRecorder(spec, generation, rank, world_size, device, timer) as recorder:
         timer.enter("load", seen - 1)
@@ -97,23 +76,21 @@ def train_rank(
         if due(seen - sampler.global_batch, seen, every.validate_.every_samples) or seen == sampler.total:
             validate_once(spec, train_step, recorder, seen)  # the last group may have been killed before it did
         while seen < sampler.total and not recorder.stopped:
-            stream_start, segment_end = sampler.segment(seen)
-            stream = next_segment()
-            while seen < segment_end and not recorder.stopped:
-                timer.enter("data", seen)
-                mine = take(stream, sampler.rank_positions(seen, stream_start, rank, world_size))
-                timer.enter("forward")  # with the copying of the batch, which waits for nobody
-                result = train_step.step(batch_of(mine, seen), seen, recorder.poll(), timer.enter)
-                before, seen = seen, min(seen + sampler.global_batch, sampler.total)
+            timer.enter("data", seen)
+            mine = next(stream)
+            timer.enter("forward")  # with the copying of the batch, which waits for nobody
+            result = train_step.step(batch_of(mine, seen), seen, recorder.poll(), timer.enter)
+            before, seen = seen, seen + sampler.global_batch
 
-                timer.enter("save")
-                recorder.step(before, seen, result, mine)
-                recorder.compare(before, seen, train_step)
-                if due(before, seen, every.checkpoint.every_samples) or seen == sampler.total or result.asked:
-                    recorder.checkpoint(seen, train_step, result.asked)
-                if due(before, seen, every.validate_.every_samples) or seen == sampler.total:
-                    validate_once(spec, train_step, recorder, seen)
-            next(stream, None)  # reaches the end, so that Ray Data closes this execution and plans the next
+            timer.enter("save")
+            recorder.step(before, seen, result, mine)
+            recorder.compare(before, seen, train_step)
+            if due(before, seen, every.checkpoint.every_samples) or seen == sampler.total or result.asked:
+                recorder.checkpoint(seen, train_step, result.asked)
+            if due(before, seen, every.validate_.every_samples) or seen == sampler.total:
+                validate_once(spec, train_step, recorder, seen)
+        if not recorder.stopped:
+            next(stream, None)  # reaches the end: there must be no more
 
 
 def train_step_of(spec: RunSpec, world_size: int, device: torch.device) -> TrainStep:
@@ -129,17 +106,6 @@ def validate_once(spec: RunSpec, train_step: TrainStep, recorder: RunRecorder, s
     enter()
     means = validate(spec, train_step, recorder.rank, seen, enter)
     recorder.validated(seen, time.perf_counter() - began, means)
-
-
-def take(stream: Iterator[Patch], positions: list[int]) -> list[Patch]:
-    """The next patches of the stream, which must be exactly those of `positions`: the position guard.
-
-    Raises RuntimeError otherwise; the group then starts again from the newest checkpoint.
-    """
-    taken = list(islice(stream, len(positions)))
-    if [patch.position for patch in taken] != positions:
-        raise RuntimeError(f"stream gave positions {[p.position for p in taken]}, the sampler says {positions}")
-    return taken
 
 
 def batch_of(patches: list[Patch], samples_seen: int) -> Batch:

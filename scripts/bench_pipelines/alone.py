@@ -1,7 +1,7 @@
 """Our own routes without Ray: what is left is what Ray costs.
 
 In: an `Order` of a raw or prepared set of cases.
-Out: the cases, plan and cutting that both ways of measuring share; endless patches, loaded and cut in this process.
+Out: what is streamed, for both ways of measuring; endless patches, loaded and cut in this process.
 """
 
 from collections.abc import Iterator
@@ -10,22 +10,24 @@ from pathlib import Path
 import torch
 
 from raytrain_brats.config import Config
-from raytrain_brats.data.boxes import Buffer, PatchSpec, decode, rank_tables
-from raytrain_brats.data.manifest import Manifest
+from raytrain_brats.data import stream
+from raytrain_brats.data.boxes import PatchSpec, decode
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import Sampler
-from raytrain_brats.data.store import Source
+from raytrain_brats.data.stream import StreamSpec
 from raytrain_brats.run.spec import open_cases
 from scripts.bench_pipelines.pipelines import Order
 
 
-def opened(order: Order, config: Config) -> tuple[Manifest, Source, Sampler, PatchSpec]:
+def opened(order: Order, config: Config) -> StreamSpec:
     raw = order.pipeline.startswith("raw")
     known = str(Path(order.work) / "known") if raw else ""
     manifest, source = open_cases(config, *((order.source, "") if raw else ("", order.source)), known)
-    # batches of one: no padding; as good as endless
-    sampler = Sampler(0, len(manifest.cases), 1, config.data.patches_per_case, config.data.window_cases, 100_000)
-    return manifest, source, sampler, PatchSpec(config.data.patch_xyz, config.data.foreground_share)
+    # batches of one case: no padding but at the begin; as good as endless
+    patches = config.data.patches_per_case
+    sampler = Sampler(0, len(manifest.cases), 1, patches, 100_000)
+    patch_spec = PatchSpec(config.data.patch_xyz, config.data.foreground_share)
+    return StreamSpec(sampler, manifest.cases, source, patch_spec, 0, 1 << 30)
 
 
 def settings(order: Order) -> Config:
@@ -48,13 +50,9 @@ class CopySink:
 
 
 def alone(order: Order) -> Iterator[int]:
-    """Load, check, preprocess, encode, decode and copy as the routes do, in one thread; in the order of the tables."""
-    manifest, source, sampler, patch_spec = opened(order, settings(order))
-    taker, buffer = CopySink(order.patch), Buffer()
-    for window in sampler.windows(0, sampler.total):
-        samples = [sampler.sample(p) for p in window]
-        items = [(s, None if s.case is None else manifest.cases[s.case]) for s in samples]
-        for table in rank_tables(source, items, patch_spec, 1, buffer):
-            for patch in decode(table)[1]:
-                taker.take(patch)
-                yield 1
+    """Load, check, preprocess, encode, decode and copy as the routes do, in one thread; in the order of the rows."""
+    taker = CopySink(order.patch)
+    for table in stream.tables(opened(order, settings(order)), 0, 1):
+        for patch in decode(table)[1]:
+            taker.take(patch)
+            yield 1

@@ -33,9 +33,9 @@ def consume(arguments: dict[str, Any]) -> None:
     taker = CopySink(order.patch)
     begun = ended = time.monotonic()
     number = 0
-    for number, patch in enumerate(stream.patches(ray.train.get_dataset_shard("train"), arguments["prefetch"]), 1):
-        if patch.position != number - 1:
-            raise RuntimeError(f"patch {patch.position} in place of {number - 1}")
+    sampler, size_zyx = arguments["sampler"], arguments["size_zyx"]
+    rows = stream.read_ahead(lambda: stream.rank_rows(stream.open_shard(0, 1), sampler), arguments["prefetch"])
+    for number, (patch,) in enumerate(stream.rank_steps(rows, sampler, size_zyx, 0, 0, 1), 1):
         taker.take(patch)
         ended = time.monotonic()
         if number == order.warm:
@@ -48,21 +48,18 @@ def consume(arguments: dict[str, Any]) -> None:
 def measure(order: Order) -> Run:
     """Start Ray, stream, count. In a process of its own, whose whole tree is the pipeline."""
     config = settings(order)
-    manifest, source, sampler, patch_spec = opened(order, config)
+    streamed = opened(order, config)
     with Meter() as meter, tempfile.TemporaryDirectory() as folder:
         cluster.connect()
         needed = cluster.measure(config.run, 8)
         out = str(Path(folder) / "counted.json")
+        taken = {"sampler": streamed.sampler, "size_zyx": streamed.patch_spec.size_zyx, "prefetch": needed.prefetch}
         TorchTrainer(
             consume,
-            train_loop_config={"order": order, "prefetch": needed.prefetch, "out": out},
+            train_loop_config={"order": order, "out": out} | taken,
             scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": needed.cpus}),
             run_config=RunConfig(storage_path=folder),
-            datasets={
-                "train": lambda: stream.dataset(
-                    sampler, manifest.cases, source, patch_spec, 0, needed.cpus_per_task, needed.tasks
-                )
-            },
+            datasets={stream.group_name(0): lambda: stream.dataset(streamed, needed.cpus_per_task, needed.tasks)},
             dataset_config=stream.OrderedSplit(),
         ).fit()
         begun, ended, patches = json.loads(Path(out).read_text())

@@ -7,7 +7,7 @@ Out: a `RunSpec`; a rank's stream; the end of the undisturbed run; what is wrong
 import dataclasses
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ import torch
 
 from raytrain_brats import verify
 from raytrain_brats.config import Config, parse
-from raytrain_brats.data import sampler as samplers
 from raytrain_brats.data import store as stores
-from raytrain_brats.data.boxes import rank_tables
+from raytrain_brats.data.boxes import decode
 from raytrain_brats.data.patch import Patch
-from raytrain_brats.data.stream import decoded
+from raytrain_brats.data.stream import StreamSpec, rank_steps, tables
 from raytrain_brats.run import checkpoint, journal, spec, worker
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
@@ -35,7 +34,6 @@ class Setting:
 
     def __init__(self, folder: Path, steps: int = 80, global_batch: int = 4, reduction: str = "exact") -> None:
         torch.set_num_threads(1)  # ranks are forked from here: no pool of threads may be alive
-        samplers.SEGMENT_WINDOWS = 8  # several stretches a run, as in a long one
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         self.folder, self._data, self._store = folder, folder / "data", folder / "store"
         self._steps, self._global_batch, self._reduction = steps, global_batch, reduction
@@ -44,12 +42,12 @@ class Setting:
             write_set(str(self._data), cases=7, seed=3, grid=32, anatomy="procedural")
 
     def spec(self, name: str, seed: int) -> RunSpec:
-        """Five cases of three patches: 15 samples an epoch, so there is padding, and windows that are not full."""
+        """Five cases of three patches: 15 samples an epoch, so no epoch ends with a step of 4."""
         epoch = -(-15 // self._global_batch)
         config = {
             "network": {"name": "segresnet", "init_filters": 8, "blocks_down": [1], "blocks_up": []},
             "preprocess": {"spacing_mm": 10.0},
-            "data": {"patch_xyz": [4, 4, 4], "patches_per_case": 3, "window_cases": 2},
+            "data": {"patch_xyz": [4, 4, 4], "patches_per_case": 3},
             "train": {
                 "seed": seed,
                 "epochs": -(-self._steps // epoch),
@@ -100,20 +98,13 @@ def train_alone(run_spec: RunSpec) -> None:
     worker.train_rank(run_spec, generation, 0, 1, CPU, PhaseTimer(), stream(run_spec, generation, 0, 1))
 
 
-def stream(run_spec: RunSpec, generation: Generation, rank: int, world_size: int) -> Callable[[], Iterator[Patch]]:
-    """`next_segment` as Ray Data gives it: this rank's rows of each segment in order, decoded window by window."""
-    cursor = generation.samples_seen
-
-    def next_segment() -> Iterator[Patch]:
-        nonlocal cursor
-        low, high = run_spec.sampler.segment(cursor)
-        cursor = high
-        for window in run_spec.sampler.windows(low, high):
-            samples = [run_spec.sampler.sample(p) for p in window if (p - low) % world_size == rank]
-            items = [(s, None if s.case is None else run_spec.train_cases[s.case]) for s in samples]
-            yield from decoded(rank_tables(run_spec.source, items, run_spec.patch_spec, world_size=1))
-
-    return next_segment
+def stream(run_spec: RunSpec, generation: Generation, rank: int, world_size: int) -> Iterator[list[Patch]]:
+    """This rank's patches of each step, as Ray Data gives them."""
+    sampler, size_zyx = run_spec.sampler, run_spec.patch_spec.size_zyx
+    step = generation.samples_seen // sampler.global_batch
+    streamed = StreamSpec(sampler, run_spec.train_cases, run_spec.source, run_spec.patch_spec, step, 1 << 30)
+    rows = (decode(table) for table in tables(streamed, rank, world_size))
+    return rank_steps(rows, sampler, size_zyx, step, rank, world_size)
 
 
 class End:

@@ -320,15 +320,9 @@ def quantile(values: list[float], share: float) -> float:
 def undisturbed(run_dir: str, data: str, until: int) -> dict[str, torch.Tensor]:
     """What one worker, without Ray and without a break, has after so many samples of the same run."""
     torch.set_num_threads(1)
-    settings, _, _ = spec.read_config(run_dir)
-    run_spec = spec.build(settings, f"{run_dir}-calm", data, "")
-    train_step, next_segment, seen = train_step_of(run_spec, 1, CPU), stream(run_spec, Generation(0), 0, 1), 0
+    run_spec = spec.build(spec.read_config(run_dir).config, f"{run_dir}-calm", data, "")
+    train_step, steps, seen = train_step_of(run_spec, 1, CPU), stream(run_spec, Generation(0), 0, 1), 0
     while seen < until:
-        start, end = run_spec.sampler.segment(seen)
-        patches = next_segment()
-        while seen < min(end, until):
-            train_step.step(
-                batch_of(worker.take(patches, run_spec.sampler.rank_positions(seen, start, 0, 1)), seen), seen
-            )
-            seen += run_spec.sampler.global_batch
+        train_step.step(batch_of(next(steps), seen), seen)
+        seen += run_spec.sampler.global_batch
     return train_step.state()[0]

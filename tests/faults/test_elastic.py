@@ -23,7 +23,7 @@ from tests.support.clusters import train_alone
 RECIPE = """
 network: {name: dynunet, filters: [8, 16, 16]}
 preprocess: {spacing_mm: 7.5}
-data: {patch_xyz: [16, 16, 16], patches_per_case: 3, window_cases: 2}
+data: {patch_xyz: [16, 16, 16], patches_per_case: 3}
 train:
   epochs: 12
   global_batch: 4

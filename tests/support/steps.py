@@ -32,7 +32,7 @@ def spec(
     train = {"global_batch": 4, "micro_batch": micro_batch, "optimiser": options, "reduction": reduction}
     data = {"patch_xyz": [EDGE] * 3}
     config = parse({"network": NETWORKS[network], "data": data, "train": train}, "test")
-    sampler = Sampler(0, 10, 4, 4, 4, 10)
+    sampler = Sampler(0, 10, 4, 4, 10)
     fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(RunSpec)}
     return RunSpec(**fields | {"config": config, "sampler": sampler, "source": Source("nowhere", "msd", 1.0)})
 
