@@ -36,8 +36,8 @@ from raytrain_brats.ray_ext.internals.data import ExecutionCallback, execution_i
 
 T = TypeVar("T")
 
-WORLD_SIZE = "raytrain_brats.world_size"
-"""Key in the dataset's context: for how many ranks read tasks make rows, known only once the workers are."""
+RANKS = "raytrain_brats.ranks"
+"""Key in the dataset's context: (ranks that it serves, world size), known only once the workers are."""
 GROUP_RANKS = 16
 """Ranks of one dataset: its coordinator, one Python process, needs 4 ms a row, and 16 GPUs want 280 cases a second."""
 SEGMENT_TASKS = 1024
@@ -62,6 +62,8 @@ class StreamSpec:
     """The first step."""
     store_bytes: int
     """Ray's object store over all nodes: it bounds the rows on their way."""
+    segment_tasks: int = SEGMENT_TASKS
+    task_cases: tuple[int, int] = TASK_CASES
 
     def case_bytes(self) -> int:
         """About what a case weighs: its files, or the one patch that travels at least."""
@@ -75,16 +77,16 @@ class StreamSpec:
         return max(1, min(wanted, self.store_bytes // (8 * world_size * self.case_bytes())))
 
     def rows_per_task(self, cases_per_row: int) -> int:
-        low, high = TASK_CASES
+        low, high = self.task_cases
         return max(1, max(low, min(high, TASK_BYTES // self.case_bytes())) // cases_per_row)
 
 
 class CaseDatasource(Datasource):
-    """The rows of one group of ranks; every execution of the dataset asks for read tasks and gets the next segment's."""
+    """One group's rows; every execution of the dataset asks for read tasks and gets those of the next segment."""
 
-    def __init__(self, spec: StreamSpec, group: int) -> None:
+    def __init__(self, spec: StreamSpec) -> None:
         super().__init__()
-        self._spec, self._group = spec, group
+        self._spec = spec
 
     def get_name(self) -> str:
         return "Cases"
@@ -95,13 +97,14 @@ class CaseDatasource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
+        if data_context is None:  # Ray Data counts tasks and looks at one, beside the executions
+            return [self._task([])]
         spec, sampler = self._spec, self._spec.sampler
-        world_size = data_context.get_config(WORLD_SIZE, 1) if data_context is not None else 1
-        ranks = group_ranks(self._group, world_size)
+        ranks, world_size = data_context.get_config(RANKS)
         cases_per_row = spec.cases_per_row(world_size)
         size = spec.rows_per_task(cases_per_row)
         turns = sampler.turns(spec.step, world_size, cases_per_row)
-        length = max(1, SEGMENT_TASKS * size // len(ranks))
+        length = max(1, spec.segment_tasks * size // len(ranks))
         begin = execution_index(data_context) * length
         rows = (
             sampler.row(spec.step, turn, rank, world_size, cases_per_row)
@@ -126,16 +129,22 @@ def _read(source: Source, rows: list[Row], cases: dict[int, Case], patch_spec: P
     # One buffer a process is enough: a process runs one task at a time, and Ray has copied a table to the object store
     # before it asks for the next.
     for row in rows:
-        boxes = [box for index, samples in row.cases for box in case_boxes(source, cases[index], samples, patch_spec)]
-        yield encode(boxes, patch_spec.size_zyx, row.until, _buffer)
+        yield _table(source, row, cases, patch_spec, _buffer)
+
+
+def _table(
+    source: Source, row: Row, cases: dict[int, Case], patch_spec: PatchSpec, buffer: Buffer | None = None
+) -> pa.Table:
+    boxes = [box for index, samples in row.cases for box in case_boxes(source, cases[index], samples, patch_spec)]
+    return encode(boxes, patch_spec.size_zyx, row.until, buffer)
 
 
 def tables(spec: StreamSpec, rank: int, world_size: int) -> Iterator[pa.Table]:
     """The rows of one rank, made in this process: what Ray Data sends, without it."""
-    size = spec.cases_per_row(world_size)
+    size, cases = spec.cases_per_row(world_size), dict(enumerate(spec.cases))
     for turn in spec.sampler.turns(spec.step, world_size, size):
         row = spec.sampler.row(spec.step, turn, rank, world_size, size)
-        yield from _read(spec.source, [row], dict(enumerate(spec.cases)), spec.patch_spec)
+        yield _table(spec.source, row, cases, spec.patch_spec)
 
 
 class SchedulerThrottle(ExecutionCallback):
@@ -159,15 +168,14 @@ def dataset(
     cpus_per_task: float,
     tasks: int | None = None,
     nodes: dict[str, str] | None = None,
-    group: int = 0,
 ) -> Any:
-    """The Ray Dataset of all rows of one group of ranks.
+    """A Ray Dataset that streams the rows of a group of ranks, which `OrderedSplit` decides.
 
     `tasks`: how many read tasks run at a time (None: as many as Ray Data finds CPUs and object store for); `nodes`:
     labels of the nodes they run on (None: any).
     """
     made = ray.data.read_datasource(
-        CaseDatasource(spec, group), override_num_blocks=1, num_cpus=cpus_per_task, concurrency=tasks
+        CaseDatasource(spec), override_num_blocks=1, num_cpus=cpus_per_task, concurrency=tasks
     )  # more blocks than there are read tasks would be made by splitting rows
     made.context.target_max_block_size = 1  # one row a block: the split deals blocks
     made.context.execution_options.preserve_order = True
@@ -203,7 +211,7 @@ class OrderedSplit(DataConfig):
         for group in range(groups(world_size)):
             if (name := group_name(group)) in datasets:
                 ranks = group_ranks(group, world_size)
-                datasets[name].context.set_config(WORLD_SIZE, world_size)
+                datasets[name].context.set_config(RANKS, (ranks, world_size))
                 for rank, share in zip(ranks, datasets[name].streaming_split(len(ranks), equal=False), strict=True):
                     shares[rank][name] = share
                 # Ray ends the executions that rank 0 has a share of. It does not read this one.
@@ -249,9 +257,13 @@ def rank_steps(
         samples = [sampler.sample(position) for position in sampler.rank_positions(now, rank, world_size)]
         if missing := [s.position for s in samples if s.case is not None and s.position not in held]:
             raise RuntimeError(f"the stream has no positions {missing} for rank {rank}; it holds {sorted(held)}")
-        yield [held.pop(s.position, None) or empty_patch(s.position, s.seed, "", "", size_zyx) for s in samples]
-    if held or next(rows, None):
-        raise RuntimeError(f"the stream has more than the sampler: positions {sorted(held)}")
+        yield [
+            empty_patch(s.position, s.seed, "", "", size_zyx) if s.case is None else held.pop(s.position)
+            for s in samples
+        ]
+    more = next(rows, None)  # also reaches the end, so that Ray Data closes the execution
+    if held or more:
+        raise RuntimeError(f"the stream has more than the sampler: {more}, positions {sorted(held)}")
 
 
 def read_ahead(make: Callable[[], Iterator[T]], ahead: int) -> Iterator[T]:

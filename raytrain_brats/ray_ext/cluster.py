@@ -53,8 +53,8 @@ _PATIENCE_S = "180"  # a run survives an outage of S3 of this length; a command 
 @dataclass(frozen=True)
 class Resources:
     """What a run uses: workers from `low` to `high`, each with `cpus` and `gpus`; data tasks of `cpus_per_task` each,
-    `tasks` at a time (None: as many as fit, also on nodes that join later); `prefetch` rows ahead per rank, in an object
-    store of `store_bytes` over all nodes."""
+    `tasks` at a time (None: as many as fit, also on nodes that join later); `prefetch` rows ahead per rank; an
+    object store of `store_bytes` over all nodes."""
 
     low: int
     high: int

@@ -39,7 +39,7 @@ class StreamFactory:
         spec, step = self.spec, generation.samples_seen // self.spec.sampler.global_batch
         made = stream.dataset(
             StreamSpec(spec.sampler, spec.train_cases, spec.source, spec.patch_spec, step, self.needed.store_bytes),
-            self.needed.cpus_per_task, self.needed.tasks, roles.part("data").selector, self.group,
+            self.needed.cpus_per_task, self.needed.tasks, roles.part("data").selector,
         )  # fmt: skip
         made.set_name(f"{elastic.tag(spec.run_dir)}-{self.group}")
         return made

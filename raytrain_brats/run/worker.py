@@ -64,7 +64,7 @@ def train_rank(
     timer: PhaseTimer,
     stream: Iterator[list[Patch]],
 ) -> None:
-    """Train until the sampler's last position, or until the run must stop. `stream` gives the rank's patches by step."""
+    """Train to the sampler's last position, or until the run must stop. `stream` gives the rank's patches of a step."""
     seen, sampler, every = generation.samples_seen, spec.sampler, spec.config
     with RunRecorder(spec, generation, rank, world_size, device, timer) as recorder:
         timer.enter("load", seen - 1)

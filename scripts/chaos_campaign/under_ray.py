@@ -24,7 +24,7 @@ import torch
 
 from raytrain_brats import verify
 from raytrain_brats.reporting.goodput import time_breakdown
-from raytrain_brats.run import checkpoint, journal, spec, worker
+from raytrain_brats.run import checkpoint, journal, spec
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.worker import batch_of, train_step_of
 from scripts.chaos_campaign.core import Progress

@@ -1,4 +1,4 @@
-"""The stream through a real Ray: the same patches by either route, in turn to the ranks, in bounded memory."""
+"""The stream through a real Ray: the same patches by either route at any number of ranks, in bounded memory."""
 
 import dataclasses
 import sys
@@ -14,13 +14,14 @@ import ray
 
 from raytrain_brats import messages
 from raytrain_brats.cases.scan import open_manifest
+from raytrain_brats.data import stream
 from raytrain_brats.data.boxes import PatchSpec
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source, put
-from raytrain_brats.data.stream import OrderedSplit, dataset, patches
+from raytrain_brats.data.stream import OrderedSplit, StreamSpec, dataset, rank_rows, rank_steps, read_ahead
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.ray_ext.internals.core import spilled_bytes
 from raytrain_brats.run import journal
@@ -51,13 +52,30 @@ def copied(patch: Patch) -> Patch:
     return dataclasses.replace(patch, image_czyx=patch.image_czyx.copy(), label_zyx=patch.label_zyx.copy())
 
 
-def streamed(made: Any, world_size: int) -> list[list[Patch]]:
-    """What each rank receives in one execution, all ranks reading at the same time."""
-    shares = OrderedSplit().configure({"train": made}, world_size)
-    ranks: list[list[Patch]] = [[] for _ in shares]
+def spec(sampler: Sampler, cases: tuple[Case, ...], source: Source, step: int, patch_spec: PatchSpec = CUTTING) -> Any:
+    return StreamSpec(sampler, cases, source, patch_spec, step, STORE_BYTES)
+
+
+def taken(streamed: StreamSpec, rank: int, world_size: int, shares: list[dict[str, Any]]) -> Iterator[list[Patch]]:
+    """A rank's patches by step, read as a worker reads them."""
+    share = shares[rank][stream.group_name(stream.group_of(rank, world_size))]
+    rows = read_ahead(lambda: rank_rows(share, streamed.sampler), 1)
+    return rank_steps(rows, streamed.sampler, streamed.patch_spec.size_zyx, streamed.step, rank, world_size)
+
+
+def shares_of(streamed: StreamSpec, world_size: int) -> list[dict[str, Any]]:
+    made = {stream.group_name(g): dataset(streamed, 0.5, 2) for g in range(stream.groups(world_size))}
+    return OrderedSplit().configure(made, world_size)
+
+
+def streamed(streamed: StreamSpec, world_size: int) -> list[list[list[Patch]]]:
+    """Of each rank the patches of each step, all ranks reading at the same time."""
+    shares = shares_of(streamed, world_size)
+    ranks: list[list[list[Patch]]] = [[] for _ in shares]
 
     def read(rank: int) -> None:
-        ranks[rank] += (copied(patch) for patch in patches(shares[rank]["train"], 2))
+        for mine in taken(streamed, rank, world_size, shares):
+            ranks[rank].append([copied(patch) for patch in mine])
 
     threads = [threading.Thread(target=read, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -67,59 +85,73 @@ def streamed(made: Any, world_size: int) -> list[list[Patch]]:
     return ranks
 
 
-def test_both_routes_give_the_same_patches_through_ray_at_any_number_of_ranks(tmp_path: Path) -> None:
-    """Rank r gets positions r, r + W ...: bit for bit the same voxels from .nii.gz and from the store, one rank or
-    three, with a refused case as rows of weight zero in their places."""
+def flat(steps: list[list[Patch]]) -> list[Patch]:
+    return [patch for mine in steps for patch in mine]
+
+
+def test_both_routes_give_the_same_patches_through_ray_at_any_number_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step's positions reach their ranks: bit for bit the same voxels from .nii.gz and from the store, one rank or
+    three, one dataset or two, over many executions, with a refused case as patches of weight zero in their places."""
     manifest = open_manifest(str(write_msd_folder(tmp_path / "msd", 5, varied=True)))
     raw, home = Source(manifest.root, manifest.convention, 1.0), str(tmp_path / "store")
     stored = tuple(put(home, raw, case, {"spacing_mm": 1.0}) for case in manifest.cases)
     lost = stored[2].object
     stored = tuple(dataclasses.replace(c, object="gone.parquet") if c.object == lost else c for c in stored)
-    sampler = Sampler(seed=1, cases=5, global_batch=4, patches_per_case=2, window_cases=2, epochs=2)
-    routes = [(raw, manifest.cases), (Source(home, raw.convention, 1.0), stored)]
-    by_raw, by_store = [streamed(dataset(sampler, cases, source, CUTTING, 4, 0.5, 2), 3) for source, cases in routes]
-    (alone,) = streamed(dataset(sampler, manifest.cases, raw, CUTTING, 4, 0.5, 1), 1)
+    sampler = Sampler(seed=1, cases=5, global_batch=4, patches_per_case=2, epochs=4)
+    (alone,) = streamed(spec(sampler, manifest.cases, raw, 1), 1)
+    short = {"segment_tasks": 2, "task_cases": (2, 2)}
+    by_raw = streamed(dataclasses.replace(spec(sampler, manifest.cases, raw, 1), **short), 3)
+    monkeypatch.setattr(stream, "GROUP_RANKS", 2)
+    by_store = streamed(dataclasses.replace(spec(sampler, stored, Source(home, raw.convention, 1.0), 1), **short), 3)
 
-    assert [patch.position for patch in alone] == list(range(4, sampler.total))
+    patches = {patch.position: patch for mine in alone for patch in mine}
+    assert list(patches) == list(range(4, sampler.total))
     for rank in range(3):
-        wanted = list(range(4 + rank, sampler.total, 3))
-        assert [p.position for p in by_raw[rank]] == [p.position for p in by_store[rank]] == wanted
-        for one, other in zip(by_raw[rank], by_store[rank], strict=True):
-            assert equal(one, alone[one.position - 4])
+        wanted = [list(sampler.rank_positions(step, rank, 3)) for step in range(1, sampler.steps)]
+        assert [[p.position for p in mine] for mine in by_raw[rank]] == wanted
+        assert [[p.position for p in mine] for mine in by_store[rank]] == wanted
+        for one, other in zip(flat(by_raw[rank]), flat(by_store[rank]), strict=True):
+            assert equal(one, patches[one.position])
             if other.reason:
                 assert other.reason.startswith("missing: gone.parquet")
                 assert (other.weight, other.case_id, other.seed) == (0, manifest.cases[2].id, one.seed)
             else:
                 assert equal(one, other)
-    assert sum(bool(patch.reason) for share in by_store for patch in share) == sum(
+    assert sum(bool(patch.reason) for share in by_store for mine in share for patch in mine) == sum(
         sampler.sample(position).case == 2 for position in range(4, sampler.total)
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Endless(Source):
-    """Cases of 4 MB that leave a mark on disk when they are loaded."""
+    """Cases of nine bytes a voxel that leave a mark on disk when they are loaded."""
 
     marks: str
+    edge: int
 
     def load(self, case: Case) -> Prepared:
         Path(self.marks, f"{time.time_ns()}").touch()
         small = preprocess(make_volume(seed=1), 1.0)
-        image = np.zeros((4, 80, 80, 80), np.int16)
-        label = np.ones((80, 80, 80), np.uint8)
+        image = np.zeros((4, self.edge, self.edge, self.edge), np.int16)
+        label = np.ones((self.edge, self.edge, self.edge), np.uint8)
         return dataclasses.replace(small, image_czyx=image, label_zyx=label, foreground_counts=())
 
 
-def test_a_slow_trainer_holds_the_stream_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world_size", "edge"), [(1, 80), (8, 48)])
+def test_a_slow_trainer_holds_the_stream_back(tmp_path: Path, world_size: int, edge: int) -> None:
     """While nobody takes patches, loading stops before the object store is full, nothing goes to disk, and Ray Data's
     loop rests (it would turn without a pause); afterwards the stream goes on where it stood."""
     cases = tuple(Case(str(n), str(n), (), None, 0) for n in range(400))
-    sampler = Sampler(seed=0, cases=400, global_batch=1, patches_per_case=4, window_cases=2, epochs=1)
+    sampler = Sampler(seed=0, cases=400, global_batch=world_size, patches_per_case=4, epochs=1)
     before = spilled_bytes()
-    made = dataset(sampler, cases, Endless("", "msd", 1.0, str(tmp_path)), PatchSpec((64, 64, 64), 0.0), 0, 0.5, 2)
-    (share,) = OrderedSplit().configure({"train": made}, 1)
-    stream = patches(share["train"], 2)
-    assert next(stream).position == 0
+    source, patch_spec = Endless("", "msd", 1.0, str(tmp_path), edge), PatchSpec((edge - 16,) * 3, 0.0)
+    streamed = spec(sampler, cases, source, 0, patch_spec)
+    shares = shares_of(streamed, world_size)
+    ranks = [taken(streamed, rank, world_size, shares) for rank in range(world_size)]
+    for step in range(3):
+        assert sum(len(next(rank)) for rank in ranks) == world_size, step
     seen, calm = -1, 0
     for _ in range(60):  # until nothing was loaded for three seconds
         time.sleep(0.5)
@@ -132,11 +164,13 @@ def test_a_slow_trainer_holds_the_stream_back(tmp_path: Path) -> None:
         begun = time.monotonic()
         time.sleep(4)
     assert 0 < meter.spent(begun, begun + 4)["SplitCoordinator"] < 2.4
-    assert seen * 4.6e6 < STORE_BYTES
+    assert seen < 200, "half of the cases, which do not fit the object store together"
     assert spilled_bytes() == before
-    assert [next(stream).position for _ in range(200)] == list(range(1, 201))
+    for step in range(3, 3 + 200 // world_size):
+        positions = sorted(patch.position for rank in ranks for patch in next(rank))
+        assert positions == list(range(step * world_size, (step + 1) * world_size))
     assert len(list(tmp_path.iterdir())) > seen
-    del stream, share, made
+    assert spilled_bytes() == before
 
 
 def test_spilling_is_told_with_its_remedy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """A sample's patch depends on the sample alone, has its exact size, and no position ever goes missing."""
 
 import dataclasses
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,15 @@ from hypothesis import strategies as st
 from ray.data import DataContext
 
 from raytrain_brats.cases.scan import open_manifest
-from raytrain_brats.data.boxes import Buffer, PatchSpec, bounding_boxes, decode, encode, rank_tables
+from raytrain_brats.data import stream
+from raytrain_brats.data.boxes import Buffer, PatchSpec, bounding_boxes, decode, encode
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase, Volume
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.sampler import Sample, Sampler, draw
 from raytrain_brats.data.store import Source, put
-from raytrain_brats.data.stream import PositionSource
+from raytrain_brats.data.stream import CaseDatasource, StreamSpec, rank_steps, read_ahead, tables
 from tests.support.cases import make_volume, write_msd_folder
 from tests.support.steps import equal
 
@@ -108,47 +111,65 @@ def cases(tmp_path: Path) -> tuple[Source, tuple[Case, ...]]:
     return Source(manifest.root, manifest.convention, 1.0), manifest.cases
 
 
-PLAN = Sampler(seed=1, cases=4, global_batch=3, patches_per_case=2, window_cases=2, epochs=2)
-CUTTING = PatchSpec((16, 14, 12), 0.5)
+SAMPLER = Sampler(seed=1, cases=4, global_batch=3, patches_per_case=2, epochs=2)
+PATCH_SPEC = PatchSpec((16, 14, 12), 0.5)
 
 
-def items(found: tuple[Case, ...]) -> list[tuple[Sample, Case | None]]:
-    samples = [PLAN.sample(p) for p in range(PLAN.total)]
-    return [(s, None if s.case is None else found[s.case]) for s in samples]
+def steps(source: Source, found: tuple[Case, ...], step: int = 0, rank: int = 0, world_size: int = 1) -> Any:
+    """A rank's patches of each step."""
+    spec = StreamSpec(SAMPLER, found, source, PATCH_SPEC, step, 1 << 30)
+    rows = (decode(table) for table in tables(spec, rank, world_size))
+    return rank_steps(rows, SAMPLER, PATCH_SPEC.size_zyx, step, rank, world_size)
 
 
-def dealt(source: Source, wanted: Any, world_size: int = 1, patch_spec: PatchSpec = CUTTING) -> list[list[Patch]]:
-    """Each rank's patches of one window, in the order in which it trains on them."""
-    ranks: list[list[Patch]] = [[] for _ in range(world_size)]
-    held: list[list[Patch]] = [[] for _ in range(world_size)]
-    for number, table in enumerate(rank_tables(source, wanted, patch_spec, world_size)):
-        left, found = decode(table)
-        held[number % world_size] += found
-        if not left:
-            ranks[number % world_size] += sorted(held[number % world_size], key=lambda p: p.position)
-            held[number % world_size] = []
-    assert not any(held)
-    return ranks
-
-
-@pytest.mark.parametrize("world_size", range(1, 9))
-def test_any_number_of_ranks_gets_every_wth_patch_and_the_same_voxels(
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_any_number_of_ranks_gets_the_same_patches_from_any_step(
     cases: tuple[Source, tuple[Case, ...]], world_size: int
 ) -> None:
-    """Rank r's patches are positions r, r + W, r + 2W ... of the stream, over windows that W does not divide too; bit
-    for bit those of a stream for one rank."""
+    """Over all ranks each step holds its positions once, also when the run goes on amid a case's steps; bit for bit the
+    patches that one rank gets from the begin."""
     source, found = cases
-    wanted = items(found)
-    alone = dealt(source, wanted)[0]
-    ranks: list[list[Patch]] = [[] for _ in range(world_size)]
-    turn = 0
-    for window in PLAN.windows(0, PLAN.total):
-        for rank, patches in enumerate(dealt(source, wanted[window.start : window.stop], world_size)):
-            ranks[(turn + rank) % world_size] += patches
-        turn = (turn + len(window)) % world_size  # Ray goes on with the rank whose turn it is
-    for rank, patches in enumerate(ranks):
-        assert [p.position for p in patches] == list(range(rank, PLAN.total, world_size))
-        assert all(equal(patch, alone[patch.position]) for patch in patches)
+    alone = [patch for mine in steps(source, found) for patch in mine]
+    assert [p.position for p in alone] == list(range(SAMPLER.total))
+    for step in range(SAMPLER.steps):
+        ranks = [list(steps(source, found, step, rank, world_size)) for rank in range(world_size)]
+        assert {len(mine) for mine in ranks} == {SAMPLER.steps - step}
+        for number, shares in enumerate(zip(*ranks, strict=True), step):
+            patches = sorted((patch for share in shares for patch in share), key=lambda p: p.position)
+            assert [p.position for p in patches] == list(range(3 * number, 3 * number + 3))
+            assert all(equal(patch, alone[patch.position]) for patch in patches)
+
+
+def test_a_stream_that_is_not_the_samplers_is_refused(cases: tuple[Source, tuple[Case, ...]]) -> None:
+    """A row of another rank, a row that is missing, a row too many: an error, never other patches in silence."""
+    source, found = cases
+    spec = StreamSpec(SAMPLER, found, source, PATCH_SPEC, 0, 1)  # no room: a case a row
+    mine, others = ([decode(table) for table in tables(spec, rank, 2)] for rank in (0, 1))
+    for rows in (others, mine[:1] + mine[2:], [*mine, mine[-1]], [*mine[:2], others[2], *mine[3:]]):
+        with pytest.raises(RuntimeError, match=r"the stream has|StopIteration"):
+            list(rank_steps(iter(rows), SAMPLER, PATCH_SPEC.size_zyx, 0, 0, 2))
+
+
+def test_rows_are_read_ahead_of_the_consumer_and_errors_reach_it() -> None:
+    """Two items before they are asked for, no more; what fails in the thread fails at the consumer, in its place."""
+    read: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(9):
+            if number == 7:
+                raise OSError("no route to host")
+            read.append(number)
+            yield number
+
+    found = read_ahead(numbers, 2)
+    deadline = time.monotonic() + 20
+    while len(read) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert read == [0, 1, 2], "two wait, the third is in the thread's hand"
+    assert [next(found) for _ in range(7)] == list(range(7))
+    with pytest.raises(OSError, match="no route"):
+        next(found)
 
 
 def test_a_box_holds_a_case_once_and_never_more_than_its_patches() -> None:
@@ -176,31 +197,35 @@ def test_a_box_holds_a_case_once_and_never_more_than_its_patches() -> None:
             )
 
 
+def everything(source: Source, found: tuple[Case, ...]) -> list[Patch]:
+    return [patch for mine in steps(source, found) for patch in mine]
+
+
 def test_raw_and_store_routes_give_the_same_patches(cases: tuple[Source, tuple[Case, ...]], tmp_path: Path) -> None:
-    """Bit for bit the same rows for the same positions, padding included, resampled and oblique cases too."""
+    """Bit for bit the same patches for the same positions, padding included, resampled and oblique cases too."""
     source, found = cases
     home = str(tmp_path / "store")
     stored = tuple(put(home, source, case, {"spacing_mm": 1.0}) for case in found)
-    raw = dealt(source, items(found))[0]
-    prepared = dealt(Source(home, source.convention, 1.0), items(stored))[0]
+    raw, prepared = everything(source, found), everything(Source(home, source.convention, 1.0), stored)
 
-    assert [p.position for p in raw] == list(range(18))
-    assert [p.weight for p in raw] == ([1.0] * 8 + [0.0]) * 2
+    assert [p.position for p in raw] == list(range(SAMPLER.total))
+    assert sum(p.weight == 1.0 for p in raw) == 16
+    assert [p.weight for p in raw] == [float(SAMPLER.sample(p).case is not None) for p in range(SAMPLER.total)]
     assert {p.image_czyx.dtype.name for p in raw} == {"int16", "float16"}
     assert all(equal(a, b) for a, b in zip(raw, prepared, strict=True))
 
 
 def test_a_refused_case_keeps_its_positions(cases: tuple[Source, tuple[Case, ...]]) -> None:
-    """Each position of a damaged case is one row of weight 0 with the reason; all other rows are as before."""
+    """Each position of a damaged case is a patch of weight 0 with the reason; all others are as before."""
     source, found = cases
-    before = dealt(source, items(found))[0]
+    before = everything(source, found)
     damaged = Path(source.root) / "imagesTr" / "BRATS_002.nii.gz"
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
-    after = dealt(source, items(found))[0]
+    after = everything(source, found)
 
-    assert len(after) == len(before) == PLAN.total
+    assert len(after) == len(before) == SAMPLER.total
     for old, new in zip(before, after, strict=True):
         if old.case_id == "BRATS_002":
             assert (new.position, new.seed, new.case_id, new.weight) == (old.position, old.seed, old.case_id, 0)
@@ -212,7 +237,7 @@ def test_a_refused_case_keeps_its_positions(cases: tuple[Source, tuple[Case, ...
     assert sum(p.case_id == "BRATS_002" for p in after) == 4
 
 
-def test_storage_that_fails_stops_the_window_and_each_case_is_read_once() -> None:
+def test_storage_that_fails_stops_the_stream_and_a_dealt_case_is_read_once() -> None:
     """OSError is no property of a case and must not become a placeholder; a refusal is not asked for twice."""
     asked: list[str] = []
 
@@ -225,28 +250,65 @@ def test_storage_that_fails_stops_the_window_and_each_case_is_read_once() -> Non
                 raise InvalidCase("size", "cut")
             return PREPARED
 
-    def rows(*ids: str) -> list[Patch]:
-        wanted = [(Sample(i, 0, 0, i), Case(name, name, (), None, 0)) for i, name in enumerate(ids)]
-        return dealt(Double("", "msd", 1.0), wanted)[0]
+    def patches(*ids: str) -> list[Patch]:
+        sampler = Sampler(0, len(ids), 1, 3, 1)
+        spec = StreamSpec(sampler, tuple(case(name) for name in ids), Double("", "msd", 1.0), PATCH_SPEC, 0, 1 << 30)
+        return [patch for table in tables(spec, 0, 1) for patch in decode(table)[1]]
 
-    assert [p.weight for p in rows("bad", "ok", "bad", "ok")] == [0, 1, 0, 1]
-    assert asked == ["bad", "ok"]
+    found = patches("bad", "ok")
+    assert {(p.case_id, p.weight) for p in found} == {("bad", 0.0), ("ok", 1.0)}
+    assert len(found) == 6
+    assert sorted(asked) == ["bad", "ok"]
     with pytest.raises(OSError, match="no route"):
-        rows("ok", "down")
+        patches("ok", "down")
 
 
-def test_executions_of_the_datasource_chain_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The read tasks of execution 0, 1, 2 ... from any step on hold every later position once, in order."""
-    monkeypatch.setattr("raytrain_brats.data.sampler.SEGMENT_WINDOWS", 1)
-    found = tuple(Case(str(i), str(i), (), None, 0) for i in range(4))
-    for cursor in range(0, PLAN.total, PLAN.global_batch):
-        datasource = PositionSource(PLAN, found, Source("", "msd", 1.0), CUTTING, cursor)
+def case(name: str, size: int = 0) -> Case:
+    return Case(name, name, (), None, size)
+
+
+@pytest.mark.parametrize(("world_size", "group_ranks"), [(1, 16), (2, 16), (3, 16), (3, 1), (3, 2)])
+def test_executions_of_the_datasource_chain_to_the_end(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, group_ranks: int
+) -> None:
+    """The read tasks of execution 0, 1, 2 ... from any step on, of all groups of ranks together, hold every later
+    position once; the rows of a group come to its ranks in turn, whatever the segments."""
+    monkeypatch.setattr(stream, "GROUP_RANKS", group_ranks)
+    sampler = dataclasses.replace(SAMPLER, epochs=5)
+    found = tuple(case(str(i), 1 << 30) for i in range(4))
+    for step in range(sampler.steps):
         seen: list[int] = []
-        for execution in range(PLAN.total):
-            context = DataContext()
-            context._execution_idx = execution
-            for task in datasource.get_read_tasks(1, data_context=context):
-                read: Any = task.read_fn
-                rows = [sample.position for sample, _ in read.args[1]]
-                seen += rows
-        assert seen == list(range(cursor, PLAN.total))
+        for group in range(stream.groups(world_size)):
+            ranks, turn = stream.group_ranks(group, world_size), 0
+            spec = StreamSpec(sampler, found, Source("", "msd", 1.0), PATCH_SPEC, step, 1 << 40, 1, (2, 2))
+            for execution in range(20):
+                context = DataContext()
+                context.set_config(stream.RANKS, (ranks, world_size))
+                context._execution_idx = execution
+                assert turn % len(ranks) == 0, "an execution begins with the first rank"
+                for task in CaseDatasource(spec).get_read_tasks(1, data_context=context):
+                    read: Any = task.read_fn
+                    for row in read.args[1]:
+                        rank, turn = ranks[turn % len(ranks)], turn + 1
+                        for _, samples in row.cases:
+                            seen += [s.position for s in samples]
+                            now, place = divmod(samples[0].position, sampler.global_batch)
+                            assert (sampler.oldest(now) + place) % world_size == rank
+        real = [p for p in range(step * 3, sampler.total) if sampler.sample(p).case is not None]
+        assert sorted(seen) == real
+
+
+def test_small_cases_share_rows_and_tasks_large_ones_do_only_with_many_ranks() -> None:
+    """A row costs milliseconds and a task tens of them, so small cases are grouped; a full-size case travels alone to a
+    few ranks, and eight together to 64, unless the object store is too small."""
+
+    def sizes(patch: int, file_bytes: int, store_bytes: int = 1 << 40) -> list[tuple[int, int]]:
+        found = tuple(case(str(i), file_bytes) for i in range(4))
+        spec = StreamSpec(SAMPLER, found, Source("", "msd", 1.0), PatchSpec((patch,) * 3, 0.5), 0, store_bytes)
+        rows = [spec.cases_per_row(world_size) for world_size in (1, 2, 8, 16, 64)]
+        return [(size, spec.rows_per_task(size)) for size in rows]
+
+    assert sizes(128, 10_000_000) == [(1, 4), (1, 4), (2, 2), (4, 1), (8, 1)]
+    assert sizes(16, 9_000) == [(28, 2)] * 5
+    assert sizes(32, 3_000_000) == [(1, 11), (1, 11), (2, 5), (4, 2), (8, 1)]
+    assert sizes(128, 10_000_000, 2 * 160_000_000) == [(1, 4)] * 5
