@@ -9,6 +9,7 @@ for every rank, even an empty one. Each execution of a dataset streams one segme
 thread, so that it has some of the next segment before it needs them. An invalid case travels too, without voxels.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -46,6 +47,11 @@ nothing is streamed."""
 ROW_BYTES, ROW_CASES, TASK_BYTES, TASK_CASES = 1 << 20, 8, 1 << 25, (4, 64)
 """Small cases are grouped, up to so many bytes a row and a task, since each costs milliseconds however small it is. A
 task holds 4 cases at least and 64 at most; a row of large cases up to 8, growing with the number of ranks."""
+STORE_SHARE = 0.3
+"""Of the object store, for rows that no rank has taken yet. By default Ray Data uses half and more; with what many ranks
+hold of it, rows went to disk."""
+CLOSED_S = 0.5
+"""A reading thread notices this late that its consumer is gone."""
 BUSY_LOOP_S, PAUSE_S = 0.01, 0.03
 """An iteration of Ray Data's scheduling loop shorter than the first is followed by a pause of the second."""
 
@@ -211,7 +217,9 @@ class OrderedSplit(DataConfig):
         for group in range(groups(world_size)):
             if (name := group_name(group)) in datasets:
                 ranks = group_ranks(group, world_size)
-                datasets[name].context.set_config(RANKS, (ranks, world_size))
+                context = datasets[name].context
+                context.set_config(RANKS, (ranks, world_size))
+                context.override_object_store_memory_limit_fraction = STORE_SHARE / groups(world_size)
                 for rank, share in zip(ranks, datasets[name].streaming_split(len(ranks), equal=False), strict=True):
                     shares[rank][name] = share
                 # Ray ends the executions that rank 0 has a share of. It does not read this one.
@@ -267,28 +275,38 @@ def rank_steps(
 
 
 def read_ahead(make: Callable[[], Iterator[T]], ahead: int) -> Iterator[T]:
-    """Iterate in a thread that begins at once, and is up to `ahead` items before its consumer."""
+    """Iterate in a thread that begins at once, and is up to `ahead` items before its consumer; it ends with it."""
     waiting: queue.Queue[Any] = queue.Queue(ahead)
-    end = object()
+    closed, end = threading.Event(), object()
+
+    def put(item: Any, error: BaseException | None = None) -> None:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                return waiting.put((item, error), timeout=CLOSED_S)
 
     def read() -> None:
         try:
             for item in make():
-                waiting.put((item, None))
+                put(item)
                 del item
-            waiting.put((end, None))
+                if closed.is_set():
+                    return
+            put(end)
         except BaseException as error:  # noqa: BLE001 - raised again in the consumer
-            waiting.put((end, error))
+            put(end, error)
 
     def items() -> Iterator[T]:
-        while True:
-            item, error = waiting.get()
-            if error:
-                raise error
-            if item is end:
-                return
-            yield item
-            del item
+        try:
+            while True:
+                item, error = waiting.get()
+                if error:
+                    raise error
+                if item is end:
+                    return
+                yield item
+                del item
+        finally:
+            closed.set()
 
     threading.Thread(target=read, name="stream", daemon=True).start()
     return items()
