@@ -1,4 +1,4 @@
-"""Measure this package, all processes counted: `scripts/bench data` against its peers, `scripts/bench prepare`.
+"""Measure this package, all processes counted: `scripts/bench data` against its peers, `stream`, `prepare`.
 
 In: how many generated cases, patches and rounds; which peers.
 Out: a table on the terminal; with --json a file of every run's figures.
@@ -109,7 +109,7 @@ def data(args: Data) -> None:
 _FREE = ("work", "json", "overwrite")  # does not alter what is measured
 
 
-def _check_places(what: str, args: "Data | Prepare") -> dict[str, Any]:
+def _check_places(what: str, args: "Data | Stream | Prepare") -> dict[str, Any]:
     """What the figures' file says of its making. Raises UserError, before anything is measured, when the file or the
     work folder is none of bench's."""
     settings = {name: value for name, value in asdict(args).items() if name not in _FREE}
@@ -139,9 +139,9 @@ def _names(given: str, known: tuple[str, ...], option: str) -> list[str]:
     return names
 
 
-def _generate(args: Data, work: Path) -> Path:
+def _generate(args: "Data | Stream", work: Path) -> Path:
     """The cases, and the store made of them, unless they are there from an earlier time."""
-    source, store = _cases(work / "source", args.cases, args.grid, args.voxels), work / "store"
+    source, store = _cases(work / "source", args.cases, args.grid, getattr(args, "voxels", "float32")), work / "store"
     if not (store / "index.jsonl").exists():
         manifest = scan.open_manifest(str(source))
         preprocessing = {"spacing_mm": 240 / args.grid}
@@ -169,10 +169,14 @@ def _run(args: Data, name: str, work: Path, source: Path) -> Run:
     ours, route = name in OURS, name.removesuffix("_alone")
     where, warm = (work / "store" if route == "store" else source), (args.warm if route in OURS else min(8, args.warm))
     order = Order(name, str(where), args.patch, args.patches, warm, args.seconds, 240 / args.grid, str(work))
-    module = f"scripts.bench_pipelines.{'routes' if ours else 'peers'}"
+    return Run(**_in_process("routes" if ours else "peers", asdict(order), name))
+
+
+def _in_process(module: str, asked: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a module of `bench_pipelines` measures in a process of its own. Raises RunFailed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run.json")
-        command = [sys.executable, "-m", module, json.dumps(asdict(order)), str(out)]
+        command = [sys.executable, "-m", f"scripts.bench_pipelines.{module}", json.dumps(asked), str(out)]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # a cluster of its own: others' work must not count
         environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": path}
@@ -180,7 +184,8 @@ def _run(args: Data, name: str, work: Path, source: Path) -> Run:
         if not out.exists():
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise RunFailed(f"{name} ended with {done.returncode}: {lines[-1]}")
-        return Run(**json.loads(out.read_text()))
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
 
 
 def _report(
@@ -252,6 +257,58 @@ def _show(found: dict[str, Any]) -> None:
         print(f"{name}: {row['output']}; augmentation: {row['augmentation']}; cache: {row['cache']}")
     for name, why in found["skipped"].items():
         print(f"left out: {name}, {why}")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Bytes and CPU time a patch of the stream at several numbers of ranks, as consumers that only take, full-size
+    cases, all processes counted."""
+
+    workers: str = "1,2,8,16,64"
+    """Numbers of ranks, comma-separated."""
+    cases: int = 8
+    """Cases generated; each is different, all are read again and again."""
+    grid: int = 240
+    """Voxels of a generated case across 240 mm."""
+    patch: int = 128
+    """Voxels along each edge of a patch."""
+    patches: int = 512
+    """Patches counted in each run, after a warm-up."""
+    warm: int = 128
+    """Patches before counting begins."""
+    seconds: float = 600.0
+    """A run that takes longer is given up."""
+    routes: str = ",".join(OURS)
+    """Comma-separated."""
+    work: str = ""
+    """Folder for cases and store, kept for the next time: empty, new or bench's; by default one that is removed."""
+    json: str = ""
+    """File for the figures."""
+    overwrite: bool = False
+    """Also replace a --json file of other settings, or that bench did not write; never an image or a label."""
+
+
+def stream(args: Stream) -> None:
+    made = _check_places("stream", args)
+    numbers = [int(number) for number in args.workers.split(",")]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="bench") as folder:
+        work = Path(args.work or folder).absolute()
+        source, before = _generate(args, work), os.getloadavg()
+        for route in _names(args.routes, OURS, "--routes"):
+            where = str(work / "store" if route == "store" else source)
+            order = Order(route, where, args.patch, args.patches, args.warm, args.seconds, 240 / args.grid, str(work))
+            for workers in track(numbers, route, console=Console(stderr=True), transient=True):
+                rows.append(_in_process("consumers", asdict(order) | {"workers": workers}, f"{route} at {workers}"))
+    columns = ("workers", "route", "cases_per_row", "mb_per_patch", "coordinator_ms_per_patch", "cpu_ms_per_patch")
+    columns = (*columns, "object_store_peak_mb")
+    table = Table(*columns, title=f"{_machine(before)['cpu']}, load {before[0]:.1f}")
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
+    show(table)
+    if args.json:
+        found = {"date": time.strftime("%Y-%m-%d"), "machine": _machine(before), "rows": rows}
+        storage.write_bytes(args.json, (json.dumps(made | found, indent=1) + "\n").encode())
 
 
 @dataclass(frozen=True)
@@ -343,7 +400,11 @@ def _prepared(source: Path, store: Path, grid: int) -> tuple[dict[str, float], i
     return spent, sum(objects.values()), sum(sum(found.values()) for found in files)
 
 
-WHAT = {"data": "loading patches, against other libraries", "prepare": "CPU seconds a case, size of the store"}
+WHAT = {
+    "data": "loading patches, against other libraries",
+    "stream": "bytes and CPU time a patch at 1 to 64 ranks",
+    "prepare": "CPU seconds a case, size of the store",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -353,6 +414,8 @@ def main(argv: list[str] | None = None) -> int:
         return name
     if name == "data":
         return entry(Data, data, name, given[1:], PROGRAM)
+    if name == "stream":
+        return entry(Stream, stream, name, given[1:], PROGRAM)
     return entry(Prepare, prepare, name, given[1:], PROGRAM)
 
 

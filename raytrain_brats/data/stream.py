@@ -48,8 +48,8 @@ ROW_BYTES, ROW_CASES, TASK_BYTES, TASK_CASES = 1 << 20, 8, 1 << 25, (4, 64)
 """Small cases are grouped, up to so many bytes a row and a task, since each costs milliseconds however small it is. A
 task holds 4 cases at least and 64 at most; a row of large cases up to 8, growing with the number of ranks."""
 STORE_SHARE = 0.3
-"""Of the object store, for rows that no rank has taken yet. By default Ray Data uses half and more; with what many ranks
-hold of it, rows went to disk."""
+"""Of the object store, for rows that no rank has taken yet. By default Ray Data uses half and more; with what many
+ranks hold of it, rows went to disk."""
 CLOSED_S = 0.5
 """A reading thread notices this late that its consumer is gone."""
 BUSY_LOOP_S, PAUSE_S = 0.01, 0.03
@@ -282,7 +282,8 @@ def read_ahead(make: Callable[[], Iterator[T]], ahead: int) -> Iterator[T]:
     def put(item: Any, error: BaseException | None = None) -> None:
         while not closed.is_set():
             with contextlib.suppress(queue.Full):
-                return waiting.put((item, error), timeout=CLOSED_S)
+                waiting.put((item, error), timeout=CLOSED_S)
+                break
 
     def read() -> None:
         try:

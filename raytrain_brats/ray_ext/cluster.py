@@ -27,7 +27,7 @@ from raytrain_brats.ray_ext.internals import core
 T = TypeVar("T")
 R = TypeVar("R")
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # else a traceback for each task beside the one whose error is reported
@@ -42,6 +42,9 @@ _ENVIRONMENT = {
 STORE_BYTES_PER_CPU = 160_000_000
 """Object store of a cluster that we start. Ray would take 30 % of the memory and use all of it in turn, and a process's
 first access to each page costs some 2 microseconds: 15 ms a case more until it has touched every page."""
+
+COMING_STORE_BYTES = 16_000_000_000
+"""Object store of a node that an autoscaler will add, as far as we know: 30 % of the memory of the smallest we name."""
 
 # Where S3 is: workers on other nodes inherit their node's environment, not ours. Never credentials: the dashboard
 # shows these variables.
@@ -85,7 +88,7 @@ def _connect(address: str, local_cpus: int | None) -> None:
     if interrupt.installed():
         core.keep_own_signals()
     core.stop_auto_connect()
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     verbose = bool(os.environ.get("RAYTRAIN_BRATS_VERBOSE"))
     for handler in [] if verbose else logging.getLogger("ray.data").handlers:
@@ -167,7 +170,8 @@ def measure(run: Run, global_batch: int) -> Resources:
     # On a small machine each process matters: 0.25 GB, and its first access to each page of the object store. One data
     # task per CPU that no worker uses is enough.
     tasks = run.data_tasks or (max(1, int(cpus - taken)) if cpus <= 4 and not data.grows else None)
-    store_bytes = int(ray.cluster_resources().get("object_store_memory", 0))
+    stores = [*data.nodes, *(train.nodes if data.selector else [])]
+    store_bytes = int(sum(node.get("object_store_memory", COMING_STORE_BYTES) for node in stores))
     prefetch = run.prefetch or (4 if wanted else 1)
     return Resources(low, high, per_worker, wanted, per_task, tasks, prefetch, store_bytes)
 

@@ -55,6 +55,12 @@ class StreamFactory:
         return generation
 
 
+def factories(spec: RunSpec, needed: cluster.Resources, driver: str) -> dict[str, Any]:
+    """The datasets of a run: as many as its largest worker group needs."""
+    groups = range(stream.groups(needed.high))
+    return {stream.group_name(group): StreamFactory(spec, needed, driver, group) for group in groups}
+
+
 @dataclass(frozen=True)
 class FailureLogger(UserCallback):
     """Records why workers failed, also when they were killed."""

@@ -21,7 +21,7 @@ from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster, elastic, roles, warm_pool
 from raytrain_brats.run import checkpoint, checkpoint_request, control, gauges, journal
-from raytrain_brats.run.controller import CheckpointBeforeResize, FailureLogger, StreamFactory
+from raytrain_brats.run.controller import CheckpointBeforeResize, FailureLogger, factories
 from raytrain_brats.run.hang_detector import HangDetector
 from raytrain_brats.run.lease import Lease
 from raytrain_brats.run.progress import Progress
@@ -113,10 +113,7 @@ def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) ->
             worker_runtime_env={"env_vars": warm_pool.WORKER},  # type: ignore[call-arg]
             callbacks=callbacks,
         ),
-        datasets={
-            stream.group_name(group): StreamFactory(spec, needed, lease.token, group)
-            for group in range(stream.groups(needed.high))
-        },
+        datasets=factories(spec, needed, lease.token),
         dataset_config=stream.OrderedSplit(),
     )
     # In a thread, so that we handle Ctrl-C: on the main thread Ray's own handler ends the process without a message.

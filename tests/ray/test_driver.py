@@ -33,7 +33,7 @@ def test_ctrl_c_ends_a_driver_whose_call_of_ray_never_returns(tmp_path: Path, mo
     free.daemon = True
     free.start()
     with pytest.raises(KeyboardInterrupt):
-        driver._fit(spec, Resources(1, 1, 1.0, 0, 1.0, None, 1), lease, "run")
+        driver._fit(spec, Resources(1, 1, 1.0, 0, 1.0, None, 1, 1 << 30), lease, "run")
     assert shut and not stuck.is_set()
     free.cancel()
     stuck.set()

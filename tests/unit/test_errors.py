@@ -281,8 +281,8 @@ def test_clusters_that_can(
     resources: dict[str, float], workers: str, expected: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """auto takes the GPUs up to the global batch; a range may reach beyond the GPUs of today."""
-    monkeypatch.setattr(roles, "alive", lambda: [{"Labels": {}, "Resources": resources}])
-    assert dataclasses.astuple(cluster.measure(Run(workers=workers), 4)) == expected
+    monkeypatch.setattr(roles, "alive", lambda: [{"Labels": {}, "Resources": resources | {"object_store_memory": 9.0}}])
+    assert dataclasses.astuple(cluster.measure(Run(workers=workers), 4)) == (*expected, 9)
 
 
 def test_outcomes_become_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_the_time_is_told_beside_the_proof(run: Path, capsys: pytest.CaptureFixt
         (lambda rows: rows.reverse(), 1),
         (lambda rows: rows[1].update(samples=rows[0]["samples"]), 2),
         (lambda rows: rows[3].update(positions=[12, 17]), 4),
-        (lambda rows: rows.append(rows[-1]), 7),
+        (lambda rows: rows.append(rows[-1]), 9),
     ],
 )
 def test_a_forged_row_is_named(run: Path, change: Any, row: int, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,8 +142,16 @@ def prestart(node: dict[str, Any], number: int, env: str, keep_s: int) -> None:
 
 def spilled_bytes() -> int:
     """Bytes that all nodes' object stores have written to disk since they started."""
-    state = get_state_from_address(ray.get_runtime_context().gcs_address)
-    return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)
+    return int(_store_stats().spilled_bytes_total)
+
+
+def stored_bytes() -> int:
+    """Bytes in all nodes' object stores."""
+    return int(_store_stats().object_store_bytes_used)
+
+
+def _store_stats() -> Any:
+    return get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
 
 
 class ControlStore:
