@@ -39,8 +39,9 @@ T = TypeVar("T")
 
 RANKS = "raytrain_brats.ranks"
 """Key in the dataset's context: (ranks that it serves, world size), known only once the workers are."""
-GROUP_RANKS = 16
-"""Ranks of one dataset: its coordinator, one Python process, needs 4 ms a row, and 16 GPUs want 280 cases a second."""
+GROUP_RANKS, FEW_RANKS = 32, 8
+"""Ranks of one dataset: its coordinator, one Python process, needs some 5 ms a row, and 32 GPUs want 560 cases a
+second. Up to the second number its scheduler iterates more often."""
 SEGMENT_TASKS = 1024
 """Read tasks of one Ray Data execution: each costs 1.2 ms before the first row, and each execution about 1 s in which
 nothing is streamed."""
@@ -52,8 +53,6 @@ STORE_SHARE = 0.3
 ranks hold of it, rows went to disk."""
 CLOSED_S = 0.5
 """A reading thread notices this late that its consumer is gone."""
-BUSY_LOOP_S, PAUSE_S = 0.01, 0.03
-"""An iteration of Ray Data's scheduling loop shorter than the first is followed by a pause of the second."""
 
 
 @dataclass(frozen=True)
@@ -154,19 +153,24 @@ def tables(spec: StreamSpec, rank: int, world_size: int) -> Iterator[pa.Table]:
 
 
 class SchedulerThrottle(ExecutionCallback):
-    """Sleep briefly when Ray Data's scheduler busy-loops.
+    """Lets Ray Data's scheduler iterate not more often than every `period_s`.
 
-    The scheduler waits until a read task has output. When all have output and no consumer has room for it, as whenever
-    loading is faster than training, it iterates without a pause: 0.6 of a core, and a CPU run on two cores at half its
-    speed.
+    An iteration costs 4 ms. The scheduler waits until a read task has output; when all have output and no consumer has
+    room for it, as whenever loading is faster than training, it iterates without a pause: 0.6 of a core, and a CPU run
+    on two cores at half its speed.
     """
 
-    _before = 0.0
+    period_s, _before = 0.04, 0.0
 
     def on_execution_step(self, executor: Any) -> None:
-        if time.monotonic() - self._before < BUSY_LOOP_S:
-            time.sleep(PAUSE_S)
+        time.sleep(max(0.0, self._before + self.period_s - time.monotonic()))
         self._before = time.monotonic()
+
+
+class RareSchedulerThrottle(SchedulerThrottle):
+    """For many ranks: each iteration deals many rows, and there are many data tasks, so none waits for a single one."""
+
+    period_s = 0.1
 
 
 def dataset(
@@ -186,7 +190,6 @@ def dataset(
     made.context.target_max_block_size = 1  # one row a block: the split deals blocks
     made.context.execution_options.preserve_order = True
     made.context.execution_options.label_selector = nodes or None
-    made.context.custom_execution_callback_classes = [SchedulerThrottle]
     made.context.memory_usage_poll_interval_s = None  # reading a process's memory map costs as much as a patch
     made.context.execution_no_progress_timeout_s = 6 * 3600  # during a long validation nobody takes a row
     return made
@@ -219,6 +222,8 @@ class OrderedSplit(DataConfig):
                 ranks = group_ranks(group, world_size)
                 context = datasets[name].context
                 context.set_config(RANKS, (ranks, world_size))
+                throttle = SchedulerThrottle if len(ranks) <= FEW_RANKS else RareSchedulerThrottle
+                context.custom_execution_callback_classes = [throttle]
                 context.override_object_store_memory_limit_fraction = STORE_SHARE / groups(world_size)
                 for rank, share in zip(ranks, datasets[name].streaming_split(len(ranks), equal=False), strict=True):
                     shares[rank][name] = share

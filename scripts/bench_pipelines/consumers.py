@@ -1,9 +1,10 @@
-"""What the stream costs at many ranks: consumers that only take, as actors on this machine, in a process of its own.
+"""What the stream costs at many ranks: consumers that only take, as threads on this machine, in a process of its own.
 
 In: a prepared or raw set of full-size cases, a number of ranks. Out: bytes and CPU time a patch, the store's peak.
 
-The rows are those that the pipeline would send to so many ranks on machines with room for them. Counted over every
-process of the tree, from the row with which all ranks together have the warm-up to the one with the patches to count.
+Two cores cannot load cases for 64 GPUs. So bytes and CPU time of all processes are counted with the cases loaded, as
+fast as this machine does it, and the coordinators' time with stand-ins: the rows and read tasks that the pipeline would
+make of full-size cases for so many ranks, with a few voxels each, taken as fast as GPUs would, as far as two cores can.
 """
 
 import bisect
@@ -11,6 +12,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +21,11 @@ from typing import Any
 import ray
 
 from raytrain_brats.data import stream
-from raytrain_brats.data.boxes import decode
+from raytrain_brats.data.boxes import PatchSpec, decode
+from raytrain_brats.data.manifest import Case
+from raytrain_brats.data.preprocess import Prepared
+from raytrain_brats.data.store import Source
+from raytrain_brats.data.stream import StreamSpec
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.ray_ext.internals import core
@@ -27,48 +33,80 @@ from scripts.bench_pipelines.alone import opened, settings
 from scripts.bench_pipelines.meter import Meter
 from scripts.bench_pipelines.pipelines import Order
 
+GPU_PATCHES_PER_S, PATCHES_PER_S = 70, 1024
+"""What an H100 takes; what all ranks take of stand-ins at most. (A consumer that waits polls 100 times a second, in
+the coordinator's process: the time of one that starves is not that of the stream.)"""
+NODE_RANKS = 8
 STORE_MB = 8000
-"""Object store: a turn of 64 ranks may be on its way."""
+"""Object store, of which 64 ranks hold some cases each."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """One measurement. Milliseconds are CPU time of all processes, or of the coordinators alone."""
+    """One measurement: milliseconds of CPU time a patch, of all processes together and by what the process is."""
 
-    workers: int
-    route: str
     cases_per_row: int
     patches: int
-    wall_s: float
+    patches_per_s: float
     mb_per_patch: float
-    coordinator_ms_per_patch: float
     cpu_ms_per_patch: float
     object_store_peak_mb: float
     cpu_ms_by_process: dict[str, float]
 
 
-@ray.remote(num_cpus=0, max_concurrency=2)
-class Consumer:
-    """Takes rows and keeps nothing of them."""
+@dataclass(frozen=True)
+class StandIn(Source):
+    """A case that takes no time to load."""
+
+    prepared: Any
+
+    def load(self, case: Case) -> Prepared:
+        found: Prepared = self.prepared
+        return found
+
+
+def stand_ins(streamed: StreamSpec) -> StreamSpec:
+    """The same cases in the same rows and tasks, which follow from the cases' bytes, without their voxels."""
+    prepared = streamed.source.load(streamed.cases[0])
+    assert prepared.label_zyx is not None
+    few = (slice(12),) * 3
+    small = replace(
+        prepared, image_czyx=prepared.image_czyx[(slice(None), *few)].copy(), label_zyx=prepared.label_zyx[few].copy(),
+        foreground_counts=(),
+    )  # fmt: skip
+    cases = tuple(replace(case, bytes=streamed.case_bytes()) for case in streamed.cases)
+    source = StandIn(streamed.source.root, streamed.source.convention, streamed.source.spacing_mm, small)
+    return replace(streamed, cases=cases, source=source, patch_spec=PatchSpec((8, 8, 8), 0.0), store_bytes=1 << 50)
+
+
+@ray.remote(num_cpus=0)
+class Consumers:
+    """The ranks of one node, a thread each, which take rows and keep nothing of them."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[float, int, int]] = []
 
-    def take(self, shard: Any) -> None:
+    def begin(self, shares: list[Any], patches_per_s: float) -> None:
+        for share in shares:
+            threading.Thread(target=self._take, args=(share, patches_per_s), daemon=True).start()
+
+    def _take(self, share: Any, patches_per_s: float) -> None:
         while True:
-            for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-                self._rows.append((time.monotonic(), len(decode(table)[1]), table.nbytes))
+            for table in share.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+                patches = len(decode(table)[1])
+                self._rows.append((time.monotonic(), patches, table.nbytes))
+                del table
+                time.sleep(patches / patches_per_s)
 
     def rows(self) -> list[tuple[float, int, int]]:
         """(when, patches, bytes) of each row so far."""
         return self._rows
 
 
-def measure(order: Order, workers: int) -> Taken:
-    streamed = opened(order, settings(order))
-    batch = max(8, workers)
-    sampler = replace(streamed.sampler, global_batch=batch)
-    streamed = replace(streamed, sampler=sampler, store_bytes=1 << 50)  # as on machines with room for many ranks
+def measure(order: Order, workers: int, loaded: bool) -> Taken:
+    streamed = replace(opened(order, settings(order)), store_bytes=STORE_MB * 10**6)
+    streamed = replace(streamed, sampler=replace(streamed.sampler, global_batch=max(8, workers)))
+    streamed = streamed if loaded else stand_ins(streamed)
     with Meter() as meter:
         os.environ.update(cluster.ENVIRONMENT)
         ray.init(
@@ -77,10 +115,11 @@ def measure(order: Order, workers: int) -> Taken:
         )  # fmt: skip
         made = {stream.group_name(group): stream.dataset(streamed, 1.0) for group in range(stream.groups(workers))}
         shares = stream.OrderedSplit().configure(made, workers)
-        consumers = [Consumer.remote() for _ in shares]
-        ray.get([consumer.rows.remote() for consumer in consumers])
-        for rank, consumer in enumerate(consumers):
-            consumer.take.remote(shares[rank][stream.group_name(stream.group_of(rank, workers))])
+        mine = [shares[rank][stream.group_name(stream.group_of(rank, workers))] for rank in range(workers)]
+        nodes = [mine[first : first + NODE_RANKS] for first in range(0, workers, NODE_RANKS)]
+        consumers = [Consumers.remote() for _ in nodes]
+        pace = 1e9 if loaded else min(GPU_PATCHES_PER_S, PATCHES_PER_S / workers)
+        ray.get([consumer.begin.remote(node, pace) for consumer, node in zip(consumers, nodes, strict=True)])
         rows, peak, began = list[tuple[float, int, int]](), 0, time.monotonic()
         while sum(row[1] for row in rows) < order.warm + order.patches:
             if time.monotonic() > began + order.seconds:
@@ -95,13 +134,10 @@ def measure(order: Order, workers: int) -> Taken:
     begun, ended, patches = rows[low][0], rows[high][0], taken[high] - taken[low]
     spent = {kind: round(1e3 * cpu_s / patches, 3) for kind, cpu_s in meter.spent(begun, ended).items()}
     return Taken(
-        workers,
-        order.pipeline,
         streamed.cases_per_row(workers),
         patches,
-        round(ended - begun, 2),
+        round(patches / (ended - begun), 1),
         round(sum(row[2] for row in rows[low + 1 : high + 1]) / patches / 1e6, 2),
-        spent.get("SplitCoordinator", 0.0),
         round(sum(spent.values()), 2),
         round(peak / 1e6),
         spent,
@@ -110,5 +146,7 @@ def measure(order: Order, workers: int) -> Taken:
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    workers = asked.pop("workers")
-    Path(sys.argv[2]).write_text(json.dumps(asdict(measure(Order(**asked), workers))))
+    from scripts.bench_pipelines import consumers  # by its name, under which data tasks find it too
+
+    workers, loaded = asked.pop("workers"), asked.pop("loaded")
+    Path(sys.argv[2]).write_text(json.dumps(asdict(consumers.measure(Order(**asked), workers, loaded))))
