@@ -37,6 +37,7 @@ from raytrain_brats.data import store as stores
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.synthetic import phantom
+from scripts.bench_pipelines import scale
 from scripts.bench_pipelines.meter import Meter
 from scripts.bench_pipelines.pipelines import ABOUT, OURS, PEERS, Order, Run, missing
 
@@ -109,7 +110,7 @@ def data(args: Data) -> None:
 _FREE = ("work", "json", "overwrite")  # does not alter what is measured
 
 
-def _check_places(what: str, args: "Data | Stream | Prepare") -> dict[str, Any]:
+def _check_places(what: str, args: "Data | Stream | Scale | Prepare") -> dict[str, Any]:
     """What the figures' file says of its making. Raises UserError, before anything is measured, when the file or the
     work folder is none of bench's."""
     settings = {name: value for name, value in asdict(args).items() if name not in _FREE}
@@ -122,7 +123,7 @@ def _check_places(what: str, args: "Data | Stream | Prepare") -> dict[str, Any]:
             return False
 
         outputs.claim_file(args.json, ours, overwrite=args.overwrite, option="--json")
-    if args.work:
+    if not isinstance(args, Scale) and args.work:
         there = sorted(storage.list_files(args.work).keys() - {storage.PROBE})
         ours_too = any(maker.startswith("bench ") for maker in outputs.recorded(args.work)["makers"])
         if storage.is_s3(args.work) or (there and not ours_too):
@@ -323,6 +324,32 @@ def stream(args: Stream) -> None:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """A run of as many tiny cases as the largest data set has, from an S3 server on this machine: seconds to the first
+    step, samples a second, memory, bytes of books a checkpoint. Needs EXTRAS=dev."""
+
+    cases: int = 48_884
+    """Cases, each distinct, of 16 voxels across."""
+    seconds: float = 300.0
+    """How long training is watched."""
+    json: str = ""
+    """File for the figures."""
+    overwrite: bool = False
+    """Also replace a --json file of other settings, or that bench did not write."""
+
+
+def watch(args: Scale) -> None:
+    made, before = _check_places("scale", args), os.getloadavg()
+    with tempfile.TemporaryDirectory(prefix="bench") as folder:
+        found = asdict(scale.measure(Path(folder), args.cases, args.seconds))
+    found = {"date": time.strftime("%Y-%m-%d"), "machine": _machine(before)} | found
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    if args.json:
+        storage.write_bytes(args.json, (json.dumps(made | found, indent=1) + "\n").encode())
+
+
+@dataclass(frozen=True)
 class Prepare:
     """CPU seconds a case that `prepare` takes, all its processes counted; the store's size against the files'."""
 
@@ -414,6 +441,7 @@ def _prepared(source: Path, store: Path, grid: int) -> tuple[dict[str, float], i
 WHAT = {
     "data": "loading patches, against other libraries",
     "stream": "bytes and CPU time a patch at 1 to 64 ranks",
+    "scale": "a run of 48,884 tiny cases from a local S3 server",
     "prepare": "CPU seconds a case, size of the store",
 }
 
@@ -427,6 +455,8 @@ def main(argv: list[str] | None = None) -> int:
         return entry(Data, data, name, given[1:], PROGRAM)
     if name == "stream":
         return entry(Stream, stream, name, given[1:], PROGRAM)
+    if name == "scale":
+        return entry(Scale, watch, name, given[1:], PROGRAM)
     return entry(Prepare, prepare, name, given[1:], PROGRAM)
 
 
