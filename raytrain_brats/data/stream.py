@@ -82,7 +82,7 @@ class StreamSpec:
 class CaseDatasource(Datasource):
     """The rows of one group of ranks; every execution of the dataset asks for read tasks and gets the next segment's."""
 
-    def __init__(self, spec: StreamSpec, group: int) -> None:
+    def __init__(self, spec: "StreamSpec | ray.ObjectRef[StreamSpec]", group: int) -> None:
         super().__init__()
         self._spec, self._group = spec, group
 
@@ -95,7 +95,8 @@ class CaseDatasource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        spec, sampler = self._spec, self._spec.sampler
+        spec = self._spec if isinstance(self._spec, StreamSpec) else ray.get(self._spec)
+        sampler = spec.sampler
         world_size = data_context.get_config(WORLD_SIZE, 1) if data_context is not None else 1
         ranks = group_ranks(self._group, world_size)
         cases_per_row = spec.cases_per_row(world_size)
@@ -110,13 +111,14 @@ class CaseDatasource(Datasource):
         )
         tasks = []
         while chosen := list(islice(rows, size)):
-            tasks.append(self._task(chosen))
+            tasks.append(_task(spec, chosen))
         return tasks
 
-    def _task(self, rows: list[Row]) -> ReadTask:
-        cases = {index: self._spec.cases[index] for row in rows for index, _ in row.cases}
-        about = BlockMetadata(None, len(rows) * self._spec.case_bytes(), None, None)
-        return ReadTask(partial(_read, self._spec.source, rows, cases, self._spec.patch_spec), about)
+
+def _task(spec: StreamSpec, rows: list[Row]) -> ReadTask:
+    cases = {index: spec.cases[index] for row in rows for index, _ in row.cases}
+    about = BlockMetadata(None, len(rows) * spec.case_bytes(), None, None)
+    return ReadTask(partial(_read, spec.source, rows, cases, spec.patch_spec), about)
 
 
 _buffer = Buffer()
@@ -166,8 +168,9 @@ def dataset(
     `tasks`: how many read tasks run at a time (None: as many as Ray Data finds CPUs and object store for); `nodes`:
     labels of the nodes they run on (None: any).
     """
+    # By reference: a dataset is pickled several times on its way, and the cases of a large set are megabytes.
     made = ray.data.read_datasource(
-        CaseDatasource(spec, group), override_num_blocks=1, num_cpus=cpus_per_task, concurrency=tasks
+        CaseDatasource(ray.put(spec), group), override_num_blocks=1, num_cpus=cpus_per_task, concurrency=tasks
     )  # more blocks than there are read tasks would be made by splitting rows
     made.context.target_max_block_size = 1  # one row a block: the split deals blocks
     made.context.execution_options.preserve_order = True

@@ -5,7 +5,7 @@ Out: a `RunSpec`: config, cases, sampler, source, identity; UserError when the r
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,13 @@ class RunSpec:
     @property
     def patch_spec(self) -> PatchSpec:
         return PatchSpec(self.config.data.patch_xyz, self.config.data.foreground_share)
+
+    def for_ranks(self) -> "RunSpec":
+        """What a rank needs of it: of all cases only those it may validate on. Training cases come by the stream."""
+        held_out = self.held_out_cases[: self.config.validate_.max_cases]
+        return replace(
+            self, train_cases=(), held_out_cases=held_out, manifest=replace(self.manifest, cases=(), skipped=())
+        )
 
 
 def preprocessing(config: Config) -> dict[str, Any]:

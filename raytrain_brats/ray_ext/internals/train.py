@@ -7,12 +7,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ray.train._internal.utils import get_address_and_port
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import PreemptingState, ResizingState, RunningState
 from ray.train.v2._internal.execution.preemption import _get_draining_nodes
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.util import TrainingFramework
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-__all__ = ["ControllerCallback", "PreemptingState", "ResizingState", "RunningState", "WorkerGroupCallback"]
+__all__ = [
+    "ControllerCallback",
+    "DataParallelTrainer",
+    "PreemptingState",
+    "ResizingState",
+    "RunningState",
+    "TrainingFramework",
+    "WorkerGroupCallback",
+    "get_address_and_port",
+]
 
 ATTRIBUTES = {
     "ray.train.v2._internal.execution.callback:ControllerCallback": (
