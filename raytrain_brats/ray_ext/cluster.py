@@ -23,6 +23,7 @@ from raytrain_brats.config import Run
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import roles, start_up
 from raytrain_brats.ray_ext.internals import core
+from raytrain_brats.ray_ext.internals import data as ray_data
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -81,7 +82,17 @@ def connect(local_cpus: int | None = None) -> None:
         interrupt.again()
 
 
+_started_here = False
+
+
+def started_here() -> bool:
+    """Whether this process started the cluster it is connected to: then no one else uses it, and it ends with us."""
+    return _started_here
+
+
 def _connect(address: str, local_cpus: int | None) -> None:
+    global _started_here
+    _started_here = not address
     if interrupt.installed():
         core.keep_own_signals()
     core.stop_auto_connect()
@@ -109,6 +120,8 @@ def _connect(address: str, local_cpus: int | None) -> None:
             ) from error
         return
     start_up.make_room()
+    core.start_fewer_processes(logs=verbose)
+    os.environ[ray_data.NO_STATISTICS] = "1"
     cpus = local_cpus or max(2, os.cpu_count() or 1)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # 110 MB, and nobody drains this one node
     memory = min(int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), cpus * STORE_BYTES_PER_CPU)

@@ -19,7 +19,7 @@ from raytrain_brats import interrupt, storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster, elastic, roles, warm_pool
-from raytrain_brats.ray_ext.internals.train import DataParallelTrainer
+from raytrain_brats.ray_ext.internals.train import DataParallelTrainer, LocalTrainer
 from raytrain_brats.ray_ext.process_group import ProcessGroup
 from raytrain_brats.run import checkpoint, checkpoint_request, control, gauges, journal
 from raytrain_brats.run.controller import CheckpointBeforeResize, FailureLogger, StreamFactory
@@ -122,7 +122,8 @@ def _trainer(spec: RunSpec, needed: cluster.Resources, token: str, run_id: str) 
         pool,
     ]
     whole = ray.put(spec)
-    return DataParallelTrainer(
+    trainer = LocalTrainer if cluster.started_here() else DataParallelTrainer
+    return trainer(
         _work,
         train_loop_config={"spec": ray.put(spec.for_ranks()), "run_id": run_id, "prefetch": needed.prefetch},
         backend_config=ProcessGroup(),

@@ -4,6 +4,7 @@ In: a context, a dataset's executor, Ray's actor that holds the reservations. Ou
 in the driver, Ray Train's controller and Ray's own actors.
 """
 
+import os
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
     get_or_create_autoscaling_coordinator,
 )
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.stats import _StatsManager
 
 __all__ = ["ExecutionCallback"]
 _ACTOR = "AutoscalingCoordinator"
@@ -33,6 +35,14 @@ ATTRIBUTES = {
         "_subcluster_selectors",
     ),
 }
+
+NO_STATISTICS = "RAYTRAIN_BRATS_NO_DATASET_STATISTICS"
+"""Environment variable of a cluster that we start: Ray Data counts nothing there for a dashboard, which has none."""
+_STATISTICS = ("register_dataset_to_stats_actor", "update_execution_metrics", "update_iteration_metrics")
+ATTRIBUTES["ray.data._internal.stats:_StatsManager"] = _STATISTICS
+if os.environ.get(NO_STATISTICS):  # here, since whoever executes one of our datasets imports this module before
+    for _name in _STATISTICS:
+        setattr(_StatsManager, _name, staticmethod(lambda *_, **__: None))  # else each starts an actor of 0.11 GB
 
 
 def execution_index(context: DataContext | None) -> int:
