@@ -162,15 +162,21 @@ def dataset(
     tasks: int | None = None,
     nodes: dict[str, str] | None = None,
     group: int = 0,
+    then_nodes: dict[str, str] | None = None,
 ) -> Any:
     """The Ray Dataset of all rows of one group of ranks.
 
     `tasks`: how many read tasks run at a time (None: as many as Ray Data finds CPUs and object store for); `nodes`:
-    labels of the nodes they run on (None: any).
+    labels of the nodes they run on (None: any); `then_nodes`: of those where they run when the former have no free CPU.
     """
+    fallback: Any = {"fallback_strategy": [{"label_selector": then_nodes}]} if then_nodes else {}
     # By reference: a dataset is pickled several times on its way, and the cases of a large set are megabytes.
     made = ray.data.read_datasource(
-        CaseDatasource(ray.put(spec), group), override_num_blocks=1, num_cpus=cpus_per_task, concurrency=tasks
+        CaseDatasource(ray.put(spec), group),
+        override_num_blocks=1,
+        num_cpus=cpus_per_task,
+        concurrency=tasks,
+        ray_remote_args=fallback,
     )  # more blocks than there are read tasks would be made by splitting rows
     made.context.target_max_block_size = 1  # one row a block: the split deals blocks
     made.context.execution_options.preserve_order = True

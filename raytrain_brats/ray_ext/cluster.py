@@ -54,8 +54,8 @@ _PATIENCE_S = "180"  # a run survives an outage of S3 of this length; a command 
 @dataclass(frozen=True)
 class Resources:
     """What a run uses: workers from `low` to `high`, each with `cpus` and `gpus`; data tasks of `cpus_per_task` each,
-    `tasks` at a time (None: as many as fit, also on nodes that join later); `prefetch` rows ahead per rank, in an object
-    store of `store_bytes` over all nodes."""
+    `tasks` at a time (None: as many as fit, also on nodes that join later); `prefetch` rows ahead per rank; an
+    object store of `store_bytes` over all nodes."""
 
     low: int
     high: int
@@ -65,6 +65,12 @@ class Resources:
     tasks: int | None
     prefetch: int
     store_bytes: int
+    on_train_nodes: bool = False
+    """Whether data tasks also use CPUs that workers leave on training nodes."""
+
+    @property
+    def workers(self) -> roles.Workers:
+        return roles.Workers(self.high, self.cpus, self.gpus)
 
 
 def connect(local_cpus: int | None = None) -> None:
@@ -160,7 +166,8 @@ def measure(run: Run, global_batch: int) -> Resources:
         raise UserError(f"run.workers {low}:{high}: the cluster has {gpus} GPUs; lower --workers or add nodes")
     per_worker = run.cpus_per_worker or (1.0 if wanted else 0.5)
     per_task = run.cpus_per_task or (0.5 if cpus <= 4 else 1.0)
-    room = sum(_workers_on(node, per_worker, wanted) for node in train.nodes)
+    workers = roles.Workers(high, per_worker, wanted)
+    room = sum(workers.on(node) for node in train.nodes)
     if train.selector and room < (high if train.grows else low):  # the autoscaler adds all nodes asked for, or none
         raise UserError(
             f"run.workers {low}:{high}: nodes labelled role: train have room for {room} workers of {per_worker:g} CPUs"
@@ -177,18 +184,29 @@ def measure(run: Run, global_batch: int) -> Resources:
             f"{fitting} workers of {per_worker:g} CPUs leave no CPU for data tasks of {per_task:g} on this cluster of "
             f"{cpus:g} CPUs; {remedy}lower run.cpus_per_worker or run.cpus_per_task, or add CPUs"
         )
+    idle = _idle_on_train_nodes(run, workers, per_task)
     # On a small machine each process matters: 0.25 GB, and its first access to each page of the object store. One data
     # task per CPU that no worker uses is enough.
-    tasks = run.data_tasks or (max(1, int(cpus - taken)) if cpus <= 4 and not data.grows else None)
+    tasks = run.data_tasks or (max(1, int(cpus + idle - taken)) if cpus + idle <= 4 and not data.grows else None)
     store_bytes = int(ray.cluster_resources().get("object_store_memory", 0))
     prefetch = run.prefetch or (4 if wanted else 1)
-    return Resources(low, high, per_worker, wanted, per_task, tasks, prefetch, store_bytes)
+    on_train = idle > 0 or run.data_on_train_nodes is True
+    return Resources(low, high, per_worker, wanted, per_task, tasks, prefetch, store_bytes, on_train)
 
 
-def _workers_on(node: dict[str, float], cpus: float, gpus: int) -> int:
-    """Training workers that fit on one node."""
-    by_cpu = math.floor(node.get("CPU", 0.0) / cpus)
-    return min(by_cpu, int(node.get("GPU", 0))) if gpus else by_cpu
+def _idle_on_train_nodes(run: Run, workers: roles.Workers, per_task: float) -> float:
+    """CPUs of training nodes that data tasks may use; 0.0 where nodes have no roles, or none has room for a task.
+
+    With `auto` also where an autoscaler might add a training node for tasks that wait: when the workers do not ask for
+    every such node themselves.
+    """
+    train = roles.part("train")
+    if run.data_on_train_nodes is False or not (train.selector and roles.part("data").selector):
+        return 0.0
+    beyond = train.grows and sum(workers.on(node) for node in train.nodes) > workers.most
+    if beyond and run.data_on_train_nodes == "auto":
+        return 0.0
+    return sum(cpus for node in train.nodes if (cpus := workers.idle_cpus(node)) >= per_task)
 
 
 def _range(workers: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.train import UserCallback
 
+from raytrain_brats import storage
 from raytrain_brats.data import stream
 from raytrain_brats.data.stream import StreamSpec
 from raytrain_brats.errors import RunFailed
@@ -40,9 +41,10 @@ class StreamFactory:
         generation = self._begin(spec) if self.group == 0 else journal.current(spec.run_dir)
         assert generation is not None, "the first factory is called first, and writes it"
         step = generation.samples_seen // spec.sampler.global_batch
+        where = roles.readers(self.needed.on_train_nodes, local=not storage.is_s3(spec.source.root))
         made = stream.dataset(
             StreamSpec(spec.sampler, spec.train_cases, spec.source, spec.patch_spec, step, self.needed.store_bytes),
-            self.needed.cpus_per_task, self.needed.tasks, roles.part("data").selector, self.group,
+            self.needed.cpus_per_task, self.needed.tasks, where.first, self.group, where.then,
         )  # fmt: skip
         made.set_name(f"{elastic.tag(spec.run_dir)}-{self.group}")
         return made

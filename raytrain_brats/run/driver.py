@@ -82,7 +82,8 @@ def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
 def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
     """Run Ray Train to its end; the reason why it failed, or "". Raises RunFailed when the lease was lost."""
     elastic.free_reservations(elastic.tag(spec.run_dir))
-    roles.keep_apart(roles.part("data"))
+    where = roles.readers(needed.on_train_nodes, local=not storage.is_s3(spec.source.root))
+    roles.keep_apart(roles.part("data"), where, needed.workers)
     trainer = _trainer(spec, needed, lease.token, run_id)
     # In a thread, so that we handle Ctrl-C: on the main thread Ray's own handler ends the process without a message.
     fitting: Future[Any] = Future()

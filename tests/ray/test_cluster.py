@@ -76,6 +76,31 @@ def test_an_object_store_that_is_too_small_slows_the_run_and_does_not_end_it(pla
         cluster.close()
 
 
+@pytest.mark.parametrize("allowed", ["auto", pytest.param("false", marks=pytest.mark.campaign)])
+def test_data_tasks_use_cpus_that_workers_leave_of_training_nodes(place: Path, allowed: str) -> None:
+    """With a local folder they run on the training node, beside a worker of 1.5 of its 2 CPUs; not if it is forbidden.
+    The group grows all the same when a node joins, whose CPUs data tasks take first."""
+    cluster = Cluster(place, head="--num-cpus=0 --labels role=head")
+    try:
+        data = cluster.add(options="--num-cpus=1 --labels role=data")
+        train = cluster.add(options="--num-cpus=2 --labels role=train")
+        run = ElasticRun(cluster, "1:2", f"run.data_on_train_nodes={allowed}", "run.data_tasks=2")
+        run.rows_until(1, after=0)
+        assert cluster.where("ray::RayTrainWorker") == {train}
+        seen = _seen(cluster, "ray::ReadCases")
+        assert seen == {data} if allowed == "false" else train in seen
+        if allowed == "auto":
+            joined = cluster.add(options="--num-cpus=2 --labels role=train")
+            run.rows_until(2, after=1)
+            assert cluster.where("ray::RayTrainWorker") == {train, joined}
+            assert run.events("resize")[0]["saved"]
+        run.interrupt()
+        assert verify.main(["--run-dir", run.folder]) == 0
+        assert not run.events("failure")
+    finally:
+        cluster.close()
+
+
 @pytest.mark.campaign
 def test_nodes_do_what_their_labels_say(place: Path) -> None:
     """The only worker waits for no data node's CPUs, data tasks for no training node's; both kinds may join later."""
@@ -83,14 +108,14 @@ def test_nodes_do_what_their_labels_say(place: Path) -> None:
     try:
         data = cluster.add(options="--num-cpus=2 --labels role=data")
         train = cluster.add(options="--num-cpus=2 --labels role=train")
-        run = ElasticRun(cluster)
+        run = ElasticRun(cluster, "1:2", "run.data_on_train_nodes=false")
         run.rows_until(1, after=0)
         assert cluster.where("ray::RayTrainWorker") == {train}
-        assert _seen(cluster, "ray::ReadPositions") == {data}
+        assert _seen(cluster, "ray::ReadCases") == {data}
         trains, reads = (cluster.add(options=f"--num-cpus=2 --labels role={role}") for role in ("train", "data"))
         run.rows_until(2, after=1)
         assert cluster.where("ray::RayTrainWorker") == {train, trains}
-        assert _seen(cluster, "ray::ReadPositions") == {data, reads}
+        assert _seen(cluster, "ray::ReadCases") == {data, reads}
         assert run.events("resize")[0]["saved"]
         run.interrupt()
         assert verify.main(["--run-dir", run.folder]) == 0

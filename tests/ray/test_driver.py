@@ -52,11 +52,11 @@ def test_ctrl_c_ends_a_driver_whose_call_of_ray_never_returns(tmp_path: Path, mo
     monkeypatch.setattr(driver, "_trainer", lambda *_, **__: SimpleNamespace(fit=stuck.wait))
     monkeypatch.setattr(driver.elastic, "free_reservations", lambda _: None)
     monkeypatch.setattr(driver.roles, "part", lambda _: SimpleNamespace(selector={}))
-    monkeypatch.setattr(driver.roles, "keep_apart", lambda _: None)
+    monkeypatch.setattr(driver.roles, "keep_apart", lambda *_: None)
     monkeypatch.setattr(driver.checkpoint_request, "request", lambda *_: True)
     monkeypatch.setattr(driver.ray, "shutdown", lambda: shut.append(True))
     monkeypatch.setattr(driver, "SHUTDOWN_S", 0.1)
-    spec: Any = SimpleNamespace(run_dir=str(tmp_path))
+    spec: Any = SimpleNamespace(run_dir=str(tmp_path), source=Source(str(tmp_path), "msd", 1.0))
     lease: Any = SimpleNamespace(token="t", lost="")
     threading.Timer(1, os.kill, [os.getpid(), signal.SIGINT]).start()
     free = threading.Timer(60, stuck.set)  # so that a driver that waits for ever fails the test and not the suite
