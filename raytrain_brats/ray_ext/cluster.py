@@ -282,3 +282,20 @@ def data_map(function: Callable[[dict[str, Any]], dict[str, Any]], rows: list[di
     made.context.execution_options.label_selector = data.selector or None
     made.context.memory_usage_poll_interval_s = None  # reading a process's memory map costs milliseconds a task
     yield from made.iter_rows()
+
+
+def spread(
+    function: Callable[[dict[str, Any]], dict[str, Any]], rows: list[dict[str, Any]], folder: str
+) -> Iterator[Any] | None:
+    """As `data_map`, if there is a cluster of several machines, or one that can grow; else None, and no Ray is started.
+
+    Raises UserError when a machine does not see `folder`, or no cluster answers at RAY_ADDRESS.
+    """
+    if not ray.is_initialized() and not start_up.address():
+        return None
+    connect()
+    data = roles.part("data")
+    if len(data.nodes) < 2 and not data.grows:
+        return None
+    check_shared({}, {"data folder": folder})
+    return data_map(function, rows)

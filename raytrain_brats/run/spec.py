@@ -25,6 +25,7 @@ from raytrain_brats.data.sampler import ORDER, Sampler
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import described
+from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run.run_dir import RunDir
 
 
@@ -70,7 +71,7 @@ def open_cases(
         manifest = stores.open_index(store, preprocessing(config), config.data.convention)
     elif data:
         known = RunDir(run_dir).manifest if run_dir else None
-        manifest = scan.open_manifest(data, progress, known, config.data.convention)
+        manifest = scan.open_manifest(data, progress, known, config.data.convention, cluster.spread)
     else:
         raise UserError("no data given; name a folder with --data or a prepared store with --store")
     convention = read_as(config, manifest)

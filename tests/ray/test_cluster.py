@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -74,6 +76,37 @@ def test_an_object_store_that_is_too_small_slows_the_run_and_does_not_end_it(pla
         assert not run.events("failure")
     finally:
         cluster.close()
+
+
+def test_machines_of_a_cluster_read_for_the_driver(shared: Cluster) -> None:
+    """Checksums of a large set: data tasks on the other machines, or nothing at all without a cluster of several."""
+    script = """
+import os, sys
+from raytrain_brats.cases import scan
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.run import spec
+from raytrain_brats.config import load
+scan.SPREAD_BYTES = 1
+spread, used = cluster.spread, []
+def seen(function, rows, folder):
+    found = spread(function, rows, folder)
+    used.append(found is not None)
+    return found
+cluster.spread = seen
+manifest, _ = spec.open_cases(load("demo"), sys.argv[1])
+print(manifest == scan.open_manifest(sys.argv[1]), used)
+"""
+    data = shared.place / "to_read"
+    write_set(str(data), cases=6, seed=0, grid=32, anatomy="procedural")
+    if not shared.nodes:
+        shared.add()
+    environment = shared.environment | {"RAY_ADDRESS": f"127.0.0.1:{shared.port}"}
+    command = [sys.executable, "-c", script, str(data)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "True [True]\n", done.stdout + done.stderr
+    alone = shared.environment | {"RAY_ADDRESS": "local"}
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "True [False]\n", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("allowed", ["auto", pytest.param("false", marks=pytest.mark.campaign)])
