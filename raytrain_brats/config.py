@@ -140,6 +140,9 @@ class Run(_Frozen):
     data_tasks: PositiveInt | None = None
     """Data tasks at a time; by default, on machines of up to 4 CPUs, one a CPU that no worker has, else as many as
     CPUs and object store allow."""
+    data_on_train_nodes: Literal["auto", True, False] = "auto"
+    """Whether data tasks also use CPUs that workers leave on nodes labelled `role: train`; `auto`: where a task fits
+    there, and no autoscaler would add a training node for it."""
     prefetch: PositiveInt | None = None
     """Rows of the stream, of 1 to 8 cases, that a worker reads ahead; by default 4 with GPUs and 1 without, where a
     step takes seconds and each case 30 MB of a small object store."""

@@ -15,7 +15,6 @@ from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry
 from raytrain_brats.errors import UserError
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import checkpoint, driver, journal, lease, spec
-from raytrain_brats.synthetic.phantom import missing, write_set
 
 HOME = "~/raytrain_brats"
 PHANTOM_CASES = 20
@@ -114,6 +113,8 @@ def _check_run_dir(run_dir: str) -> None:
 
 
 def _make_phantoms(folder: str) -> None:
+    from raytrain_brats.synthetic.phantom import missing, write_set  # SciPy: for the whole run, when it is loaded once
+
     what: Any = {"seed": 0, "grid": 60, "anatomy": "procedural"}
     if not any(missing(folder, PHANTOM_CASES, **what)):
         return

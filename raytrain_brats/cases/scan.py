@@ -1,4 +1,5 @@
-"""Find a folder's cases, compute checksums, determine the label convention, assign folds. Runs in the driver.
+"""Find a folder's cases, compute checksums, determine the label convention, assign folds. Runs in the driver; checksums
+of large sets in data tasks.
 
 In: a root URI (local or s3://) in one of the layouts of docs/data.md, or a manifest file written before.
 Out: a `Manifest`. A file that changed since it was read is detected by its size or time, and read again.
@@ -7,9 +8,11 @@ Out: a `Manifest`. A file that changed since it was read is detected by its size
 import contextlib
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,26 +30,35 @@ T = TypeVar("T")
 
 ShowProgress = Callable[[Iterator[Case], int], Iterable[Case]]
 """Yields the given cases, of which there are so many, and shows progress."""
+Row = dict[str, Any]
+Spread = Callable[[Callable[[Row], Row], list[Row], str], Iterator[Row] | None]
+"""Gives a function of each row, by the machines of a cluster, which see the folder, in any order; None without them."""
+SPREAD_BYTES = 4 << 30
+"""Fewer bytes are read by threads of this process: they are done before other machines have begun."""
 
 
 def open_manifest(
-    data: str, progress: ShowProgress | None = None, known: str | None = None, convention: str = "auto"
+    data: str,
+    progress: ShowProgress | None = None,
+    known: str | None = None,
+    convention: str = "auto",
+    spread: Spread | None = None,
 ) -> Manifest:
     """The manifest of a data folder (scanned and checksummed now) or of a manifest file.
 
     With `known`, a manifest of the same data written before, only files are read that are new or whose size or time
-    differs. Raises UserError when the folder is missing, holds no case, or contradicts `convention`; when files of a
-    manifest file have changed since.
+    differs. `spread` lets a cluster read large sets. Raises UserError when the folder is missing, holds no case, or
+    contradicts `convention`; when files of a manifest file have changed since.
     """
     data, before = storage.normal(data), None
     if known and storage.exists(known):
         with contextlib.suppress(UserError):  # a damaged copy only means that all files are read
             before = manifests.read(known)
     if not data.endswith(".jsonl"):
-        return checksummed(scan(data, convention), progress, before)
+        return checksummed(scan(data, convention), progress, before, spread)
     manifest = manifests.read(data)
     _agree(convention, manifest.convention, data)
-    return _unchanged(manifest, data, before)
+    return _unchanged(manifest, data, before, spread)
 
 
 def scan(root: str, convention: str = "auto") -> Manifest:
@@ -224,7 +236,12 @@ def unstated(found: list[tuple[str, Case]]) -> list[str]:
     return [case.id for root, case in found if len(case.images) == 1 and not is_stated[root]]
 
 
-def checksummed(manifest: Manifest, progress: ShowProgress | None = None, before: Manifest | None = None) -> Manifest:
+def checksummed(
+    manifest: Manifest,
+    progress: ShowProgress | None = None,
+    before: Manifest | None = None,
+    spread: Spread | None = None,
+) -> Manifest:
     """Read every file once, fill in `sha256`, determine the convention by values where needed, and assign folds.
 
     Files that `before` has with the same sizes and times are not read again. Stated folds are kept. Raises UserError
@@ -237,24 +254,55 @@ def checksummed(manifest: Manifest, progress: ShowProgress | None = None, before
         settled = ""
     values: set[int] = set()
 
-    def read(case: Case) -> Case:
-        there = known.get((case.id, case_versions(case)))
-        if there and settled:
-            return dataclasses.replace(case, sha256=there.sha256)
-        digest, content = hashlib.sha256(), b""
-        for path in manifests.case_files(case):
-            content = storage.read_bytes(storage.join(manifest.root, path))
-            digest.update(content)
-        if not settled:  # the label is the last file
-            values.update(_values(content))
-        return dataclasses.replace(case, sha256=digest.hexdigest())
+    def read() -> Iterator[Case]:
+        there = {c.id: known.get((c.id, case_versions(c))) for c in manifest.cases} if settled else {}
+        for case in manifest.cases:
+            if old := there.get(case.id):
+                yield dataclasses.replace(case, sha256=old.sha256)
+        new = [case for case in manifest.cases if not there.get(case.id)]
+        for case, digest, found in _digests(manifest.root, new, not settled, spread):
+            values.update(found)
+            yield dataclasses.replace(case, sha256=digest)
 
-    with ThreadPoolExecutor(8) as pool:
-        rows = pool.map(read, manifest.cases)
-        cases = list(progress(rows, len(manifest.cases)) if progress else rows)
+    rows = read()
+    place = {case.id: number for number, case in enumerate(manifest.cases)}
+    cases = sorted(progress(rows, len(place)) if progress else rows, key=lambda case: place[case.id])
     manifest = dataclasses.replace(manifest, convention=settled or _by_values(manifest, values), candidates=())
     stated = any(case.fold for case in cases)
     return dataclasses.replace(manifest, cases=tuple(cases) if stated else dealt(cases))
+
+
+def _digests(
+    root: str, cases: list[Case], with_values: bool, spread: Spread | None
+) -> Iterator[tuple[Case, str, list[int]]]:
+    """(case, sha256 of its files, its label's values if wanted), in any order. Raises OSError."""
+    rows = [
+        {"number": number, "uris": json.dumps([storage.join(root, path) for path in manifests.case_files(case)])}
+        for number, case in enumerate(cases)
+    ]
+    work = partial(_digest, with_values=with_values)
+    large = sum(case.bytes for case in cases) >= SPREAD_BYTES
+    results = spread(work, rows, root) if spread and large else None
+    with ThreadPoolExecutor(8) as pool:
+        for row in pool.map(work, rows) if results is None else results:
+            if row["problem"]:
+                raise OSError(row["problem"])
+            yield cases[row["number"]], row["sha256"], json.loads(row["values"])
+
+
+def _digest(row: Row, with_values: bool) -> Row:
+    """Runs in threads of the driver or in data tasks."""
+    found: Row = {"number": row["number"], "sha256": "", "values": "[]", "problem": ""}
+    digest, content = hashlib.sha256(), b""
+    try:
+        for uri in json.loads(row["uris"]):
+            content = storage.read_bytes(uri)
+            digest.update(content)
+    except OSError as error:
+        return found | {"problem": f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")}
+    if with_values:  # the label is the last file
+        found["values"] = json.dumps(sorted(_values(content)))
+    return found | {"sha256": digest.hexdigest()}
 
 
 def dealt(cases: Iterable[Case]) -> tuple[Case, ...]:
@@ -297,7 +345,7 @@ def _by_values(manifest: Manifest, values: set[int]) -> str:
     )
 
 
-def _unchanged(manifest: Manifest, uri: str, before: Manifest | None) -> Manifest:
+def _unchanged(manifest: Manifest, uri: str, before: Manifest | None, spread: Spread | None = None) -> Manifest:
     """The manifest with its files' current times. Raises UserError when the content of a file changed.
 
     Only files that differ in size or time from both the manifest and `before` are read.
@@ -308,25 +356,25 @@ def _unchanged(manifest: Manifest, uri: str, before: Manifest | None) -> Manifes
     both = (*manifest.cases, *(before.cases if before else ()))
     known = {(c.id, case_versions(c)): c.sha256 for c in both if c.versions}
 
-    def look(case: Case) -> Case:
+    def now(case: Case) -> Case:
         files = manifests.case_files(case)
         if any(path not in here for path in files):  # rejected as `missing` when it is read
             return case
-        now = dataclasses.replace(case, versions=tuple(f"{here[path][0]}:{here[path][1]}" for path in files))
-        if known.get((case.id, case_versions(now))) == case.sha256:
-            return now
-        digest = hashlib.sha256()
-        for path in files:
-            digest.update(storage.read_bytes(storage.join(manifest.root, path)))
-        if digest.hexdigest() != case.sha256:
+        return dataclasses.replace(case, versions=tuple(f"{here[path][0]}:{here[path][1]}" for path in files))
+
+    cases = [now(case) for case in manifest.cases]
+    new = [
+        case
+        for case, old in zip(cases, manifest.cases, strict=True)
+        if case is not old and known.get((case.id, case_versions(case))) != case.sha256
+    ]
+    for case, digest, _ in _digests(manifest.root, new, False, spread):
+        if digest != case.sha256:
             raise UserError(
                 f"the files of case {case.id} below {manifest.root} changed since {uri} was written; write it anew "
                 "with `raytrain-brats index`"
             )
-        return now
-
-    with ThreadPoolExecutor(8) as pool:
-        return dataclasses.replace(manifest, cases=tuple(pool.map(look, manifest.cases)))
+    return dataclasses.replace(manifest, cases=tuple(cases))
 
 
 def _as_one(cases: list[Case]) -> dict[str, str]:

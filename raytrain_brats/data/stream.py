@@ -73,13 +73,17 @@ class StreamSpec:
     def case_bytes(self) -> int:
         """About what a case weighs: its files, or the one patch that travels at least."""
         files = sum(case.bytes for case in self.cases) // len(self.cases)
-        return max(1, files, 9 * prod(self.patch_spec.patch_xyz))
+        return max(1, files, self._patch_bytes())
+
+    def _patch_bytes(self) -> int:
+        return 9 * prod(self.patch_spec.patch_xyz)
 
     def cases_per_row(self, world_size: int) -> int:
-        # More ranks take more rows a second, and the coordinators' time is per row. The last number keeps eight rows
-        # for each rank, on their way and being trained, within the object store.
+        # More ranks take more rows a second, and the coordinators' time is per row. The bound keeps eight rows for each
+        # rank, on their way and being trained, within the object store; a case's box is no larger than its patches.
         wanted = max(min(ROW_CASES, -(-world_size // 4)), ROW_BYTES // self.case_bytes())
-        return max(1, min(wanted, self.store_bytes // (8 * world_size * self.case_bytes())))
+        most = self.store_bytes // (8 * world_size * self.sampler.patches_per_case * self._patch_bytes())
+        return max(1, min(wanted, most))
 
     def rows_per_task(self, cases_per_row: int) -> int:
         low, high = self.task_cases
@@ -89,7 +93,7 @@ class StreamSpec:
 class CaseDatasource(Datasource):
     """One group's rows; every execution of the dataset asks for read tasks and gets those of the next segment."""
 
-    def __init__(self, spec: StreamSpec) -> None:
+    def __init__(self, spec: "StreamSpec | ray.ObjectRef[StreamSpec]") -> None:
         super().__init__()
         self._spec = spec
 
@@ -103,8 +107,9 @@ class CaseDatasource(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
         if data_context is None:  # Ray Data counts tasks and looks at one, beside the executions
-            return [self._task([])]
-        spec, sampler = self._spec, self._spec.sampler
+            return [ReadTask(list, BlockMetadata(0, 0, None, None))]
+        spec = self._spec if isinstance(self._spec, StreamSpec) else ray.get(self._spec)
+        sampler = spec.sampler
         ranks, world_size = data_context.get_config(RANKS)
         cases_per_row = spec.cases_per_row(world_size)
         size = spec.rows_per_task(cases_per_row)
@@ -118,13 +123,14 @@ class CaseDatasource(Datasource):
         )
         tasks = []
         while chosen := list(islice(rows, size)):
-            tasks.append(self._task(chosen))
+            tasks.append(_task(spec, chosen))
         return tasks
 
-    def _task(self, rows: list[Row]) -> ReadTask:
-        cases = {index: self._spec.cases[index] for row in rows for index, _ in row.cases}
-        about = BlockMetadata(None, len(rows) * self._spec.case_bytes(), None, None)
-        return ReadTask(partial(_read, self._spec.source, rows, cases, self._spec.patch_spec), about)
+
+def _task(spec: StreamSpec, rows: list[Row]) -> ReadTask:
+    cases = {index: spec.cases[index] for row in rows for index, _ in row.cases}
+    about = BlockMetadata(None, len(rows) * spec.case_bytes(), None, None)
+    return ReadTask(partial(_read, spec.source, rows, cases, spec.patch_spec), about)
 
 
 _buffer = Buffer()
@@ -178,14 +184,21 @@ def dataset(
     cpus_per_task: float,
     tasks: int | None = None,
     nodes: dict[str, str] | None = None,
+    then_nodes: dict[str, str] | None = None,
 ) -> Any:
     """A Ray Dataset that streams the rows of a group of ranks, which `OrderedSplit` decides.
 
     `tasks`: how many read tasks run at a time (None: as many as Ray Data finds CPUs and object store for); `nodes`:
-    labels of the nodes they run on (None: any).
+    labels of the nodes they run on (None: any); `then_nodes`: of those where they run when the former have no free CPU.
     """
+    fallback: Any = {"fallback_strategy": [{"label_selector": then_nodes}]} if then_nodes else {}
+    # By reference: a dataset is pickled several times on its way, and the cases of a large set are megabytes.
     made = ray.data.read_datasource(
-        CaseDatasource(spec), override_num_blocks=1, num_cpus=cpus_per_task, concurrency=tasks
+        CaseDatasource(ray.put(spec)),
+        override_num_blocks=1,
+        num_cpus=cpus_per_task,
+        concurrency=tasks,
+        ray_remote_args=fallback,
     )  # more blocks than there are read tasks would be made by splitting rows
     made.context.target_max_block_size = 1  # one row a block: the split deals blocks
     made.context.execution_options.preserve_order = True

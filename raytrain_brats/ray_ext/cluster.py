@@ -23,6 +23,7 @@ from raytrain_brats.config import Run
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import roles, start_up
 from raytrain_brats.ray_ext.internals import core
+from raytrain_brats.ray_ext.internals import data as ray_data
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -67,6 +68,12 @@ class Resources:
     tasks: int | None
     prefetch: int
     store_bytes: int
+    on_train_nodes: bool = False
+    """Whether data tasks also use CPUs that workers leave on training nodes."""
+
+    @property
+    def workers(self) -> roles.Workers:
+        return roles.Workers(self.high, self.cpus, self.gpus)
 
 
 def connect(local_cpus: int | None = None) -> None:
@@ -84,7 +91,17 @@ def connect(local_cpus: int | None = None) -> None:
         interrupt.again()
 
 
+_started_here = False
+
+
+def started_here() -> bool:
+    """Whether this process started the cluster it is connected to: then no one else uses it, and it ends with us."""
+    return _started_here
+
+
 def _connect(address: str, local_cpus: int | None) -> None:
+    global _started_here
+    _started_here = not address
     if interrupt.installed():
         core.keep_own_signals()
     core.stop_auto_connect()
@@ -112,6 +129,8 @@ def _connect(address: str, local_cpus: int | None) -> None:
             ) from error
         return
     start_up.make_room()
+    core.start_fewer_processes(logs=verbose)
+    os.environ[ray_data.NO_STATISTICS] = "1"
     cpus = local_cpus or max(2, os.cpu_count() or 1)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # 110 MB, and nobody drains this one node
     memory = min(int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), cpus * STORE_BYTES_PER_CPU)
@@ -150,7 +169,8 @@ def measure(run: Run, global_batch: int) -> Resources:
         raise UserError(f"run.workers {low}:{high}: the cluster has {gpus} GPUs; lower --workers or add nodes")
     per_worker = run.cpus_per_worker or (1.0 if wanted else 0.5)
     per_task = run.cpus_per_task or (0.5 if cpus <= 4 else 1.0)
-    room = sum(_workers_on(node, per_worker, wanted) for node in train.nodes)
+    workers = roles.Workers(high, per_worker, wanted)
+    room = sum(workers.on(node) for node in train.nodes)
     if train.selector and room < (high if train.grows else low):  # the autoscaler adds all nodes asked for, or none
         raise UserError(
             f"run.workers {low}:{high}: nodes labelled role: train have room for {room} workers of {per_worker:g} CPUs"
@@ -167,19 +187,30 @@ def measure(run: Run, global_batch: int) -> Resources:
             f"{fitting} workers of {per_worker:g} CPUs leave no CPU for data tasks of {per_task:g} on this cluster of "
             f"{cpus:g} CPUs; {remedy}lower run.cpus_per_worker or run.cpus_per_task, or add CPUs"
         )
+    idle = _idle_on_train_nodes(run, workers, per_task)
     # On a small machine each process matters: 0.25 GB, and its first access to each page of the object store. One data
     # task per CPU that no worker uses is enough.
-    tasks = run.data_tasks or (max(1, int(cpus - taken)) if cpus <= 4 and not data.grows else None)
+    tasks = run.data_tasks or (max(1, int(cpus + idle - taken)) if cpus + idle <= 4 and not data.grows else None)
     stores = [*data.nodes, *(train.nodes if data.selector else [])]
     store_bytes = int(sum(node.get("object_store_memory", COMING_STORE_BYTES) for node in stores))
     prefetch = run.prefetch or (4 if wanted else 1)
-    return Resources(low, high, per_worker, wanted, per_task, tasks, prefetch, store_bytes)
+    on_train = idle > 0 or run.data_on_train_nodes is True
+    return Resources(low, high, per_worker, wanted, per_task, tasks, prefetch, store_bytes, on_train)
 
 
-def _workers_on(node: dict[str, float], cpus: float, gpus: int) -> int:
-    """Training workers that fit on one node."""
-    by_cpu = math.floor(node.get("CPU", 0.0) / cpus)
-    return min(by_cpu, int(node.get("GPU", 0))) if gpus else by_cpu
+def _idle_on_train_nodes(run: Run, workers: roles.Workers, per_task: float) -> float:
+    """CPUs of training nodes that data tasks may use; 0.0 where nodes have no roles, or none has room for a task.
+
+    With `auto` also where an autoscaler might add a training node for tasks that wait: when the workers do not ask for
+    every such node themselves.
+    """
+    train = roles.part("train")
+    if run.data_on_train_nodes is False or not (train.selector and roles.part("data").selector):
+        return 0.0
+    beyond = train.grows and sum(workers.on(node) for node in train.nodes) > workers.most
+    if beyond and run.data_on_train_nodes == "auto":
+        return 0.0
+    return sum(cpus for node in train.nodes if (cpus := workers.idle_cpus(node)) >= per_task)
 
 
 def _range(workers: str) -> tuple[int, int]:
@@ -255,3 +286,20 @@ def data_map(function: Callable[[dict[str, Any]], dict[str, Any]], rows: list[di
     made.context.execution_options.label_selector = data.selector or None
     made.context.memory_usage_poll_interval_s = None  # reading a process's memory map costs milliseconds a task
     yield from made.iter_rows()
+
+
+def spread(
+    function: Callable[[dict[str, Any]], dict[str, Any]], rows: list[dict[str, Any]], folder: str
+) -> Iterator[Any] | None:
+    """As `data_map`, if there is a cluster of several machines, or one that can grow; else None, and no Ray is started.
+
+    Raises UserError when a machine does not see `folder`, or no cluster answers at RAY_ADDRESS.
+    """
+    if not ray.is_initialized() and not start_up.address():
+        return None
+    connect()
+    data = roles.part("data")
+    if len(data.nodes) < 2 and not data.grows:
+        return None
+    check_shared({}, {"data folder": folder})
+    return data_map(function, rows)

@@ -26,15 +26,14 @@ import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
-
-from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from raytrain_brats import storage
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.run.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from torch import Tensor  # imported by the workers alone: the driver and the controller save its 0.1 GB
 
 FORMAT = 1
 _NAME = re.compile(r"^(\d{12})-g(\d{4,})$")
@@ -55,7 +54,7 @@ def save(
     run_dir: str,
     samples_seen: int,
     generation: int,
-    tensors: dict[str, Tensor],
+    tensors: "dict[str, Tensor]",
     state: dict[str, Any],
     fence: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
@@ -63,6 +62,8 @@ def save(
 
     `fence` is called right before the commit and raises when this writer's group has been replaced.
     """
+    from safetensors.torch import save as tensors_to_bytes
+
     name = f"{samples_seen:012d}-g{generation:04d}"
     contents = dict(zip(_FILES, (tensors_to_bytes(tensors), json.dumps(state).encode()), strict=True))
     listed = {}
@@ -83,8 +84,10 @@ def save(
     return Checkpoint(name, samples_seen, generation, sum(map(len, contents.values())))
 
 
-def load(run_dir: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(run_dir: str, name: str) -> "tuple[dict[str, Tensor], dict[str, Any]]":
     """(tensors on the CPU, state). Raises ValueError that names the damage, unless every byte is as committed."""
+    from safetensors.torch import load as tensors_from_bytes
+
     tensors, state = _contents(run_dir, name)
     return tensors_from_bytes(tensors), json.loads(state)
 
@@ -182,7 +185,7 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def snapshot(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Copies on the CPU, which later steps do not change."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 

@@ -8,8 +8,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
 from ray.train import UserCallback
 
+from raytrain_brats import storage
 from raytrain_brats.data import stream
 from raytrain_brats.data.stream import StreamSpec
 from raytrain_brats.errors import RunFailed
@@ -27,27 +29,30 @@ class StreamFactory:
     """Called by Ray Train's controller before each worker group starts, one for each group of ranks; the first decides
     where the worker group starts."""
 
-    spec: RunSpec
+    spec: "ray.ObjectRef[RunSpec]"
+    """By reference: the cases of a large set are many megabytes."""
     needed: cluster.Resources
     driver: str
     """Token of the driver's lease."""
     group: int
 
     def __call__(self) -> Any:
-        generation = self._begin() if self.group == 0 else journal.current(self.spec.run_dir)
+        spec: RunSpec = ray.get(self.spec)
+        generation = self._begin(spec) if self.group == 0 else journal.current(spec.run_dir)
         assert generation is not None, "the first factory is called first, and writes it"
-        spec, step = self.spec, generation.samples_seen // self.spec.sampler.global_batch
+        step = generation.samples_seen // spec.sampler.global_batch
+        where = roles.readers(self.needed.on_train_nodes, local=not storage.is_s3(spec.source.root))
         made = stream.dataset(
             StreamSpec(spec.sampler, spec.train_cases, spec.source, spec.patch_spec, step, self.needed.store_bytes),
-            self.needed.cpus_per_task, self.needed.tasks, roles.part("data").selector,
+            self.needed.cpus_per_task, self.needed.tasks, where.first, where.then,
         )  # fmt: skip
         made.set_name(f"{elastic.tag(spec.run_dir)}-{self.group}")
         return made
 
-    def _begin(self) -> Generation:
+    def _begin(self, spec: RunSpec) -> Generation:
         """Raises RunFailed when failures in a row have used up what the config allows."""
-        generation = journal.begin_generation(self.spec.run_dir, self.driver)
-        spec, again = self.spec, generation.failures_in_place
+        generation = journal.begin_generation(spec.run_dir, self.driver)
+        again = generation.failures_in_place
         if again > spec.config.run.max_failures_in_place:
             causes = [e["error"] for e in journal.read_events(spec.run_dir) if e["event"] == "failure"]
             last = f"; the last failure: {causes[-1]}" if causes else ""
@@ -55,7 +60,7 @@ class StreamFactory:
         return generation
 
 
-def factories(spec: RunSpec, needed: cluster.Resources, driver: str) -> dict[str, Any]:
+def factories(spec: "ray.ObjectRef[RunSpec]", needed: cluster.Resources, driver: str) -> dict[str, Any]:
     """The datasets of a run: as many as its largest worker group needs."""
     groups = range(stream.groups(needed.high))
     return {stream.group_name(group): StreamFactory(spec, needed, driver, group) for group in groups}

@@ -14,12 +14,13 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from raytrain_brats import interrupt, storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster, elastic, roles, warm_pool
+from raytrain_brats.ray_ext.internals.train import DataParallelTrainer, LocalTrainer
+from raytrain_brats.ray_ext.process_group import ProcessGroup
 from raytrain_brats.run import checkpoint, checkpoint_request, control, gauges, journal
 from raytrain_brats.run.controller import CheckpointBeforeResize, FailureLogger, factories
 from raytrain_brats.run.hang_detector import HangDetector
@@ -80,42 +81,10 @@ def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
 
 def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) -> str:
     """Run Ray Train to its end; the reason why it failed, or "". Raises RunFailed when the lease was lost."""
-    resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
-    workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
-    place, filesystem = storage.for_ray(RunDir(spec.run_dir).ray)
-    tag, train_nodes = elastic.tag(spec.run_dir), roles.part("train").selector
-    pool = warm_pool.WarmPool(partial(checkpoint_request.training, spec.run_dir))
-    callbacks: list[Any] = [
-        FailureLogger(spec.run_dir, lease.token),
-        elastic.LiveNodesPolicy(tag, pool),
-        CheckpointBeforeResize(spec.run_dir, needed.low if needed.low < needed.high else 0, resources, train_nodes),
-        pool,
-    ]
-    elastic.free_reservations(tag)
-    roles.keep_apart(roles.part("data"))
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"spec": spec, "run_id": run_id, "prefetch": needed.prefetch},
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            elastic_resize_monitor_interval_s=spec.config.run.resize_check_s,  # type: ignore[call-arg]
-            use_gpu=bool(needed.gpus),
-            resources_per_worker=resources,
-            label_selector=train_nodes or None,
-        ),
-        # A new name for every launch: Ray's own registry of checkpoints may lose some in a crash, and Ray does not
-        # start when its file is truncated, so the registry is not used.
-        run_config=RunConfig(
-            name=run_id,
-            storage_path=place,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=-1),
-            worker_runtime_env={"env_vars": warm_pool.WORKER},  # type: ignore[call-arg]
-            callbacks=callbacks,
-        ),
-        datasets=factories(spec, needed, lease.token),
-        dataset_config=stream.OrderedSplit(),
-    )
+    elastic.free_reservations(elastic.tag(spec.run_dir))
+    where = roles.readers(needed.on_train_nodes, local=not storage.is_s3(spec.source.root))
+    roles.keep_apart(roles.part("data"), where, needed.workers)
+    trainer = _trainer(spec, needed, lease.token, run_id)
     # In a thread, so that we handle Ctrl-C: on the main thread Ray's own handler ends the process without a message.
     fitting: Future[Any] = Future()
     threading.Thread(target=_settle, args=(fitting, trainer), name="fit", daemon=True).start()
@@ -140,6 +109,47 @@ def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) ->
     return ""
 
 
+def _trainer(spec: RunSpec, needed: cluster.Resources, token: str, run_id: str) -> DataParallelTrainer:
+    """Ray Train's trainer. It sends every rank and the controller references, never the cases of a large set."""
+    resources = {"CPU": needed.cpus} | ({"GPU": needed.gpus} if needed.gpus else {})
+    workers: Any = needed.high if needed.low == needed.high else (needed.low, needed.high)
+    place, filesystem = storage.for_ray(RunDir(spec.run_dir).ray)
+    train_nodes = roles.part("train").selector
+    pool = warm_pool.WarmPool(partial(checkpoint_request.training, spec.run_dir))
+    callbacks: list[Any] = [
+        FailureLogger(spec.run_dir, token),
+        elastic.LiveNodesPolicy(elastic.tag(spec.run_dir), pool),
+        CheckpointBeforeResize(spec.run_dir, needed.low if needed.low < needed.high else 0, resources, train_nodes),
+        pool,
+    ]
+    whole = ray.put(spec)
+    trainer = LocalTrainer if cluster.started_here() else DataParallelTrainer
+    return trainer(
+        _work,
+        train_loop_config={"spec": ray.put(spec.for_ranks()), "run_id": run_id, "prefetch": needed.prefetch},
+        backend_config=ProcessGroup(),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            elastic_resize_monitor_interval_s=spec.config.run.resize_check_s,  # type: ignore[call-arg]
+            use_gpu=bool(needed.gpus),
+            resources_per_worker=resources,
+            label_selector=train_nodes or None,
+        ),
+        # A new name for every launch: Ray's own registry of checkpoints may lose some in a crash, and Ray does not
+        # start when its file is truncated, so the registry is not used.
+        run_config=RunConfig(
+            name=run_id,
+            storage_path=place,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=-1),
+            worker_runtime_env={"env_vars": warm_pool.WORKER},  # type: ignore[call-arg]
+            callbacks=callbacks,
+        ),
+        datasets=factories(whole, needed, token),
+        dataset_config=stream.OrderedSplit(),
+    )
+
+
 def _save(run_dir: str) -> None:
     """On Ctrl-C: request a checkpoint of the group that trains, if one does."""
     interrupt.allow(checkpoint_request.TIMEOUT_S + interrupt.GRACE_S)
@@ -155,7 +165,7 @@ def _save(run_dir: str) -> None:
     print(f"{outcome}: the same command goes on from the newest checkpoint", flush=True)
 
 
-def _settle(fitting: "Future[Any]", trainer: TorchTrainer) -> None:
+def _settle(fitting: "Future[Any]", trainer: DataParallelTrainer) -> None:
     try:
         fitting.set_result(trainer.fit())
     except BaseException as error:  # noqa: BLE001 - raised again in `_fit`

@@ -5,7 +5,7 @@ Out: a `RunSpec`: config, cases, sampler, source, identity; UserError when the r
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from raytrain_brats.data.sampler import ORDER, Sampler
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import described
+from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run.run_dir import RunDir
 
 
@@ -47,6 +48,13 @@ class RunSpec:
     def patch_spec(self) -> PatchSpec:
         return PatchSpec(self.config.data.patch_xyz, self.config.data.foreground_share)
 
+    def for_ranks(self) -> "RunSpec":
+        """What a rank needs of it: of all cases only those it may validate on. Training cases come by the stream."""
+        held_out = self.held_out_cases[: self.config.validate_.max_cases]
+        return replace(
+            self, train_cases=(), held_out_cases=held_out, manifest=replace(self.manifest, cases=(), skipped=())
+        )
+
 
 def preprocessing(config: Config) -> dict[str, Any]:
     return config.preprocess.model_dump(mode="json")
@@ -63,7 +71,7 @@ def open_cases(
         manifest = stores.open_index(store, preprocessing(config), config.data.convention)
     elif data:
         known = RunDir(run_dir).manifest if run_dir else None
-        manifest = scan.open_manifest(data, progress, known, config.data.convention)
+        manifest = scan.open_manifest(data, progress, known, config.data.convention, cluster.spread)
     else:
         raise UserError("no data given; name a folder with --data or a prepared store with --store")
     convention = read_as(config, manifest)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -31,7 +32,7 @@ from raytrain_brats.run.validate import validate
 
 def train_worker(arguments: dict[str, Any]) -> None:
     """Ray Train's train function, called on every worker: find rank, device and stream, then train."""
-    spec: RunSpec = arguments["spec"]
+    spec: RunSpec = ray.get(arguments["spec"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()

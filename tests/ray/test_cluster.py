@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -76,6 +78,62 @@ def test_an_object_store_that_is_too_small_slows_the_run_and_does_not_end_it(pla
         cluster.close()
 
 
+def test_machines_of_a_cluster_read_for_the_driver(shared: Cluster) -> None:
+    """Checksums of a large set: data tasks on the other machines, or nothing at all without a cluster of several."""
+    script = """
+import os, sys
+from raytrain_brats.cases import scan
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.run import spec
+from raytrain_brats.config import load
+scan.SPREAD_BYTES = 1
+spread, used = cluster.spread, []
+def seen(function, rows, folder):
+    found = spread(function, rows, folder)
+    used.append(found is not None)
+    return found
+cluster.spread = seen
+manifest, _ = spec.open_cases(load("demo"), sys.argv[1])
+print(manifest == scan.open_manifest(sys.argv[1]), used)
+"""
+    data = shared.place / "to_read"
+    write_set(str(data), cases=6, seed=0, grid=32, anatomy="procedural")
+    if not shared.nodes:
+        shared.add()
+    environment = shared.environment | {"RAY_ADDRESS": f"127.0.0.1:{shared.port}"}
+    command = [sys.executable, "-c", script, str(data)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "True [True]\n", done.stdout + done.stderr
+    alone = shared.environment | {"RAY_ADDRESS": "local"}
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "True [False]\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("allowed", ["auto", pytest.param("false", marks=pytest.mark.campaign)])
+def test_data_tasks_use_cpus_that_workers_leave_of_training_nodes(place: Path, allowed: str) -> None:
+    """With a local folder they run on the training node, beside a worker of 1.5 of its 2 CPUs; not if it is forbidden.
+    The group grows all the same when a node joins, whose CPUs data tasks take first."""
+    cluster = Cluster(place, head="--num-cpus=0 --labels role=head")
+    try:
+        data = cluster.add(options="--num-cpus=1 --labels role=data")
+        train = cluster.add(options="--num-cpus=2 --labels role=train")
+        run = ElasticRun(cluster, "1:2", f"run.data_on_train_nodes={allowed}", "run.data_tasks=2")
+        run.rows_until(1, after=0)
+        assert cluster.where("ray::RayTrainWorker") == {train}
+        seen = _seen(cluster, "ray::ReadCases")
+        assert seen == {data} if allowed == "false" else train in seen
+        if allowed == "auto":
+            joined = cluster.add(options="--num-cpus=2 --labels role=train")
+            run.rows_until(2, after=1)
+            assert cluster.where("ray::RayTrainWorker") == {train, joined}
+            assert run.events("resize")[0]["saved"]
+        run.interrupt()
+        assert verify.main(["--run-dir", run.folder]) == 0
+        assert not run.events("failure")
+    finally:
+        cluster.close()
+
+
 @pytest.mark.campaign
 def test_nodes_do_what_their_labels_say(place: Path) -> None:
     """The only worker waits for no data node's CPUs, data tasks for no training node's; both kinds may join later."""
@@ -83,14 +141,14 @@ def test_nodes_do_what_their_labels_say(place: Path) -> None:
     try:
         data = cluster.add(options="--num-cpus=2 --labels role=data")
         train = cluster.add(options="--num-cpus=2 --labels role=train")
-        run = ElasticRun(cluster)
+        run = ElasticRun(cluster, "1:2", "run.data_on_train_nodes=false")
         run.rows_until(1, after=0)
         assert cluster.where("ray::RayTrainWorker") == {train}
-        assert _seen(cluster, "ray::ReadPositions") == {data}
+        assert _seen(cluster, "ray::ReadCases") == {data}
         trains, reads = (cluster.add(options=f"--num-cpus=2 --labels role={role}") for role in ("train", "data"))
         run.rows_until(2, after=1)
         assert cluster.where("ray::RayTrainWorker") == {train, trains}
-        assert _seen(cluster, "ray::ReadPositions") == {data, reads}
+        assert _seen(cluster, "ray::ReadCases") == {data, reads}
         assert run.events("resize")[0]["saved"]
         run.interrupt()
         assert verify.main(["--run-dir", run.folder]) == 0

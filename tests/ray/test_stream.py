@@ -150,29 +150,31 @@ def test_a_slow_trainer_holds_the_stream_back(tmp_path: Path, world_size: int, e
     streamed = spec(sampler, cases, source, 0, patch_spec)
     shares = shares_of(streamed, world_size)
     ranks = [taken(streamed, rank, world_size, shares) for rank in range(world_size)]
-    for step in range(3):
-        assert sum(len(next(rank)) for rank in ranks) == world_size, step
-    seen, calm = -1, 0
-    for _ in range(60):  # until nothing was loaded for three seconds
-        time.sleep(0.5)
-        now = len(list(tmp_path.iterdir()))
-        calm, seen = (calm + 1 if now == seen else 0), now
-        if calm == 6:
-            break
-    assert calm == 6, f"still loading after {seen} cases"
-    with Meter() as meter:
-        begun = time.monotonic()
-        time.sleep(4)
-    assert 0 < meter.spent(begun, begun + 4)["SplitCoordinator"] < 2.4
-    assert seen < 200, "half of the cases, which do not fit the object store together"
-    assert spilled_bytes() == before
-    for step in range(3, 3 + 800 // world_size):
-        positions = sorted(patch.position for rank in ranks for patch in next(rank))
-        assert positions == list(range(step * world_size, (step + 1) * world_size))
-    assert len(list(tmp_path.iterdir())) > seen
-    assert spilled_bytes() == before
-    for rank in ranks:
-        rank.close()
+    try:
+        for step in range(3):
+            assert sum(len(next(rank)) for rank in ranks) == world_size, step
+        seen, calm = -1, 0
+        for _ in range(60):  # until nothing was loaded for three seconds
+            time.sleep(0.5)
+            now = len(list(tmp_path.iterdir()))
+            calm, seen = (calm + 1 if now == seen else 0), now
+            if calm == 6:
+                break
+        assert calm == 6, f"still loading after {seen} cases"
+        with Meter() as meter:
+            begun = time.monotonic()
+            time.sleep(4)
+        assert 0 < meter.spent(begun, begun + 4)["SplitCoordinator"] < 2.4
+        assert seen < 200, "half of the cases, which do not fit the object store together"
+        assert spilled_bytes() == before
+        for step in range(3, 3 + 800 // world_size):
+            positions = sorted(patch.position for rank in ranks for patch in next(rank))
+            assert positions == list(range(step * world_size, (step + 1) * world_size))
+        assert len(list(tmp_path.iterdir())) > seen
+        assert spilled_bytes() == before
+    finally:
+        for rank in ranks:
+            rank.close()
 
 
 def test_spilling_is_told_with_its_remedy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -291,3 +292,41 @@ def test_index_replaces_only_what_it_made_of_the_same_folder(
     manifests.write(dataclasses.replace(stored, cases=cases), str(out))
     assert index.main(["--data", one, "--out", str(out), "--overwrite"]) == 2
     assert index.main(["--data", one, "--out", str(tmp_path / "new.jsonl"), "--overwrite"]) == 0
+
+
+def test_a_cluster_reads_large_sets_and_the_manifest_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checksums, label values and changes are found by whoever reads, in any order; small sets are read here; where no
+    cluster is, threads read."""
+    folder = write_brats_folder(tmp_path / "data", 6)
+    alone, asked = open_manifest(str(folder)), []
+
+    def spread(function: Any, rows: list[Any], root: str) -> Any:
+        asked.append((len(rows), root))
+        return (pickle.loads(pickle.dumps(function))(row) for row in reversed(rows))
+
+    assert open_manifest(str(folder), spread=spread) == alone
+    assert not asked
+    monkeypatch.setattr("raytrain_brats.cases.scan.SPREAD_BYTES", 1)
+    assert open_manifest(str(folder), spread=spread) == alone
+    assert open_manifest(str(folder), spread=lambda *_: None) == alone
+    out = str(tmp_path / "m.jsonl")
+    manifests.write(alone, out)
+    assert open_manifest(str(folder), known=out, spread=spread) == alone  # nothing to read
+    assert open_manifest(out, spread=spread) == alone
+    assert asked == [(6, str(folder))]
+
+    label = next(folder.rglob("*seg.nii.gz"))
+    label.write_bytes(label.read_bytes() + b"\0")
+    os.utime(label, ns=(1, 1))
+    with pytest.raises(UserError, match=r"changed since .* was written"):
+        open_manifest(out, spread=spread)
+    assert asked[1:] == [(1, str(folder))]
+    monkeypatch.setattr("raytrain_brats.storage.read_bytes", _fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        checksummed(scan(str(folder)), spread=spread)
+
+
+def _fails(uri: str) -> bytes:
+    raise OSError("the disk is gone")

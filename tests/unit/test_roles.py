@@ -40,6 +40,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
     """The nodes that Ray tells of; to be filled."""
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(roles.ray, "nodes", lambda: told)
+    monkeypatch.setattr(roles.ray, "cluster_resources", lambda: {"object_store_memory": 1e9})
     monkeypatch.setattr(roles, "BOOTSTRAP", tmp_path / "ray_bootstrap_config.yaml")
     return told
 
@@ -134,6 +135,9 @@ def test_why_tasks_that_wait_are_what_brings_data_nodes() -> None:
     assert launches(workers, [task] * 900) == {"gpu": 2, "cpu": 3}
     assert launches([*workers, workers[0]], []) == {}
     assert launches([*workers, *[request({"CPU": 8}, "data")] * 4], []) == {}
+    both = request({"CPU": 1}, "data")  # what a task with a fallback is told as
+    both.label_selectors.append(request({"CPU": 1}, "train").label_selectors[0])
+    assert launches([], [both] * 900) == {"gpu": 2, "cpu": 3}
     assert launches([request({"CPU": 8}), request({"CPU": 16, "GPU": 4})], []) == {"cpu": 1, "gpu": 1}
 
 
@@ -195,6 +199,77 @@ def test_each_side_counts_on_its_own_nodes(
     assert book.get_reserved_resources("data-b") == ahead | {"data": {"CPU": 4.0}}
     nodes[1]["Alive"] = False
     assert book.get_reserved_resources("data-a", recompute=True) == ahead
+
+
+P4D = {"CPU": 96.0, "GPU": 8.0}
+BIG = {"cpu": KINDS["cpu"], "gpu": {"labels": {"role": "train"}, "resources": P4D, "max_workers": 2}}
+
+
+@pytest.mark.parametrize(
+    ("run", "train", "on_train"),
+    [
+        (Run(), P4D, True),  # 88 CPUs of each node
+        (Run(data_on_train_nodes=False), P4D, False),
+        (Run(cpus_per_worker=12), P4D, False),
+        (Run(cpus_per_worker=11, cpus_per_task=8), P4D, True),
+        (Run(cpus_per_worker=11.5, cpus_per_task=5), P4D, False),
+        (Run(workers="1:2", cpus_per_worker=1), {"CPU": 2.0}, False),
+        (Run(workers="1", cpus_per_worker=1), {"CPU": 2.0}, True),
+    ],
+)
+def test_data_tasks_may_use_what_workers_leave_of_training_nodes(
+    nodes: list[dict[str, Any]], run: Run, train: dict[str, float], on_train: bool
+) -> None:
+    """By default where a task fits beside as many workers as the node can have."""
+    nodes += [row("head", HEAD), row("data", DATA), row("train", train)]
+    assert cluster.measure(run, 16).on_train_nodes is on_train
+
+
+def test_without_roles_the_setting_does_nothing(nodes: list[dict[str, Any]]) -> None:
+    nodes.append(row("", {"CPU": 8.0}))
+    for value in ("auto", True, False):
+        needed = cluster.measure(Run(workers="1", data_on_train_nodes=value), 8)
+        assert roles.readers(needed.on_train_nodes, local=True) == roles.Readers({}, {})
+
+
+def test_no_gpus_are_ordered_for_data_tasks(nodes: list[dict[str, Any]]) -> None:
+    """An autoscaler adds the nodes of either label for a task that waits; `auto` allows that only where the workers ask
+    for all of them anyway. Data nodes come first then, whatever the data are."""
+    autoscaled(BIG)
+    nodes.append(row("head", HEAD))
+    assert cluster.measure(Run(), 16).on_train_nodes
+    assert not cluster.measure(Run(), 8).on_train_nodes
+    assert not cluster.measure(Run(workers="1:8"), 16).on_train_nodes
+    assert cluster.measure(Run(workers="1:8", data_on_train_nodes=True), 16).on_train_nodes
+    for local in (True, False):
+        assert roles.readers(True, local) == roles.Readers({"role": "data"}, {"role": "train"})
+
+
+def test_who_reads_first(nodes: list[dict[str, Any]]) -> None:
+    """From S3 data nodes, and training nodes when these are busy; from a mounted folder the other way round."""
+    nodes += [row("data", DATA), row("train", P4D)]
+    assert roles.readers(True, local=False) == roles.Readers({"role": "data"}, {"role": "train"})
+    assert roles.readers(True, local=True) == roles.Readers({"role": "train"}, {"role": "data"})
+    assert roles.readers(False, local=True) == roles.Readers({"role": "data"}, {})
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_ray_data_counts_what_the_most_workers_leave(
+    nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    """Its tasks never count on a CPU that a worker may get, also on a node that joins."""
+    nodes += [row("head", HEAD), row("data", DATA), row("train", P4D)]
+    book = _AutoscalingCoordinatorActor(time.time, lambda *_, **__: None, lambda: nodes)
+    call = SimpleNamespace(remote=lambda function, *arguments: function(book, *arguments))
+    monkeypatch.setattr(ray_data, "get_or_create_autoscaling_coordinator", lambda: SimpleNamespace(__ray_call__=call))
+    monkeypatch.setattr(ray_data.ray, "get", lambda *_, **__: None)
+    where = roles.readers(True, local)
+    roles.keep_apart(roles.part("data"), where, roles.Workers(12, 2.0, 1))
+    tasks: dict[str, Any] = {"resources": [], "request_remaining": ["CPU"], "expire_after_s": 60}
+    book.request_resources("data-a", subcluster_selector=where.first, **tasks)
+    assert book.get_reserved_resources("data-a") == {"data": {"CPU": 8.0}, "train": {"CPU": 80.0}}
+    nodes.append(row("train", P4D) | {"NodeID": "joined"})
+    assert book.get_reserved_resources("data-a", recompute=True)["joined"] == {"CPU": 80.0}
 
 
 def test_room_for_workers_is_on_training_nodes_that_stay(

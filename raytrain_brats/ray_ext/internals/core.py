@@ -11,6 +11,7 @@ from ray._private import auto_init_hook, ray_constants, services
 from ray._private.authentication import authentication_token_setup
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+from ray._private.node import Node
 from ray.core.generated import (
     common_pb2,
     gcs_service_pb2,
@@ -24,6 +25,7 @@ from ray.experimental import internal_kv
 ATTRIBUTES = {
     "ray._private.auto_init_hook": ("enable_auto_connect",),
     "ray._private.utils": ("set_sigterm_handler",),
+    "ray._private.node:Node": ("start_api_server", "start_log_monitor", "start_monitor", "webui_url"),
     "ray._private.services": ("find_node_ids", "canonicalize_bootstrap_address_or_die", "get_node_ip_address"),
     "ray._private.authentication.authentication_token_setup": (
         "maybe_enable_token_auth_if_token_available",
@@ -91,6 +93,19 @@ def keep_own_signals() -> None:
 def stop_auto_connect() -> None:
     """Else a thread that calls Ray after `ray.shutdown` starts a new local Ray."""
     auto_init_hook.enable_auto_connect = False
+
+
+def start_fewer_processes(logs: bool) -> None:
+    """Let the cluster that `ray.init` starts here do without the processes that have nothing to do in it: 0.17 GB.
+
+    These are the autoscaler of a machine that cannot grow; an API server which, without the dashboard, only sends usage
+    statistics; and, unless `logs`, what copies the output of workers to this process. Never for a cluster that others
+    join: `ray start` does not come this way.
+    """
+    nothing: Any = lambda *_, **__: None  # noqa: E731
+    Node.start_api_server = Node.start_monitor = nothing  # type: ignore[method-assign]
+    if not logs:
+        Node.start_log_monitor = nothing  # type: ignore[method-assign]
 
 
 def address_file() -> str:

@@ -4,6 +4,7 @@ In: a context, a dataset's executor, Ray's actor that holds the reservations. Ou
 in the driver, Ray Train's controller and Ray's own actors.
 """
 
+import os
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
     get_or_create_autoscaling_coordinator,
 )
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.stats import _StatsManager
 
 __all__ = ["ExecutionCallback"]
 _ACTOR = "AutoscalingCoordinator"
@@ -33,6 +35,14 @@ ATTRIBUTES = {
         "_subcluster_selectors",
     ),
 }
+
+NO_STATISTICS = "RAYTRAIN_BRATS_NO_DATASET_STATISTICS"
+"""Environment variable of a cluster that we start: Ray Data counts nothing there for a dashboard, which has none."""
+_STATISTICS = ("register_dataset_to_stats_actor", "update_execution_metrics", "update_iteration_metrics")
+ATTRIBUTES["ray.data._internal.stats:_StatsManager"] = _STATISTICS
+if os.environ.get(NO_STATISTICS):  # here, since whoever executes one of our datasets imports this module before
+    for _name in _STATISTICS:
+        setattr(_StatsManager, _name, staticmethod(lambda *_, **__: None))  # else each starts an actor of 0.11 GB
 
 
 def execution_index(context: DataContext | None) -> int:
@@ -63,29 +73,49 @@ def refresh_reservations(requester: str) -> None:
     ray.get(coordinator.get_reserved_resources.remote(requester, recompute=True), timeout=10)
 
 
-def reserve_labelled_nodes(selector: dict[str, str], ahead_cpus: float) -> None:
-    """Make Ray Data's requests share the nodes with these labels alone, and `ahead_cpus` of a node that may be added.
+def reserve_labelled_nodes(
+    requested: dict[str, str],
+    whole: dict[str, str],
+    ahead_cpus: float,
+    shared: dict[str, str],
+    workers: tuple[int, float, int],
+) -> None:
+    """Make Ray Data's requests with the label selector `requested` share the nodes with the labels `whole`,
+    `ahead_cpus` of a node that may be added, and of nodes labelled `shared` ({}: none) the CPUs that `workers` leave.
 
-    Ray's reservations ignore labels: idle CPUs of other nodes would count for tasks that may not run there. Raises what
-    Ray raises.
+    `workers` is (most, CPUs of each, GPUs of each). Ray's reservations ignore labels: idle CPUs of other nodes would
+    count for tasks that may not run there. Raises what Ray raises.
     """
 
-    def install(coordinator: Any, selector: dict[str, str], ahead: float) -> None:  # runs in Ray's actor, as above
+    def install(coordinator: Any, ahead: float) -> None:  # runs in Ray's actor, as above
+        most, cpus, gpus = workers
+
+        def part(node: Any) -> dict[str, float]:
+            labels, there = node["Labels"] or {}, dict(node["Resources"])
+            if whole.items() <= labels.items():
+                return there
+            if not shared or not shared.items() <= labels.items():
+                return {}
+            fitting = min(most, int(there.get("CPU", 0.0) // cpus), int(there.get("GPU", 0)) if gpus else most)
+            there["CPU"] = there.get("CPU", 0.0) - fitting * cpus
+            there.pop("GPU", None)
+            return there
+
         def refresh() -> None:
             type(coordinator)._refresh_resource_reservations(coordinator)
             asking = [
                 request
                 for name, request in coordinator._ongoing_reqs.items()
-                if (coordinator._subcluster_selectors.get(name) or {}) == selector
+                if (coordinator._subcluster_selectors.get(name) or {}) == requested
             ]
             for request in asking:
                 request.reserved_resources = {"": {"CPU": ahead}} if ahead else {}
                 for node in coordinator._get_cluster_nodes():
-                    if node["Alive"] and selector.items() <= (node["Labels"] or {}).items():
-                        share = {key: amount / len(asking) for key, amount in node["Resources"].items()}
+                    if node["Alive"] and (there := part(node)):
+                        share = {key: amount / len(asking) for key, amount in there.items()}
                         request.reserved_resources[node["NodeID"]] = share
 
         coordinator._refresh_resource_reservations = refresh
 
     coordinator: Any = get_or_create_autoscaling_coordinator()
-    ray.get(coordinator.__ray_call__.remote(install, selector, ahead_cpus), timeout=60)
+    ray.get(coordinator.__ray_call__.remote(install, ahead_cpus), timeout=60)
