@@ -7,8 +7,6 @@ Out: what is streamed, for both ways of measuring; endless patches, loaded and c
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from raytrain_brats.config import Config
 from raytrain_brats.data import stream
 from raytrain_brats.data.boxes import PatchSpec, decode
@@ -39,14 +37,17 @@ class CopySink:
     """What training does first with a patch: copy it into the device's memory, here a buffer that is used again."""
 
     def __init__(self, patch: int) -> None:
+        import torch  # the driver has none
+
+        self._tensor = torch.from_numpy
         edge = (patch,) * 3
         self._image, self._label = torch.empty((4, *edge), dtype=torch.int16), torch.empty(edge, dtype=torch.uint8)
 
     def take(self, patch: Patch) -> None:
         if patch.weight != 1:
             raise RuntimeError(f"no patch at {patch.position}: {patch.reason}")
-        self._image.copy_(torch.from_numpy(patch.image_czyx))
-        self._label.copy_(torch.from_numpy(patch.label_zyx))
+        self._image.copy_(self._tensor(patch.image_czyx))
+        self._label.copy_(self._tensor(patch.label_zyx))
 
 
 def alone(order: Order) -> Iterator[int]:

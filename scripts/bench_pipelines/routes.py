@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from raytrain_brats.data import stream
 from raytrain_brats.ray_ext import cluster
+from raytrain_brats.ray_ext.internals.train import LocalTrainer
+from raytrain_brats.ray_ext.process_group import ProcessGroup
 from scripts.bench_pipelines.alone import CopySink, opened, settings
 from scripts.bench_pipelines.meter import Meter
 from scripts.bench_pipelines.pipelines import Order, Run, counted, enough
@@ -28,6 +28,8 @@ from scripts.bench_pipelines.pipelines import Order, Run, counted, enough
 
 def consume(arguments: dict[str, Any]) -> None:
     """The training worker: take the stream's patches as training does; write down when counting began and ended."""
+    import torch  # here alone, as in training: neither driver nor controller needs it
+
     order: Order = arguments["order"]
     torch.set_num_threads(1)
     taker = CopySink(order.patch)
@@ -54,8 +56,9 @@ def measure(order: Order) -> Run:
         needed = cluster.measure(config.run, 8)
         out = str(Path(folder) / "counted.json")
         taken = {"sampler": streamed.sampler, "size_zyx": streamed.patch_spec.size_zyx, "prefetch": needed.prefetch}
-        TorchTrainer(
+        LocalTrainer(
             consume,
+            backend_config=ProcessGroup(),
             train_loop_config={"order": order, "out": out} | taken,
             scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": needed.cpus}),
             run_config=RunConfig(storage_path=folder),
