@@ -6,6 +6,8 @@ Out: rows, events and checkpoints in the run folder (rank 0), quarantined cases 
 
 import contextlib
 import math
+import os
+import socket
 import statistics
 import time
 from collections import deque
@@ -13,12 +15,14 @@ from typing import Any
 
 import ray.util
 import torch
+from torch import distributed
 
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.patch import Patch
+from raytrain_brats.errors import UserError
 from raytrain_brats.learn.step import StepResult, TrainStep, differing
 from raytrain_brats.ray_ext import warm_pool
-from raytrain_brats.run import checkpoint, journal
+from raytrain_brats.run import checkpoint, events, journal
 from raytrain_brats.run.checkpoint import Writer
 from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, RequestPoller
 from raytrain_brats.run.control import StatusWriter
@@ -92,9 +96,11 @@ class RunRecorder:
         self._quarantined: set[str] = set()
         self._gauges = StepGauges(spec.run_dir)
         self._ready_at = 0.0
+        self._telling = events.in_background(spec.run_dir)
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def __enter__(self) -> "RunRecorder":
+        self._telling.__enter__()
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -110,6 +116,7 @@ class RunRecorder:
             self._writer.close()
             if self._status:
                 self._status.close()
+            self._telling.__exit__(None, None, None)
 
     def event(self, kind: str, **facts: Any) -> None:
         journal.event(self.spec.run_dir, kind, generation=self.generation.number, **facts)
@@ -123,10 +130,19 @@ class RunRecorder:
         return self._requests.poll() if self._requests else 0
 
     def ready(self) -> None:
-        """Record that this rank is about to wait for its first patch."""
+        """Record that the ranks are about to wait for their first patches.
+
+        A collective. Rank 0 writes for all: with a hundred ranks each start would leave a hundred files.
+        """
         self._ready_at = time.time()
-        node = ray.util.get_node_ip_address()
-        self.event("worker", rank=self.rank, world_size=self.world_size, node=node, device=self._device)
+        mine = {"rank": self.rank, "node": ray.util.get_node_ip_address(), "device": self._device}
+        mine |= {"time": self._ready_at, "host": socket.gethostname(), "pid": os.getpid()}
+        ranks = [mine]
+        if self.world_size > 1:
+            ranks *= self.world_size
+            distributed.all_gather_object(ranks, mine)
+        for rank in ranks if self.rank == 0 else ():
+            self.event("worker", world_size=self.world_size, **rank)
 
     def step(self, before: int, seen: int, result: StepResult, mine: list[Patch]) -> None:
         """Write the row of an applied step; report invalid cases and stragglers; stop or roll back where needed."""
@@ -162,11 +178,15 @@ class RunRecorder:
         """Record where the time from the failure, resize or launch to this first step went."""
         first, now = self.timer.first_entered, time.time()
         reached = [first["start"], self._ready_at or now, first.get("forward", now), now]
-        events = []
-        with contextlib.suppress(OSError):  # telemetry must not end a rank while the storage is away
-            events = journal.recent(self.spec.run_dir)[1]
-        parts = breakdown(events, warm_pool.imported, reached)
-        self.event("recovered", world_size=self.world_size, began=self.timer.first_batch, **parts)
+
+        def parts() -> dict[str, Any]:
+            told = []
+            with contextlib.suppress(OSError, UserError):  # telemetry must not end a rank while the storage is away
+                told = journal.recent(self.spec.run_dir)[1]
+            return breakdown(told, warm_pool.imported, reached)
+
+        about = {"generation": self.generation.number, "world_size": self.world_size}
+        events.event_from(self.spec.run_dir, "recovered", parts, **about, began=self.timer.first_batch)
 
     def _stop(self, reason: str) -> None:
         self.stopped = True
@@ -226,7 +246,7 @@ class RunRecorder:
         tensors = checkpoint.snapshot(tensors)
         state = {"samples_seen": seen, "identity": self.spec.dataset_identity, "learner": values}
         state |= {"meaning": manifests.meaning(self.spec.source.convention)}
-        state |= {"metrics_bytes": self._log.bytes, "bad_in_epoch": self._bad_in_epoch}
+        state |= {"bad_in_epoch": self._bad_in_epoch}
         facts: dict[str, Any] = {"samples_seen": seen}
         answer: dict[str, float] = {}
         keep = self.spec.config.checkpoint.keep
@@ -237,15 +257,18 @@ class RunRecorder:
 
         def write() -> None:
             began = time.perf_counter()
-            self._log.flush()  # rows first: a committed checkpoint says how many bytes of them belong to it
+            self._log.flush(seen)  # rows first: a committed checkpoint has all of them
+            events.flush(self.spec.run_dir)
             number = self.generation.number
             made = checkpoint.save(self.spec.run_dir, seen, number, tensors, state, fence=self._log.check)
             seconds = round(time.perf_counter() - began, 3)
             self._note(committed=True, **answer)
             self.event("checkpoint", name=made.name, bytes=made.bytes, seconds=seconds, **facts)
+            events.flush(self.spec.run_dir)
             self._log.check()  # a replaced group's writer must not remove checkpoints either
             with contextlib.suppress(OSError):  # it is committed; what is too much goes with the next
                 checkpoint.prune(self.spec.run_dir, keep, number, self.generation.samples_seen)
+                self._log.merge()
 
         def persist() -> None:
             """If the storage fails, the previous checkpoint stays the newest and the next attempt is the next save;

@@ -76,14 +76,14 @@ def test_the_time_is_told_beside_the_proof(run: Path, capsys: pytest.CaptureFixt
         (lambda rows: rows.reverse(), 1),
         (lambda rows: rows[1].update(samples=rows[0]["samples"]), 2),
         (lambda rows: rows[3].update(positions=[12, 17]), 4),
-        (lambda rows: rows.append(rows[-1]), 7),
+        (lambda rows: rows.append(rows[-1]), 9),
     ],
 )
 def test_a_forged_row_is_named(run: Path, change: Any, row: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Missing, twice, out of order, other samples, other positions, more than the plan."""
     forge(run, change)
     assert verify.main(["--run-dir", str(run)]) == 1
-    assert f"metrics.jsonl, row {row}: " in capsys.readouterr().err
+    assert f"metrics, row {row}: " in capsys.readouterr().err
 
 
 def test_other_data_than_the_runs_is_no_proof(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
