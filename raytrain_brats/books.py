@@ -213,8 +213,8 @@ def _in_order(sources: list[list[Row]]) -> list[Row]:
     stands between the event that began it and the one that began the next."""
     if len(sources) < 2:
         return sources[0] if sources else []
-    groups = [e for events in sources for e in events if e.get("event") == "group" and {"generation", "time"} <= e.keys()]
-    begun = {e["generation"]: e["time"] for e in groups}
+    groups = [event for events in sources for event in events if event.get("event") == "group"]
+    begun = {event["generation"]: event["time"] for event in groups if {"generation", "time"} <= event.keys()}
     numbers = sorted(begun)
     keyed: list[tuple[float, int, int, Row]] = []
     for events in sources:

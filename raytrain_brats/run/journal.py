@@ -57,7 +57,7 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
     A kill may come between any two of these steps, and a group that was replaced may still be writing, so the order is:
     1. Raise the fence: from then on no older group passes `MetricsLog.check`. What is read before that may change.
     2. Remove checkpoints that a replaced group committed late. Their rows do not count since the current group began.
-    3. Choose the checkpoint, and see that its rows are there. Nothing that counts was removed yet: a person can restore.
+    3. Choose the checkpoint, and see that its rows are there. Nothing that counts is removed yet: a person can restore.
     4. Record the decision. At once rows of older groups count up to the checkpoint (`books.chain`). A writer that
        passed its fence before 1 may still put a part, which does not count, or its manifest; if that comes after 3, the
        record is what tells the next call that it is late (2).

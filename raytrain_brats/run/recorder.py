@@ -17,18 +17,21 @@ import ray.util
 import torch
 from torch import distributed
 
+from raytrain_brats import storage
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.errors import UserError
 from raytrain_brats.learn.step import StepResult, TrainStep, differing
 from raytrain_brats.ray_ext import warm_pool
 from raytrain_brats.run import checkpoint, events, journal
+from raytrain_brats.run.cadence import CHECKPOINT, Cadence
 from raytrain_brats.run.checkpoint import Writer
-from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, RequestPoller
+from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, SAVE, RequestPoller
 from raytrain_brats.run.control import StatusWriter
 from raytrain_brats.run.gauges import StepGauges
 from raytrain_brats.run.journal import Generation, MetricsLog
 from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.spec import RunSpec
 
 ROLL_BACK_AFTER = 10
@@ -91,6 +94,9 @@ class RunRecorder:
         self._bad_in_epoch = generation.bad_in_epoch
         self._skipped: list[int] = []
         self._requests = RequestPoller(spec.run_dir, generation.number) if rank == 0 else None
+        self._cadence = _cadence(spec) if rank == 0 else None
+        self._late = False
+        """A checkpoint is due by time, and the one before is still being written."""
         self._status = StatusWriter(spec.run_dir, generation.number) if rank == 0 else None
         self._stragglers = Stragglers(world_size)
         self._quarantined: set[str] = set()
@@ -125,24 +131,45 @@ class RunRecorder:
         if self._status:
             self._status.note(**changes)
 
-    def poll(self) -> int:
-        """The current request of the controller or the driver; the next step gives it to all ranks."""
-        return self._requests.poll() if self._requests else 0
+    def poll(self, before: int) -> int:
+        """What is to follow the step from the sample `before` on: requests of the controller or the driver, and what
+        is due. The step gives it to all ranks."""
+        if not self._requests or not self._cadence:
+            return 0
+        seen = before + self.spec.sampler.global_batch
+        asked = self._requests.poll() | self._cadence.after(before, seen)
+        if facts := self._cadence.left_out(before, seen):
+            self.event("validation_left_out", **facts)
+        if asked & CHECKPOINT and not self.spec.config.checkpoint.every_samples and self._writer.busy():
+            asked &= ~CHECKPOINT  # by time: as soon as the save before has ended
+            if not self._late:
+                self.event("checkpoint_left_out", samples_seen=seen)
+            self._late = True
+        return asked
 
-    def ready(self) -> None:
-        """Record that the ranks are about to wait for their first patches.
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on with what a checkpoint's state says."""
+        if self._cadence:
+            self._cadence.validate_after = state.get("validate_after", 0.0)
 
-        A collective. Rank 0 writes for all: with a hundred ranks each start would leave a hundred files.
+    def ready(self) -> bool:
+        """Record that the ranks are about to wait for their first patches; whether to validate first: the last group
+        may have been killed before it did.
+
+        A collective. Rank 0 decides and writes for all: with a hundred ranks each start would leave a hundred files.
         """
+        seen, sampler = self.generation.samples_seen, self.spec.sampler
+        validate = bool(self._cadence and self._cadence.validates(seen - sampler.global_batch, seen))
         self._ready_at = time.time()
         mine = {"rank": self.rank, "node": ray.util.get_node_ip_address(), "device": self._device}
         mine |= {"time": self._ready_at, "host": socket.gethostname(), "pid": os.getpid()}
-        ranks = [mine]
+        ranks = [(mine, validate)]
         if self.world_size > 1:
             ranks *= self.world_size
-            distributed.all_gather_object(ranks, mine)
-        for rank in ranks if self.rank == 0 else ():
+            distributed.all_gather_object(ranks, (mine, validate))
+        for rank, _ in ranks if self.rank == 0 else ():
             self.event("worker", world_size=self.world_size, **rank)
+        return ranks[0][1]
 
     def step(self, before: int, seen: int, result: StepResult, mine: list[Patch]) -> None:
         """Write the row of an applied step; report invalid cases and stragglers; stop or roll back where needed."""
@@ -214,13 +241,13 @@ class RunRecorder:
 
         Without ray.train.report: it would be a barrier, and Ray's registry of checkpoints is not used.
         """
-        needed = bool(asked) or seen == self.spec.sampler.total
+        needed = bool(asked & (SAVE | HOLD)) or seen == self.spec.sampler.total
         if self._skipped and not needed:
             return
         self._compare(seen, train_step)
         if self.rank == 0:
-            self._save(seen, train_step, needed, asked)
-        if asked == HOLD:
+            self._save(seen, train_step, needed, asked & (SAVE | HOLD))
+        if asked & HOLD:
             until = time.monotonic() + HOLD_S
             while time.monotonic() < until:  # the requester ends this process; a step after the save would be lost
                 time.sleep(0.1)
@@ -248,6 +275,12 @@ class RunRecorder:
         state |= {"meaning": manifests.meaning(self.spec.source.convention)}
         state |= {"bad_in_epoch": self._bad_in_epoch}
         facts: dict[str, Any] = {"samples_seen": seen}
+        if self._cadence:
+            state |= {"validate_after": self._cadence.validate_after}
+            facts |= {"reason": self._cadence.saved()}
+        if asked or seen == self.spec.sampler.total:
+            facts |= {"reason": "a request" if asked else "the end"}
+        self._late = False
         answer: dict[str, float] = {}
         keep = self.spec.config.checkpoint.keep
         if asked and self._requests:
@@ -291,8 +324,17 @@ class RunRecorder:
 
     def validated(self, seen: int, seconds: float, means: Any) -> None:
         """Record a validation; `means` is None on all ranks but 0."""
-        if means:
-            self.event("validation", samples_seen=seen, seconds=round(seconds, 3), **means)
+        if self._cadence:
+            self._cadence.validated(seen, seconds)
+        if means and self._cadence:
+            facts = {"samples_seen": seen, "seconds": round(seconds, 3), "reason": self._cadence.reason}
+            self.event("validation", **facts, **means)
+
+
+def _cadence(spec: RunSpec) -> Cadence:
+    folder = RunDir(spec.run_dir).file("validation")
+    names = [name.removesuffix(".csv") for name in storage.list_files(folder)]
+    return Cadence(spec.config, spec.sampler, bool(spec.held_out_cases), [int(n) for n in names if n.isdigit()])
 
 
 def breakdown(

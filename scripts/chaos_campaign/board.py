@@ -14,7 +14,7 @@ from raytrain_brats import storage
 from raytrain_brats.run import checkpoint
 from raytrain_brats.run.journal import MetricsLog
 
-TRAINING = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "end")
+TRAINING = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "validate", "end")
 WRITING = ("checkpoint write", "commit", "rows", "journal", "prune")
 PHASES = ("", *TRAINING, *WRITING, "begin", "close")
 MAIN, WRITER = 0, 1
