@@ -114,14 +114,18 @@ class Train(_Frozen):
 
 
 class Validate(_Frozen):
-    every_samples: PositiveInt = 2000
+    every_samples: PositiveInt | None = None
+    """Validate after so many samples; by default after each epoch, and rarer where that took over 5 % of the time."""
     max_cases: PositiveInt = 32
     overlap: float = Field(default=0.5, ge=0, lt=1)
     """Overlap of neighbouring windows of the sliding-window inference."""
 
 
 class Checkpoint(_Frozen):
-    every_samples: PositiveInt = 400
+    every_s: PositiveFloat = 60.0
+    """Save after so many seconds. What a failure throws away is at most this and the seconds that a save takes."""
+    every_samples: PositiveInt | None = None
+    """Save after so many samples instead, whatever the time."""
     keep: int = Field(default=2, ge=2)
     """Newest valid checkpoints kept; two at least, so that a damaged one never is the only one."""
 

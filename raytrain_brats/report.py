@@ -1,6 +1,6 @@
 """Write a run's page: `raytrain-brats report --run-dir URI [--out FILE]`.
 
-In: a run folder (local or s3://); only metrics.jsonl must be there.
+In: a run folder (local or s3://); only rows of steps must be there.
 Out: `report.html` beside it, or at --out; its place on the terminal.
 """
 

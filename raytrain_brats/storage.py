@@ -153,34 +153,15 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def append(uri: str, text: str, start: int | None = None) -> None:
-    """Add whole lines at the end; several writers may. On S3 `start` is where they begin, for a single writer.
+def append(path: str, text: str) -> None:
+    """Add whole lines at the end of a local file; several writers may.
 
-    A local append is one O_APPEND write, made durable (NFS does not order those of several machines). S3 has no append:
-    read, then put on condition that nobody put in between, and again if so.
+    One O_APPEND write, made durable (NFS does not order those of several machines).
     """
-    if not is_s3(uri):
-        path = Path(normal(uri))
-        _make_folder(path.parent)
-        with _named(path):
-            _append(path, text.encode())
-        return
-    put: bytes | None = None
-    for attempt in range(30):
-        found, condition = s3.get_for_change(uri)
-        if put is not None and found is not None and found.startswith(put):
-            return  # the last put had arrived, only its answer was lost
-        if start is not None:
-            before, there = (found or b"")[:start], (found or b"")[start:]
-            if len(before) < start or not text.encode().startswith(there):  # a part may be there from an earlier try
-                raise FileExistsError(f"{uri}: {len(found or b'')} bytes, not {start}: another writer was first")
-            found = before
-        put = (found or b"") + text.encode()
-        with contextlib.suppress(FileExistsError):
-            s3.put(uri, put, **condition)
-            return
-        time.sleep(0.05 * (attempt + 1))
-    raise OSError(f"{uri}: other writers never left a gap")
+    file = Path(normal(path))
+    _make_folder(file.parent)
+    with _named(file):
+        _append(file, text.encode())
 
 
 def _append(path: Path, content: bytes) -> None:

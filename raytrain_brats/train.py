@@ -1,7 +1,7 @@
 """Train, or go on training: `raytrain-brats train --data URI --run-dir URI`.
 
 In: a folder of NIfTI cases or a prepared store; a recipe; a run folder.
-Out: the run folder: checkpoints, metrics.jsonl, events.jsonl, validation tables.
+Out: the run folder: checkpoints, rows of steps, events, validation tables.
 """
 
 import re

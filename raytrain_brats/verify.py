@@ -40,13 +40,13 @@ def work(args: Args) -> None:
     sampler, rows = spec.sampler_of(run.config, len(cases)), journal.read_rows(run_dir)
     for number, row in enumerate(rows):
         if wrong := difference(row, number, sampler, cases):
-            raise RunFailed(f"{run_dir}/metrics.jsonl, row {number + 1}: {wrong}")
+            raise RunFailed(f"{run_dir}/metrics, row {number + 1}: {wrong}")
     applied = rows[-1]["samples_seen"] if rows else 0
     found, damaged = checkpoint.newest_valid(run_dir)
     if damaged:
         raise RunFailed(f"checkpoint {damaged[0][0]}: {damaged[0][1]}")
     if found and found.samples_seen > applied:
-        raise RunFailed(f"checkpoint {found.name} holds more samples than the {applied:,} of metrics.jsonl")
+        raise RunFailed(f"checkpoint {found.name} holds more samples than the {applied:,} of metrics/")
     groups, sizes = {row["generation"] for row in rows}, sorted({row["world_size"] for row in rows})
     print(
         f"{applied:,} of {sampler.total:,} positions applied in {len(rows):,} steps: each once, in order, with the "

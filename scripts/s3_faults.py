@@ -195,7 +195,9 @@ def _objects(bare: Any, prefix: str) -> dict[str, bytes]:
 
 
 def _rows(bare: Any, run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _body(bare, f"{run}/metrics.jsonl").splitlines()]
+    return [
+        json.loads(line) for _, part in sorted(_objects(bare, f"{run}/metrics/").items()) for line in part.splitlines()
+    ]
 
 
 def main() -> int:

@@ -45,7 +45,7 @@ class StepResult:
     samples: int
     """Sum of the fingerprints of the samples that arrived."""
     asked: int
-    """What rank 0 asked of all ranks."""
+    """What rank 0 asked of all ranks, in bits."""
     learning_rate: float
     forward_s: tuple[float, ...] = field(compare=False)
     """Each rank's own seconds per sample in the step before."""

@@ -1,6 +1,6 @@
 """Every picture of a run, drawn in memory.
 
-In: rows of metrics.jsonl and events.jsonl, seconds by kind, or one case's image and masks.
+In: rows and events of a run, seconds by kind, or one case's image and masks.
 Out: PNG bytes. Charts have a transparent ground and a light and a dark variant; overlays are always dark.
 Shape letters: C modalities (FLAIR, T1w, T1gd, T2w), R regions (WT, TC, ET), X Y Z voxels on a RAS grid.
 """

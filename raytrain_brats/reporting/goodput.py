@@ -1,6 +1,6 @@
 """Where a run's wall time went, by cause, with nothing left out.
 
-In: events of events.jsonl in the file's order, rows of metrics.jsonl; no clock and no disk.
+In: events in the order of `books`, rows of steps; no clock and no disk.
 Out: a `TimeBreakdown`, whose parts sum to the wall time; the recoveries, each with its breakdown.
 
 A cursor goes over the time line from mark to mark (launch, begin of a group's work, snapshot of a committed

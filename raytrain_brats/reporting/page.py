@@ -1,6 +1,6 @@
 """One self-contained page about a run: scores, curves, workers, where the time went.
 
-In: a run folder (local or s3://); only metrics.jsonl must be there.
+In: a run folder (local or s3://); only rows of steps must be there.
 Out: `report.html` beside it. A page of the same run is replaced, by its own word (a meta tag); any other file is not.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from raytrain_brats import outputs, storage
+from raytrain_brats import books, outputs, storage
 from raytrain_brats.errors import UserError
 from raytrain_brats.reporting import figures, goodput
 from raytrain_brats.reporting.goodput import Recovery, TimeBreakdown
@@ -27,20 +27,6 @@ Row = dict[str, Any]
 REGIONS = tuple(figures.REGION_COLOURS)
 REPORT, GENERATOR, HEAD_BYTES = "report.html", f"{outputs.PROGRAM} report", 2000
 MOST_CASES, MOST_OVERLAYS, MOST_LINES, MOST_RECOVERIES = 50, 12, 200, 20
-
-
-def _json_lines(content: bytes) -> tuple[list[Row], int]:
-    """The rows, and how many lines were torn (a killed writer leaves one)."""
-    rows: list[Row] = []
-    lines = [line for line in content.splitlines() if line.strip()]
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows, len(lines) - len(rows)
 
 
 def _number(value: Any, digits: int = 3) -> str:
@@ -203,18 +189,17 @@ def write_report(run_dir: str, out: str = "", overwrite: bool = False) -> str:
     files = storage.list_files(run_dir)
     if not files:
         raise UserError(f"{run_dir}: no such run folder, or an empty one; name the folder that `train` wrote")
-    texts = {n: storage.read_bytes(storage.join(run_dir, n)) for n in ("metrics.jsonl", "events.jsonl") if n in files}
-    rows, torn_rows = _json_lines(texts.get("metrics.jsonl", b""))
-    events, torn_events = _json_lines(texts.get("events.jsonl", b""))
+    torn: list[str] = []
+    rows, events = books.read_rows(run_dir, torn=torn), books.read_events(run_dir, torn)
     if not rows:
-        raise UserError(f"{run_dir}: metrics.jsonl is missing or empty; report after the run's first step")
-    run = hashlib.sha256((texts.get("events.jsonl") or texts["metrics.jsonl"]).split(b"\n", 1)[0]).hexdigest()[:16]
+        raise UserError(f"{run_dir}: metrics/ is missing or empty; report after the run's first step")
+    run = hashlib.sha256(json.dumps((events or rows)[0]).encode()).hexdigest()[:16]
     target = _target(run_dir, out, files, run, overwrite)
     config = storage.read_bytes(storage.join(run_dir, "config.yaml")).decode() if "config.yaml" in files else ""
     split, recoveries = (
         goodput.time_breakdown(events, rows),
         goodput.recoveries(events),
-    )  # the file's order is the true one
+    )  # the books' order is the true one
     events = sorted((e for e in events if "event" in e and "time" in e), key=lambda event: float(event["time"]))
     validations = [event for event in events if event["event"] == "validation"]
     evaluation, (origin, end) = _evaluation(run_dir, files), figures.wall_span(rows, events)
@@ -240,7 +225,7 @@ def write_report(run_dir: str, out: str = "", overwrite: bool = False) -> str:
         phantom=_on_phantoms(evaluation["summary"], yaml.safe_load(config)), figures=drawn, split=split,
         validations=validations, evaluation=evaluation, quarantined=_quarantined(events), groups=groups,
         recoveries=_recoveries(recoveries), steps=goodput.STEPS,
-        config=config, torn=torn_rows + torn_events, origin=origin, regions=figures.REGION_COLOURS,
+        config=config, torn=len(torn), origin=origin, regions=figures.REGION_COLOURS,
         time_colours=figures.TIME_COLOURS, most_cases=MOST_CASES, most_lines=MOST_LINES,
     )  # fmt: skip
     storage.write_bytes(target, page.encode())

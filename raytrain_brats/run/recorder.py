@@ -6,6 +6,8 @@ Out: rows, events and checkpoints in the run folder (rank 0), quarantined cases 
 
 import contextlib
 import math
+import os
+import socket
 import statistics
 import time
 from collections import deque
@@ -13,18 +15,23 @@ from typing import Any
 
 import ray.util
 import torch
+from torch import distributed
 
+from raytrain_brats import storage
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.patch import Patch
+from raytrain_brats.errors import UserError
 from raytrain_brats.learn.step import StepResult, TrainStep, differing
 from raytrain_brats.ray_ext import warm_pool
-from raytrain_brats.run import checkpoint, journal
+from raytrain_brats.run import checkpoint, events, journal
+from raytrain_brats.run.cadence import CHECKPOINT, Cadence
 from raytrain_brats.run.checkpoint import Writer
-from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, RequestPoller
+from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, SAVE, RequestPoller
 from raytrain_brats.run.control import StatusWriter
 from raytrain_brats.run.gauges import StepGauges
 from raytrain_brats.run.journal import Generation, MetricsLog
 from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.spec import RunSpec
 
 ROLL_BACK_AFTER = 10
@@ -87,14 +94,19 @@ class RunRecorder:
         self._bad_in_epoch = generation.bad_in_epoch
         self._skipped: list[int] = []
         self._requests = RequestPoller(spec.run_dir, generation.number) if rank == 0 else None
+        self._cadence = _cadence(spec) if rank == 0 else None
+        self._late = False
+        """A checkpoint is due by time, and the one before is still being written."""
         self._status = StatusWriter(spec.run_dir, generation.number) if rank == 0 else None
         self._stragglers = Stragglers(world_size)
         self._quarantined: set[str] = set()
         self._gauges = StepGauges(spec.run_dir)
         self._ready_at = 0.0
+        self._telling = events.in_background(spec.run_dir)
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def __enter__(self) -> "RunRecorder":
+        self._telling.__enter__()
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -110,6 +122,7 @@ class RunRecorder:
             self._writer.close()
             if self._status:
                 self._status.close()
+            self._telling.__exit__(None, None, None)
 
     def event(self, kind: str, **facts: Any) -> None:
         journal.event(self.spec.run_dir, kind, generation=self.generation.number, **facts)
@@ -118,15 +131,45 @@ class RunRecorder:
         if self._status:
             self._status.note(**changes)
 
-    def poll(self) -> int:
-        """The current request of the controller or the driver; the next step gives it to all ranks."""
-        return self._requests.poll() if self._requests else 0
+    def poll(self, before: int) -> int:
+        """What is to follow the step from the sample `before` on: requests of the controller or the driver, and what
+        is due. The step gives it to all ranks."""
+        if not self._requests or not self._cadence:
+            return 0
+        seen = before + self.spec.sampler.global_batch
+        asked = self._requests.poll() | self._cadence.after(before, seen)
+        if facts := self._cadence.left_out(before, seen):
+            self.event("validation_left_out", **facts)
+        if asked & CHECKPOINT and not self.spec.config.checkpoint.every_samples and self._writer.busy():
+            asked &= ~CHECKPOINT  # by time: as soon as the save before has ended
+            if not self._late:
+                self.event("checkpoint_left_out", samples_seen=seen)
+            self._late = True
+        return asked
 
-    def ready(self) -> None:
-        """Record that this rank is about to wait for its first patch."""
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on with what a checkpoint's state says."""
+        if self._cadence:
+            self._cadence.validate_after = state.get("validate_after", 0.0)
+
+    def ready(self) -> bool:
+        """Record that the ranks are about to wait for their first patches; whether to validate first: the last group
+        may have been killed before it did.
+
+        A collective. Rank 0 decides and writes for all: with a hundred ranks each start would leave a hundred files.
+        """
+        seen, sampler = self.generation.samples_seen, self.spec.sampler
+        validate = bool(self._cadence and self._cadence.validates(seen - sampler.global_batch, seen))
         self._ready_at = time.time()
-        node = ray.util.get_node_ip_address()
-        self.event("worker", rank=self.rank, world_size=self.world_size, node=node, device=self._device)
+        mine = {"rank": self.rank, "node": ray.util.get_node_ip_address(), "device": self._device}
+        mine |= {"time": self._ready_at, "host": socket.gethostname(), "pid": os.getpid()}
+        ranks = [(mine, validate)]
+        if self.world_size > 1:
+            ranks *= self.world_size
+            distributed.all_gather_object(ranks, (mine, validate))
+        for rank, _ in ranks if self.rank == 0 else ():
+            self.event("worker", world_size=self.world_size, **rank)
+        return ranks[0][1]
 
     def step(self, before: int, seen: int, result: StepResult, mine: list[Patch]) -> None:
         """Write the row of an applied step; report invalid cases and stragglers; stop or roll back where needed."""
@@ -162,11 +205,15 @@ class RunRecorder:
         """Record where the time from the failure, resize or launch to this first step went."""
         first, now = self.timer.first_entered, time.time()
         reached = [first["start"], self._ready_at or now, first.get("forward", now), now]
-        events = []
-        with contextlib.suppress(OSError):  # telemetry must not end a rank while the storage is away
-            events = journal.recent(self.spec.run_dir)[1]
-        parts = breakdown(events, warm_pool.imported, reached)
-        self.event("recovered", world_size=self.world_size, began=self.timer.first_batch, **parts)
+
+        def parts() -> dict[str, Any]:
+            told = []
+            with contextlib.suppress(OSError, UserError):  # telemetry must not end a rank while the storage is away
+                told = journal.recent(self.spec.run_dir)[1]
+            return breakdown(told, warm_pool.imported, reached)
+
+        about = {"generation": self.generation.number, "world_size": self.world_size}
+        events.event_from(self.spec.run_dir, "recovered", parts, **about, began=self.timer.first_batch)
 
     def _stop(self, reason: str) -> None:
         self.stopped = True
@@ -194,13 +241,13 @@ class RunRecorder:
 
         Without ray.train.report: it would be a barrier, and Ray's registry of checkpoints is not used.
         """
-        needed = bool(asked) or seen == self.spec.sampler.total
+        needed = bool(asked & (SAVE | HOLD)) or seen == self.spec.sampler.total
         if self._skipped and not needed:
             return
         self._compare(seen, train_step)
         if self.rank == 0:
-            self._save(seen, train_step, needed, asked)
-        if asked == HOLD:
+            self._save(seen, train_step, needed, asked & (SAVE | HOLD))
+        if asked & HOLD:
             until = time.monotonic() + HOLD_S
             while time.monotonic() < until:  # the requester ends this process; a step after the save would be lost
                 time.sleep(0.1)
@@ -226,8 +273,14 @@ class RunRecorder:
         tensors = checkpoint.snapshot(tensors)
         state = {"samples_seen": seen, "identity": self.spec.dataset_identity, "learner": values}
         state |= {"meaning": manifests.meaning(self.spec.source.convention)}
-        state |= {"metrics_bytes": self._log.bytes, "bad_in_epoch": self._bad_in_epoch}
+        state |= {"bad_in_epoch": self._bad_in_epoch}
         facts: dict[str, Any] = {"samples_seen": seen}
+        if self._cadence:
+            state |= {"validate_after": self._cadence.validate_after}
+            facts |= {"reason": self._cadence.saved()}
+        if asked or seen == self.spec.sampler.total:
+            facts |= {"reason": "a request" if asked else "the end"}
+        self._late = False
         answer: dict[str, float] = {}
         keep = self.spec.config.checkpoint.keep
         if asked and self._requests:
@@ -237,15 +290,18 @@ class RunRecorder:
 
         def write() -> None:
             began = time.perf_counter()
-            self._log.flush()  # rows first: a committed checkpoint says how many bytes of them belong to it
+            self._log.flush(seen)  # rows first: a committed checkpoint has all of them
+            events.flush(self.spec.run_dir)
             number = self.generation.number
             made = checkpoint.save(self.spec.run_dir, seen, number, tensors, state, fence=self._log.check)
             seconds = round(time.perf_counter() - began, 3)
             self._note(committed=True, **answer)
             self.event("checkpoint", name=made.name, bytes=made.bytes, seconds=seconds, **facts)
+            events.flush(self.spec.run_dir)
             self._log.check()  # a replaced group's writer must not remove checkpoints either
             with contextlib.suppress(OSError):  # it is committed; what is too much goes with the next
                 checkpoint.prune(self.spec.run_dir, keep, number, self.generation.samples_seen)
+                self._log.merge()
 
         def persist() -> None:
             """If the storage fails, the previous checkpoint stays the newest and the next attempt is the next save;
@@ -268,8 +324,17 @@ class RunRecorder:
 
     def validated(self, seen: int, seconds: float, means: Any) -> None:
         """Record a validation; `means` is None on all ranks but 0."""
-        if means:
-            self.event("validation", samples_seen=seen, seconds=round(seconds, 3), **means)
+        if self._cadence:
+            self._cadence.validated(seen, seconds)
+        if means and self._cadence:
+            facts = {"samples_seen": seen, "seconds": round(seconds, 3), "reason": self._cadence.reason}
+            self.event("validation", **facts, **means)
+
+
+def _cadence(spec: RunSpec) -> Cadence:
+    folder = RunDir(spec.run_dir).file("validation")
+    names = [name.removesuffix(".csv") for name in storage.list_files(folder)]
+    return Cadence(spec.config, spec.sampler, bool(spec.held_out_cases), [int(n) for n in names if n.isdigit()])
 
 
 def breakdown(

@@ -9,8 +9,8 @@ In: the folder, local or s3://. Out: paths; the documents that processes change 
 | `generation.json` | the controller: where the worker group starts |
 | `groups/NNNN.json` | the controller and rank 0: the state of that group |
 | `save-request.json` | the driver, the controller, spot watchers: a checkpoint is wanted |
-| `metrics.jsonl`, `checkpoints/`, `validation/` | rank 0 |
-| `events.jsonl` | all; telemetry that decides nothing |
+| `metrics/`, `checkpoints/`, `validation/` | rank 0; the controller tidies `metrics/` up |
+| `events/` | all, each its own files; telemetry that decides nothing |
 | `stacks/` | the driver, of ranks that hang |
 | `evaluation/`, `evaluations/`, `report.html` | the commands of that name |
 | `ray/` | Ray Train's own |
@@ -20,7 +20,7 @@ import json
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-from raytrain_brats import storage
+from raytrain_brats import books, storage
 from raytrain_brats.errors import RunFailed
 
 T = TypeVar("T")
@@ -56,12 +56,14 @@ class Document:
 class RunDir:
     """The paths and documents of one run folder."""
 
-    FOLDERS: ClassVar = ("checkpoints", "validation", "evaluation", "evaluations", "ray", "groups", "stacks")
+    FOLDERS: ClassVar = (
+        "checkpoints", "validation", "evaluation", "evaluations", "ray", "groups", "stacks", books.ROWS, books.EVENTS
+    )  # fmt: skip
 
     def __init__(self, uri: str) -> None:
         self.uri = storage.normal(uri)
         self.config, self.manifest = self.file("config.yaml"), self.file("manifest.jsonl")
-        self.metrics, self.events = self.file("metrics.jsonl"), self.file("events.jsonl")
+        self.metrics, self.events = self.file(books.ROWS), self.file(books.EVENTS)
         self.report, self.evaluation = self.file("report.html"), self.file("evaluation")
         self.ray, self.checkpoints, self.groups = (self.file(name) for name in ("ray", "checkpoints", "groups"))
         self.lease, self.generation = Document(self.file("lease.json")), Document(self.file("generation.json"))

@@ -22,6 +22,8 @@ from raytrain_brats.learn.augment import DRAWS
 from raytrain_brats.learn.batch import Batch, TensorSample
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint, journal
+from raytrain_brats.run.cadence import CHECKPOINT, VALIDATE
+from raytrain_brats.run.checkpoint_request import HOLD, SAVE
 from raytrain_brats.run.heartbeat import Heartbeat
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
@@ -66,29 +68,29 @@ def train_rank(
     stream: Iterator[list[Patch]],
 ) -> None:
     """Train to the sampler's last position, or until the run must stop. `stream` gives the rank's patches of a step."""
-    seen, sampler, every = generation.samples_seen, spec.sampler, spec.config
+    seen, sampler = generation.samples_seen, spec.sampler
     with RunRecorder(spec, generation, rank, world_size, device, timer) as recorder:
         timer.enter("load", seen - 1)
         train_step = train_step_of(spec, world_size, device)
         if generation.checkpoint:
             tensors, state = checkpoint.load(spec.run_dir, generation.checkpoint)
             train_step.restore(tensors, state["learner"])
-        recorder.ready()
-        if due(seen - sampler.global_batch, seen, every.validate_.every_samples) or seen == sampler.total:
-            validate_once(spec, train_step, recorder, seen)  # the last group may have been killed before it did
+            recorder.resume(state)
+        if recorder.ready():
+            validate_once(spec, train_step, recorder, seen)
         while seen < sampler.total and not recorder.stopped:
             timer.enter("data", seen)
             mine = next(stream)
             timer.enter("forward")  # with the copying of the batch, which waits for nobody
-            result = train_step.step(batch_of(mine, seen), seen, recorder.poll(), timer.enter)
+            result = train_step.step(batch_of(mine, seen), seen, recorder.poll(seen), timer.enter)
             before, seen = seen, seen + sampler.global_batch
 
             timer.enter("save")
             recorder.step(before, seen, result, mine)
             recorder.compare(before, seen, train_step)
-            if due(before, seen, every.checkpoint.every_samples) or seen == sampler.total or result.asked:
+            if result.asked & (CHECKPOINT | SAVE | HOLD) or seen == sampler.total:
                 recorder.checkpoint(seen, train_step, result.asked)
-            if due(before, seen, every.validate_.every_samples) or seen == sampler.total:
+            if result.asked & VALIDATE:
                 validate_once(spec, train_step, recorder, seen)
         if not recorder.stopped:
             next(stream, None)  # reaches the end: there must be no more
@@ -100,9 +102,7 @@ def train_step_of(spec: RunSpec, world_size: int, device: torch.device) -> Train
 
 
 def validate_once(spec: RunSpec, train_step: TrainStep, recorder: RunRecorder, seen: int) -> None:
-    """Validate over all ranks, unless an earlier group has done so at this sample."""
-    if seen == 0 or not spec.held_out_cases or journal.validated(spec.run_dir, seen):
-        return
+    """Validate over all ranks."""
     began, enter = time.perf_counter(), partial(recorder.timer.enter, "validate")
     enter()
     means = validate(spec, train_step, recorder.rank, seen, enter)
@@ -126,8 +126,3 @@ def batch_of(patches: list[Patch], samples_seen: int) -> Batch:
     )
     bad = sum(bool(p.reason) for p in patches)
     return Batch(samples, bad, sum(fingerprint(p.position, p.case_id, p.seed) for p in patches))
-
-
-def due(before: int, seen: int, every: int) -> bool:
-    """Whether (before, seen] holds a multiple of `every`; it depends on samples alone, so all world sizes agree."""
-    return before // every != seen // every

@@ -273,9 +273,9 @@ def export(run_dir: str, model: Path) -> None:
     found, _ = checkpoint.newest_valid(run_dir)
     if found is None:
         raise RunFailed(f"{run_dir} has no valid checkpoint")
-    wanted = ("config.yaml", "manifest.jsonl", "metrics.jsonl", "report.html")
+    wanted = ("config.yaml", "manifest.jsonl", "report.html")
     for name in storage.list_files(run_dir):
-        if name in wanted or name.startswith(("validation/", f"checkpoints/{found.name}/")):
+        if name in wanted or name.startswith(("validation/", "metrics/", f"checkpoints/{found.name}/")):
             (model / name).parent.mkdir(parents=True, exist_ok=True)
             (model / name).write_bytes(storage.read_bytes(storage.join(run_dir, name)))
 

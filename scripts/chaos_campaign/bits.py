@@ -55,7 +55,7 @@ def made(folder: Path) -> Truth:
     for number in range(3):
         random_tensor = torch.Generator().manual_seed(number)
         tensors = {f"network/{i}": torch.randn(1000 + i, generator=random_tensor) for i in range(3)}
-        state = {"samples_seen": 8 * (number + 1), "metrics_bytes": 100, "bad_in_epoch": 0, "learner": {"lr": 1e-3}}
+        state = {"samples_seen": 8 * (number + 1), "bad_in_epoch": 0, "learner": {"lr": 1e-3}}
         saved = checkpoint.save(str(folder), 8 * (number + 1), number + 1, tensors, state)
         names.append(saved.name)
         everything.append(tensors)

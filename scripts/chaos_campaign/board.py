@@ -14,7 +14,7 @@ from raytrain_brats import storage
 from raytrain_brats.run import checkpoint
 from raytrain_brats.run.journal import MetricsLog
 
-TRAINING = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "end")
+TRAINING = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "validate", "end")
 WRITING = ("checkpoint write", "commit", "rows", "journal", "prune")
 PHASES = ("", *TRAINING, *WRITING, "begin", "close")
 MAIN, WRITER = 0, 1
@@ -53,18 +53,19 @@ class Board:
 
     def watch_writes(self, rank: int) -> None:
         """From here on this process tells what it writes."""
-        write_bytes, prune, put = storage.write_bytes, checkpoint.prune, MetricsLog._put
+        write_bytes, prune, show = storage.write_bytes, checkpoint.prune, MetricsLog._show
 
         def told_write(uri: str, content: bytes) -> None:
-            with self.during(rank, _FILES.get(uri.rsplit("/", 1)[-1], "journal")):
+            rows = "rows" if uri.endswith(".jsonl") else "journal"
+            with self.during(rank, _FILES.get(uri.rsplit("/", 1)[-1], rows)):
                 write_bytes(uri, content)
 
         def told_prune(run_dir: str, keep: int, generation: int, since: int | None = None) -> None:
             with self.during(rank, "prune"):
                 prune(run_dir, keep, generation, since)
 
-        def told_put(log: MetricsLog, sync: bool = False) -> None:
+        def told_show(log: MetricsLog) -> None:
             with self.during(rank, "rows"):
-                put(log, sync)
+                show(log)
 
-        storage.write_bytes, checkpoint.prune, MetricsLog._put = told_write, told_prune, told_put
+        storage.write_bytes, checkpoint.prune, MetricsLog._show = told_write, told_prune, told_show

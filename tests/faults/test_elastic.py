@@ -3,7 +3,6 @@
 Real Ray clusters, real SIGKILLs. Every process tree here is started by the test and killed by its own pid.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -107,6 +106,6 @@ def test_a_run_killed_twice_and_resized_equals_an_uninterrupted_one(tmp_path: Pa
     assert apart < 1e-5, f"weights differ by {apart}"
     for run in (calm, rough):
         assert verify.main(["--run-dir", str(run)]) == 0
-    events = [json.loads(line) for line in (rough / "events.jsonl").read_text().splitlines()]
+    events = journal.read_events(str(rough))
     assert [e["event"] for e in events].count("launch") == 2
     assert sum(e["redone_steps"] for e in events if e["event"] == "group") <= 2 * (24 / 4 + 1)

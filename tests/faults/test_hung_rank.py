@@ -1,9 +1,10 @@
 """A rank that hangs in a real Ray is found, named, its stack kept, and ended."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
+
+from raytrain_brats.run import journal
 
 HANGING = """
 import sys, time
@@ -47,7 +48,7 @@ def test_a_stuck_rank_is_ended_and_its_stack_kept(tmp_path: Path) -> None:
         [sys.executable, "-c", HANGING, str(tmp_path)], capture_output=True, text=True, timeout=400, check=False
     )
     assert "ended" in done.stdout, done.stdout + done.stderr
-    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    (event,) = journal.read_events(str(tmp_path))
     assert (event["event"], event["rank"], event["phase"], event["silent"]) == ("hang", 1, "forward", False)
     assert "stuck_here" in Path(event["stacks"]).read_text()
     assert "stuck_here" not in (tmp_path / "stacks" / "g0001-rank0.txt").read_text()

@@ -42,7 +42,6 @@ def operations(root: str) -> dict[str, Callable[[], Any]]:
         "read_bytes": lambda: storage.read_bytes(f"{root}/x"),
         "read_tail": lambda: storage.read_tail(f"{root}/x", 1000),
         "write_bytes": lambda: storage.write_bytes(f"{root}/new", CONTENT),
-        "append": lambda: storage.append(f"{root}/lines", "line\n"),
         "swap": lambda: storage.swap(f"{root}/x", CONTENT, b"after"),
         "exists": lambda: storage.exists(f"{root}/x"),
         "list_files": lambda: storage.list_files(root),
@@ -63,7 +62,7 @@ def test_an_outage_is_waited_out(proxy: Proxy, s3_server: str, monkeypatch: pyte
     }
     found: dict[str, Any] = {}
     todo = operations(s3_server)
-    for names in (["read_bytes", "read_tail", "exists", "list_files"], ["write_bytes", "append", "swap"], ["delete"]):
+    for names in (["read_bytes", "read_tail", "exists", "list_files"], ["write_bytes", "swap"], ["delete"]):
         proxy.set(kind)
         threads = [threading.Thread(target=lambda n=name: found.update({n: todo[n]()})) for name in names]
         for thread in threads:
@@ -77,15 +76,14 @@ def test_an_outage_is_waited_out(proxy: Proxy, s3_server: str, monkeypatch: pyte
         assert found.keys() >= set(names)
         wrong = [name for name in names if found[name] != expected.get(name)]
         assert not wrong, [str(found[name])[:100] for name in wrong]
-    assert storage.read_bytes(f"{s3_server}/lines") == b"line\n"
-    assert storage.list_files(s3_server) == {"lines": 5, "new": len(CONTENT)}
+    assert storage.list_files(s3_server) == {"new": len(CONTENT)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_patience_it_is_told_soon(proxy: Proxy, s3_server: str, kind: str) -> None:
     """At the command line nobody waits for minutes; the message names the place."""
     proxy.set(kind)
-    some = {"cut": ["read_bytes"], "hang": ["read_tail", "append", "list_files"]}  # each takes what a read may take
+    some = {"cut": ["read_bytes"], "hang": ["read_tail", "swap", "list_files"]}  # each takes what a read may take
     for name, operation in operations(s3_server).items():
         if name in some.get(kind, [name]):
             began = time.monotonic()
@@ -106,17 +104,13 @@ def test_patience_has_an_end(proxy: Proxy, s3_server: str, monkeypatch: pytest.M
 def test_a_put_whose_answer_was_lost_is_known_again(
     proxy: Proxy, s3_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The repeated conditional put is told "precondition failed", of our own content: no second line, no lost swap."""
+    """The repeated conditional put is told "precondition failed", of our own content: no lost swap."""
     monkeypatch.setenv(storage.PATIENCE, "20")
     for before, after in ((None, b"first"), (b"first", b"second")):
         proxy.lost_answers = 1
         assert storage.swap(f"{s3_server}/lease", before, after)
         assert proxy.lost_answers == 0
     assert not storage.swap(f"{s3_server}/lease", b"first", b"second")  # already so, but not by this call
-    for line in ("a\n", "b\n"):
-        proxy.lost_answers = 1
-        storage.append(f"{s3_server}/lines", line)
-    assert storage.read_bytes(f"{s3_server}/lines") == b"a\nb\n"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from typing import Any
 from botocore.client import BaseClient
 
 from raytrain_brats import storage
-from raytrain_brats.run import journal
 
 CALLS = ("open", "write", "fsync", "replace", "unlink", "rmdir", "mkdir")
 
@@ -32,7 +31,7 @@ class Disk:
         for name in CALLS:
             setattr(os, name, self.counted(name, self.real[name]))
         self.plain_open = builtins.open
-        storage.open = journal.open = self.open  # type: ignore[attr-defined]
+        storage.open = self.open  # type: ignore[attr-defined]
 
     def tick(self) -> None:
         if self.left == 0:

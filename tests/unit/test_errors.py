@@ -226,7 +226,7 @@ def test_small_commands(fails: Call, data: Path, run_dir: Path, tmp_path: Path) 
     assert "cases.txt" in fails("index", "--data", data, "--out", tmp_path / "cases.txt")
     assert "--data" in fails("index", "--out", tmp_path / "x.jsonl")
     assert str(tmp_path / "none") in fails("report", "--run-dir", tmp_path / "none")
-    assert "metrics.jsonl" in fails("report", "--run-dir", run_dir)
+    assert "metrics/" in fails("report", "--run-dir", run_dir)
     assert str(data) in fails("demo", "--out", data) and (data / "dataset.json").exists()
 
 

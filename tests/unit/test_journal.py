@@ -1,6 +1,8 @@
 """The books: generations, rows that count, events that stay; on a local disk and on S3."""
 
+import dataclasses
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain_brats import storage
+from raytrain_brats import books, storage
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import checkpoint, control, journal
+from raytrain_brats.run import checkpoint, control, journal, rows
 from raytrain_brats.run.journal import MetricsLog
+from tests.support.crashes import in_child
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -24,12 +27,14 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def save(run_dir: str, seen: int, generation: int | None = None) -> str:
-    """A checkpoint that the rows up to `seen` belong to."""
-    lines = [json.dumps(row) + "\n" for row in journal.read_rows(run_dir) if row["samples_seen"] <= seen]
-    state = {"samples_seen": seen, "metrics_bytes": len("".join(lines)), "bad_in_epoch": 3}
+    """A checkpoint; the rows up to `seen` are there already, or one comes with it."""
+    state, now = {"samples_seen": seen, "bad_in_epoch": 3}, journal.current(run_dir)
     if generation is None:
-        now = journal.current(run_dir)
         generation = now.number if now else 1
+    kept = books.chain(books.parts(run_dir), now.number if now else 1, now.samples_seen if now else 0)
+    if (end := kept[-1].end if kept else 0) < seen:
+        row = json.dumps({"samples_seen": seen, "generation": generation}) + "\n"
+        storage.write_bytes(storage.join(run_dir, "metrics", books.Part(end, seen, generation).name), row.encode())
     return checkpoint.save(run_dir, seen, generation, {"a": torch.ones(3)}, state).name
 
 
@@ -37,6 +42,8 @@ def write_rows(run_dir: str, *seen: int) -> None:
     log = MetricsLog(run_dir, journal.current(run_dir) or journal.begin_generation(run_dir))
     for number in seen:
         log.add({"samples_seen": number, "loss": 0.1})
+        if len(seen) < 10 or not number % 500:
+            log.flush()
     log.flush()
 
 
@@ -76,15 +83,15 @@ def test_rows_beyond_the_checkpoint_are_dropped_and_counted(run_dir: str) -> Non
 @pytest.mark.parametrize("checkpointed", [4, 8])
 def test_a_torn_last_row_is_cut_off(tmp_path: Path, checkpointed: int) -> None:
     """A crash amid a row does not stop the next start, and the next row does not join the torn one."""
-    run_dir, file = str(tmp_path), tmp_path / "metrics.jsonl"
+    run_dir = str(tmp_path)
     write_rows(run_dir, 4, 8)
     save(run_dir, checkpointed)
-    with file.open("a") as torn:
+    with (tmp_path / "metrics" / books.live(1)).open("a") as torn:
         torn.write('{"samples_seen": 12, "lo')
+    assert seen_rows(run_dir) == [4, 8]
     journal.begin_generation(run_dir)
     write_rows(run_dir, 12)
     assert seen_rows(run_dir) == [*range(4, checkpointed + 1, 4), 12]
-    assert all(json.loads(line) for line in file.read_text().splitlines())
 
 
 def test_a_damaged_row_in_the_middle_is_named(tmp_path: Path) -> None:
@@ -94,15 +101,22 @@ def test_a_damaged_row_in_the_middle_is_named(tmp_path: Path) -> None:
         journal.read_rows(str(tmp_path))
 
 
-@pytest.mark.parametrize("start", [journal.begin_generation, journal.take_over])
-def test_a_torn_event_does_not_swallow_the_next(tmp_path: Path, start: Any) -> None:
-    """A crash amid an event costs that event alone."""
+def test_a_torn_event_costs_itself_alone(tmp_path: Path) -> None:
+    """A crash amid a line; the next process writes files of its own."""
     journal.event(str(tmp_path), "launch")
-    with (tmp_path / "events.jsonl").open("a") as torn:
+    (segment,) = (tmp_path / "events").iterdir()
+    with segment.open("a") as torn:
         torn.write('{"event": "work')
-    start(str(tmp_path))
-    journal.event(str(tmp_path), "worker")
-    assert [e["event"] for e in journal.read_events(str(tmp_path)) if e["event"] != "group"] == ["launch", "worker"]
+    events_of_another_process(str(tmp_path), "worker")
+    assert [e["event"] for e in journal.read_events(str(tmp_path))] == ["launch", "worker"]
+
+
+def events_of_another_process(run_dir: str, *kinds: str) -> None:
+    def tell() -> None:
+        for kind in kinds:
+            journal.event(run_dir, kind)
+
+    assert in_child(tell) == 0
 
 
 def test_failures_in_place_count_only_without_progress(run_dir: str) -> None:
@@ -123,7 +137,7 @@ def test_failures_in_place_count_only_without_progress(run_dir: str) -> None:
 
 
 def test_a_failure_counts_whatever_else_is_told(run_dir: str) -> None:
-    """Hundreds of events after a failure do not hide it, nor does an `events.jsonl` that was lost or made up."""
+    """Hundreds of events after a failure do not hide it, nor do events that were lost or made up."""
     number = journal.begin_generation(run_dir).number
     control.note(run_dir, number, failure="bug")
     for position in range(200):
@@ -131,7 +145,8 @@ def test_a_failure_counts_whatever_else_is_told(run_dir: str) -> None:
             run_dir, "quarantine", generation=number, case="case", reason="torn", detail="x" * 300, p=position
         )
     assert journal.begin_generation(run_dir).failures_in_place == 1
-    storage.delete(storage.join(run_dir, "events.jsonl"))
+    for name in storage.list_files(storage.join(run_dir, "events")):
+        storage.delete(storage.join(run_dir, "events", name))
     journal.event(run_dir, "failure", generation=number + 1, error="made up")
     assert journal.begin_generation(run_dir).failures_in_place == 1
 
@@ -232,14 +247,20 @@ def test_lost_checkpoints_are_missed_also_in_the_first_group(run_dir: str) -> No
     assert seen_rows(run_dir) == [4, 8]
 
 
-def test_books_shorter_than_the_checkpoint_says_are_refused(run_dir: str) -> None:
-    """Somebody has cut metrics.jsonl: the run does not go on with a gap in it."""
-    journal.begin_generation(run_dir)
+@pytest.mark.parametrize("kept", [0, 20])
+def test_books_shorter_than_the_checkpoint_says_are_refused(run_dir: str, kept: int) -> None:
+    """Somebody has removed or cut a part: the run does not go on with a gap in it, and says so before it decides."""
+    before = journal.begin_generation(run_dir)
     write_rows(run_dir, 4, 8)
     save(run_dir, 8)
-    storage.write_bytes(storage.join(run_dir, "metrics.jsonl"), b"")
-    with pytest.raises(RunFailed, match=r"metrics\.jsonl is shorter"):
+    part = storage.join(run_dir, "metrics", "000000000004-000000000008-g0001.jsonl")
+    content = storage.read_bytes(part)
+    storage.write_bytes(part, content[:kept]) if kept else storage.delete(part)
+    with pytest.raises(RunFailed, match=r"metrics.*restore it"):
         journal.begin_generation(run_dir)
+    assert journal.current(run_dir) == dataclasses.replace(before, fence=2)
+    storage.write_bytes(part, content)
+    assert journal.begin_generation(run_dir).samples_seen == 8
 
 
 def test_resizes_are_no_failures(run_dir: str) -> None:
@@ -325,15 +346,16 @@ def test_a_row_that_was_amid_its_fence_when_the_next_group_began_is_dropped(
 
     monkeypatch.setattr(zombie, "check", check_then_sleep)
     zombie.add({"samples_seen": 12, "generation": 1})
-    assert len(seen_rows(run_dir)) == 3  # nothing can keep it from being written
+    assert list((tmp_path / "metrics").glob("live-g0001.jsonl"))  # nothing can keep it from being written
+    assert seen_rows(run_dir) == [4, 8]
     log = MetricsLog(run_dir, begun[0])
     for seen in (12, 16):
         log.add({"samples_seen": seen, "generation": 2})
     log.flush()
-    state = {"samples_seen": 16, "metrics_bytes": log.bytes, "bad_in_epoch": 0}
+    state = {"samples_seen": 16, "bad_in_epoch": 0}
     checkpoint.save(run_dir, 16, 2, {"a": torch.ones(3)}, state)
     with pytest.raises(RuntimeError, match="replaced"):
-        zombie._put()
+        zombie.flush()
     assert journal.begin_generation(run_dir).samples_seen == 16
     assert [(r["samples_seen"], r["generation"]) for r in journal.read_rows(run_dir)] == [
         (4, 1),
@@ -343,33 +365,125 @@ def test_a_row_that_was_amid_its_fence_when_the_next_group_began_is_dropped(
     ]
 
 
-def test_a_commit_amid_its_fence_and_a_controller_killed_after_the_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rows of that checkpoint are gone, so it must not count: the run goes on from the one before."""
-    run_dir = str(tmp_path)
+def test_a_part_that_was_amid_its_fence_when_the_next_group_began_does_not_count(run_dir: str) -> None:
+    """Nor does it later, when the next group has written a part of its own beside it, and was replaced too."""
     zombie = _begun(run_dir)
     zombie.add({"samples_seen": 12, "generation": 1})
+    zombie.add({"samples_seen": 16, "generation": 1})
+    zombie.check = lambda: None  # type: ignore[method-assign] # it has looked before the next group began
+    log = MetricsLog(run_dir, journal.begin_generation(run_dir))
+    zombie.flush()
+    assert seen_rows(run_dir) == [4, 8]
+    log.add({"samples_seen": 12, "generation": 2})
+    log.flush()
+    save(run_dir, 12, 2)
+    assert generations(run_dir) == [(4, 1), (8, 1), (12, 2)]
+    assert journal.begin_generation(run_dir).samples_seen == 12
+    assert generations(run_dir) == [(4, 1), (8, 1), (12, 2)]
+    assert [name for name in storage.list_files(f"{run_dir}/metrics") if name[:4] != "live"] == [
+        "000000000000-000000000012-g0003.jsonl"
+    ]
 
-    def killed(*_: Any, **__: Any) -> None:
+
+def generations(run_dir: str) -> list[tuple[int, int]]:
+    return [(row["samples_seen"], row["generation"]) for row in journal.read_rows(run_dir)]
+
+
+def test_a_commit_amid_its_fence_and_a_controller_killed_after_its_decision(
+    run_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of that checkpoint do not count any more, so it must not either: the run goes on from the one before."""
+    zombie = _begun(run_dir)
+    zombie.add({"samples_seen": 12, "generation": 1})
+    zombie.flush()
+
+    def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     def fence() -> None:
         zombie.check()
-        cut = journal._cut_metrics
-        monkeypatch.setattr(journal, "_cut_metrics", lambda *arguments: (cut(*arguments), killed()))
-        with pytest.raises(KeyboardInterrupt):
-            journal.begin_generation(run_dir)
-        monkeypatch.setattr(journal, "_cut_metrics", cut)
+        with monkeypatch.context() as broken:
+            broken.setattr(rows, "settle", killed)
+            with pytest.raises(KeyboardInterrupt):
+                journal.begin_generation(run_dir)
 
-    state = {"samples_seen": 12, "metrics_bytes": zombie.bytes, "bad_in_epoch": 0}
-    checkpoint.save(run_dir, 12, 1, {"a": torch.ones(3)}, state, fence=fence)
+    checkpoint.save(run_dir, 12, 1, {"a": torch.ones(3)}, {"bad_in_epoch": 0}, fence=fence)
     assert journal.begin_generation(run_dir).samples_seen == 8
     assert seen_rows(run_dir) == [4, 8]
 
 
+@pytest.mark.parametrize("to", [100, 260, 504])
+def test_small_parts_are_merged(run_dir: str, to: int) -> None:
+    """A long run has few parts to list; a checkpoint amid a merged part can still be gone back to, again and again."""
+    log = MetricsLog(run_dir, journal.begin_generation(run_dir))
+    for seen in range(4, 508, 4):
+        log.add({"samples_seen": seen, "generation": 1})
+        log.flush(seen)
+        log.merge()
+    assert len(books.parts(run_dir)) == 63, "64 became one, and 62 came after it"
+    for start in (to, to - 8):
+        save(run_dir, start, 1)
+        for name, seen, _ in checkpoint.committed(run_dir):
+            if seen > start:
+                checkpoint.discard(run_dir, name)
+        begun = journal.begin_generation(run_dir)
+        assert begun.samples_seen == start and seen_rows(run_dir) == [*range(4, start + 1, 4)]
+        assert len(books.parts(run_dir)) == 1
+    log = MetricsLog(run_dir, begun)
+    log.add({"samples_seen": to - 4, "generation": 3})
+    log.flush()
+    assert seen_rows(run_dir) == [*range(4, to - 3, 4)]
+    save(run_dir, to - 4, 3)
+    assert journal.begin_generation(run_dir).samples_seen == to - 4
+    assert generations(run_dir)[-2:] == [(to - 8, 1), (to - 4, 3)]
+
+
+def test_a_reader_beside_a_merge_reads_again(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that was listed is gone when it is opened: the rows are in another one."""
+    log = MetricsLog(run_dir, journal.begin_generation(run_dir))
+    for seen in range(4, 268, 4):
+        log.add({"samples_seen": seen, "generation": 1})
+        log.flush(seen)
+    listed, merged = books.parts, [log.merge]
+    monkeypatch.setattr(
+        books, "parts", lambda run_dir: (listed(run_dir), [merge() for merge in merged], merged.clear())[0]
+    )
+    assert seen_rows(run_dir) == [*range(4, 268, 4)] and len(listed(run_dir)) == 1
+
+
+def test_a_part_ends_where_its_checkpoint_does(run_dir: str) -> None:
+    """Steps that are applied while a checkpoint is written belong to the next one."""
+    log = MetricsLog(run_dir, journal.begin_generation(run_dir))
+    for seen in (4, 8, 12):
+        log.add({"samples_seen": seen, "generation": 1})
+    log.flush(8)
+    save(run_dir, 8, 1)
+    assert seen_rows(run_dir) == ([4, 8] if storage.is_s3(run_dir) else [4, 8, 12])
+    journal.begin_generation(run_dir)
+    assert seen_rows(run_dir) == [4, 8]
+    assert events(run_dir, "group")[-1]["redone_steps"] == (0 if storage.is_s3(run_dir) else 1)
+
+
+def test_events_of_many_processes_stand_in_order(run_dir: str) -> None:
+    """By time; what a group tells stays between its begin and the next group's, though a clock is minutes off."""
+    begun = journal.begin_generation(run_dir).number
+    for number, off in ((begun, 100.0), (begun, -100.0), (begun + 1, -100.0)):
+        if number > begun:
+            journal.begin_generation(run_dir)
+
+        def tell(number: int = number, off: float = off) -> None:
+            for kind in ("first", "second"):
+                journal.event(run_dir, kind, generation=number, time=time.time() + off)
+
+        assert in_child(tell) == 0
+    found = [(e["event"], e["generation"]) for e in journal.read_events(run_dir)]
+    assert found == [("group", 1), *2 * [("first", 1), ("second", 1)], ("group", 2), ("first", 2), ("second", 2)]
+    assert journal.recent(run_dir)[1] == journal.read_events(run_dir)
+
+
 def test_what_a_killed_controller_left_beside_the_books_is_removed(tmp_path: Path) -> None:
-    for name in (".generation.json.0123abcd.tmp", ".metrics.jsonl.0123abcd.tmp", ".save-request.json.01.tmp"):
+    for name in (".generation.json.0123abcd.tmp", "metrics/.x.jsonl.0123abcd.tmp", ".save-request.json.01.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("torn")
     journal.begin_generation(str(tmp_path))
-    assert [path.name for path in tmp_path.glob(".*.tmp")] == [".save-request.json.01.tmp"]  # that writer may be alive
+    assert [path.name for path in tmp_path.rglob(".*.tmp")] == [".save-request.json.01.tmp"]  # that writer may be alive

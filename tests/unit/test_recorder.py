@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from raytrain_brats import storage
+from raytrain_brats import books, storage
 from raytrain_brats.errors import UserError
 from raytrain_brats.learn.step import StepResult
 from raytrain_brats.run import checkpoint, checkpoint_request, control, journal, phase_timer
@@ -97,11 +97,11 @@ def test_a_full_disk_costs_checkpoints_not_the_run(tmp_path: Path) -> None:
         recorder.checkpoint(8, train_step)
         recorder._writer.wait()
         steps(recorder, GOOD, 8, 2)
-        with no_file_beyond((tmp_path / "metrics.jsonl").stat().st_size + 100):
+        with no_file_beyond(400):
             steps(recorder, GOOD, 16, 3)  # the rows find no room, nor a part of one
             recorder.checkpoint(28, train_step)
             recorder._writer.wait()
-        assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+        assert all(path.read_bytes()[-1:] in (b"", b"\n") for path in (tmp_path / "metrics").iterdir())
         assert checkpoint.newest_valid(str(tmp_path))[0].samples_seen == 8
         steps(recorder, GOOD, 28, 1)
         recorder.checkpoint(32, train_step)
@@ -115,12 +115,13 @@ def test_a_full_disk_costs_checkpoints_not_the_run(tmp_path: Path) -> None:
 def test_an_event_that_finds_no_room_is_told_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """None is lost, none is torn, order stays."""
     journal.event(str(tmp_path), "first")
-    with no_file_beyond((tmp_path / "events.jsonl").stat().st_size + 20):
+    (segment,) = (tmp_path / "events").iterdir()
+    with no_file_beyond(segment.stat().st_size + 20):
         journal.event(str(tmp_path), "second")
         journal.event(str(tmp_path), "third")
     journal.event(str(tmp_path), "fourth")
     assert [e["event"] for e in journal.read_events(str(tmp_path))] == ["first", "second", "third", "fourth"]
-    assert "second: not written to events.jsonl yet" in caplog.text
+    assert "second: not written to events/ yet" in caplog.text
 
 
 def test_a_save_that_is_still_under_way_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,15 +271,17 @@ def begun(tmp_path: Path) -> journal.Generation:
 
 
 def test_rows_of_a_cut_off_write_are_taken_back(tmp_path: Path) -> None:
-    """A row that fits in part only leaves the file as it was."""
+    """A row that fits in part only leaves the file as it was, and no part of the books."""
     log = MetricsLog(str(tmp_path), journal.begin_generation(str(tmp_path)))
     log.add({"samples_seen": 4})
-    size = (tmp_path / "metrics.jsonl").stat().st_size
+    shown = tmp_path / "metrics" / books.live(1)
+    size = shown.stat().st_size
     with no_file_beyond(size + 5):
         log.add({"samples_seen": 8})
-        assert (tmp_path / "metrics.jsonl").stat().st_size == size
-        with pytest.raises(OSError, match="a part"):
+        assert shown.stat().st_size == size
+        with pytest.raises(OSError, match="File too large"):
             log.flush()
     log.add({"samples_seen": 12})
     assert [row["samples_seen"] for row in journal.read_rows(str(tmp_path))] == [4, 8, 12]
-    assert log.bytes == (tmp_path / "metrics.jsonl").stat().st_size
+    log.flush()
+    assert [row["samples_seen"] for row in journal.read_rows(str(tmp_path))] == [4, 8, 12]

@@ -83,7 +83,7 @@ def test_a_forged_row_is_named(run: Path, change: Any, row: int, capsys: pytest.
     """Missing, twice, out of order, other samples, other positions, more than the plan."""
     forge(run, change)
     assert verify.main(["--run-dir", str(run)]) == 1
-    assert f"metrics.jsonl, row {row}: " in capsys.readouterr().err
+    assert f"metrics, row {row}: " in capsys.readouterr().err
 
 
 def test_other_data_than_the_runs_is_no_proof(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

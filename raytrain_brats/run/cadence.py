@@ -1,0 +1,88 @@
+"""Decide after which steps to save and to validate. Runs in a worker (rank 0).
+
+In: settings, positions, the clock, the validations that are done.
+Out: bits that travel with a step's sums, so that all ranks do the same after the same step; the reasons, for events.
+
+One rank must decide: clocks differ, and ranks that look at files may see different ones; a collective that some ranks
+enter and others do not never ends.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from raytrain_brats.config import Config
+from raytrain_brats.data.sampler import Sampler
+
+CHECKPOINT, VALIDATE = 4, 8
+"""Beside what a request asks for (`checkpoint_request.SAVE`, `HOLD`)."""
+RARER = 19.0
+"""After a validation that took t seconds the next may come RARER t later: then it takes 5 % of the time."""
+
+
+class Cadence:
+    """When to save and to validate, in one worker group."""
+
+    def __init__(
+        self,
+        config: Config,
+        sampler: Sampler,
+        validates: bool,
+        done: Iterable[int],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`validates`: whether there are held-out cases; `done`: the samples at which a validation was written."""
+        self._config, self._sampler, self._validates, self._clock = config, sampler, validates, clock
+        self._done, self._saved_at = set(done), clock()
+        self.validate_after = 0.0
+        """No validation before this time, but the last; checkpoints carry it to the next group."""
+        self.reason = ""
+        """Of the last validation that was due."""
+
+    def after(self, before: int, seen: int) -> int:
+        """What is due after the step from sample `before` to `seen`."""
+        save = CHECKPOINT if self.saves(before, seen) else 0
+        return save | (VALIDATE if self.validates(before, seen) else 0)
+
+    def saves(self, before: int, seen: int) -> bool:
+        settings = self._config.checkpoint
+        if settings.every_samples:
+            return due(before, seen, settings.every_samples)
+        return self._clock() >= self._saved_at + settings.every_s
+
+    def saved(self) -> str:
+        """A save begins; the cadence in words."""
+        self._saved_at, settings = self._clock(), self._config.checkpoint
+        return f"every {settings.every_samples} samples" if settings.every_samples else f"every {settings.every_s:g} s"
+
+    def validates(self, before: int, seen: int) -> bool:
+        """Whether to validate at `seen`, also when a group starts there: the last one may have been killed before."""
+        wanted, end = self._config.validate_.every_samples, seen == self._sampler.total
+        if not self._validates or seen == 0 or seen in self._done:
+            return False
+        if not end and not due(before, seen, wanted or self._sampler.epoch_samples):
+            return False
+        self.reason = "the end" if end else f"every {wanted} samples" if wanted else "an epoch"
+        return end or bool(wanted) or self._clock() >= self.validate_after
+
+    def left_out(self, before: int, seen: int) -> dict[str, Any]:
+        """Facts of the validation of an epoch that does not take place now; empty when there is none."""
+        epoch = not self._config.validate_.every_samples and due(before, seen, self._sampler.epoch_samples)
+        wait_s = self.validate_after - self._clock()
+        if not epoch or not self._validates or seen in self._done or seen == self._sampler.total or wait_s <= 0:
+            return {}
+        return {
+            "samples_seen": seen,
+            "reason": "validation would take over 5 % of the time",
+            "due_in_s": round(wait_s, 1),
+        }
+
+    def validated(self, seen: int, seconds: float) -> None:
+        """A validation that took so long has ended."""
+        self._done.add(seen)
+        self.validate_after = self._clock() + RARER * seconds
+
+
+def due(before: int, seen: int, every: int) -> bool:
+    """Whether (before, seen] holds a multiple of `every`."""
+    return before // every != seen // every

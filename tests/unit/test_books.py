@@ -1,0 +1,157 @@
+"""What the books cost over a long run on S3, and with many ranks."""
+
+import dataclasses
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytrain_brats import books, s3, storage
+from raytrain_brats.learn.step import StepResult
+from raytrain_brats.run import checkpoint, events, journal
+from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.recorder import RunRecorder
+from raytrain_brats.run.worker import train_step_of
+from tests.support.crashes import in_child
+from tests.support.run_folders import EVENTS, ROWS, write_run
+from tests.support.steps import CPU, spec
+
+GOOD = StepResult(0.5, 0, True, False, 17, 0, 0.1, (0.01,))
+
+
+class Traffic:
+    """Bytes and requests that this process's client of S3 sends and gets, but for the checkpoints' own files."""
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+        self.threads: set[str] = set()
+
+    def call(self, real: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        if not any(arguments.get("Key", "").endswith(name) for name in ("safetensors", "state.json", "MANIFEST.json")):
+            self.count["requests"] += 1
+            self.count["put"] += len(arguments.get("Body") or b"")
+            self.threads.add(threading.current_thread().name)
+        answer = real(operation, arguments)
+        if operation == "GetObject":
+            self.count["got"] += answer["ContentLength"]
+        return answer
+
+
+@pytest.fixture
+def traffic(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Traffic:
+    seen, client = Traffic(), s3.locate(f"{s3_server}/x")[0]
+    real = client._make_api_call
+    monkeypatch.setattr(client, "_make_api_call", lambda *arguments: seen.call(real, *arguments))
+    return seen
+
+
+def test_a_long_run_writes_no_more_a_checkpoint(s3_server: str, traffic: Traffic) -> None:
+    """Rows, events and documents: the last 64 of 192 checkpoints cost what the first did, and nothing was lost."""
+    run_dir = f"{s3_server}/run"
+    run_spec = dataclasses.replace(spec(), run_dir=run_dir, dataset_identity="x")
+    begun, train_step, costs, seen = journal.begin_generation(run_dir), train_step_of(spec(), 1, CPU), [], 0
+    with RunRecorder(run_spec, begun, 0, 1, CPU, PhaseTimer()) as recorder:
+        recorder._requests.close()  # polls by time
+        for _ in range(192):
+            before = traffic.count.copy()
+            for _ in range(15):
+                recorder.step(seen, seen + 4, GOOD, [])
+                seen += 4
+            recorder.checkpoint(seen, train_step)
+            recorder._writer.wait()
+            costs.append(traffic.count - before)
+    first, last = (sum(costs[part], Counter[str]()) for part in (slice(64), slice(-64, None)))
+    for what in ("requests", "put", "got"):
+        assert 0 < last[what] <= 1.2 * first[what], (what, first, last)
+    assert last["put"] / 64 < 40e3
+    assert [row["samples_seen"] for row in journal.read_rows(run_dir)] == [*range(4, seen + 1, 4)]
+    assert sum(e["event"] == "checkpoint" for e in journal.read_events(run_dir)) == 192
+    assert len(storage.list_files(f"{run_dir}/metrics")) + len(storage.list_files(f"{run_dir}/events")) < 100
+    assert journal.begin_generation(run_dir).samples_seen == seen
+
+
+def test_no_step_asks_the_storage_for_events(s3_server: str, traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told within a step, written by a thread; also the first step's event, for which others must be read."""
+    run_dir = f"{s3_server}/run"
+    run_spec = dataclasses.replace(spec(), run_dir=run_dir, dataset_identity="x")
+    begun = journal.begin_generation(run_dir)
+    traffic.threads.clear()
+    slow = dataclasses.replace(GOOD, forward_s=(0.1,))
+    with RunRecorder(run_spec, begun, 0, 1, CPU, PhaseTimer()) as recorder:
+        recorder.ready()
+        recorder.step(0, 4, slow, [])
+        recorder.event("straggler", rank=0)
+        recorder.event("checkpoint_left_out")
+        monkeypatch.setattr(recorder._writer, "busy", lambda: True)
+        recorder.checkpoint(4, train_step_of(spec(), 1, CPU))
+        assert threading.current_thread().name not in traffic.threads
+    told = [e["event"] for e in journal.read_events(run_dir)]
+    assert told == ["group", "worker", "recovered", "straggler", *2 * ["checkpoint_left_out"], "closed"]
+
+
+def test_an_outage_holds_no_step_up(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events wait in memory, as many as it takes a day to tell, and come once the storage is back."""
+    run_dir, away = f"{s3_server}/run", [True]
+    real = storage.write_bytes
+
+    def write_bytes(uri: str, content: bytes) -> None:
+        if away:
+            raise OSError("away")
+        real(uri, content)
+
+    monkeypatch.setattr(storage, "write_bytes", write_bytes)
+    monkeypatch.setattr(events, "_MOST_WAITING", 500)
+    with events.in_background(run_dir):
+        began = time.monotonic()
+        for number in range(600):
+            journal.event(run_dir, "told", number=number)
+        assert time.monotonic() - began < 1.0
+        away.clear()
+    assert [e["number"] for e in journal.read_events(run_dir)] == [*range(500)]
+
+
+def test_many_ranks_do_not_wait_for_each_other(s3_server: str) -> None:
+    """64 processes write at once: each its own object, in seconds, and all of it is there."""
+    run_dir = f"{s3_server}/run"
+
+    def write(number: int) -> None:
+        log = events._Log(run_dir)  # a process's
+        for kind in ("worker", "quarantine"):
+            log.add(kind, f'{{"event": "{kind}", "rank": {number}, "time": {time.time()}}}\n')
+
+    began = time.monotonic()
+    ranks = [threading.Thread(target=write, args=(number,)) for number in range(64)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert time.monotonic() - began < 30
+    assert Counter(e["rank"] for e in journal.read_events(run_dir)) == dict.fromkeys(range(64), 2)
+
+
+def test_recent_events_are_there_however_many_came_before(s3_server: str) -> None:
+    """The driver's segment was begun long ago, other processes have filled many since."""
+    run_dir = f"{s3_server}/run"
+    journal.event(run_dir, "launch")
+
+    def fill() -> None:
+        for number in range(400):
+            journal.event(run_dir, "checkpoint", number=number, text="x" * 500)
+
+    assert in_child(fill) == 0
+    journal.event(run_dir, "warning", text="disk is full")
+    found = journal.recent(run_dir)[1]
+    assert (found[0]["event"], found[-1]["event"]) == ("launch", "warning")
+    assert len(storage.list_files(f"{run_dir}/events")) > 10
+
+
+def test_books_of_one_file_each_are_still_read(tmp_path: Path) -> None:
+    """Of a run that was finished before there were parts."""
+    run = str(write_run(tmp_path / "run"))
+    assert journal.read_rows(run) == ROWS and journal.read_events(run) == EVENTS
+    assert journal.recent(run) == (ROWS, EVENTS)
+    assert journal.read_rows(run, after=20) == ROWS[5:]
+    assert checkpoint.committed(run) == [] and books.parts(run) == []
