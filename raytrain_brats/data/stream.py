@@ -48,9 +48,9 @@ nothing is streamed."""
 ROW_BYTES, ROW_CASES, TASK_BYTES, TASK_CASES = 1 << 20, 8, 1 << 25, (4, 64)
 """Small cases are grouped, up to so many bytes a row and a task, since each costs milliseconds however small it is. A
 task holds 4 cases at least and 64 at most; a row of large cases up to 8, growing with the number of ranks."""
-STORE_SHARE = 0.3
-"""Of the object store, for rows that no rank has taken yet. By default Ray Data uses half and more; with what many
-ranks hold of it, rows went to disk."""
+STORE_SHARES = 0.5, 0.3
+"""Of the object store, for rows that no rank has taken yet: with one or two ranks, and with more, which hold more rows
+themselves. With half of it for many, rows went to disk; with less for one, it waited for rows."""
 CLOSED_S = 0.5
 """A reading thread notices this late that its consumer is gone."""
 
@@ -166,7 +166,7 @@ class SchedulerThrottle(ExecutionCallback):
     on two cores at half its speed.
     """
 
-    period_s, _before = 0.04, 0.0
+    period_s, _before = 0.03, 0.0
 
     def on_execution_step(self, executor: Any) -> None:
         time.sleep(max(0.0, self._before + self.period_s - time.monotonic()))
@@ -237,7 +237,7 @@ class OrderedSplit(DataConfig):
                 context.set_config(RANKS, (ranks, world_size))
                 throttle = SchedulerThrottle if len(ranks) <= FEW_RANKS else RareSchedulerThrottle
                 context.custom_execution_callback_classes = [throttle]
-                context.override_object_store_memory_limit_fraction = STORE_SHARE / groups(world_size)
+                context.override_object_store_memory_limit_fraction = STORE_SHARES[world_size > 2] / groups(world_size)
                 for rank, share in zip(ranks, datasets[name].streaming_split(len(ranks), equal=False), strict=True):
                     shares[rank][name] = share
                 # Ray ends the executions that rank 0 has a share of. It does not read this one.

@@ -92,7 +92,8 @@ def test_everything_may_live_on_s3(one_ray: OneRay, s3_server: str, tmp_path: Pa
 
     assert "is finished" in printed
     rows = journal.read_rows(run)
-    assert [r["positions"] for r in rows] == [[p, p + 4] for p in range(0, 44, 4)]  # 4 cases x 4 patches x 2, and 12 empty places
+    # 4 cases x 4 patches x 2 epochs, and 12 empty places
+    assert [r["positions"] for r in rows] == [[p, p + 4] for p in range(0, 44, 4)]
     made = storage.list_files(s3_server)
     assert "run/report.html" in made
     assert sum(name.startswith("out/") and name.endswith(".nii.gz") for name in made) == 6
@@ -196,7 +197,7 @@ def test_the_demo_survives_a_killed_worker_and_says_what_it_made(tmp_path: Path)
     summary = json.loads((out / "summary.json").read_text())
     rows = journal.read_rows(str(out / "run"))
     assert summary["restarts"] == 1
-    assert summary["samples_seen"] == 4 * 4 * 10
+    assert summary["samples_seen"] == 4 * 4 * 10 + 12  # places that are empty at begin and end
     assert [row["positions"] for row in rows] == [[p, p + 4] for p in range(0, 172, 4)]
     assert set(summary["dice"]) == {"WT", "TC", "ET"}
     assert len(list((out / "predictions").glob("*.nii.gz"))) == 6
