@@ -18,6 +18,8 @@ CHECKPOINT, VALIDATE = 4, 8
 """Beside what a request asks for (`checkpoint_request.SAVE`, `HOLD`)."""
 RARER = 19.0
 """After a validation that took t seconds the next may come RARER t later: then it takes 5 % of the time."""
+FIRST_S = 10.0
+"""A group's first save comes no later: one that is killed again and again makes progress."""
 
 
 class Cadence:
@@ -33,7 +35,8 @@ class Cadence:
     ) -> None:
         """`validates`: whether there are held-out cases; `done`: the samples at which a validation was written."""
         self._config, self._sampler, self._validates, self._clock = config, sampler, validates, clock
-        self._done, self._saved_at = set(done), clock()
+        self._done = set(done)
+        self._saved_at = clock() - max(0.0, config.checkpoint.every_s - FIRST_S)
         self.validate_after = 0.0
         """No validation before this time, but the last; checkpoints carry it to the next group."""
         self.reason = ""

@@ -89,7 +89,7 @@ def test_what_a_case_costs_to_prepare(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (["data", "--peers", "monia"], "--peers monia: not known; there are raw_alone"),
-        (["speed"], "benchmark 'speed' is not known; there are data, prepare"),
+        (["speed"], "benchmark 'speed' is not known; there are data, stream, scale, prepare"),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def test_real_cases_go_through_every_command_by_both_routes(one_ray: OneRay, tmp
     )
 
     by_raw, by_store = journal.read_rows(raw), journal.read_rows(stored)
-    assert len(by_raw) == 4  # 1 case x 8 patches x 2 epochs in batches of 4
+    assert len(by_raw) == 10  # 1 case x 8 patches x 2 epochs: the second begins after two of eight steps
     assert [r["positions"] for r in by_raw] == [r["positions"] for r in by_store]
     assert [r["loss"] for r in by_raw] == pytest.approx([r["loss"] for r in by_store], rel=1e-6)
     assert json.loads((tmp_path / "raw/evaluation/summary.json").read_text())["data"] == "real"

@@ -78,10 +78,10 @@ def test_no_step_asks_the_storage_for_events(s3_server: str, traffic: Traffic, m
     run_dir = f"{s3_server}/run"
     run_spec = dataclasses.replace(spec(), run_dir=run_dir, dataset_identity="x")
     begun = journal.begin_generation(run_dir)
-    traffic.threads.clear()
     slow = dataclasses.replace(GOOD, forward_s=(0.1,))
     with RunRecorder(run_spec, begun, 0, 1, CPU, PhaseTimer()) as recorder:
         recorder.ready()
+        traffic.threads.clear()  # the start may ask: which validations are done
         recorder.step(0, 4, slow, [])
         recorder.event("straggler", rank=0)
         recorder.event("checkpoint_left_out")

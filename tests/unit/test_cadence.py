@@ -48,12 +48,12 @@ class Run:
 
 
 def test_by_default_a_minute_lies_between_checkpoints() -> None:
-    """However long a step takes, and however many samples it holds."""
+    """However long a step takes, and however many samples it holds; a group's first comes after ten seconds."""
     run = Run(config(), 7.0, 0.0).steps(200)
-    assert run.saved == [40, 80, 120, 160, 200]  # the step that begins after 63 s is the tenth
-    assert Run(config(), 0.5, 0.0).steps(200).saved == []
+    assert run.saved == [12, 52, 92, 132, 172]  # the step that begins after 14 s; then the tenth, after 63 s
+    assert Run(config(), 0.1, 0.0).steps(200).saved == []
     assert Run(config(), 100.0, 0.0).steps(40).saved == [8, 16, 24, 32, 40]
-    assert Run(config(checkpoint={"every_s": 14}), 7.0, 0.0).steps(40).saved == [12, 24, 36]
+    assert Run(config(checkpoint={"every_s": 8}), 4.0, 0.0).steps(40).saved == [12, 24, 36]
 
 
 def test_by_samples_it_does_not_depend_on_the_clock() -> None:
