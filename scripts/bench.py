@@ -38,6 +38,7 @@ from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.synthetic import phantom
 from scripts.bench_pipelines import scale
+from scripts.bench_pipelines.consumers import stand_ins_per_s
 from scripts.bench_pipelines.meter import Meter
 from scripts.bench_pipelines.pipelines import ABOUT, OURS, PEERS, Order, Run, missing
 
@@ -302,7 +303,8 @@ def stream(args: Stream) -> None:
             for workers in track(numbers, route, console=Console(stderr=True), transient=True):
                 asked = asdict(order) | {"workers": workers, "loaded": True}
                 loaded = _in_process("consumers", asked, f"{route} at {workers}")
-                asked |= {"loaded": False, "warm": 1024, "patches": 16 * args.patches}
+                rate = stand_ins_per_s(workers)  # for some 25 seconds
+                asked |= {"loaded": False, "warm": int(8 * rate), "patches": int(16 * rate)}
                 handed = _in_process("consumers", asked, f"stand-ins at {workers}")
                 rows.append(
                     {"workers": workers, "route": route}

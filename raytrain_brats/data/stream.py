@@ -33,7 +33,7 @@ from raytrain_brats.data.patch import Patch, empty_patch
 from raytrain_brats.data.preprocess import Triple
 from raytrain_brats.data.sampler import Row, Sampler
 from raytrain_brats.data.store import Source
-from raytrain_brats.ray_ext.internals.data import ExecutionCallback, execution_index
+from raytrain_brats.ray_ext.internals.data import ExecutionCallback, execution_index, poll_rarely
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ SEGMENT_TASKS = 1024
 nothing is streamed."""
 ROW_BYTES, ROW_CASES, TASK_BYTES, TASK_CASES = 1 << 20, 8, 1 << 25, (4, 64)
 """Small cases are grouped, up to so many bytes a row and a task, since each costs milliseconds however small it is. A
-task holds 4 cases at least and 64 at most; a row of large cases up to 8, growing with the number of ranks."""
+task holds 4 cases at least and two rows of several; a row of large cases up to 8, growing with the number of ranks."""
 STORE_SHARES = 0.5, 0.3
 """Of the object store, for rows that no rank has taken yet: with one or two ranks, and with more, which hold more rows
 themselves. With half of it for many, rows went to disk; with less for one, it waited for rows."""
@@ -87,7 +87,8 @@ class StreamSpec:
 
     def rows_per_task(self, cases_per_row: int) -> int:
         low, high = self.task_cases
-        return max(1, max(low, min(high, TASK_BYTES // self.case_bytes())) // cases_per_row)
+        wanted = max(low, min(high, TASK_BYTES // self.case_bytes()))
+        return max(1 if cases_per_row == 1 else 2, wanted // cases_per_row)
 
 
 class CaseDatasource(Datasource):
@@ -177,6 +178,11 @@ class RareSchedulerThrottle(SchedulerThrottle):
     """For many ranks: each iteration deals many rows, and there are many data tasks, so none waits for a single one."""
 
     period_s = 0.1
+
+    def on_execution_step(self, executor: Any) -> None:
+        if not self._before:
+            poll_rarely(self.period_s / 2)
+        super().on_execution_step(executor)
 
 
 def dataset(

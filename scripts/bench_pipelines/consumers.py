@@ -36,6 +36,8 @@ from scripts.bench_pipelines.pipelines import Order
 GPU_PATCHES_PER_S, PATCHES_PER_S = 70, 1024
 """What an H100 takes; what all ranks take of stand-ins at most. (A consumer that waits polls 100 times a second, in
 the coordinator's process: the time of one that starves is not that of the stream.)"""
+STAND_IN_CPUS = 16
+"""For tasks that take no time. With two, the coordinators would wait for a free one at each iteration."""
 NODE_RANKS = 8
 STORE_MB = 8000
 """Object store, of which 64 ranks hold some cases each."""
@@ -63,6 +65,10 @@ class StandIn(Source):
     def load(self, case: Case) -> Prepared:
         found: Prepared = self.prepared
         return found
+
+
+def stand_ins_per_s(workers: int) -> float:
+    return min(GPU_PATCHES_PER_S * workers, PATCHES_PER_S)
 
 
 def stand_ins(streamed: StreamSpec) -> StreamSpec:
@@ -100,7 +106,7 @@ class Consumers:
 
     def rows(self) -> list[tuple[float, int, int]]:
         """(when, patches, bytes) of each row so far."""
-        return self._rows
+        return list(self._rows)
 
 
 def measure(order: Order, workers: int, loaded: bool) -> Taken:
@@ -110,15 +116,18 @@ def measure(order: Order, workers: int, loaded: bool) -> Taken:
     with Meter() as meter:
         os.environ.update(cluster.ENVIRONMENT)
         ray.init(
-            address="local", include_dashboard=False, object_store_memory=STORE_MB * 10**6, logging_level="ERROR",
+            address="local",
+            num_cpus=None if loaded else STAND_IN_CPUS,
+            include_dashboard=False,
+            object_store_memory=STORE_MB * 10**6,
             log_to_driver=False,
-        )  # fmt: skip
+        )
         made = {stream.group_name(group): stream.dataset(streamed, 1.0) for group in range(stream.groups(workers))}
         shares = stream.OrderedSplit().configure(made, workers)
         mine = [shares[rank][stream.group_name(stream.group_of(rank, workers))] for rank in range(workers)]
         nodes = [mine[first : first + NODE_RANKS] for first in range(0, workers, NODE_RANKS)]
         consumers = [Consumers.remote() for _ in nodes]
-        pace = 1e9 if loaded else min(GPU_PATCHES_PER_S, PATCHES_PER_S / workers)
+        pace = 1e9 if loaded else stand_ins_per_s(workers) / workers
         ray.get([consumer.begin.remote(node, pace) for consumer, node in zip(consumers, nodes, strict=True)])
         rows, peak, began = list[tuple[float, int, int]](), 0, time.monotonic()
         while sum(row[1] for row in rows) < order.warm + order.patches:

@@ -308,7 +308,7 @@ def test_small_cases_share_rows_and_tasks_large_ones_do_only_with_many_ranks() -
         rows = [spec.cases_per_row(world_size) for world_size in (1, 2, 8, 16, 64)]
         return [(size, spec.rows_per_task(size)) for size in rows]
 
-    assert sizes(128, 10_000_000) == [(1, 4), (1, 4), (2, 2), (4, 1), (8, 1)]
+    assert sizes(128, 10_000_000) == [(1, 4), (1, 4), (2, 2), (4, 2), (8, 2)]
     assert sizes(16, 9_000) == [(28, 2)] * 5
-    assert sizes(32, 3_000_000) == [(1, 11), (1, 11), (2, 5), (4, 2), (8, 1)]
+    assert sizes(32, 3_000_000) == [(1, 11), (1, 11), (2, 5), (4, 2), (8, 2)]
     assert sizes(128, 10_000_000, 2 * 160_000_000) == [(1, 4)] * 5
