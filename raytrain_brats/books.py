@@ -25,7 +25,7 @@ from raytrain_brats import storage
 Row = dict[str, Any]
 T = TypeVar("T")
 ROWS, EVENTS, OLD_ROWS, OLD_EVENTS = "metrics", "events", "metrics.jsonl", "events.jsonl"
-SEGMENT_BYTES, SEGMENT_S = 1 << 14, 600.0
+SEGMENT_BYTES, SEGMENT_S = 1 << 14, 3600.0
 """Beyond this size or age a process begins a new segment of events."""
 _TAIL_BYTES = 1 << 16
 _PART = re.compile(r"^(\d{12,})-(\d{12,})-g(\d{4,})\.jsonl$")

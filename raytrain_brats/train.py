@@ -76,7 +76,7 @@ def work(args: Args) -> None:
         for warning in spec.warnings(settings, run_spec.manifest, run_spec.source):
             print(warning, file=sys.stderr)
         show_skipped(run_spec.manifest.skipped)
-        cluster.connect()
+        cluster.connect(held_bytes=run_spec.held_bytes)
         needed = driver.check(run_spec)
         kind = "GPU" if needed.gpus else "CPU"
         done = f"{found.samples_seen:,} of them done" if found else "a new run"

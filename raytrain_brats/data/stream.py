@@ -13,11 +13,11 @@ import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
-from math import prod
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -27,7 +27,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
 
-from raytrain_brats.data.boxes import Buffer, PatchSpec, case_boxes, decode, encode
+from raytrain_brats.data.boxes import Buffer, CaseBox, PatchSpec, case_boxes, decode, detached, encode
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.patch import Patch, empty_patch
 from raytrain_brats.data.preprocess import Triple
@@ -48,9 +48,11 @@ nothing is streamed."""
 ROW_BYTES, ROW_CASES, TASK_BYTES, TASK_CASES = 1 << 20, 8, 1 << 25, (4, 64)
 """Small cases are grouped, up to so many bytes a row and a task, since each costs milliseconds however small it is. A
 task holds 4 cases at least and two rows of several; a row of large cases up to 8, growing with the number of ranks."""
-STORE_SHARES = 0.5, 0.3
-"""Of the object store, for rows that no rank has taken yet: with one or two ranks, and with more, which hold more rows
-themselves. With half of it for many, rows went to disk; with less for one, it waited for rows."""
+HELD = "raytrain_brats.held"
+"""Likewise: shares of the object store that the cases of a step hold on the ranks, and what waits for each rank."""
+STORE_SHARES, LEAST_SHARE = (0.5, 0.3), 0.1
+"""Of the object store, for rows that no rank has taken yet: with one or two ranks, and with more; less where the ranks
+hold more of it. With half of it for many, rows went to disk; with less for one, it waited for rows."""
 CLOSED_S = 0.5
 """A reading thread notices this late that its consumer is gone."""
 
@@ -70,24 +72,22 @@ class StreamSpec:
     segment_tasks: int = SEGMENT_TASKS
     task_cases: tuple[int, int] = TASK_CASES
 
+    @cached_property
     def case_bytes(self) -> int:
         """About what a case weighs: its files, or the one patch that travels at least."""
         files = sum(case.bytes for case in self.cases) // len(self.cases)
-        return max(1, files, self._patch_bytes())
-
-    def _patch_bytes(self) -> int:
-        return 9 * prod(self.patch_spec.patch_xyz)
+        return max(1, files, self.patch_spec.patch_bytes)
 
     def cases_per_row(self, world_size: int) -> int:
         # More ranks take more rows a second, and the coordinators' time is per row. The bound keeps eight rows for each
         # rank, on their way and being trained, within the object store; a case's box is no larger than its patches.
-        wanted = max(min(ROW_CASES, -(-world_size // 4)), ROW_BYTES // self.case_bytes())
-        most = self.store_bytes // (8 * world_size * self.sampler.patches_per_case * self._patch_bytes())
+        wanted = max(min(ROW_CASES, -(-world_size // 4)), ROW_BYTES // self.case_bytes)
+        most = self.store_bytes // (8 * world_size * self.sampler.patches_per_case * self.patch_spec.patch_bytes)
         return max(1, min(wanted, most))
 
     def rows_per_task(self, cases_per_row: int) -> int:
         low, high = self.task_cases
-        wanted = max(low, min(high, TASK_BYTES // self.case_bytes()))
+        wanted = max(low, min(high, TASK_BYTES // self.case_bytes))
         return max(1 if cases_per_row == 1 else 2, wanted // cases_per_row)
 
 
@@ -130,7 +130,7 @@ class CaseDatasource(Datasource):
 
 def _task(spec: StreamSpec, rows: list[Row]) -> ReadTask:
     cases = {index: spec.cases[index] for row in rows for index, _ in row.cases}
-    about = BlockMetadata(None, len(rows) * spec.case_bytes(), None, None)
+    about = BlockMetadata(None, len(rows) * spec.case_bytes, None, None)
     return ReadTask(partial(_read, spec.source, rows, cases, spec.patch_spec), about)
 
 
@@ -147,7 +147,10 @@ def _read(source: Source, rows: list[Row], cases: dict[int, Case], patch_spec: P
 def _table(
     source: Source, row: Row, cases: dict[int, Case], patch_spec: PatchSpec, buffer: Buffer | None = None
 ) -> pa.Table:
-    boxes = [box for index, samples in row.cases for box in case_boxes(source, cases[index], samples, patch_spec)]
+    boxes: list[CaseBox] = []
+    for index, samples in row.cases:
+        found = case_boxes(source, cases[index], samples, patch_spec)
+        boxes += found if len(row.cases) == 1 else map(detached, found)
     return encode(boxes, patch_spec.size_zyx, row.until, buffer)
 
 
@@ -206,6 +209,8 @@ def dataset(
         concurrency=tasks,
         ray_remote_args=fallback,
     )  # more blocks than there are read tasks would be made by splitting rows
+    box = spec.patch_spec.box_bytes / max(1, spec.store_bytes)
+    made.context.set_config(HELD, (spec.sampler.global_batch * box, 2 * box))
     made.context.target_max_block_size = 1  # one row a block: the split deals blocks
     made.context.execution_options.preserve_order = True
     made.context.execution_options.label_selector = nodes or None
@@ -243,7 +248,9 @@ class OrderedSplit(DataConfig):
                 context.set_config(RANKS, (ranks, world_size))
                 throttle = SchedulerThrottle if len(ranks) <= FEW_RANKS else RareSchedulerThrottle
                 context.custom_execution_callback_classes = [throttle]
-                context.override_object_store_memory_limit_fraction = STORE_SHARES[world_size > 2] / groups(world_size)
+                live, waiting = context.get_config(HELD)
+                share = min(STORE_SHARES[world_size > 2], 1 - live - world_size * waiting)
+                context.override_object_store_memory_limit_fraction = max(LEAST_SHARE, share) / groups(world_size)
                 for rank, share in zip(ranks, datasets[name].streaming_split(len(ranks), equal=False), strict=True):
                     shares[rank][name] = share
                 # Ray ends the executions that rank 0 has a share of. It does not read this one.
@@ -262,11 +269,14 @@ def rank_rows(shard: Any, sampler: Sampler) -> Iterator[tuple[int, list[Patch]]]
     """(`until`, patches) of each row of a rank's share, execution after execution, to the end of the run."""
     until = 0
     while until < sampler.dealt:
+        before = until
         for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
             until, patches = decode(table)
             del table
             yield until, patches
             del patches  # only the consumer holds the row: with its last patch it leaves the object store
+        if until == before:
+            raise RuntimeError(f"the stream ended after {until} of {sampler.dealt} dealt cases")
 
 
 def rank_steps(
@@ -321,17 +331,16 @@ def read_ahead(make: Callable[[], Iterator[T]], ahead: int) -> Iterator[T]:
             put(end, error)
 
     def items() -> Iterator[T]:
-        try:
-            while True:
-                item, error = waiting.get()
-                if error:
-                    raise error
-                if item is end:
-                    return
-                yield item
-                del item
-        finally:
-            closed.set()
+        while True:
+            item, error = waiting.get()
+            if error:
+                raise error
+            if item is end:
+                return
+            yield item
+            del item
 
     threading.Thread(target=read, name="stream", daemon=True).start()
-    return items()
+    consumer = items()
+    weakref.finalize(consumer, closed.set)  # also of one that never began
+    return consumer

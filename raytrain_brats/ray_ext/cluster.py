@@ -76,10 +76,11 @@ class Resources:
         return roles.Workers(self.high, self.cpus, self.gpus)
 
 
-def connect(local_cpus: int | None = None) -> None:
+def connect(local_cpus: int | None = None, held_bytes: int = 0) -> None:
     """Join the cluster of RAY_ADDRESS or of `ray start` on this machine; else start one inside this process.
 
-    `local_cpus` is the number of logical CPUs of a started one (by default the machine's, 2 at least).
+    `local_cpus`: logical CPUs of a started one (by default the machine's, 2 at least); `held_bytes`: what
+    the cases of a step will hold of its object store, which is then twice as large at least.
     Raises UserError when nothing answers at RAY_ADDRESS, or when Ray cannot run from here.
     """
     if ray.is_initialized():
@@ -87,7 +88,7 @@ def connect(local_cpus: int | None = None) -> None:
     start_up.check_folder()
     logging.getLogger(core.TOKEN_LOGGER).setLevel(logging.ERROR)  # it reports at every start that tokens are used
     with interrupt.gracefully(0):  # nothing has to be saved yet, and Ray's start may block the main thread for long
-        _connect(start_up.address(), local_cpus)
+        _connect(start_up.address(), local_cpus, held_bytes)
         interrupt.again()
 
 
@@ -99,7 +100,7 @@ def started_here() -> bool:
     return _started_here
 
 
-def _connect(address: str, local_cpus: int | None) -> None:
+def _connect(address: str, local_cpus: int | None, held_bytes: int) -> None:
     global _started_here
     _started_here = not address
     if interrupt.installed():
@@ -133,7 +134,8 @@ def _connect(address: str, local_cpus: int | None) -> None:
     os.environ[ray_data.NO_STATISTICS] = "1"
     cpus = local_cpus or max(2, os.cpu_count() or 1)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # 110 MB, and nobody drains this one node
-    memory = min(int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), cpus * STORE_BYTES_PER_CPU)
+    most = int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    memory = min(most, max(2 * held_bytes, cpus * STORE_BYTES_PER_CPU))
     try:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **quiet)
     except Exception as error:

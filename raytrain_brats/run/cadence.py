@@ -31,16 +31,24 @@ class Cadence:
         sampler: Sampler,
         validates: bool,
         done: Iterable[int],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`validates`: whether there are held-out cases; `done`: the samples at which a validation was written."""
         self._config, self._sampler, self._validates, self._clock = config, sampler, validates, clock
         self._done = set(done)
         self._saved_at = clock() - max(0.0, config.checkpoint.every_s - FIRST_S)
-        self.validate_after = 0.0
-        """No validation before this time, but the last; checkpoints carry it to the next group."""
+        self._validate_after = 0.0
+        """No validation before this time, but the last."""
         self.reason = ""
         """Of the last validation that was due."""
+
+    @property
+    def validation_wait_s(self) -> float:
+        """How long no validation may come yet; checkpoints carry it to the next group, whose clock is another."""
+        return max(0.0, self._validate_after - self._clock())
+
+    def resume(self, validation_wait_s: float) -> None:
+        self._validate_after = self._clock() + validation_wait_s
 
     def after(self, before: int, seen: int) -> int:
         """What is due after the step from sample `before` to `seen`."""
@@ -63,15 +71,22 @@ class Cadence:
         wanted, end = self._config.validate_.every_samples, seen == self._sampler.total
         if not self._validates or seen == 0 or seen in self._done:
             return False
-        if not end and not due(before, seen, wanted or self._sampler.epoch_samples):
+        if not end and not self._epoch_ends(before, seen):
             return False
         self.reason = "the end" if end else f"every {wanted} samples" if wanted else "an epoch"
-        return end or bool(wanted) or self._clock() >= self.validate_after
+        return end or bool(wanted) or self.validation_wait_s == 0
+
+    def _epoch_ends(self, before: int, seen: int) -> bool:
+        """Or so many samples as the config says. The last epoch's validation is that of the end, some steps later."""
+        if wanted := self._config.validate_.every_samples:
+            return due(before, seen, wanted)
+        epoch = self._sampler.epoch_samples
+        return due(before, seen, epoch) and self._sampler.total - seen >= epoch
 
     def left_out(self, before: int, seen: int) -> dict[str, Any]:
         """Facts of the validation of an epoch that does not take place now; empty when there is none."""
-        epoch = not self._config.validate_.every_samples and due(before, seen, self._sampler.epoch_samples)
-        wait_s = self.validate_after - self._clock()
+        epoch = not self._config.validate_.every_samples and self._epoch_ends(before, seen)
+        wait_s = self.validation_wait_s
         if not epoch or not self._validates or seen in self._done or seen == self._sampler.total or wait_s <= 0:
             return {}
         return {
@@ -83,7 +98,7 @@ class Cadence:
     def validated(self, seen: int, seconds: float) -> None:
         """A validation that took so long has ended."""
         self._done.add(seen)
-        self.validate_after = self._clock() + RARER * seconds
+        self._validate_after = self._clock() + RARER * seconds
 
 
 def due(before: int, seen: int, every: int) -> bool:

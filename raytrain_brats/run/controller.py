@@ -42,9 +42,10 @@ class StreamFactory:
         assert generation is not None, "the first factory is called first, and writes it"
         step = generation.samples_seen // spec.sampler.global_batch
         where = roles.readers(self.needed.on_train_nodes, local=not storage.is_s3(spec.source.root))
+        tasks = self.needed.tasks and max(1, self.needed.tasks // stream.groups(self.needed.high))
         made = stream.dataset(
             StreamSpec(spec.sampler, spec.train_cases, spec.source, spec.patch_spec, step, self.needed.store_bytes),
-            self.needed.cpus_per_task, self.needed.tasks, where.first, where.then,
+            self.needed.cpus_per_task, tasks, where.first, where.then,
         )  # fmt: skip
         made.set_name(f"{elastic.tag(spec.run_dir)}-{self.group}")
         return made

@@ -86,9 +86,12 @@ class _Log:
             else:
                 storage.append(self._uri, text)
         except OSError:
-            with contextlib.suppress(OSError):  # a full disk may have taken a part of it
-                os.truncate(self._uri, self._bytes)
-            self._uri = ""
+            # On S3 the whole segment is put again, whether it arrived or not; a full disk may have taken a part of it.
+            if not storage.is_s3(self._uri):
+                try:
+                    os.truncate(self._uri, self._bytes)
+                except OSError:
+                    self._uri = ""
             raise
         self._bytes += len(text)
 
@@ -105,6 +108,9 @@ class _Log:
         if thread:
             thread.join(patience_s)
             self._thread = thread if thread.is_alive() else None
+        if self._thread is None:  # what was added while the thread wrote for the last time
+            with contextlib.suppress(OSError):
+                self.store()
 
     def _store_all(self) -> None:
         gather_s = _GATHER_S if storage.is_s3(self._folder) else 0.0

@@ -150,7 +150,7 @@ class RunRecorder:
     def resume(self, state: dict[str, Any]) -> None:
         """Go on with what a checkpoint's state says."""
         if self._cadence:
-            self._cadence.validate_after = state.get("validate_after", 0.0)
+            self._cadence.resume(state.get("validation_wait_s", 0.0))
 
     def ready(self) -> bool:
         """Record that the ranks are about to wait for their first patches; whether to validate first: the last group
@@ -276,7 +276,7 @@ class RunRecorder:
         state |= {"bad_in_epoch": self._bad_in_epoch}
         facts: dict[str, Any] = {"samples_seen": seen}
         if self._cadence:
-            state |= {"validate_after": self._cadence.validate_after}
+            state |= {"validation_wait_s": self._cadence.validation_wait_s}
             facts |= {"reason": self._cadence.saved()}
         if asked or seen == self.spec.sampler.total:
             facts |= {"reason": "a request" if asked else "the end"}

@@ -84,7 +84,9 @@ class RowWriter:
             del self._waiting[: len(rows)]
             self._shown = 0
         self._end = part.end
-        self._small.append((part, text))
+        # A large part ends what may be merged, as in `plan`: the late merge of a group that was replaced meanwhile must
+        # not begin where a part that counts does.
+        self._small = [] if len(text) >= CLOSED_BYTES else [*self._small, (part, text)]
 
     def merge(self) -> None:
         """Put small parts together, if they are many by now. Raises OSError."""

@@ -48,6 +48,11 @@ class RunSpec:
     def patch_spec(self) -> PatchSpec:
         return PatchSpec(self.config.data.patch_xyz, self.config.data.foreground_share)
 
+    @property
+    def held_bytes(self) -> int:
+        """What the cases of a step hold of the object store."""
+        return self.sampler.global_batch * self.patch_spec.box_bytes
+
     def for_ranks(self) -> "RunSpec":
         """What a rank needs of it: of all cases only those it may validate on. Training cases come by the stream."""
         held_out = self.held_out_cases[: self.config.validate_.max_cases]

@@ -13,7 +13,10 @@ from raytrain_brats.run import journal
 
 _logger = logging.getLogger(__name__)
 EVERY_S = 15.0
-_REMEDY = "give Ray a larger object store (`ray start --object-store-memory`), or lower run.prefetch or run.data_tasks"
+_REMEDY = (
+    "give Ray a larger object store (`ray start --object-store-memory`), or lower train.global_batch, run.prefetch or "
+    "run.data_tasks"
+)
 
 
 class Spilling:

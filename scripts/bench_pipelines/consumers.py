@@ -80,7 +80,7 @@ def stand_ins(streamed: StreamSpec) -> StreamSpec:
         prepared, image_czyx=prepared.image_czyx[(slice(None), *few)].copy(), label_zyx=prepared.label_zyx[few].copy(),
         foreground_counts=(),
     )  # fmt: skip
-    cases = tuple(replace(case, bytes=streamed.case_bytes()) for case in streamed.cases)
+    cases = tuple(replace(case, bytes=streamed.case_bytes) for case in streamed.cases)
     source = StandIn(streamed.source.root, streamed.source.convention, streamed.source.spacing_mm, small)
     return replace(streamed, cases=cases, source=source, patch_spec=PatchSpec((8, 8, 8), 0.0), store_bytes=1 << 50)
 

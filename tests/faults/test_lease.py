@@ -293,7 +293,7 @@ def test_train_refuses_before_it_starts_ray(
     data, run_dir = write_msd_folder(tmp_path / "data", 3, shape=(8, 8, 8)), str(tmp_path / "run")
     arguments = ["--data", str(data), "--run-dir", run_dir]
 
-    def connect() -> None:
+    def connect(**_: Any) -> None:
         raise UserError("no cluster")
 
     monkeypatch.setattr(cluster, "connect", connect)

@@ -32,7 +32,7 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(f"RAYTRAIN_BRATS_{name}", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("Ray was started before the mistake was found")
 
     monkeypatch.setattr(cluster, "connect", refuse)
@@ -282,7 +282,7 @@ def test_clusters_that_can(
 ) -> None:
     """auto takes the GPUs up to the global batch; a range may reach beyond the GPUs of today."""
     monkeypatch.setattr(roles, "alive", lambda: [{"Labels": {}, "Resources": resources | {"object_store_memory": 9.0}}])
-    assert dataclasses.astuple(cluster.measure(Run(workers=workers), 4)) == (*expected, 9)
+    assert dataclasses.astuple(cluster.measure(Run(workers=workers), 4)) == (*expected, 9, False)
 
 
 def test_outcomes_become_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +381,7 @@ def test_phantoms_have_a_run_folder_of_their_own(
     monkeypatch.setenv("RAYTRAIN_BRATS_RECIPE", "segresnet")
     monkeypatch.setattr(train, "_make_phantoms", lambda folder: made.append(folder) or write_msd_folder(Path(folder)))
 
-    def no_ray() -> None:
+    def no_ray(**_: Any) -> None:
         raise UserError("so far")
 
     monkeypatch.setattr(cluster, "connect", no_ray)

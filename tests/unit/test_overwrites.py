@@ -47,7 +47,7 @@ def done(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def here(function: Callable[[Any], Any], items: Iterable[Any], on_gpus: bool = False) -> Iterable[Any]:
         return map(function, items)
 
-    for name, fake in (("connect", lambda: None), ("check_shared", lambda *_: None), ("parallel_map", here)):
+    for name, fake in (("connect", lambda **_: None), ("check_shared", lambda *_: None), ("parallel_map", here)):
         monkeypatch.setattr(cluster, name, fake)
     for module in (evaluate, predict):  # what it finds is no matter here, and takes seconds
         monkeypatch.setattr(
@@ -72,7 +72,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     def call(command: str, *arguments: Any) -> str:
         before = snapshot(tmp_path)
         with monkeypatch.context() as patch:
-            patch.setattr(cluster, "connect", lambda: pytest.fail("Ray was started before the refusal"))
+            patch.setattr(cluster, "connect", lambda **_: pytest.fail("Ray was started before the refusal"))
             module = {"bench": "scripts.bench", "demo": "scripts.demo_story"}.get(command, f"raytrain_brats.{command}")
             code = importlib.import_module(module).main([str(a) for a in arguments])
         printed = capsys.readouterr().err
@@ -311,7 +311,7 @@ def test_train_begins_no_run_among_other_files(
     for name in ("lease.json", "generation.json", "write-probe", ".lease.json.lock"):
         (made / "begun" / name).write_text("{}")
     for name in ("connect", "check_shared"):
-        monkeypatch.setattr(cluster, name, lambda *_: None)
+        monkeypatch.setattr(cluster, name, lambda *_, **__: None)
     monkeypatch.setattr(driver, "check", lambda _: pytest.skip("begun: the rest is training"))
     from raytrain_brats import train
 
@@ -354,7 +354,7 @@ def test_the_demo_goes_on_by_default(
             raise KeyboardInterrupt
         return 0.0
 
-    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(cluster, "connect", lambda **_: None)
     monkeypatch.setattr(demo_story, "stage", stage)
     ready = ("--out", str(out), "--data", str(data))
     assert demo_story.main([*ready]) == 130
