@@ -112,8 +112,8 @@ class Sampler:
 
     def start(self, dealt: int) -> int:
         """The first step that shows this dealt case."""
-        # Staggered, so that G / k cases are new at each step and reads come evenly: ranks waited a third as long as where
-        # all G were new at every k-th step (measured in docs/benchmarks/stream.md).
+        # Staggered, so that G / k cases are new at each step and reads come evenly: ranks waited a third as long as
+        # where all G were new at every k-th step (measured in docs/benchmarks/stream.md).
         return dealt * self.patches_per_case // self.global_batch
 
     def oldest(self, step: int) -> int:
