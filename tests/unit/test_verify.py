@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from raytrain_brats import config, verify
-from raytrain_brats.data.sampler import fingerprint
+from raytrain_brats.data.sampler import ORDER, fingerprint
+from raytrain_brats.errors import UserError
 from raytrain_brats.run import spec
 from tests.support.cases import write_msd_folder
 from tests.support.simulated_run import Run
@@ -92,3 +94,18 @@ def test_other_data_than_the_runs_is_no_proof(run: Path, capsys: pytest.CaptureF
     manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "0', 1))
     assert verify.main(["--run-dir", str(run)]) == 1
     assert "manifest.jsonl is not the data" in capsys.readouterr().err
+
+
+def test_a_run_of_another_order_is_refused_and_still_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before orders had names a run had windows: `train` and `verify` refuse it in a line, others read its settings."""
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    assert stored.pop("order") == ORDER
+    stored["config"]["data"]["window_cases"] = 4
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    assert verify.main(["--run-dir", str(run)]) == 2
+    told = capsys.readouterr().err
+    assert "gave the samples another order" in told and told.count("\n") == 1
+    before = spec.open_run(str(run))
+    with pytest.raises(UserError, match="another order"):
+        spec.build(before.config, str(run), stored["data"], "")
+    assert before.config.data.patches_per_case == 3
