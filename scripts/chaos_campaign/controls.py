@@ -104,7 +104,7 @@ CONTROLS = {
     "rename": Control(without_rename, 40, amid_writes),
     "marker": Control(without_marker, 40, amid_writes),
     "cut": Control(without_cut, 150, amid_writes),
-    "fence": Control(without_fence, 40, pauses),
+    "fence": Control(without_fence, 150, pauses),
     "tree": Control(without_tree, 120, reduction="fast"),
 }
 HASH_BOUND = 100
