@@ -291,16 +291,20 @@ class Stream:
 
 
 def stream(args: Stream) -> None:
+    routes, numbers = _names(args.routes, OURS, "--routes"), args.workers.split(",")
+    if wrong := [number for number in numbers if not (number.isdigit() and int(number))]:
+        raise UserError(f"--workers {wrong[0]!r}: write numbers of ranks from 1, such as 1,8,64")
     made = _check_places("stream", args)
-    numbers = [int(number) for number in args.workers.split(",")]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
         work = Path(args.work or folder).absolute()
         source, before = _generate(args, work), os.getloadavg()
-        for route in _names(args.routes, OURS, "--routes"):
+        for route in routes:
             where = str(work / "store" if route == "store" else source)
             order = Order(route, where, args.patch, args.patches, args.warm, args.seconds, 240 / args.grid, str(work))
-            for workers in track(numbers, route, console=Console(stderr=True), transient=True):
+            for workers in track(
+                [int(number) for number in numbers], route, console=Console(stderr=True), transient=True
+            ):
                 asked = asdict(order) | {"workers": workers, "loaded": True}
                 loaded = _in_process("consumers", asked, f"{route} at {workers}")
                 rate = stand_ins_per_s(workers)  # for some 25 seconds
@@ -341,6 +345,8 @@ class Scale:
 
 
 def watch(args: Scale) -> None:
+    if args.cases < 2:
+        raise UserError(f"--cases {args.cases}: 2 at least, one to train on and one held out")
     made, before = _check_places("scale", args), os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
         found = asdict(scale.measure(Path(folder), args.cases, args.seconds))

@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ CLOSED_BYTES = 1 << 18
 """A part of this size stays; a smaller one is merged again with what follows."""
 
 
-class RowWriter:
+class RowWriter(ABC):
     """Rank 0's rows. On a local disk they can be seen at once, on S3, which cannot append, with each checkpoint."""
 
     def __init__(self, run_dir: str, generation: int, start: int) -> None:
@@ -42,9 +43,9 @@ class RowWriter:
         """Waiting rows that are in the live file."""
         self._small: list[tuple[Part, str]] = []
 
+    @abstractmethod
     def check(self) -> None:
         """Raises RuntimeError when this worker group was replaced."""
-        raise NotImplementedError
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep the row of the next step; `samples_seen` in it says which."""

@@ -89,6 +89,10 @@ def test_what_a_case_costs_to_prepare(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (["data", "--peers", "monia"], "--peers monia: not known; there are raw_alone"),
+        (["stream", "--workers", "8,x"], "--workers 'x': write numbers of ranks"),
+        (["stream", "--workers", "0"], "--workers '0': write numbers of ranks"),
+        (["stream", "--routes", "rwa"], "--routes rwa: not known; there are raw, store"),
+        (["scale", "--cases", "1"], "--cases 1: 2 at least"),
         (["speed"], "benchmark 'speed' is not known; there are data, stream, scale, prepare"),
     ],
 )
