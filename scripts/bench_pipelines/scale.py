@@ -121,7 +121,7 @@ def _books(lines: list[dict[str, Any]]) -> tuple[list[int], int]:
         if not line["key"].startswith(f"{RUN}/"):
             continue
         if line["key"].startswith(f"{RUN}/checkpoints/"):
-            if "manifest" in line["key"]:
+            if line["key"].endswith("MANIFEST.json"):
                 books += [since] if since >= 0 else []
                 since = 0
         elif since >= 0:
