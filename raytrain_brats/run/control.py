@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from raytrain_brats import storage
+from raytrain_brats.run.repeated import Repeated
 from raytrain_brats.run.run_dir import RunDir
 
 _logger = logging.getLogger(__name__)
@@ -64,41 +65,29 @@ def newest(run_dir: str) -> int:
     return max((int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()), default=0)
 
 
-class StatusWriter:
+class StatusWriter(Repeated):
     """Writes rank 0's changes in a thread, in order: slow or unreachable storage must not delay a step."""
 
-    def __init__(self, run_dir: str, generation: int) -> None:
+    def __init__(self, run_dir: str, generation: int, patience_s: float = 5.0) -> None:
+        super().__init__("group-status", self._write, 60.0, patience_s)
         self._run_dir, self._generation = run_dir, generation
         self._waiting: dict[str, Any] = {}
-        self._lock, self._wake, self._closed = threading.Lock(), threading.Event(), False
-        self._thread = threading.Thread(target=self._write_all, name="group-status", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
 
     def note(self, **changes: Any) -> None:
         with self._lock:
             self._waiting |= changes
-        self._wake.set()
+        self.wake()
 
-    def close(self, patience_s: float = 5.0) -> None:
-        """Returns when all is written, or after `patience_s`."""
-        self._closed = True
-        self._wake.set()
-        self._thread.join(patience_s)
-
-    def _write_all(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
+    def _write(self) -> None:
+        """Returns when all is written."""
+        while self._waiting:
             with self._lock:
                 changes, self._waiting = self._waiting, {}
-            while changes:
-                try:
-                    note(self._run_dir, self._generation, **changes)
-                    changes = {}
-                except Exception as error:  # noqa: BLE001 - whatever it was, all later changes wait for this thread
-                    _logger.warning("the status of worker group %d is not written yet: %s", self._generation, error)
-                    time.sleep(1)
-                    with self._lock:
-                        changes, self._waiting = changes | self._waiting, {}
-            if self._closed and not self._waiting:
-                return
+            try:
+                note(self._run_dir, self._generation, **changes)
+            except Exception as error:  # noqa: BLE001 - whatever it was, all later changes wait for this thread
+                _logger.warning("the status of worker group %d is not written yet: %s", self._generation, error)
+                with self._lock:
+                    self._waiting = changes | self._waiting
+                time.sleep(1)

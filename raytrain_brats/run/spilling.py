@@ -4,12 +4,10 @@ In: the connected cluster, the run folder. Out: a warning and a `spilling` event
 """
 
 import logging
-import threading
-from collections.abc import Callable
-from typing import Any
 
 from raytrain_brats.ray_ext.internals import core
 from raytrain_brats.run import journal
+from raytrain_brats.run.repeated import Repeated
 
 _logger = logging.getLogger(__name__)
 EVERY_S = 15.0
@@ -19,33 +17,22 @@ _REMEDY = (
 )
 
 
-class Spilling:
-    """Checks every 15 s, in a thread of the driver, for the time of a `with` block."""
+class Spilling(Repeated):
+    """Checks every 15 s, in a thread, for the time of a `with` block."""
 
-    def __init__(self, run_dir: str, spilled: Callable[[], int] = core.spilled_bytes, every_s: float = EVERY_S) -> None:
-        self._run_dir, self._spilled, self._every_s = run_dir, spilled, every_s
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._check_all, name="spilling", daemon=True)
+    def __init__(self, run_dir: str, every_s: float = EVERY_S) -> None:
+        super().__init__("spilling", self._check, every_s)
+        self._run_dir = run_dir
+        self._known: int | None = None
+        """Bytes at the last check; the first, of before the run, are not reported."""
 
-    def __enter__(self) -> "Spilling":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._done.set()
-        self._thread.join(timeout=10)
-
-    def _check_all(self) -> None:
-        known: int | None = None
-        while True:
-            try:
-                now = self._spilled()
-            except Exception:  # noqa: BLE001 - others report a cluster that is gone
-                now = known or 0
-            if known is not None and now > known:
-                grown = f"{(now - known) / 1e9:.2f} GB"
-                _logger.warning("Ray's object store wrote %s to disk, which is slow; %s", grown, _REMEDY)
-                journal.event(self._run_dir, "spilling", bytes=now - known, remedy=_REMEDY)
-            known = now  # the first value, of before the run, is not reported
-            if self._done.wait(self._every_s):
-                return
+    def _check(self) -> None:
+        try:
+            now = core.spilled_bytes()
+        except Exception:  # noqa: BLE001 - others report a cluster that is gone
+            return
+        if self._known is not None and now > self._known:
+            grown = now - self._known
+            _logger.warning("Ray's object store wrote %.2f GB to disk, which is slow; %s", grown / 1e9, _REMEDY)
+            journal.event(self._run_dir, "spilling", bytes=grown, remedy=_REMEDY)
+        self._known = now

@@ -9,15 +9,16 @@ from raytrain_brats.run import journal
 HANGING = """
 import sys, time
 import ray
-from raytrain_brats.run.heartbeat import Heartbeat
+from raytrain_brats.run.heartbeat import heartbeat
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.hang_detector import HangDetector
+from raytrain_brats.run.rank import Rank
 
 @ray.remote(num_cpus=0)
 class Rank:
     def work(self, rank):
         timer = PhaseTimer()
-        with Heartbeat(timer, "run", 1, rank, 2):
+        with heartbeat(timer, "run", 1, Rank(rank, 2, None)):
             for seen in range(0, 40, 4):
                 for phase in ("data", "forward", "backward", "reduce", "update"):
                     timer.enter(phase, seen)

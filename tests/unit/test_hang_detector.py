@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from raytrain_brats.run.hang_detector import RankStatus, find_hung, updated
 from raytrain_brats.run.phase_timer import PHASES
-from raytrain_brats.run.recorder import Stragglers
+from raytrain_brats.run.stragglers import Stragglers
 
 
 def life(
