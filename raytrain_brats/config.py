@@ -111,6 +111,8 @@ class Train(_Frozen):
     augment: Augment = Augment()
     amp: bool = True
     """Mixed precision where the device has it (bf16, else fp16 with loss scaling); CPUs train in float32."""
+    compile: bool = False
+    """torch.compile of network and batch: a minute more at each start of a worker; needs a C compiler."""
 
 
 class Validate(_Frozen):

@@ -60,7 +60,7 @@ def rank_main(rank: int, world_size: int, port: int, steps: int, folder: str) ->
             if world_size > 1:
                 distributed.barrier()
             cpu, wall = time.process_time(), time.perf_counter()
-            learners[kind].step(batch_of(mine, step * GLOBAL_BATCH), step * GLOBAL_BATCH)
+            learners[kind].step(batch_of(mine, step * GLOBAL_BATCH, torch.device("cpu")), step * GLOBAL_BATCH)
             spent[kind].append((time.process_time() - cpu, time.perf_counter() - wall))
         if world_size > 1:
             cpu, wall = time.process_time(), time.perf_counter()

@@ -9,8 +9,9 @@ in docs/benchmarks/stream.md).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -132,15 +133,16 @@ def encode(boxes: Sequence[CaseBox], size_zyx: Triple, until: int, buffer: Buffe
         parts.append(about)
     voxels = (buffer or Buffer()).take(total)
     for at, shape, array in arrays:
-        _fill(_array(voxels, at, array.dtype, shape), array)
+        _fill(_array(voxels, at, array.dtype.name, shape), array)
     about_all = json.dumps({"until": until, "size_zyx": size_zyx, "parts": parts})
     return pa.table({"about": [about_all], "voxels": binary_column(voxels)})
 
 
-def decode(table: pa.Table) -> tuple[int, list[Patch]]:
-    """(`until` of the row, its patches); views into the table."""
+def decode(table: pa.Table, place: "Callable[[npt.NDArray[np.uint8]], ViewOf] | None" = None) -> tuple[int, list[Patch]]:
+    """(`until` of the row, its patches); views into the table, or of what `place` makes of all its voxels at once."""
     about = json.loads(table.column("about")[0].as_py())
     voxels = binary_value(table, "voxels", np.uint8)
+    view = place(voxels) if place else partial(_array, voxels)
     size = tuple(about["size_zyx"])
     patches: list[Patch] = []
     for part in about["parts"]:
@@ -148,17 +150,22 @@ def decode(table: pa.Table) -> tuple[int, list[Patch]]:
         if "at" not in part:
             patches += [empty_patch(position, seed, name, reason, size) for position, seed, _ in part["patches"]]
             continue
-        image = _array(voxels, part["at"], np.dtype(part["dtype"]), part["shape"])
-        label = _array(voxels, part["at"] + image.nbytes, np.dtype(np.uint8), part["shape"][1:])
-        mean, std = np.array(part["mean"], np.float32), np.array(part["std"], np.float32)
+        at, dtype, shape = part["at"], part["dtype"], part["shape"]
+        image = view(at, dtype, shape)
+        label = view(at + prod(shape) * np.dtype(dtype).itemsize, "uint8", shape[1:])
         for position, seed, origin in part["patches"]:
             cropped = crop(image, origin, size), crop(label, origin, size)
-            patches.append(Patch(position, seed, name, 1.0, "", *cropped, mean, std))
+            patches.append(Patch(position, seed, name, 1.0, "", *cropped, part["mean"], part["std"]))
     return about["until"], patches
 
 
-def _array(voxels: Any, at: int, dtype: Any, shape: Any) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = voxels[at : at + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+ViewOf = Callable[[int, str, Sequence[int]], Any]
+"""An array of placed voxels, by its first byte, dtype and shape."""
+
+
+def _array(voxels: npt.NDArray[np.uint8], at: int, dtype: str, shape: Sequence[int]) -> npt.NDArray[Any]:
+    item = np.dtype(dtype)
+    array: npt.NDArray[Any] = voxels[at : at + prod(shape) * item.itemsize].view(item).reshape(shape)
     return array
 
 

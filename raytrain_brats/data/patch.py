@@ -4,6 +4,7 @@ In: a `Prepared` case, a `Sample`, the patch's size.
 Out: a `Patch`: integers and statistics; the training device normalises, augments and converts labels to regions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from raytrain_brats.data.sampler import Sample, draw
 class Patch:
     """One training sample. `weight` 0: padding, or an invalid case (then `reason` says why).
 
-    The arrays may be views into shared memory: read-only, and not contiguous.
+    The voxels may be views into shared memory, read-only and not contiguous, or tensors on the training device.
     """
 
     position: int
@@ -26,10 +27,11 @@ class Patch:
     case_id: str
     weight: float
     reason: str
-    image_czyx: npt.NDArray[Any]
-    label_zyx: npt.NDArray[np.uint8]
-    mean: npt.NDArray[np.float32]
-    std: npt.NDArray[np.float32]
+    image_czyx: Any
+    label_zyx: Any
+    mean: Sequence[float]
+    std: Sequence[float]
+    """By modality, of the stored values other than zero."""
 
 
 def patch_origin(prepared: Prepared, sample: Sample, size_zyx: Triple, foreground_share: float) -> Triple:
@@ -63,4 +65,4 @@ def empty_patch(position: int, seed: int, case_id: str, reason: str, size_zyx: T
     """A patch of weight zero: every position yields a patch, also where its case is invalid."""
     nothing = np.zeros(1, np.int16), np.zeros(1, np.uint8)
     image, label = np.broadcast_to(nothing[0], (4, *size_zyx)), np.broadcast_to(nothing[1], size_zyx)
-    return Patch(position, seed, case_id, 0.0, reason, image, label, np.zeros(4, np.float32), np.ones(4, np.float32))
+    return Patch(position, seed, case_id, 0.0, reason, image, label, [0.0] * 4, [1.0] * 4)

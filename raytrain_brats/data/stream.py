@@ -27,7 +27,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
 
-from raytrain_brats.data.boxes import Buffer, CaseBox, PatchSpec, case_boxes, decode, detached, encode
+from raytrain_brats.data.boxes import Buffer, CaseBox, PatchSpec, ViewOf, case_boxes, decode, detached, encode
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.patch import Patch, empty_patch
 from raytrain_brats.data.preprocess import Triple
@@ -265,13 +265,16 @@ def open_shard(rank: int, world_size: int) -> Any:
     return {group: ray.train.get_dataset_shard(group_name(group)) for group in asked}[mine]
 
 
-def rank_rows(shard: Any, sampler: Sampler) -> Iterator[tuple[int, list[Patch]]]:
-    """(`until`, patches) of each row of a rank's share, execution after execution, to the end of the run."""
+def rank_rows(
+    shard: Any, sampler: Sampler, place: Callable[[Any], ViewOf] | None = None
+) -> Iterator[tuple[int, list[Patch]]]:
+    """(`until`, patches) of each row of a rank's share, execution after execution, to the end of the run; `place` as
+    in `decode`."""
     until = 0
     while until < sampler.dealt:
         before = until
         for table in shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-            until, patches = decode(table)
+            until, patches = decode(table, place)
             del table
             yield until, patches
             del patches  # only the consumer holds the row: with its last patch it leaves the object store

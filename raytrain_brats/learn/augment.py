@@ -25,15 +25,13 @@ def to_regions(label_bzyx: Tensor, table: Tensor) -> Tensor:
     return table[:, label_bzyx.long()].transpose(0, 1).float()
 
 
-def augment(image: Tensor, regions: Tensor, draws_b: list[list[float]], options: Augment) -> tuple[Tensor, Tensor]:
-    """Flip, scale and shift each sample of normalised (b, c, z, y, x) images by its own draws."""
-    images, targets = [], []
-    for x, y, draws in zip(image, regions, draws_b, strict=True):
-        if options.flip:
-            axes = [axis for axis, u in zip((1, 2, 3), draws[:3], strict=True) if u < 0.5]
-            x, y = x.flip(axes), y.flip(axes)
-        scale = 1 + options.scale * (2 * x.new_tensor(draws[3:7])[:, None, None, None] - 1)
-        shift = options.shift * (2 * x.new_tensor(draws[7:11])[:, None, None, None] - 1)
-        images.append(torch.where(x != 0, x * scale + shift, x))
-        targets.append(y)
-    return torch.stack(images), torch.stack(targets)
+def flip(draws: list[float], options: Augment) -> list[int]:
+    """The axes of a (c, z, y, x) sample that are reversed."""
+    return [axis for axis, u in zip((1, 2, 3), draws[:3], strict=True) if u < 0.5] if options.flip else []
+
+
+def augment(image_bczyx: Tensor, draws_bn: Tensor, options: Augment) -> Tensor:
+    """Scale and shift the intensities of each normalised sample by its own draws; zeros stay."""
+    scale, shift = draws_bn[:, 3:7, None, None, None], draws_bn[:, 7:11, None, None, None]
+    scale, shift = 1 + options.scale * (2 * scale - 1), options.shift * (2 * shift - 1)
+    return torch.where(image_bczyx != 0, image_bczyx * scale + shift, image_bczyx)

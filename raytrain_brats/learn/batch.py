@@ -1,28 +1,35 @@
 """A rank's share of one global step, as tensors: `run.worker` makes it, `TrainStep` consumes it. Runs in a worker.
 
-In: samples on the CPU. Out: normalised, augmented images and region targets on the device.
+In: samples whose voxels lie on the device; a few numbers of each on the host.
+Out: normalised, augmented images and region targets on the device.
+
+Nothing here waits for the device. A step copies one small array to it (`upload`); what is read back goes through pinned
+memory (`to_host`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from raytrain_brats.config import Augment
-from raytrain_brats.learn.augment import augment, normalise, to_regions
+from raytrain_brats.learn.augment import DRAWS, augment, flip, normalise, to_regions
+
+_CHANNELS = 4
+_WIDTH = 2 * _CHANNELS + 1 + DRAWS
 
 
 @dataclass(frozen=True)
-class TensorSample:
+class DeviceSample:
     place: int
     """Index in the global step, from 0."""
     image_czyx: Tensor
-    """As stored: int16 or float16, depending on the case."""
+    """As stored: int16 or float16, depending on the case. On the device; a view of the case's box."""
     label_zyx: Tensor
-    """Label values of the run's convention."""
-    mean_c: Tensor
-    std_c: Tensor
+    """Label values of the run's convention. Likewise."""
+    mean_c: Sequence[float]
+    std_c: Sequence[float]
     """Of the case's own nonzero voxels, by modality."""
     weight: float
     """0 for padding and invalid cases: the sample adds nothing, and keeps the step's shape."""
@@ -32,24 +39,45 @@ class TensorSample:
 
 @dataclass(frozen=True)
 class Batch:
-    samples: tuple[TensorSample, ...]
+    samples: tuple[DeviceSample, ...]
     bad: int = 0
     """Samples among these whose case is invalid."""
     fingerprint: int = 0
     """Sum of the samples' fingerprints: it proves that each arrived once."""
 
 
-def to_device(
-    samples: Sequence[TensorSample], table: Tensor, device: torch.device, options: Augment
+def upload(sums: Sequence[float], samples: Sequence[DeviceSample], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(the sums in float64, float32 numbers of each sample), by one copy to the device."""
+    rows = [[*s.mean_c, *s.std_c, s.weight, *s.augment_draws] for s in samples]
+    flat = [*sums, *(number for row in rows for number in row)]
+    there = torch.tensor(flat, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return there[: len(sums)], there[len(sums) :].view(-1, _WIDTH).float()
+
+
+def to_host(there: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """(a copy on the host, what waits until it has arrived)."""
+    if not there.is_cuda:
+        return there, lambda: None
+    here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True).copy_(there, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return here, arrived.synchronize
+
+
+def gather(samples: Sequence[DeviceSample], options: Augment) -> tuple[Tensor, Tensor]:
+    """Float32 (b, 4, z, y, x) images as stored and (b, z, y, x) label values, cut out of the cases' boxes and flipped:
+    the host knows both."""
+    axes = [flip(sample.augment_draws, options) for sample in samples]
+    images = torch.stack([s.image_czyx.flip(a).float() for s, a in zip(samples, axes, strict=True)])
+    labels = torch.stack([s.label_zyx.flip([axis - 1 for axis in a]) for s, a in zip(samples, axes, strict=True)])
+    return images, labels
+
+
+def finish(
+    images: Tensor, labels: Tensor, numbers: Tensor, table: Tensor, options: Augment
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Float32 (b, 4, z, y, x) images, (b, 3, z, y, x) targets, (b,) weights. `table` is the convention's (3, 256)."""
-
-    def stacked(tensors: list[Tensor]) -> Tensor:
-        return torch.stack([tensor.to(device) for tensor in tensors])
-
-    # Copied to the device in 16 bits, and one by one, since cases differ in type; float32 only there.
-    images = torch.stack([s.image_czyx.to(device).float() for s in samples])
-    image = normalise(images, stacked([s.mean_c for s in samples]), stacked([s.std_c for s in samples]))
-    regions = to_regions(stacked([s.label_zyx for s in samples]), table)
-    image, regions = augment(image, regions, [s.augment_draws for s in samples], options)
-    return image, regions, torch.tensor([s.weight for s in samples], device=device)
+    """Normalised, augmented (b, 4, z, y, x) images, (b, 3, z, y, x) targets, (b,) weights; shapes never change, so it
+    can be compiled. `table` is the convention's (3, 256)."""
+    mean, std, weight, draws = numbers.split([_CHANNELS, _CHANNELS, 1, DRAWS], dim=1)
+    image = augment(normalise(images, mean, std), draws, options)
+    return image, to_regions(labels, table), weight[:, 0]

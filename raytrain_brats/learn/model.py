@@ -102,11 +102,14 @@ def sample_losses(logits: Tensor, regions: Tensor) -> Tensor:
 
 
 def build_optimiser(network: nn.Module, options: Optimiser) -> torch.optim.Optimizer:
-    if options.name == "sgd":
-        return torch.optim.SGD(
-            network.parameters(), options.learning_rate, momentum=0.99, nesterov=True, weight_decay=options.weight_decay
-        )
-    return torch.optim.AdamW(network.parameters(), options.learning_rate, weight_decay=options.weight_decay)
+    """Fused, since only these skip a step on the device (`found_inf`), without a word to the host."""
+    parameters, settings = list(network.parameters()), {"weight_decay": options.weight_decay, "fused": True}
+    if options.name != "sgd":
+        return torch.optim.AdamW(parameters, options.learning_rate, **settings)  # type: ignore[arg-type]
+    sgd = torch.optim.SGD(parameters, options.learning_rate, momentum=0.99, nesterov=True, **settings)  # type: ignore[arg-type]
+    for parameter in parameters:  # a first step that is skipped would leave them uninitialised
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def learning_rate(options: Optimiser, samples_seen: int, total: int) -> float:

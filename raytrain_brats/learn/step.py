@@ -3,6 +3,10 @@
 In: the batch of this rank in the step.
 Out: updated weights; the step's loss over the whole global batch.
 
+On a GPU the host runs ahead of the device: `launch` only queues work, and nothing in it waits for a value. So whether a
+step counts (weight above 0, loss and gradient finite) is decided on the device, by the optimiser's own skip
+(`found_inf`), and the host reads the step's numbers later (`Launched.result`).
+
 The update is that of one worker with the whole batch: each sample's loss is weighted, gradients are summed over ranks
 and then divided by the weight of the whole batch. (A mean per rank, averaged over ranks, would count the samples of a
 rank with fewer of them more, and padding as if it were data.) Two ways to sum (`train.reduction`): `fast` is DDP, whose
@@ -25,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raytrain_brats.config import Config
 from raytrain_brats.labels import region_table
 from raytrain_brats.learn import tree_reduce
-from raytrain_brats.learn.batch import Batch, TensorSample, to_device
+from raytrain_brats.learn.batch import Batch, DeviceSample, finish, gather, to_host, upload
 from raytrain_brats.learn.inference import amp_dtype, autocast
 from raytrain_brats.learn.model import build_network, build_optimiser, learning_rate, sample_losses
 
@@ -48,7 +52,33 @@ class StepResult:
     """What rank 0 asked of all ranks, in bits."""
     learning_rate: float
     forward_s: tuple[float, ...] = field(compare=False)
-    """Each rank's own seconds per sample in the step before."""
+    """Each rank's own seconds per sample in a step shortly before."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step whose numbers are on their way from the device."""
+
+    train_step: "TrainStep"
+    told: Tensor
+    """(weight, loss, bad, fingerprints, asked, seconds by rank, whether it was applied)."""
+    arrived: Callable[[], None]
+    learning_rate: float
+    spans: list[tuple[Any, Any]]
+    samples: int
+
+    def result(self) -> StepResult:
+        """Wait for the numbers. In the order of the steps, on all ranks alike."""
+        self.arrived()
+        weight, loss, bad, samples, asked, *seconds, applied = self.told.tolist()
+        self.train_step.forward_took(self.spans, self.samples)
+        mean = loss / weight if weight > 0 and math.isfinite(loss) else None
+        # A batch without weight has nothing that is not finite.
+        finite = bool(applied) or (weight == 0 and loss == 0)
+        overflow = not finite and mean is not None and self.train_step.scale() > 1
+        return StepResult(
+            mean, round(bad), finite, overflow, round(samples), round(asked), self.learning_rate, tuple(seconds)
+        )
 
 
 class TrainStep:
@@ -69,20 +99,29 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.table = torch.from_numpy(region_table(convention)).to(device)
         self.exact = config.train.reduction == "exact"
+        torch.backends.cudnn.benchmark = not self.exact  # all patches have one size
         if self.exact and device.type == "cuda":
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
             torch.use_deterministic_algorithms(True, warn_only=True)  # trilinear upsampling has no such kernel
+            torch.utils.deterministic.fill_uninitialized_memory = False
         self.parallel: nn.Module = self.network
         if world_size > 1 and not self.exact:
-            self.parallel = DistributedDataParallel(self.network)
-        self._forward_s, self._forward = 0.0, list[tuple[Any, Any]]()
+            self.parallel = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
+            self.parallel.register_comm_hook(None, _sum)
+        self._finish = finish
+        if config.train.compile:
+            self._finish = torch.compile(finish, dynamic=False)
+            self.parallel.compile()  # in place: names of the weights stay
+        # A power of two changes no float but its exponent.
+        self._divisor = float(1 << (config.train.global_batch - 1).bit_length())
+        self._forward_s = 0.0
 
-    def step(
+    def launch(
         self, batch: Batch, samples_seen: int, asked: int = 0, enter: Callable[[str], None] = lambda phase: None
-    ) -> StepResult:
-        """Apply one global step. A step without weight or with a non-finite loss or gradient changes nothing.
+    ) -> "Launched":
+        """Queue one global step. One without weight or with a non-finite loss or gradient changes nothing.
 
-        `asked` (of rank 0, else 0) is reduced with the sums, so that all ranks learn it in the same step. `enter` is
+        `asked` (of rank 0, else 0) is reduced with the sums, so that all ranks learn it from the same step. `enter` is
         called with each phase as it begins.
         """
         enter("forward")
@@ -92,62 +131,75 @@ class TrainStep:
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
         # One all-reduce for all numbers: bad samples, fingerprints (32 bits each, so float64 holds the sum of 2^20 of
-        # them exactly), asked, seconds by rank (each rank fills its own place).
+        # them exactly), asked, seconds by rank (each rank fills its own place). One copy to the device for these and
+        # what the batch needs.
         rank = distributed.get_rank() if self.world_size > 1 else 0
-        sums = torch.zeros(3 + self.world_size, dtype=torch.float64)
-        sums[0], sums[1] = batch.bad, batch.fingerprint
-        sums[2], sums[3 + rank] = asked, self._forward_s
-        weighed = (self._exact if self.exact else self._fast)(batch.samples, enter)
-        totals = torch.cat([weighed, sums.to(self.device)])
+        seconds = [0.0] * self.world_size
+        seconds[rank] = self._forward_s
+        sums, numbers = upload([batch.bad, batch.fingerprint, asked, *seconds], batch.samples, self.device)
+        spans: list[tuple[Any, Any]] = []
+        weighed = (self._exact if self.exact else self._fast)(batch.samples, numbers, spans, enter)
+        totals = torch.cat([weighed, sums])
         enter("reduce")
         if self.world_size > 1:
             distributed.all_reduce(totals[2:] if self.exact else totals)
-        weight, loss, bad, samples, asked, *seconds = totals.tolist()
         enter("update")
-        spans = [a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in self._forward]
-        self._forward_s, self._forward = sum(spans) / max(1, len(batch.samples)), []
-        finite = math.isfinite(loss)
-        overflow = False
-        if weight > 0 and finite:
-            # Unscale and divide before clipping: the norm must be that of the whole batch's mean gradient. All ranks
-            # hold equal sums, so they compute equal norms and take the same decision without another message.
-            self.scaler.unscale_(self.optimiser)
-            torch._foreach_div_([p.grad for p in self.network.parameters() if p.grad is not None], weight)
-            norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.optimiser.clip_norm)
-            finite = bool(torch.isfinite(norm))
-            overflow = not finite and self.scaler.is_enabled() and self.scaler.get_scale() > 1
-            if finite:
-                self.scaler.step(self.optimiser)
-            self.scaler.update()
-        mean = loss / weight if weight > 0 and math.isfinite(loss) else None
-        return StepResult(mean, round(bad), finite, overflow, round(samples), round(asked), rate, tuple(seconds))
+        applied = self._update(totals)
+        return Launched(self, *to_host(torch.cat([totals, applied])), rate, spans, len(batch.samples))
 
-    def _fast(self, samples: Sequence[TensorSample], enter: Callable[[str], None]) -> Tensor:
+    def step(self, batch: Batch, samples_seen: int, asked: int = 0) -> "StepResult":
+        """Apply one global step and wait for its numbers."""
+        return self.launch(batch, samples_seen, asked).result()
+
+    def _update(self, totals: Tensor) -> Tensor:
+        """Divide the summed gradients by the batch's weight, clip, apply. (1,): 1.0 unless the step was skipped.
+
+        Before clipping the scale of the loss is taken out: the norm must be that of the whole batch's mean gradient.
+        All ranks hold equal sums, so they compute equal norms and skip alike without another message.
+        """
+        weight, loss = totals[0].float(), totals[1]
+        self.scaler.unscale_(self.optimiser)
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        torch._foreach_div_(gradients, weight / self._divisor)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.optimiser.clip_norm)
+        counts = (weight > 0) & torch.isfinite(loss) & torch.isfinite(norm)
+        self.optimiser.found_inf = (~counts).float()  # type: ignore[attr-defined]
+        self.optimiser.grad_scale = None  # type: ignore[attr-defined]
+        self.optimiser.step()
+        self.scaler.update()
+        return counts.double()[None]
+
+    def _fast(
+        self, samples: Sequence[DeviceSample], numbers: Tensor, spans: list[Any], enter: Callable[[str], None]
+    ) -> Tensor:
         """DDP sums gradients during the last backward. Returns (this rank's weight, its weighted loss)."""
         weighed = torch.zeros(2, dtype=torch.float64, device=self.device)
         size = self.config.train.micro_batch
         for first in range(0, len(samples), size):
-            last = first + size >= len(samples)
+            last, part = first + size >= len(samples), slice(first, first + size)
             with nullcontext() if last or self.world_size == 1 else self.parallel.no_sync():  # type: ignore[operator]
-                total, weighed_here = self._losses(samples[first : first + size], enter)
+                total, weighed_here = self._losses(samples[part], numbers[part], spans, enter)
                 enter("backward")
-                # DDP divides the sum over ranks by their number. Multiplying the loss by it undoes that, so the result
-                # is the plain sum, and dividing by the batch's weight comes last, once, for all ranks alike.
-                self.scaler.scale(total * self.world_size).backward()
+                # The same numbers at any world size, or fp16's loss scale would overflow at another step: no factor of
+                # DDP's mean (`_sum` replaces it), and the batch's size divided out before, not after, the backward.
+                self.scaler.scale(total / self._divisor).backward()
             weighed += weighed_here
         return weighed
 
-    def _exact(self, samples: Sequence[TensorSample], enter: Callable[[str], None]) -> Tensor:
+    def _exact(
+        self, samples: Sequence[DeviceSample], numbers: Tensor, spans: list[Any], enter: Callable[[str], None]
+    ) -> Tensor:
         """A gradient per sample, summed along the tree. Returns (weight, weighted loss) of the whole global step."""
         parameters, total = list(self.network.parameters()), self.config.train.global_batch
-        by_place = {sample.place: sample for sample in samples}
+        index = {sample.place: number for number, sample in enumerate(samples)}
 
         def vectors() -> Iterator[tuple[tree_reduce.Node, Tensor]]:
-            for place in tree_reduce.order(by_place, total):
-                loss, weighed = self._losses([by_place[place]], enter)
+            for place in tree_reduce.order(index, total):
+                part = slice(index[place], index[place] + 1)
+                loss, weighed = self._losses(samples[part], numbers[part], spans, enter)
                 enter("backward")
                 gradients = torch.autograd.grad(
-                    self.scaler.scale(loss), parameters, allow_unused=True, materialize_grads=True
+                    self.scaler.scale(loss / self._divisor), parameters, allow_unused=True, materialize_grads=True
                 )
                 yield (
                     tree_reduce.leaf(place, total),
@@ -156,9 +208,9 @@ class TrainStep:
 
         mine = tree_reduce.fold(vectors(), total)
         enter("reduce")
-        places = [list(by_place)]
+        places = [list(index)]
         if self.world_size > 1:  # ranks receive samples in turn, so one's own first place determines all others'
-            turn = min(by_place) - distributed.get_rank()
+            turn = min(index) - distributed.get_rank()
             places = [list(range((turn + r) % self.world_size, total, self.world_size)) for r in range(self.world_size)]
         summed = tree_reduce.sum_over_ranks(mine, places, total)
         parts = summed[:-2].split([p.numel() for p in parameters])
@@ -166,17 +218,30 @@ class TrainStep:
             parameter.grad = part.view_as(parameter)
         return summed[-2:].double()
 
-    def _losses(self, samples: Sequence[TensorSample], enter: Callable[[str], None]) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, samples: Sequence[DeviceSample], numbers: Tensor, spans: list[Any], enter: Callable[[str], None]
+    ) -> tuple[Tensor, Tensor]:
         """(sum of the weighted losses, to be differentiated; (weight, the same sum))."""
         enter("forward")
         began = self._now()
-        image, regions, weights = to_device(samples, self.table, self.device, self.config.train.augment)
+        options = self.config.train.augment
+        image, regions, weights = self._finish(*gather(samples, options), numbers, self.table, options)
         with autocast(self.device, self.precision):
             logits = self.parallel(image)
         total = (sample_losses(logits, regions) * weights).sum()
         weighed = torch.stack([weights.sum(), total.detach()]).double()
-        self._forward.append((began, self._now()))
+        spans.append((began, self._now()))
         return total, weighed
+
+    def forward_took(self, spans: list[tuple[Any, Any]], samples: int) -> None:
+        """Seconds a sample of a step whose numbers have arrived, told to all ranks by the next one."""
+        on_gpu = self.device.type == "cuda"
+        times_s = [a.elapsed_time(b) / 1e3 if on_gpu else b - a for a, b in spans]
+        self._forward_s = sum(times_s) / max(1, samples)
+
+    def scale(self) -> float:
+        """By which fp16's loss is multiplied; 1 in other precisions. Waits for the device."""
+        return float(self.scaler.get_scale())
 
     def _now(self) -> Any:
         """A point in the device's own time, recorded without waiting; read after the step's sums have arrived."""
@@ -202,9 +267,16 @@ class TrainStep:
             if key.startswith("optimiser/"):
                 _, index, name = key.split("/")
                 entries.setdefault(int(index), {})[name] = tensor
-        self.optimiser.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+        # `fused` is this version's choice, not the checkpoint's: without it nothing could be skipped on the device.
+        groups = [old | {"fused": True, "foreach": None} for old in state["param_groups"]]
+        self.optimiser.load_state_dict({"state": entries, "param_groups": groups})
         if self.scaler.is_enabled() and state["scaler"]:  # empty when it was written without loss scaling
             self.scaler.load_state_dict(state["scaler"])
+
+
+def _sum(_: Any, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Sum a bucket of gradients over the ranks. DDP's own hook divides by their number before it sums."""
+    return distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
 
 def network_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

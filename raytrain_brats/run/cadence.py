@@ -104,3 +104,10 @@ class Cadence:
 def due(before: int, seen: int, every: int) -> bool:
     """Whether (before, seen] holds a multiple of `every`."""
     return before // every != seen // every
+
+
+def may_be_due(config: Config, sampler: Sampler, before: int, seen: int) -> bool:
+    """Whether the number of samples alone may make something due after this step: any rank can tell. Rank 0 decides."""
+    steps = config.run.compare_weights_steps * sampler.global_batch
+    asked = (config.checkpoint.every_samples, config.validate_.every_samples or sampler.epoch_samples, steps)
+    return seen == sampler.total or any(due(before, seen, every) for every in asked if every)

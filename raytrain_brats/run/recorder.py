@@ -18,11 +18,11 @@ from raytrain_brats import storage
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.errors import UserError
-from raytrain_brats.learn.step import StepResult, TrainStep, differing
+from raytrain_brats.learn.step import Launched, StepResult, TrainStep, differing
 from raytrain_brats.ray_ext import warm_pool
 from raytrain_brats.reporting import goodput
 from raytrain_brats.run import events, journal
-from raytrain_brats.run.cadence import CHECKPOINT, Cadence
+from raytrain_brats.run.cadence import CHECKPOINT, Cadence, due, may_be_due
 from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, SAVE, RequestPoller
 from raytrain_brats.run.control import StatusWriter
 from raytrain_brats.run.gauges import StepGauges
@@ -58,6 +58,7 @@ class RunRecorder:
         self._status = StatusWriter(spec.run_dir, generation.number) if self._first else None
         self._stragglers = Stragglers(rank.world_size)
         self._quarantined: set[str] = set()
+        self._unread: list[tuple[int, int, Launched, tuple[float, float]]] = []
         self._gauges = StepGauges(spec.run_dir)
         self._ready_at = 0.0
         self._threads = contextlib.ExitStack()
@@ -128,14 +129,42 @@ class RunRecorder:
             self.event("worker", world_size=self.rank.world_size, **about)
         return ranks[0][1]
 
-    def step(self, before: int, seen: int, result: StepResult, mine: list[Patch]) -> None:
-        """Write the row of an applied step; report invalid cases and stragglers; stop or roll back where needed."""
+    def step(self, before: int, seen: int, launched: Launched, mine: list[Patch]) -> int:
+        """Record the steps whose numbers are there: usually the one before, since reading those of the newest would
+        make the host wait for the device. Returns what rank 0 asked for; then, and where something may be due by
+        the number of samples, all steps are recorded, so that it happens after a step of which all is known.
+
+        All ranks read the same numbers at the same step, so they do the same.
+        """
         for patch in mine:
             if patch.reason and patch.case_id not in self._quarantined:
                 self._quarantined.add(patch.case_id)
                 reason, _, detail = patch.reason.partition(": ")
                 self.event("quarantine", case=patch.case_id, reason=reason, detail=detail, position=patch.position)
-        sampler, (wait_s, step_s) = self.spec.sampler, self.timer.step_times()
+        first = before == self.generation.samples_seen
+        self._unread.append((before, seen, launched, self.timer.step_times()))
+        asked = self._read(0 if first or may_be_due(self.spec.config, self.spec.sampler, before, seen) else 1)
+        return asked | self.drain() if asked else 0
+
+    def drain(self) -> int:
+        """Record all steps so far; what rank 0 asked for in them."""
+        return self._read(0)
+
+    def _read(self, left: int) -> int:
+        """Record steps until only so many are unread; what rank 0 asked for in them."""
+        asked = 0
+        while len(self._unread) > left and not self.stopped:
+            before, seen, launched, times_s = self._unread.pop(0)
+            self.timer.enter("reduce")  # the device still works, or waits for the other ranks
+            result = launched.result()
+            self.timer.enter("save")
+            self._record(before, seen, result, times_s)
+            asked |= result.asked
+        return asked
+
+    def _record(self, before: int, seen: int, result: StepResult, times_s: tuple[float, float]) -> None:
+        """Write the row of an applied step; report stragglers; stop or roll back where needed."""
+        sampler, (wait_s, step_s) = self.spec.sampler, times_s
         if before // sampler.epoch_samples != (before - sampler.global_batch) // sampler.epoch_samples:
             self._bad_in_epoch = 0
         self._bad_in_epoch += result.bad
@@ -199,6 +228,7 @@ class RunRecorder:
         Without ray.train.report: it would be a barrier, and Ray's registry of checkpoints is not used.
         """
         needed = bool(asked & (SAVE | HOLD)) or seen == self.spec.sampler.total
+        self.drain()
         if self._skipped and not needed:
             return
         self._compare(seen, train_step)
@@ -211,7 +241,7 @@ class RunRecorder:
 
     def compare(self, before: int, seen: int, train_step: TrainStep) -> None:
         """Every `compare_weights_steps`, look for a rank whose weights differ: a flipped bit, a wrong sum."""
-        if before // self.spec.sampler.global_batch % self.spec.config.run.compare_weights_steps == 0:
+        if due(before, seen, self.spec.config.run.compare_weights_steps * self.spec.sampler.global_batch):
             self._compare(seen, train_step)
 
     def _compare(self, seen: int, train_step: TrainStep) -> None:

@@ -19,7 +19,7 @@ from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import draw, fingerprint
 from raytrain_brats.data.stream import open_shard, rank_rows, rank_steps, read_ahead
 from raytrain_brats.learn.augment import DRAWS
-from raytrain_brats.learn.batch import Batch, TensorSample
+from raytrain_brats.learn.batch import Batch, DeviceSample
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.run.cadence import CHECKPOINT, VALIDATE
@@ -30,6 +30,7 @@ from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import RunRecorder
 from raytrain_brats.run.spec import RunSpec
+from raytrain_brats.run.upload import Uploader, tensor
 from raytrain_brats.run.validate import validate
 
 
@@ -54,7 +55,7 @@ def open_stream(spec: RunSpec, step: int, rank: Rank, prefetch: int) -> Iterator
     if step == spec.sampler.steps:
         return iter(())
     place = rank.number, rank.world_size
-    rows = read_ahead(lambda: rank_rows(open_shard(*place), spec.sampler), prefetch)
+    rows = read_ahead(lambda: rank_rows(open_shard(*place), spec.sampler, Uploader(rank.device)), prefetch)
     return rank_steps(rows, spec.sampler, spec.patch_spec.size_zyx, step, *place)
 
 
@@ -75,16 +76,17 @@ def train_rank(
         while seen < sampler.total and not recorder.stopped:
             timer.enter("data", seen)
             mine = next(stream)
-            timer.enter("forward")  # with the copying of the batch, which waits for nobody
-            result = train_step.step(batch_of(mine, seen), seen, recorder.poll(seen), timer.enter)
+            timer.enter("forward")
+            batch, asked = batch_of(mine, seen, rank.device), recorder.poll(seen)
+            launched = train_step.launch(batch, seen, asked, timer.enter)
             before, seen = seen, seen + sampler.global_batch
 
             timer.enter("save")
-            recorder.step(before, seen, result, mine)
+            due = recorder.step(before, seen, launched, mine)
             recorder.compare(before, seen, train_step)
-            if result.asked & (CHECKPOINT | SAVE | HOLD) or seen == sampler.total:
-                recorder.checkpoint(seen, train_step, result.asked)
-            if result.asked & VALIDATE:
+            if due & (CHECKPOINT | SAVE | HOLD) or seen == sampler.total:
+                recorder.checkpoint(seen, train_step, due)
+            if due & VALIDATE:
                 validate_once(spec, train_step, recorder, seen)
         if not recorder.stopped:
             next(stream, None)  # reaches the end: there must be no more
@@ -103,16 +105,15 @@ def validate_once(spec: RunSpec, train_step: TrainStep, recorder: RunRecorder, s
     recorder.validated(seen, time.perf_counter() - began, means)
 
 
-def batch_of(patches: list[Patch], samples_seen: int) -> Batch:
-    """A rank's patches of one step as tensors. Copied, because the object store's blocks are read-only and can be freed
-    then."""
+def batch_of(patches: list[Patch], samples_seen: int, device: torch.device) -> Batch:
+    """A rank's patches of one step as the network's side wants them. Nothing is copied: voxels are where they train."""
     samples = tuple(
-        TensorSample(
+        DeviceSample(
             place=p.position - samples_seen,
-            image_czyx=torch.tensor(p.image_czyx),
-            label_zyx=torch.tensor(p.label_zyx),
-            mean_c=torch.tensor(p.mean),
-            std_c=torch.tensor(p.std),
+            image_czyx=tensor(p.image_czyx, device),
+            label_zyx=tensor(p.label_zyx, device),
+            mean_c=p.mean,
+            std_c=p.std,
             weight=p.weight,
             augment_draws=draw(p.seed, "augment", DRAWS),
         )

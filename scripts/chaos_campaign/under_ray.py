@@ -323,6 +323,6 @@ def undisturbed(run_dir: str, data: str, until: int) -> dict[str, torch.Tensor]:
     run_spec = spec.build(spec.read_config(run_dir).config, f"{run_dir}-calm", data, "")
     train_step, steps, seen = train_step_of(run_spec, 1, CPU), stream(run_spec, Generation(0), 0, 1), 0
     while seen < until:
-        train_step.step(batch_of(next(steps), seen), seen)
+        train_step.step(batch_of(next(steps), seen, CPU), seen)
         seen += run_spec.sampler.global_batch
     return train_step.state()[0]

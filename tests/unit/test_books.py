@@ -18,7 +18,7 @@ from raytrain_brats.run.recorder import RunRecorder
 from raytrain_brats.run.worker import train_step_of
 from tests.support.crashes import in_child
 from tests.support.run_folders import EVENTS, ROWS, write_run
-from tests.support.steps import CPU, spec
+from tests.support.steps import CPU, arrived, spec
 
 GOOD = StepResult(0.5, 0, True, False, 17, 0, 0.1, (0.01,))
 
@@ -59,7 +59,7 @@ def test_a_long_run_writes_no_more_a_checkpoint(s3_server: str, traffic: Traffic
         for _ in range(192):
             before = traffic.count.copy()
             for _ in range(15):
-                recorder.step(seen, seen + 4, GOOD, [])
+                recorder.step(seen, seen + 4, arrived(GOOD), [])
                 seen += 4
             recorder.checkpoint(seen, train_step)
             recorder._saver.wait()
@@ -83,7 +83,7 @@ def test_no_step_asks_the_storage_for_events(s3_server: str, traffic: Traffic, m
     with RunRecorder(run_spec, begun, Rank(0, 1, CPU), PhaseTimer()) as recorder:
         recorder.ready()
         traffic.threads.clear()  # the start may ask: which validations are done
-        recorder.step(0, 4, slow, [])
+        recorder.step(0, 4, arrived(slow), [])
         recorder.event("straggler", rank=0)
         recorder.event("checkpoint_left_out")
         monkeypatch.setattr(recorder._saver, "busy", lambda: True)

@@ -73,7 +73,7 @@ def test_a_patch_has_its_size_and_lies_inside_the_box_or_is_padded(seed: int, pa
     assert all(a == 0 or a + s <= b for a, s, b in zip(start, size, BOX, strict=True))
     assert equal(patch, cut(PREPARED, sample, "case", patch_xyz, share))
     assert (patch.position, patch.seed, patch.case_id, patch.weight, patch.reason) == (3, seed, "case", 1, "")
-    assert patch.mean.tolist() == pytest.approx(PREPARED.mean)
+    assert patch.mean == pytest.approx(list(PREPARED.mean))
 
 
 def test_foreground_patches_hold_tumour_of_each_label_alike() -> None:

@@ -23,7 +23,7 @@ from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import ROLL_BACK_AFTER, RunRecorder
 from raytrain_brats.run.worker import batch_of, train_step_of
-from tests.support.steps import CPU, patch, spec
+from tests.support.steps import CPU, arrived, patch, spec
 
 GOOD = StepResult(0.5, 0, True, False, 17, 0, 0.1, (0.01,))
 BAD = dataclasses.replace(GOOD, loss=None, finite=False)
@@ -38,7 +38,8 @@ def recorder_at(run_dir: Path) -> RunRecorder:
 
 def steps(recorder: RunRecorder, result: StepResult, start: int, count: int) -> None:
     for number in range(count):
-        recorder.step(start + 4 * number, start + 4 * number + 4, result, [])
+        recorder.step(start + 4 * number, start + 4 * number + 4, arrived(result), [])
+    recorder.drain()
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -153,7 +154,7 @@ def test_the_clock_shares_every_moment_out(tmp_path: Path, monkeypatch: pytest.M
         timer.enter("validate")  # before the first batch: start-up
         timer.enter("data")
         for seen in (4, 8, 12):
-            train_step.step(batch_of([patch(i) for i in range(4)], seen - 4), seen - 4, 0, timer.enter)
+            train_step.launch(batch_of([patch(i) for i in range(4)], seen - 4, CPU), seen - 4, 0, timer.enter)
             timer.enter("save")
             steps(recorder, GOOD, seen - 4, 1)
             recorder.checkpoint(seen, train_step)

@@ -38,19 +38,20 @@ def weights(train_step: TrainStep) -> torch.Tensor:
 
 def stepped(batch: list[Patch]) -> torch.Tensor:
     train_step = train_step_of(spec(), 1, CPU)
-    train_step.step(batch_of(batch, 0), 0)
+    train_step.step(batch_of(batch, 0, CPU), 0)
     return weights(train_step)
 
 
 def by_hand(batch: list[Patch], run_spec: RunSpec) -> tuple[torch.Tensor, float]:
     """Gradient of the mean loss over the whole batch, by autograd, and that loss."""
     network = build_network(run_spec.config)
-    image = torch.stack([torch.tensor(p.image_czyx).float() for p in batch])
-    mean, std = (torch.tensor(np.stack([getattr(p, name) for p in batch])) for name in ("mean", "std"))
-    label = torch.tensor(np.stack([p.label_zyx for p in batch]))
-    table = torch.from_numpy(labels.region_table("msd"))
+    options, table = run_spec.config.train.augment, torch.from_numpy(labels.region_table("msd"))
     draws = [draw(p.seed, "augment", DRAWS) for p in batch]
-    x, y = augment(normalise(image, mean, std), to_regions(label, table), draws, run_spec.config.train.augment)
+    axes = [[axis for axis in (1, 2, 3) if options.flip and mine[axis - 1] < 0.5] for mine in draws]
+    image = torch.stack([torch.tensor(p.image_czyx).float().flip(a) for p, a in zip(batch, axes, strict=True)])
+    label = torch.stack([torch.tensor(p.label_zyx)[None].flip(a)[0] for p, a in zip(batch, axes, strict=True)])
+    mean, std = (torch.tensor(np.stack([getattr(p, name) for p in batch])).float() for name in ("mean", "std"))
+    x, y = augment(normalise(image, mean, std), torch.tensor(draws), options), to_regions(label, table)
     loss = sample_losses(network(x), y).mean()
     loss.backward()  # type: ignore[no-untyped-call]
     return nn.utils.parameters_to_vector([p.grad for p in network.parameters() if p.grad is not None]), loss.item()
@@ -62,7 +63,7 @@ def test_step_is_the_gradient_of_the_mean_loss(network: str) -> None:
     run_spec, batch = spec(network), [patch(i) for i in range(4)]
     train_step = train_step_of(run_spec, 1, CPU)
     before = weights(train_step)
-    result = train_step.step(batch_of(batch, 0), 0)
+    result = train_step.step(batch_of(batch, 0, CPU), 0)
     gradient, loss = by_hand(batch, run_spec)
     rate = learning_rate(run_spec.config.train.optimiser, 0, run_spec.sampler.total)
     decayed = gradient + run_spec.config.train.optimiser.weight_decay * before
@@ -79,7 +80,7 @@ def test_gradients_are_clipped_as_one_batch() -> None:
     for micro_batch in (1, 4):
         train_step = train_step_of(spec(micro_batch=micro_batch, clip_norm=limit), 1, CPU)
         before = weights(train_step)
-        train_step.step(batch_of(batch, 0), 0)
+        train_step.step(batch_of(batch, 0, CPU), 0)
         found.append((before - weights(train_step)).norm() / (0.01 * 1.99))
     assert [float(norm) for norm in found] == pytest.approx([limit, limit], rel=1e-3)
 
@@ -90,7 +91,7 @@ def test_neither_micro_batches_nor_rows_of_weight_zero_change_the_update(micro_b
     real = [patch(i) for i in range(3)]
     for batch, bad in ((real, 0), ([real[0], empty(9, "missing: gone"), *real[1:]], 1)):
         train_step = train_step_of(spec(micro_batch=micro_batch), 1, CPU)
-        result = train_step.step(batch_of(batch, 0), 0)
+        result = train_step.step(batch_of(batch, 0, CPU), 0)
         torch.testing.assert_close(weights(train_step), stepped(real), rtol=0, atol=2e-6)
         assert (result.loss, result.bad) == (pytest.approx(by_hand(real, spec())[1], abs=1e-6), bad)
 
@@ -103,9 +104,9 @@ def _frozen_state(train_step: TrainStep) -> dict[str, torch.Tensor]:
 def test_a_step_without_samples_changes_nothing(optimiser: str) -> None:
     """Only placeholders: weights and optimiser state stay bit for bit (no decay, no momentum), the loss is None."""
     train_step = train_step_of(spec(optimiser=optimiser), 1, CPU)
-    train_step.step(batch_of([patch(i) for i in range(4)], 0), 0)
+    train_step.step(batch_of([patch(i) for i in range(4)], 0, CPU), 0)
     before = _frozen_state(train_step)
-    result = train_step.step(batch_of([empty(4), empty(5, "missing: x"), empty(6), empty(7)], 4), 4)
+    result = train_step.step(batch_of([empty(4), empty(5, "missing: x"), empty(6), empty(7)], 4, CPU), 4)
     after = train_step.state()[0]
     assert result.loss is None and result.bad == 1
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
@@ -115,7 +116,7 @@ def test_a_step_without_samples_changes_nothing(optimiser: str) -> None:
 def test_a_step_that_is_not_finite_changes_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A NaN in the loss, or only in a gradient, reaches neither the weights nor the optimiser."""
     train_step = train_step_of(spec(optimiser="adamw"), 1, CPU)
-    train_step.step(batch_of([patch(i) for i in range(4)], 0), 0)
+    train_step.step(batch_of([patch(i) for i in range(4)], 0, CPU), 0)
     before = _frozen_state(train_step)
     bad = patch(4)
     if where == "loss":
@@ -123,7 +124,7 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str, monkeypatch: pyte
     else:
         first = next(train_step.network.parameters())
         first.register_hook(lambda gradient: gradient * float("inf"))
-    train_step.step(batch_of([bad, *(patch(i) for i in range(5, 8))], 4), 4)
+    train_step.step(batch_of([bad, *(patch(i) for i in range(5, 8))], 4, CPU), 4)
     assert all(torch.equal(before[key], tensor) for key, tensor in train_step.state()[0].items())
 
 
@@ -133,12 +134,12 @@ def test_a_restored_learner_goes_on_bit_for_bit(optimiser: str, tmp_path: Path) 
     run_spec = spec(optimiser=optimiser)
     train_step, other = train_step_of(run_spec, 1, CPU), train_step_of(run_spec, 1, CPU)
     for start in (0, 4):
-        train_step.step(batch_of([patch(start + i) for i in range(4)], start), start)
+        train_step.step(batch_of([patch(start + i) for i in range(4)], start, CPU), start)
     made = checkpoint.save(str(tmp_path), 8, 1, *train_step.state())
-    other.step(batch_of([patch(50 + i) for i in range(4)], 0), 0)
+    other.step(batch_of([patch(50 + i) for i in range(4)], 0, CPU), 0)
     other.restore(*checkpoint.load(str(tmp_path), made.name))
     for start in (8, 12):
-        batch = batch_of([patch(start + i) for i in range(4)], start)
+        batch = batch_of([patch(start + i) for i in range(4)], start, CPU)
         results = [one.step(batch, start) for one in (train_step, other)]
         assert results[0] == results[1]
     first, second = train_step.state(), other.state()
@@ -152,7 +153,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name, (network, micro_batch, shares) in CASES.items():
         train_step = train_step_of(spec(network, micro_batch), 2, CPU)
-        results = [train_step.step(batch_of([_row(n) for n in shares[rank]], start), start) for start in (0, 4)]
+        results = [train_step.step(batch_of([_row(n) for n in shares[rank]], start, CPU), start) for start in (0, 4)]
         torch.save((weights(train_step), [(r.loss, r.bad) for r in results]), f"{folder}/{name}-{rank}.pt")
     os._exit(0)  # the group's destructor may wait for ever in a forked process; there is nothing left to do
 
@@ -179,7 +180,7 @@ def test_two_ranks_make_the_step_of_one(tmp_path: Path) -> None:
     for name, (network, _, shares) in CASES.items():
         alone = train_step_of(spec(network, 8), 1, CPU)
         batch = [_row(n) for share in shares for n in share]
-        expected = [alone.step(batch_of(batch, start), start) for start in (0, 4)]
+        expected = [alone.step(batch_of(batch, start, CPU), start) for start in (0, 4)]
         ranks = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)]
         assert torch.equal(ranks[0][0], ranks[1][0]), name
         torch.testing.assert_close(ranks[0][0], weights(alone), rtol=0, atol=1e-5, msg=name)

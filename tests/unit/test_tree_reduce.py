@@ -81,7 +81,7 @@ def _rank(rank: int, world_size: int, port: int, folder: str) -> None:
 def rows(step: int, places: range) -> Batch:
     """The samples at these places of a global step of four; the one at position 5 cannot be read."""
     positions = [4 * step + place for place in places]
-    return batch_of([empty(p, "missing: x") if p == 5 else patch(p) for p in positions], 4 * step)
+    return batch_of([empty(p, "missing: x") if p == 5 else patch(p) for p in positions], 4 * step, CPU)
 
 
 def flip(network: nn.Module) -> None:
@@ -114,7 +114,7 @@ def test_fast_and_exact_make_the_same_step_but_for_rounding() -> None:
     states = []
     for reduction in ("fast", "exact"):
         train_step = train_step_of(spec("segresnet", reduction=reduction), 1, CPU)
-        train_step.step(batch_of([patch(i) for i in range(4)], 0), 0)
+        train_step.step(batch_of([patch(i) for i in range(4)], 0, CPU), 0)
         states.append(nn.utils.parameters_to_vector(train_step.network.parameters()).detach())
     torch.testing.assert_close(*states, rtol=0, atol=1e-6)
 
