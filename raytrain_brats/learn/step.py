@@ -114,6 +114,8 @@ class TrainStep:
             self.parallel.compile()  # in place: names of the weights stay
         # A power of two changes no float but its exponent.
         self._divisor = float(1 << (config.train.global_batch - 1).bit_length())
+        self.before_update: Callable[[], None] = lambda: None
+        """Called when the next step is about to change weights and optimiser: whoever still reads them waits there."""
         self._forward_s = 0.0
 
     def launch(
@@ -144,6 +146,7 @@ class TrainStep:
         if self.world_size > 1:
             distributed.all_reduce(totals[2:] if self.exact else totals)
         enter("update")
+        self.before_update()
         applied = self._update(totals)
         return Launched(self, *to_host(torch.cat([totals, applied])), rate, spans, len(batch.samples))
 

@@ -30,7 +30,7 @@ from raytrain_brats.run.journal import Generation, MetricsLog
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.run_dir import RunDir
-from raytrain_brats.run.saver import Save, Saver, snapshot
+from raytrain_brats.run.saver import Save, Saver
 from raytrain_brats.run.spec import RunSpec
 from raytrain_brats.run.stragglers import Stragglers
 
@@ -257,7 +257,6 @@ class RunRecorder:
             return
         self._saver.wait()
         tensors, values = train_step.state()
-        tensors = snapshot(tensors)
         state = {"samples_seen": seen, "identity": self.spec.dataset_identity, "learner": values}
         state |= {"meaning": manifests.meaning(self.spec.source.convention)}
         state |= {"bad_in_epoch": self._bad_in_epoch}
@@ -274,6 +273,7 @@ class RunRecorder:
             answer = {"answered": self._requests.answered} | ({"holds_since": time.time()} if asked == HOLD else {})
         facts |= {"stall_s": round(time.perf_counter() - began, 4)} | self.timer.cut()
         self._saver.save(Save(seen, tensors, state, facts, answer))
+        train_step.before_update = self._saver.copied
 
     def validated(self, seen: int, seconds: float, means: Any) -> None:
         """Record a validation; `means` is None on all ranks but 0."""

@@ -1,17 +1,19 @@
 """Write checkpoints beside the training, each after the rows and events that belong to it. Runs in a worker (rank 0).
 
-In: the state after a step, copied.
+In: the state after a step.
 Out: a committed checkpoint, told to the group's status; of the older ones those that are kept.
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from raytrain_brats.run import checkpoint, events
@@ -20,11 +22,6 @@ from raytrain_brats.run.spec import RunSpec
 
 PATIENCE_S = 300.0
 """How long the last checkpoint of a run is retried while the disk is full or the storage unreachable."""
-
-
-def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, which later steps do not change."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 class Writer:
@@ -60,6 +57,7 @@ class Save:
 
     samples_seen: int
     tensors: dict[str, Tensor]
+    """As they are: they must not change before `Saver.copied` returns."""
     state: dict[str, Any]
     facts: dict[str, Any]
     """Of its event."""
@@ -81,14 +79,44 @@ class Saver(Writer):
         """`note` changes the group's status; `stop` is called when the last checkpoint of the run cannot be written."""
         super().__init__()
         self._spec, self._generation, self._log, self._note, self._stop = spec, generation, log, note, stop
+        self._file = bytearray()
+        self._copied = threading.Event()
+        self._copied.set()
 
     def save(self, save: Save) -> None:
         """Begin to write, after the save before has ended."""
-        self.start(partial(self._persist, save))
+        self.wait()
+        on_gpu = {name: tensor for name, tensor in save.tensors.items() if tensor.is_cuda}
+        # The device copies faster than this thread could wait for anything, and in the order of its work.
+        tensors = save.tensors | {name: tensor.detach().clone() for name, tensor in on_gpu.items()}
+        cloned = torch.cuda.Event() if on_gpu else None
+        if cloned:
+            cloned.record()
+        self._copied.clear()
+        self.start(partial(self._persist, replace(save, tensors=tensors), cloned))
+        if on_gpu:
+            self._copied.set()
 
-    def _persist(self, save: Save) -> None:
+    def copied(self) -> None:
+        """Wait until the tensors of the last save may change. On a CPU the writer copies them while the next step is
+        computed; its update waits for that."""
+        self._copied.wait()
+
+    def _copy(self, tensors: dict[str, Tensor], cloned: torch.cuda.Event | None) -> None:
+        try:
+            if cloned is None:
+                self._file = checkpoint.tensors_file(tensors, self._file)
+                return
+            with torch.cuda.stream(torch.cuda.Stream()) as aside:  # type: ignore[no-untyped-call]
+                cloned.wait(aside)
+                self._file = checkpoint.tensors_file(tensors, self._file)
+        finally:
+            self._copied.set()
+
+    def _persist(self, save: Save, cloned: torch.cuda.Event | None) -> None:
         """If the storage fails, the previous checkpoint stays the newest and the next attempt is the next save; the
         last of a run is retried here."""
+        self._copy(save.tensors, cloned)
         last = save.samples_seen == self._spec.sampler.total
         until = time.monotonic() + (PATIENCE_S if last else 0)
         while True:
@@ -107,7 +135,7 @@ class Saver(Writer):
         began, run_dir, number = time.perf_counter(), self._spec.run_dir, self._generation.number
         self._log.flush(save.samples_seen)  # rows first: a committed checkpoint has all of them
         events.flush(run_dir)
-        made = checkpoint.save(run_dir, save.samples_seen, number, save.tensors, save.state, fence=self._log.check)
+        made = checkpoint.save(run_dir, save.samples_seen, number, self._file, save.state, fence=self._log.check)
         seconds = round(time.perf_counter() - began, 3)
         self._note(committed=True, **save.answer)
         self._event("checkpoint", name=made.name, bytes=made.bytes, seconds=seconds, **save.facts)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import raytrain_brats
 from raytrain_brats import storage
 from raytrain_brats.run import checkpoint
-from raytrain_brats.run.saver import Writer, snapshot
+from raytrain_brats.run.saver import Writer
 
 FILES = ("MANIFEST.json", "state.json", "tensors.safetensors")
 TENSORS = {"network/a": torch.arange(6.0).reshape(2, 3), "optimiser/0/step": torch.tensor(3.0)}
@@ -192,7 +193,7 @@ class Slow:
         assert self.go.wait(60)
 
     def start(self, seen: int, tensors: dict[str, torch.Tensor]) -> None:
-        copies = snapshot(tensors)
+        copies = checkpoint.tensors_file(tensors)
 
         def write() -> None:
             self.flush()
@@ -235,6 +236,19 @@ def test_writer_takes_its_snapshot_at_once(tmp_path: Path) -> None:
     assert not any(tensor.any() for tensor in checkpoint.load(str(tmp_path), f"{4:012d}-g0001")[0].values())
     assert slow.done == [4]
     slow.writer.close()
+
+
+def test_a_tensors_file_is_safetensors() -> None:
+    """The library reads what is written without it: any dtype that a learner holds, any shape, memory used again."""
+    kinds = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int16, torch.uint8, torch.bool]
+    tensors = {f"{kind}/{n}": torch.randn(n, 3).to(kind) for n, kind in enumerate(kinds)}
+    tensors |= {"step": torch.tensor(3.0), "turned": torch.randn(2, 5).T}
+    file = checkpoint.tensors_file(tensors)
+    again = checkpoint.tensors_file({name: tensor.clone() for name, tensor in tensors.items()}, file)
+    assert again is file
+    read = safetensors.torch.load(bytes(file))
+    assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert checkpoint.tensors_file({}, file) is not file
 
 
 def test_writer_runs_one_save_at_a_time(tmp_path: Path) -> None:

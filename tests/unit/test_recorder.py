@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from raytrain_brats import books, storage
 from raytrain_brats.errors import UserError
@@ -286,3 +287,26 @@ def test_rows_of_a_cut_off_write_are_taken_back(tmp_path: Path) -> None:
     assert [row["samples_seen"] for row in journal.read_rows(str(tmp_path))] == [4, 8, 12]
     log.flush()
     assert [row["samples_seen"] for row in journal.read_rows(str(tmp_path))] == [4, 8, 12]
+
+
+def test_a_save_holds_the_state_of_its_step_and_only_the_next_update_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors are copied while the next step goes forward and backward; what that step changes, changes after."""
+    train_step, copy, order = train_step_of(spec(), 1, CPU), checkpoint.tensors_file, list[str]()
+
+    def slow(*args: Any) -> bytearray:
+        time.sleep(0.5)
+        order.append("copied")
+        return copy(*args)
+
+    monkeypatch.setattr(checkpoint, "tensors_file", slow)
+    with recorder_at(tmp_path) as recorder:
+        recorder.step(0, 4, train_step.launch(batch_of([patch(i) for i in range(4)], 0, CPU), 0), [])
+        before = {name: tensor.clone() for name, tensor in train_step.state()[0].items()}
+        recorder.checkpoint(4, train_step)
+        recorder.step(4, 8, train_step.launch(batch_of([patch(i) for i in range(4)], 4, CPU), 4, 0, order.append), [])
+        order.append("stepped")
+    saved, _ = checkpoint.load(str(tmp_path), f"{4:012d}-g0001")
+    assert all(torch.equal(saved[name], before[name]) for name in before)
+    assert order.index("backward") < order.index("copied") < order.index("stepped")
