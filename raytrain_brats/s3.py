@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps
+from mmap import mmap
 from typing import Any, ParamSpec, TypeVar
 
 from raytrain_brats.errors import UserError
@@ -170,9 +171,11 @@ def _get(uri: str, public_region: str, options: dict[str, Any]) -> tuple[bytes, 
 
 
 @patient
-def put(uri: str, content: bytes, **condition: str) -> None:
+def put(uri: str, content: bytes | mmap, **condition: str) -> None:
     """Put an object. With a condition, FileExistsError may mean our own put, whose answer was lost."""
     at, bucket, key = locate(uri)
+    if isinstance(content, mmap):
+        content.seek(0)  # boto reads it like a file, from where an attempt before has left it
     with translated(uri):
         at.put_object(Bucket=bucket, Key=key, Body=content, **condition)
 

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,7 +102,7 @@ def read_tail(uri: str, size: int) -> bytes:
         return file.read()
 
 
-def write_bytes(uri: str, content: bytes) -> None:
+def write_bytes(uri: str, content: bytes | mmap) -> None:
     """Put the whole object: on a local disk by temporary name, fsync, rename and fsync of the folder."""
     if is_s3(uri):
         s3.put(uri, content)
@@ -123,7 +124,7 @@ def _named(path: Path, temporary: Path | None = None) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _write(path: Path, temporary: Path, content: bytes) -> None:
+def _write(path: Path, temporary: Path, content: bytes | mmap) -> None:
     _make_folder(path.parent)
     try:
         with open(temporary, "wb") as file:

@@ -138,7 +138,9 @@ def encode(boxes: Sequence[CaseBox], size_zyx: Triple, until: int, buffer: Buffe
     return pa.table({"about": [about_all], "voxels": binary_column(voxels)})
 
 
-def decode(table: pa.Table, place: "Callable[[npt.NDArray[np.uint8]], ViewOf] | None" = None) -> tuple[int, list[Patch]]:
+def decode(
+    table: pa.Table, place: "Callable[[npt.NDArray[np.uint8]], ViewOf] | None" = None
+) -> tuple[int, list[Patch]]:
     """(`until` of the row, its patches); views into the table, or of what `place` makes of all its voxels at once."""
     about = json.loads(table.column("about")[0].as_py())
     voxels = binary_value(table, "voxels", np.uint8)

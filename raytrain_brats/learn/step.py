@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from raytrain_brats.config import Config
@@ -103,7 +104,7 @@ class TrainStep:
         if self.exact and device.type == "cuda":
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
             torch.use_deterministic_algorithms(True, warn_only=True)  # trilinear upsampling has no such kernel
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.parallel: nn.Module = self.network
         if world_size > 1 and not self.exact:
             self.parallel = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
@@ -277,9 +278,10 @@ class TrainStep:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def _sum(_: Any, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum(_: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Sum a bucket of gradients over the ranks. DDP's own hook divides by their number before it sums."""
-    return distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+    summed: torch.futures.Future[list[Tensor]] = distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return summed.then(lambda future: future.value()[0])
 
 
 def network_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

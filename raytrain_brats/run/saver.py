@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from mmap import mmap
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class Saver(Writer):
         """`note` changes the group's status; `stop` is called when the last checkpoint of the run cannot be written."""
         super().__init__()
         self._spec, self._generation, self._log, self._note, self._stop = spec, generation, log, note, stop
-        self._file = bytearray()
+        self._file: mmap | None = None
         self._copied = threading.Event()
         self._copied.set()
 
@@ -107,7 +108,7 @@ class Saver(Writer):
             if cloned is None:
                 self._file = checkpoint.tensors_file(tensors, self._file)
                 return
-            with torch.cuda.stream(torch.cuda.Stream()) as aside:  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(torch.cuda.Stream()) as aside:
                 cloned.wait(aside)
                 self._file = checkpoint.tensors_file(tensors, self._file)
         finally:
@@ -133,6 +134,7 @@ class Saver(Writer):
 
     def _write(self, save: Save) -> None:
         began, run_dir, number = time.perf_counter(), self._spec.run_dir, self._generation.number
+        assert self._file is not None, "it was copied before"
         self._log.flush(save.samples_seen)  # rows first: a committed checkpoint has all of them
         events.flush(run_dir)
         made = checkpoint.save(run_dir, save.samples_seen, number, self._file, save.state, fence=self._log.check)

@@ -295,7 +295,7 @@ def test_a_save_holds_the_state_of_its_step_and_only_the_next_update_waits(
     """Its tensors are copied while the next step goes forward and backward; what that step changes, changes after."""
     train_step, copy, order = train_step_of(spec(), 1, CPU), checkpoint.tensors_file, list[str]()
 
-    def slow(*args: Any) -> bytearray:
+    def slow(*args: Any) -> Any:
         time.sleep(0.5)
         order.append("copied")
         return copy(*args)
