@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from raytrain_brats.config import Config
@@ -278,7 +277,7 @@ class TrainStep:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def _sum(_: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum(_: Any, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
     """Sum a bucket of gradients over the ranks. DDP's own hook divides by their number before it sums."""
     summed: torch.futures.Future[list[Tensor]] = distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
     return summed.then(lambda future: future.value()[0])
