@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.store import Source
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.ray_ext.cluster import Resources
+from raytrain_brats.ray_ext.process_group import ProcessGroup
 from raytrain_brats.run import driver
 from raytrain_brats.run.spec import RunSpec, sampler_of
 
@@ -108,6 +110,32 @@ def test_what_every_rank_is_sent_does_not_grow_with_the_cases(one_ray_here: None
         assert large <= small + 200
     assert sizes[1][-1] < 100_000  # Ray Data keeps a few words of each read task of the first execution
     assert len(cloudpickle.dumps(spec)) > 2_000_000
+
+
+def test_workers_that_do_not_leave_their_process_group_are_told(
+    one_ray_here: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Ray's own backend does: what a worker raised is raised, and who hangs is left after Ray's variable says so."""
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def leave(hangs: bool) -> None:
+        if hangs:
+            time.sleep(300)
+        raise RuntimeError("NCCL error")
+
+    class Group(list[Any]):
+        def execute_async(self, *_: Any) -> list[Any]:
+            return list(self)
+
+    backend, config_ = ProcessGroup().backend_cls(), ProcessGroup()
+    with pytest.raises(RuntimeError, match="NCCL error"):
+        backend.on_shutdown(Group([leave.remote(False)]), config_)
+    monkeypatch.setenv("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "1")
+    began, hangs = time.monotonic(), leave.remote(True)
+    backend.on_shutdown(Group([hangs, ray.put(None)]), config_)
+    assert time.monotonic() - began < 20
+    assert "did not leave their process group within 1 s" in caplog.text
+    ray.cancel(hangs, force=True)
 
 
 def test_driver_and_controller_do_without_torch() -> None:
