@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ray._private.ray_constants import env_integer
+from ray._common.utils import env_integer
 from ray.train import constants
 from ray.train._internal.utils import get_address_and_port
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
