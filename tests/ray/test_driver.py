@@ -127,6 +127,7 @@ def test_workers_that_do_not_leave_their_process_group_are_told(
         def execute_async(self, *_: Any) -> list[Any]:
             return list(self)
 
+    caplog.set_level("WARNING")  # Ray's start has quieted pytest's handler
     backend, config_ = ProcessGroup().backend_cls(), ProcessGroup()
     with pytest.raises(RuntimeError, match="NCCL error"):
         backend.on_shutdown(Group([leave.remote(False)]), config_)
