@@ -130,14 +130,14 @@ def _connect(address: str, local_cpus: int | None, held_bytes: int) -> None:
             ) from error
         return
     start_up.make_room()
-    core.start_fewer_processes(logs=verbose)
-    os.environ[ray_data.NO_STATISTICS] = "1"
+    ray_data.count_nothing()
     cpus = local_cpus or max(2, os.cpu_count() or 1)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # 110 MB, and nobody drains this one node
     most = int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     memory = min(most, max(2 * held_bytes, cpus * STORE_BYTES_PER_CPU))
     try:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **quiet)
+        with core.fewer_processes(logs=verbose):
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **quiet)
     except Exception as error:
         if "timed out during startup" not in str(error):  # Ray raises a plain Exception
             raise

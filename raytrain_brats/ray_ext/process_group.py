@@ -7,6 +7,7 @@ Ray's own `TorchConfig` lives in a module that imports torch in every process th
 driver and in the controller, which compute nothing.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,9 @@ from ray.train.backend import Backend, BackendConfig
 
 from raytrain_brats.ray_ext.internals import train as ray_train
 
+_logger = logging.getLogger(__name__)
 TIMEOUT_S = 1800
 """Of a collective operation, as in `TorchConfig`."""
-LEAVE_S = 30
-"""How long workers may take to leave, likewise."""
 
 
 @dataclass
@@ -50,8 +50,12 @@ class _Setup(Backend):
         )
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        leaving = worker_group.execute_async(_leave, len(worker_group) > 1)
-        ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)  # a worker that died is no reason to stop here
+        """Raises what a worker raised, as `TorchConfig` does: Ray Train reports it and ends the group all the same."""
+        leaving, timeout_s = worker_group.execute_async(_leave, len(worker_group) > 1), ray_train.leave_timeout_s()
+        try:
+            ray.get(leaving, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            _logger.warning("workers did not leave their process group within %d s", timeout_s)
 
 
 # In workers; torch is imported there and nowhere else.

@@ -27,7 +27,8 @@ from raytrain_brats.run.phase_timer import PHASES
 from raytrain_brats.run.run_dir import RunDir
 
 _logger = logging.getLogger(__name__)
-PATIENCE_S = {"start": 300.0, "load": 300.0, "data": 300.0, "save": 420.0, "validate": 900.0, "close": 900.0}
+PATIENCE_S = {"start": 300.0, "load": 300.0, "ready": 300.0, "data": 300.0, "save": 420.0}
+PATIENCE_S |= dict.fromkeys(("validate", "gather", "close"), 900.0)
 """Longest stay of a rank in a phase without computation: longer than storage that is away is waited for in it (S3 three
 minutes a request, the last checkpoint of a run five)."""
 FIRST_STEP_S = 300.0

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PHASES = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "validate", "close", "end")
-"""In the order of a step: the others wait for the rank that is in the earliest phase."""
+_STEP = ("data", "forward", "backward", "reduce", "update", "save")
+PHASES = ("start", "load", "ready", *_STEP, "validate", "gather", "close", "end")
+"""In the order of a step: the others wait for the rank that is in the earliest phase. Those who have loaded wait for it
+in `ready`, those who have scored their cases in `gather`."""
 _CAUSES = {
     "data": "data_wait_s",
     "forward": "productive_s",
@@ -18,6 +20,7 @@ _CAUSES = {
     "update": "productive_s",
     "save": "checkpoint_s",
     "validate": "validation_s",
+    "gather": "validation_s",
 }
 
 

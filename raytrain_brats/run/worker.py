@@ -7,7 +7,6 @@ Out: checkpoints, rows, events. It may be killed at any moment and started again
 import os
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import ray
@@ -103,9 +102,9 @@ def train_step_of(spec: RunSpec, world_size: int, device: torch.device) -> Train
 
 def validate_once(spec: RunSpec, train_step: TrainStep, recorder: RunRecorder, seen: int) -> None:
     """Validate over all ranks."""
-    began, enter = time.perf_counter(), partial(recorder.timer.enter, "validate")
-    enter()
-    means = validate(spec, train_step, recorder.rank, seen, enter)
+    began = time.perf_counter()
+    recorder.timer.enter("validate")
+    means = validate(spec, train_step, recorder.rank, seen, recorder.timer.enter)
     recorder.validated(seen, time.perf_counter() - began, means)
 
 

@@ -1,14 +1,22 @@
 """A rank that hangs is found, named and ended; a slow one is flagged; healthy ones are left alone."""
 
+import dataclasses
 import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import distributed
 
+from raytrain_brats.run import journal
 from raytrain_brats.run.hang_detector import RankStatus, find_hung, updated
-from raytrain_brats.run.phase_timer import PHASES
-from raytrain_brats.run.recorder import Stragglers
+from raytrain_brats.run.phase_timer import PHASES, PhaseTimer
+from raytrain_brats.run.recorder import RunRecorder, Stragglers
+from raytrain_brats.run.validate import validate
+from tests.support.steps import CPU, spec
 
 
 def life(
@@ -41,6 +49,32 @@ def test_the_rank_behind_the_others_is_the_one(phases: tuple[str, str], culprit:
 def test_a_rank_a_whole_step_behind_is_the_one() -> None:
     """Order is by step, then by phase."""
     assert named(life(0, "forward", seen=44, moved_s=30), life(1, "update", seen=40, moved_s=30)) == [1]
+
+
+@pytest.mark.parametrize(("stuck", "waits"), [("start", "load"), ("load", "ready"), ("validate", "gather")])
+def test_who_loads_or_scores_too_long_is_told_from_those_who_wait_for_it(stuck: str, waits: str) -> None:
+    """However long these wait: only the rank that is stuck is named, and ended."""
+    ranks = [life(rank, stuck if rank == 1 else waits, seen=39, moved_s=1000 - rank, of=3) for rank in range(3)]
+    assert named(*ranks) == [1]
+
+
+def test_a_rank_waits_for_the_others_in_a_phase_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it has loaded its checkpoint, and when it has scored its cases."""
+    timer, waits = PhaseTimer(), list[str]()
+
+    def gather(found: list[Any], mine: Any) -> None:
+        waits.append(timer.phase)
+        found[:] = [mine] * len(found)
+
+    monkeypatch.setattr(distributed, "all_gather_object", gather)
+    run_spec = dataclasses.replace(spec(), run_dir=str(tmp_path), held_out_cases=(), dataset_identity="x")
+    recorder = RunRecorder(run_spec, journal.begin_generation(str(tmp_path)), 1, 2, CPU, timer)
+    timer.enter("load")
+    recorder.ready()
+    train_step: Any = SimpleNamespace(world_size=2)
+    timer.enter("validate")
+    validate(run_spec, train_step, 1, 0, timer.enter)
+    assert waits == ["ready", "gather"]
 
 
 def test_a_rank_without_beats_is_the_one_whatever_it_did() -> None:

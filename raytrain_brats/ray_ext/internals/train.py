@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ray._common.utils import env_integer
+from ray.train import constants
 from ray.train._internal.utils import get_address_and_port
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -42,6 +44,10 @@ ATTRIBUTES = {
         "_count_possible_workers",
     ),
     "ray.train.v2._internal.execution.controller.state:PreemptingState()": ("preemption_info",),
+    "ray.train.constants": (
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S",
+        "DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S",
+    ),
     "ray.train:ScalingConfig()": ("_resources_per_worker_not_none",),
 }
 _reserved = ElasticScalingPolicy._get_reserved_resources
@@ -58,6 +64,12 @@ class LocalTrainer(DataParallelTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
+def leave_timeout_s() -> int:
+    """How long workers may take to leave their process group: Ray's environment variable, as `TorchConfig` reads it."""
+    name, default = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", constants.DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
+    return int(env_integer(name, default))
 
 
 def draining_nodes() -> set[str]:
