@@ -8,22 +8,20 @@ size and sha256, how far the tar has been read. The same command again goes on f
 member is checked, put under a name of ours and noted before the next one, so that a cut costs one member at most.
 """
 
-import gzip
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import sys
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raytrain_brats import s3, storage
 from raytrain_brats.cli import Uri, entry
+from raytrain_brats.data import gunzip
 from raytrain_brats.errors import RunFailed, UserError
 
 STATE = "download.json"
@@ -190,15 +188,12 @@ def check_gzip(content: bytes) -> None:
     """Hold a .gz against its own checksums, within a cap on what it unpacks to. Raises ArchiveError."""
     unpacked, most = 0, max(MAX_MEMBER_BYTES, MAX_RATIO * len(content))
     try:
-        with gzip.open(io.BytesIO(content)) as file:
-            while chunk := file.read(1 << 20):
-                unpacked += len(chunk)
-                if unpacked > most:
-                    raise ArchiveError(f"{len(content):,} bytes unpack to more than {most:,}")
-    except (OSError, EOFError, zlib.error) as error:
+        for piece in gunzip.pieces(content):
+            unpacked += len(piece)
+            if unpacked > most:
+                raise ArchiveError(f"{len(content):,} bytes unpack to more than {most:,}")
+    except gunzip.Damaged as error:
         raise ArchiveError(f"its gzip stream is damaged or cut off ({error})") from error
-    if not content:
-        raise ArchiveError("it is empty")
 
 
 def work(args: Args) -> None:

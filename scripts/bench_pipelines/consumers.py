@@ -21,8 +21,8 @@ from typing import Any
 import ray
 
 from raytrain_brats.data import stream
-from raytrain_brats.data.boxes import PatchSpec, decode
 from raytrain_brats.data.manifest import Case
+from raytrain_brats.data.patch import PatchSpec, decode
 from raytrain_brats.data.preprocess import Prepared
 from raytrain_brats.data.store import Source
 from raytrain_brats.data.stream import StreamSpec
