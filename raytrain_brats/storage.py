@@ -230,7 +230,7 @@ class Listing:
 
 
 def listing(uri: str) -> Listing:
-    """Everything below a folder, for the price of one listing."""
+    """Everything below a folder, by one listing."""
     found: dict[str, tuple[int, str]] = {}
     unreadable: dict[str, str] = {}
     if is_s3(uri):
