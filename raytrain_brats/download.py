@@ -1,4 +1,4 @@
-"""Fetch a public data set: `raytrain-brats download --out URI`, MSD Task01_BrainTumour by default.
+"""Fetch MSD Task01_BrainTumour: `raytrain-brats download --out URI`.
 
 In: a tar in a public bucket, read in ranges, without credentials (another endpoint by AWS_ENDPOINT_URL).
 Out: its images, labels and dataset.json, local or on s3://, and `download.json` beside them: where each came from, its
@@ -17,7 +17,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from raytrain_brats import s3, storage
 from raytrain_brats.cli import Uri, entry
@@ -47,26 +47,25 @@ class Published:
     licence: str
 
 
-SOURCES = {
-    "msd": Published(
-        "s3://msd-for-monai/Task01_BrainTumour.tar",
-        "us-west-2",
-        "240a19d752f0d9e9101544901065d872",  # as MONAI's DecathlonDataset has it
-        "Task01_BrainTumour",
-        re.compile(r"(imagesTr|labelsTr|imagesTs)/BRATS_\d{3}\.nii\.gz|dataset\.json", re.ASCII),
-        "Medical Segmentation Decathlon, CC-BY-SA 4.0",
-    )
-}
+TASK01 = Published(
+    "s3://msd-for-monai/Task01_BrainTumour.tar",
+    "us-west-2",
+    "240a19d752f0d9e9101544901065d872",  # as MONAI's DecathlonDataset has it
+    "Task01_BrainTumour",
+    re.compile(r"(imagesTr|labelsTr|imagesTs)/BRATS_\d{3}\.nii\.gz|dataset\.json", re.ASCII),
+    "Medical Segmentation Decathlon, CC-BY-SA 4.0",
+)
 
 
 @dataclass(frozen=True)
 class Args:
-    """Stream a public data set's archive and write its files as they arrive; the same command again goes on."""
+    """Stream Task01_BrainTumour of the Medical Segmentation Decathlon, 7 GB, and write its files as they arrive.
+
+    The same command again goes on.
+    """
 
     out: Uri
     """Folder for imagesTr/, labelsTr/, imagesTs/ and dataset.json (local or s3://)."""
-    source: Literal["msd"] = "msd"
-    """msd: Task01_BrainTumour of the Medical Segmentation Decathlon, 7 GB."""
 
 
 @dataclass
@@ -197,7 +196,7 @@ def check_gzip(content: bytes) -> None:
 
 
 def work(args: Args) -> None:
-    source, out = SOURCES[args.source], storage.normal(args.out)
+    source, out = TASK01, storage.normal(args.out)
     size, etag = s3.head(source.uri, source.region)  # whether the bucket answers is told at once
     state = _open(out, source, State(source.uri, etag, size))
     os.environ.setdefault(storage.PATIENCE, _PATIENCE_S)  # from here on an outage is waited out
