@@ -124,7 +124,7 @@ def main() -> int:
     over, shown = threading.Event(), set[str]()
 
     def show() -> None:
-        """Print what workers have found, as it comes: a network that hangs must not hide who is well."""
+        """Print what workers have found, as it comes: a network that hangs must not hide which ranks are well."""
         with contextlib.suppress(Exception):  # the cluster is going; `fit` says why
             for key in sorted(set(core.kv_list(settings["key"])) - shown):
                 print((core.kv_get(key) or b"").decode(), flush=True)

@@ -89,7 +89,7 @@ def work(args: Args) -> None:
 
 
 def _demo_places() -> tuple[str, str]:
-    """(folder of phantoms, run folder): never the environment's own, which a run on real cases is to have."""
+    """(folder of phantoms, run folder): never the environment's own, which are for runs on real cases."""
     if beside := default("", "RUN_DIR").rstrip("/"):
         return f"{beside}-demo-phantoms", f"{beside}-demo"
     home = Path(HOME).expanduser()

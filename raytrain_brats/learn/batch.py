@@ -1,6 +1,7 @@
-"""A rank's share of one global step, as tensors: `run.worker` makes it, `TrainStep` consumes it. Runs in a worker.
+"""A rank's share of one global step, as the network's input: normalised, augmented. Runs in a worker.
 
-In: samples on the CPU. Out: normalised, augmented images and region targets on the device.
+In: samples on the CPU, as `run.worker` makes them: raw voxels, statistics, label values, random numbers.
+Out: images and region targets on the training device, float32, for `TrainStep`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from raytrain_brats.config import Augment
-from raytrain_brats.learn.augment import augment, normalise, to_regions
+
+DRAWS = 11
+"""Numbers in [0, 1) that one sample's augmentation uses: 3 flips, 4 scales, 4 shifts."""
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,29 @@ def to_device(
     regions = to_regions(stacked([s.label_zyx for s in samples]), table)
     image, regions = augment(image, regions, [s.augment_draws for s in samples], options)
     return image, regions, torch.tensor([s.weight for s in samples], device=device)
+
+
+def normalise(image_bczyx: Tensor, mean_bc: Tensor, std_bc: Tensor) -> Tensor:
+    """(x - mean) / std where x is not zero; the background stays zero (MONAI's NormalizeIntensity nonzero)."""
+    image = image_bczyx.float()
+    mean, std = (v[..., None, None, None] for v in (mean_bc, std_bc))
+    return torch.where(image != 0, (image - mean) / std, image)
+
+
+def to_regions(label_bzyx: Tensor, table: Tensor) -> Tensor:
+    """(b, 3, z, y, x) float32 from label values and the convention's (3, 256) table."""
+    return table[:, label_bzyx.long()].transpose(0, 1).float()
+
+
+def augment(image: Tensor, regions: Tensor, draws_b: list[list[float]], options: Augment) -> tuple[Tensor, Tensor]:
+    """Flip, scale and shift each sample of normalised (b, c, z, y, x) images by its own draws."""
+    images, targets = [], []
+    for x, y, draws in zip(image, regions, draws_b, strict=True):
+        if options.flip:
+            axes = [axis for axis, u in zip((1, 2, 3), draws[:3], strict=True) if u < 0.5]
+            x, y = x.flip(axes), y.flip(axes)
+        scale = 1 + options.scale * (2 * x.new_tensor(draws[3:7])[:, None, None, None] - 1)
+        shift = options.shift * (2 * x.new_tensor(draws[7:11])[:, None, None, None] - 1)
+        images.append(torch.where(x != 0, x * scale + shift, x))
+        targets.append(y)
+    return torch.stack(images), torch.stack(targets)

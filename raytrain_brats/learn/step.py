@@ -26,7 +26,7 @@ from raytrain_brats.config import Config
 from raytrain_brats.labels import region_table
 from raytrain_brats.learn import tree_reduce
 from raytrain_brats.learn.batch import Batch, TensorSample, to_device
-from raytrain_brats.learn.inference import amp_dtype, autocast
+from raytrain_brats.learn.inference import amp_dtype
 from raytrain_brats.learn.model import build_network, build_optimiser, learning_rate, sample_losses
 
 
@@ -171,7 +171,7 @@ class TrainStep:
         enter("forward")
         began = self._now()
         image, regions, weights = to_device(samples, self.table, self.device, self.config.train.augment)
-        with autocast(self.device, self.precision):
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
             logits = self.parallel(image)
         total = (sample_losses(logits, regions) * weights).sum()
         weighed = torch.stack([weights.sum(), total.detach()]).double()

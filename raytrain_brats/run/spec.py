@@ -18,9 +18,9 @@ from raytrain_brats.config import Config, differences, load, parse, patch_diviso
 from raytrain_brats.config import described as described_recipe
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
-from raytrain_brats.data.boxes import PatchSpec
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import InvalidCase, background_warning
+from raytrain_brats.data.patch import PatchSpec
 from raytrain_brats.data.sampler import ORDER, Sampler
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError

@@ -17,8 +17,7 @@ import torch
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import draw, fingerprint
 from raytrain_brats.data.stream import open_shard, rank_rows, rank_steps, read_ahead
-from raytrain_brats.learn.augment import DRAWS
-from raytrain_brats.learn.batch import Batch, TensorSample
+from raytrain_brats.learn.batch import DRAWS, Batch, TensorSample
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.run.cadence import CHECKPOINT, VALIDATE

@@ -96,7 +96,7 @@ def work(args: Args) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """A launch that was checked."""
+    """A launch whose options were checked."""
 
     args: Args
     run_dir: str

@@ -119,7 +119,7 @@ def check_workers(config: Config, kind: str, number: int) -> str:
 
 
 def check_request(operation: str, request: dict[str, Any]) -> None:
-    """Hold a request against botocore's model of SageMaker. Raises UserError naming the option and what is allowed.
+    """Check a request against botocore's model of SageMaker. Raises UserError naming the option and what is allowed.
 
     botocore itself has checked names, types and lower bounds before; not patterns, choices and upper bounds.
     """

@@ -47,7 +47,7 @@ def poll_often() -> None:
         poller._every_s = 0.05
         poll_all(poller)
 
-    checkpoint_request.RequestPoller._poll_all = _poll_all
+    checkpoint_request.RequestPoller._poll_all = _poll_all  # type: ignore[method-assign, assignment]
 
 
 @dataclass

@@ -15,9 +15,8 @@ import ray
 from raytrain_brats import messages
 from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data import stream
-from raytrain_brats.data.boxes import PatchSpec
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.patch import Patch
+from raytrain_brats.data.patch import Patch, PatchSpec
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source, put

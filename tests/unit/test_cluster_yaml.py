@@ -387,7 +387,7 @@ def test_all_that_is_missing_is_told_at_once(account: Account, monkeypatch: pyte
 
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(NotReadyError, match=r"(?s)_DATA=s3.*AWS does not know you .*aws configure"):
+    with pytest.raises(NotReadyError, match=r"(?s)_DATA=s3.*AWS does not accept your credentials .*aws configure"):
         filled("p4d.yaml")
 
 

@@ -15,10 +15,9 @@ from ray.data import DataContext
 
 from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data import stream
-from raytrain_brats.data.boxes import Buffer, PatchSpec, bounding_boxes, decode, encode
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase, Volume
-from raytrain_brats.data.patch import Patch
+from raytrain_brats.data.patch import Buffer, Patch, PatchSpec, bounding_boxes, decode, encode
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.sampler import Sample, Sampler, draw
 from raytrain_brats.data.store import Source, put

@@ -37,7 +37,6 @@ ATTRIBUTES = {
         "_internal_kv_put",
         "_internal_kv_get",
         "_internal_kv_list",
-        "_internal_kv_exists",
         "_internal_kv_initialized",
     ),
     "ray.core.generated.node_manager_pb2_grpc:NodeManagerServiceStub": (),
@@ -81,10 +80,6 @@ def kv_get(key: str) -> bytes | None:
 
 def kv_list(prefix: str) -> list[str]:
     return [key.decode() for key in internal_kv._internal_kv_list(prefix.encode(), namespace=NAMESPACE)]
-
-
-def kv_exists(key: str) -> bool:
-    return bool(internal_kv._internal_kv_exists(key.encode(), namespace=NAMESPACE))
 
 
 def keep_own_signals() -> None:

@@ -1,8 +1,10 @@
-"""Private names of Ray Train: its controller's callbacks and states, how it counts the workers that are possible.
+"""Private names of Ray Train: its controller's callbacks and states, how it counts possible workers, its torch backend.
 
-In: Ray Train's controller. Out: base classes; a policy that counts given nodes. Runs in Ray Train's controller.
+In: Ray Train's controller; an address and a rank. Out: base classes; a policy that counts given nodes; a process group
+that workers join and leave. Runs in Ray Train's controller, and in workers.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -49,6 +51,12 @@ ATTRIBUTES = {
         "DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S",
     ),
     "ray.train:ScalingConfig()": ("_resources_per_worker_not_none",),
+    "ray.train.torch.config": (
+        "TorchConfigContextManager",
+        "_set_torch_distributed_env_vars",
+        "_setup_torch_process_group",
+        "_shutdown_torch",
+    ),
 }
 _reserved = ElasticScalingPolicy._get_reserved_resources
 _decide = ElasticScalingPolicy.make_decision_for_running_worker_group
@@ -116,3 +124,30 @@ def count_on(
 
     ElasticScalingPolicy._get_reserved_resources = reserved  # type: ignore
     ElasticScalingPolicy.make_decision_for_running_worker_group = decide  # type: ignore
+
+
+# Called in workers, and only there the torch backend is imported: it imports torch.
+
+
+def on_device() -> Any:
+    """A context in which the worker's GPU, if it has one, is torch's default."""
+    from ray.train.torch import config
+
+    return config.TorchConfigContextManager()
+
+
+def join(address: str, port: int, backend: str, rank: int, world_size: int, timeout_s: int) -> None:
+    """Make this process a rank of the process group whose rank 0 listens at `address`."""
+    from ray.train.torch import config
+
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    config._set_torch_distributed_env_vars()
+    config._setup_torch_process_group(
+        backend=backend, world_rank=rank, world_size=world_size, init_method="env://", timeout_s=timeout_s
+    )
+
+
+def leave(several: bool) -> None:
+    from ray.train.torch import config
+
+    config._shutdown_torch(destroy_process_group=several)
