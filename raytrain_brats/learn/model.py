@@ -8,8 +8,10 @@ instance norm, and the loss is one number per sample.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
+import torch.utils.deterministic
 from monai.losses.dice import DiceLoss
 from monai.networks.nets.dynunet import DynUNet
 from monai.networks.nets.segresnet import SegResNet
@@ -19,12 +21,15 @@ from torch.nn import functional
 from raytrain_brats.config import Config, DynUNetOptions, Optimiser
 from raytrain_brats.labels import MODALITIES, REGIONS
 
+torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+"""Else every buffer that is about to be written is filled first in `exact` mode; nothing here reads one before that."""
+
 
 def build_network(config: Config) -> nn.Module:
     """(b, 4, z, y, x) -> (b, 3, z, y, x) logits of WT, TC, ET; the same initial weights for the same seed."""
     options = config.network
-    with torch.random.fork_rng():
-        torch.manual_seed(config.train.seed)
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU; the GPUs' states are not ours to read
+        torch.default_generator.manual_seed(config.train.seed)
         if isinstance(options, DynUNetOptions):
             depth = len(options.filters)
             network: nn.Module = DynUNet(
@@ -36,6 +41,8 @@ def build_network(config: Config) -> nn.Module:
                 upsample_kernel_size=[2] * (depth - 1),
                 filters=options.filters,
                 norm_name=("INSTANCE", {"affine": True}),
+                # In place it would change a view that instance norm made, and autograd then copies each activation.
+                act_name=("leakyrelu", {"inplace": False, "negative_slope": 0.01}),
                 res_block=False,
             )
         else:
@@ -46,7 +53,41 @@ def build_network(config: Config) -> nn.Module:
                 blocks_down=options.blocks_down,
                 blocks_up=options.blocks_up,
             )
+            _keep_precision(network)
     return network
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm in the precision of its input. (autocast takes it to float32, and with it all that follows up to the
+    next convolution: twice the bytes to move and to keep for backward.) Its sums are float32 all the same."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name of it
+        half = input.dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(input.device.type, enabled=False) if half else nullcontext():
+            # GPUs want weights of the input's type; the cast is differentiable, so gradients arrive in float32
+            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+            return functional.group_norm(input, self.num_groups, weight, bias, self.eps)
+
+
+class Upsample(nn.Upsample):
+    """Interpolation whose result has the precision of its input. Autocast computes it in float32, and that stays: its
+    backward adds 64 values by atomic additions in the result's own type, of which bfloat16 is slow on A100."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return super().forward(input).to(input.dtype)
+
+
+def _keep_precision(network: nn.Module) -> None:
+    """Put our classes in the place of torch's; names and parameters stay, and so do checkpoints."""
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.GroupNorm:
+                norm = GroupNorm(child.num_groups, child.num_channels, child.eps)
+                norm.weight, norm.bias = child.weight, child.bias
+                setattr(parent, name, norm)
+            elif type(child) is nn.Upsample:
+                factor, corners = child.scale_factor, child.align_corners
+                setattr(parent, name, Upsample(None, factor, child.mode, corners))
 
 
 _dice = DiceLoss(sigmoid=True, squared_pred=True, smooth_nr=1e-5, smooth_dr=1e-5, reduction="none", batch=False)

@@ -17,8 +17,9 @@ from ray.train.backend import Backend, BackendConfig
 from raytrain_brats.ray_ext.internals import train as ray_train
 
 _logger = logging.getLogger(__name__)
-TIMEOUT_S = 1800
-"""Of a collective operation, as in `TorchConfig`."""
+TIMEOUT_S = 1000
+"""Of a collective operation: the net behind the hang detector, which names the rank that the others wait for. So it is
+longer than that one's patience with any rank (900 s, in a validation), and shorter than TorchConfig's half an hour."""
 
 
 @dataclass

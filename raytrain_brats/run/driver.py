@@ -117,7 +117,7 @@ def _trainer(spec: RunSpec, needed: cluster.Resources, token: str, run_id: str) 
     train_nodes = roles.part("train").selector
     pool = warm_pool.WarmPool(partial(checkpoint_request.training, spec.run_dir))
     callbacks: list[Any] = [
-        FailureLogger(spec.run_dir, token),
+        FailureLogger(spec.run_dir, token, spec.config),
         elastic.LiveNodesPolicy(elastic.tag(spec.run_dir), pool),
         CheckpointBeforeResize(spec.run_dir, needed.low if needed.low < needed.high else 0, resources, train_nodes),
         pool,

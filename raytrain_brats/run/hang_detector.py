@@ -7,6 +7,7 @@ again from the newest checkpoint. Without this all others wait for a hung rank i
 
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -53,9 +54,12 @@ class RankStatus:
         return int(self.report["rank"])
 
     @property
-    def progress(self) -> tuple[int, int]:
-        """(samples seen, number of the phase): the others wait for the rank whose progress is least."""
-        return self.report["samples_seen"], PHASES.index(self.report["phase"])
+    def progress(self) -> tuple[int, int, float]:
+        """(samples seen, number of the phase, step that its GPU is at): the others wait for the rank whose progress is
+        least. Where all hosts wait in `reduce`, it is the one whose GPU has its own work still to do."""
+        device_at = self.report.get("device_at")
+        at = math.inf if device_at is None else device_at
+        return self.report["samples_seen"], PHASES.index(self.report["phase"]), at
 
 
 def updated(status: RankStatus | None, report: dict[str, Any], now_s: float) -> RankStatus:

@@ -55,7 +55,7 @@ class Heartbeat:
         while True:
             over, timer = self._over.is_set(), self._timer
             now = {"beats": beats, "entries": timer.entries, "phase": timer.phase, "samples_seen": timer.samples_seen}
-            now["updates"] = timer.updates
+            now |= {"updates": timer.updates, "device_at": timer.device_at()}
             with contextlib.suppress(Exception):  # the head may not answer for a while; the next beat tries again
                 core.kv_put(self._key, json.dumps(self._about | now).encode())
             if over:

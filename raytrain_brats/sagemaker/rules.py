@@ -70,7 +70,7 @@ def has_local_disks(kind: str) -> bool:
 def about(kind: str) -> str:
     """What to know of a type before paying for it; mostly nothing."""
     if kind.startswith("ml.p3"):
-        return f"{kind}: V100 needs an image with torch for CUDA 12.6 (docs/sagemaker.md, images)"
+        return f"{kind}: V100 needs an image with torch 2.8.0 for CUDA 12.6 (docs/sagemaker.md, images)"
     return ""
 
 

@@ -20,10 +20,18 @@ from tests.support.steps import CPU, spec
 
 
 def life(
-    rank: int, phase: str, seen: int = 40, beaten_s: float = 0.0, moved_s: float = 0.0, of: int = 2, updates: int = 1
+    rank: int,
+    phase: str,
+    seen: int = 40,
+    beaten_s: float = 0.0,
+    moved_s: float = 0.0,
+    of: int = 2,
+    updates: int = 1,
+    device_at: int | None = None,
 ) -> RankStatus:
     """What the driver knows of a rank; the times are how long ago, at moment 1000."""
     about = {"rank": rank, "world_size": of, "phase": phase, "samples_seen": seen, "generation": 1, "pid": rank}
+    about |= {"device_at": device_at}
     return RankStatus(about | {"beats": 5, "entries": 9, "updates": updates}, 1000 - beaten_s, 1000 - moved_s)
 
 
@@ -75,6 +83,53 @@ def test_a_rank_waits_for_the_others_in_a_phase_of_its_own(tmp_path: Path, monke
     timer.enter("validate")
     validate(run_spec, train_step, 1, 0, timer.enter)
     assert waits == ["ready", "gather"]
+
+
+class Event:
+    """Stands for torch.cuda.Event, which needs a GPU; these tests are of the logic alone."""
+
+    reached = False
+
+    def query(self) -> bool:
+        return self.reached
+
+
+def test_a_rank_whose_gpu_is_behind_is_the_one() -> None:
+    """Hosts run ahead of GPUs, so all wait in `reduce`: the rank with work of its own still to do, in the earliest
+    step. Hosts in different phases say more than that, and with all work done everywhere all are at fault."""
+    assert named(life(0, "reduce", moved_s=21), life(1, "reduce", moved_s=21, device_at=40)) == [1]
+    late = [life(0, "reduce", moved_s=21, device_at=36), life(1, "reduce", moved_s=21, device_at=40)]
+    assert named(*late) == [0]
+    assert named(life(0, "reduce", moved_s=19), life(1, "reduce", moved_s=19, device_at=40)) == []
+    assert named(life(0, "data", moved_s=400), life(1, "reduce", moved_s=400, device_at=40)) == [0]
+    assert named(life(0, "reduce", moved_s=21), life(1, "reduce", moved_s=21)) == [0, 1]
+
+
+def test_a_timer_knows_the_step_that_the_device_is_at() -> None:
+    """The earliest step whose event is not reached; nothing where there are no events, or the device has failed."""
+    timer, events = PhaseTimer(), [Event() for _ in range(3)]
+    assert timer.device_at() is None
+    for seen, event in zip((40, 44, 48), events, strict=True):
+        timer.enter("backward", seen)
+        timer.own_work_until(event)
+        assert timer.device_at() == 40
+    events[0].reached = True
+    assert timer.device_at() == 44
+    events[1].reached = events[2].reached = True
+    assert timer.device_at() is None
+    for seen in range(52, 152, 4):  # events that are reached are let go
+        timer.enter("backward", seen)
+        timer.own_work_until(event := Event())
+        event.reached = True
+    assert len(timer._own_work) == 1
+
+    class Failed(Event):
+        def query(self) -> bool:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    timer._own_work.clear()
+    timer._own_work.append((0, Failed()))
+    assert timer.device_at() is None
 
 
 def test_a_rank_without_beats_is_the_one_whatever_it_did() -> None:
