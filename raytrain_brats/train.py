@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_brats import config, storage
+from raytrain_brats.cases import recipe as recipes
 from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry, run_folder, show_skipped
 from raytrain_brats.errors import UserError
 from raytrain_brats.monitoring import cost
@@ -56,7 +57,7 @@ def work(args: Args) -> None:
     overrides = args.set + ((f"run.workers={args.workers!r}",) if args.workers else ())
     data, store = cases_from(args.data, args.store)
     real = bool(data or store)
-    recipe = spec.recipe_for(default(args.recipe, "RECIPE") if real else args.recipe, data, store)
+    recipe = recipes.recipe_for(default(args.recipe, "RECIPE") if real else args.recipe, data, store)
     settings = config.load(recipe, overrides)
     if real:
         run_dir = run_folder(args.run_dir)
@@ -76,7 +77,7 @@ def work(args: Args) -> None:
         return
     with lease.hold(run_spec.run_dir) as held:
         print(config.described(recipe, settings))
-        for warning in spec.warnings(settings, run_spec.manifest, run_spec.source):
+        for warning in recipes.warnings(settings, run_spec.manifest, run_spec.source):
             print(warning, file=sys.stderr)
         show_skipped(run_spec.manifest.skipped)
         cost.prices()  # refused now, not amid the run
