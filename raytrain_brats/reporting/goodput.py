@@ -101,6 +101,31 @@ def recoveries(events: Sequence[Row]) -> list[Recovery]:
     return found
 
 
+def recovery_parts(events: Sequence[Row], imported: tuple[float, float], reached: Sequence[float]) -> dict[str, Any]:
+    """What the event `recovered` says: where the time from a failure, resize or launch to the first applied step went.
+
+    The parts add up to `total_s`. `imported` is when the worker's process began and ended its imports (long before, if
+    it was a warm one); `reached` is when it entered the training function, was ready, had its first batch, had applied
+    its first step.
+    """
+    last = max((n for n, e in enumerate(events) if e["event"] == "recovered"), default=-1)
+    causes = [e for e in events[last + 1 :] if e["event"] in ("launch", "failure", "resize", "preemption")]
+    launches = [e for e in causes if e["event"] == "launch"]  # a driver that was killed wrote no event
+    cause = (launches[-1:] or causes[:1] or [{"event": "unknown", "time": reached[0]}])[0]
+    noticed, entered = cause["time"], max(reached[0], cause["time"])
+    detect_s = max(0.0, cause.get("seconds", noticed - cause.get("last_row", noticed)))
+    on_the_way = max(0.0, min(imported[1], entered) - max(imported[0], noticed))
+    parts = {
+        "detect_s": detect_s,
+        "reschedule_s": entered - noticed - on_the_way,
+        "import_s": on_the_way + reached[1] - entered,
+        "first_batch_s": reached[2] - reached[1],
+        "first_step_s": reached[3] - reached[2],
+    }
+    rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
+    return {"cause": cause["event"], **rounded, "total_s": round(sum(rounded.values()), 3)}
+
+
 def _number(row: Row, key: str, otherwise: float = math.nan) -> float:
     value = row.get(key)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else otherwise

@@ -24,7 +24,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -183,35 +182,3 @@ def _contents(run_dir: str, name: str) -> list[bytes]:
 
 def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def snapshot(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-    """Copies on the CPU, which later steps do not change."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-class Writer:
-    """Runs one save at a time, in a thread beside the training."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: Future[None] | None = None
-
-    def start(self, write: Callable[[], None]) -> None:
-        """Run `write` in the background, after the one before; raises that one's exception."""
-        self.wait()
-        self._running = self._thread.submit(write)
-
-    def busy(self) -> bool:
-        return self._running is not None and not self._running.done()
-
-    def wait(self) -> None:
-        """Wait until the running save has ended; raises its exception."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
-
-    def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self.wait()
-        self._thread.shutdown()

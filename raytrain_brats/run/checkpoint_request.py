@@ -9,13 +9,13 @@ For a resize Ray kills the workers in the middle of a step; without this all wor
 
 import contextlib
 import json
-import threading
 import time
 from typing import Any
 
 from raytrain_brats import storage
 from raytrain_brats.errors import UserError
 from raytrain_brats.run import control, journal
+from raytrain_brats.run.repeated import Repeated
 from raytrain_brats.run.run_dir import RunDir
 
 TIMEOUT_S = 30.0
@@ -59,17 +59,17 @@ def request(run_dir: str, what: int) -> bool:
     return False
 
 
-class RequestPoller:
+class RequestPoller(Repeated):
     """Rank 0 reads requests in a thread: slow or unreachable storage must not delay a step."""
 
+    EVERY_S, EVERY_S3_S = 0.5, 5.0
+
     def __init__(self, run_dir: str, generation: int) -> None:
+        super().__init__("requests", self._read, self.EVERY_S3_S if storage.is_s3(run_dir) else self.EVERY_S, 0.0)
         self._document, self._generation = RunDir(run_dir).save_request, generation
-        self._every_s = 5.0 if storage.is_s3(run_dir) else 0.5
         self._request: dict[str, Any] = {}
-        self._closed = threading.Event()
         self.answered = 0.0
         """Time of the last request that `poll` returned, which identifies it."""
-        threading.Thread(target=self._poll_all, name="requests", daemon=True).start()
 
     def poll(self) -> int:
         """SAVE or HOLD when there is a new request to this worker group, else 0."""
@@ -79,13 +79,9 @@ class RequestPoller:
         self.answered = request["time"]
         return int(request["what"])
 
-    def close(self) -> None:
-        self._closed.set()
-
-    def _poll_all(self) -> None:
-        while not self._closed.wait(self._every_s):
-            with contextlib.suppress(OSError, UserError):  # storage may be unreachable for a while
-                self._request = _parsed(self._document.read()) or self._request
+    def _read(self) -> None:
+        with contextlib.suppress(OSError, UserError):  # storage may be unreachable for a while
+            self._request = _parsed(self._document.read()) or self._request
 
 
 def _parsed(content: bytes | None) -> dict[str, Any]:

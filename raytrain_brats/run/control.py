@@ -1,10 +1,11 @@
-"""The state of each worker group that decisions depend on: `groups/NNNN.json`, changed by compare-and-swap.
+"""What decisions about worker groups depend on, in documents that change by compare-and-swap: `generation.json` and
+`groups/NNNN.json`. Runs in workers, the controller and the driver.
 
-In: changes by rank 0 (trains, saved, answered a request, rolled back, stopped) and by the controller (failed).
-Out: a `GroupStatus` for the processes that decide: driver, controller, the next group. Events report the same and
-decide nothing. Runs in workers, the controller and the driver.
+In: changes of a group by rank 0 (trains, saved, answered a request, rolled back, stopped) and the controller (failed).
+Out: the current `Generation`, and a `GroupStatus` for whoever decides: driver, controller, the next group. Events
+report the same and decide nothing.
 
-Each group has its own document, so that a replaced group that is still alive cannot keep others from writing theirs.
+Each group has its own status, so that a replaced group that is still alive cannot keep others from writing theirs.
 """
 
 import json
@@ -15,11 +16,44 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from raytrain_brats import storage
+from raytrain_brats.run.repeated import Repeated
 from raytrain_brats.run.run_dir import RunDir
 
 _logger = logging.getLogger(__name__)
 _TRIES = 20
 """Rank 0 and the controller are the only writers of a document; each loses a few times at most."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One start of a worker group, and the state it starts from. Written by the controller, read by every rank."""
+
+    number: int
+    samples_seen: int = 0
+    checkpoint: str | None = None
+    failures_in_place: int = 0
+    """Failures in a row without a new checkpoint in between; too many end the run. A resize is no failure."""
+    bad_in_epoch: int = 0
+    """Samples of the current epoch whose case is invalid."""
+    fence: int = 0
+    """Number of the newest group that was begun, even if its start is not decided yet: older ones may not write."""
+    rolled_back_from: int = -1
+    """Position from which steps were not finite."""
+    roll_backs: int = 0
+    """How often groups were rolled back from there."""
+    driver: str = ""
+    """Token of the driver's lease: no other driver may begin a group."""
+
+
+def read_generation(run_dir: str) -> tuple[bytes | None, Generation | None]:
+    """(content, parsed content) of generation.json; None when there is none. `journal` writes it."""
+    document = RunDir(run_dir).generation
+    content = document.read()
+    return content, document.parsed(content, Generation)
+
+
+def current(run_dir: str) -> Generation | None:
+    return read_generation(run_dir)[1]
 
 
 @dataclass(frozen=True)
@@ -64,41 +98,29 @@ def newest(run_dir: str) -> int:
     return max((int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()), default=0)
 
 
-class StatusWriter:
+class StatusWriter(Repeated):
     """Writes rank 0's changes in a thread, in order: slow or unreachable storage must not delay a step."""
 
-    def __init__(self, run_dir: str, generation: int) -> None:
+    def __init__(self, run_dir: str, generation: int, patience_s: float = 5.0) -> None:
+        super().__init__("group-status", self._write, 60.0, patience_s)
         self._run_dir, self._generation = run_dir, generation
         self._waiting: dict[str, Any] = {}
-        self._lock, self._wake, self._closed = threading.Lock(), threading.Event(), False
-        self._thread = threading.Thread(target=self._write_all, name="group-status", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
 
     def note(self, **changes: Any) -> None:
         with self._lock:
             self._waiting |= changes
-        self._wake.set()
+        self.wake()
 
-    def close(self, patience_s: float = 5.0) -> None:
-        """Returns when all is written, or after `patience_s`."""
-        self._closed = True
-        self._wake.set()
-        self._thread.join(patience_s)
-
-    def _write_all(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
+    def _write(self) -> None:
+        """Returns when all is written."""
+        while self._waiting:
             with self._lock:
                 changes, self._waiting = self._waiting, {}
-            while changes:
-                try:
-                    note(self._run_dir, self._generation, **changes)
-                    changes = {}
-                except Exception as error:  # noqa: BLE001 - whatever it was, all later changes wait for this thread
-                    _logger.warning("the status of worker group %d is not written yet: %s", self._generation, error)
-                    time.sleep(1)
-                    with self._lock:
-                        changes, self._waiting = changes | self._waiting, {}
-            if self._closed and not self._waiting:
-                return
+            try:
+                note(self._run_dir, self._generation, **changes)
+            except Exception as error:  # noqa: BLE001 - whatever it was, all later changes wait for this thread
+                _logger.warning("the status of worker group %d is not written yet: %s", self._generation, error)
+                with self._lock:
+                    self._waiting = changes | self._waiting
+                time.sleep(1)

@@ -21,13 +21,14 @@ from typing import Any
 
 from raytrain_brats import storage
 from raytrain_brats.books import SEGMENT_BYTES, SEGMENT_S
+from raytrain_brats.run.repeated import Repeated
 from raytrain_brats.run.run_dir import RunDir
 
 _logger = logging.getLogger(__name__)
 _MOST_WAITING = 10_000
 """Lines kept while the storage is away; later ones are dropped."""
-_GATHER_S = 1.0
-"""On S3 a worker puts the events of this long at once."""
+_EVERY_S = 1.0
+"""On S3 a worker puts the events of this long at once; what could not be written is tried again so often."""
 
 Line = str | Callable[[], str]
 """A late one is made by whoever writes it."""
@@ -40,16 +41,17 @@ class _Log:
         self._folder = RunDir(run_dir).events
         self._lock, self._storing = threading.Lock(), threading.Lock()
         self._waiting: list[Line] = []
-        self._thread: threading.Thread | None = None
-        self._wake, self._over = threading.Event(), threading.Event()
+        self.writer: Repeated | None = None
+        """The thread that stores what is added; without one, whoever adds does."""
         self._uri, self._text, self._bytes, self._begun = "", "", 0, 0.0
 
     def add(self, kind: str, line: Line) -> None:
         with self._lock:
             if len(self._waiting) < _MOST_WAITING:
                 self._waiting.append(line)
-        if self._thread:
-            self._wake.set()
+        if self.writer:
+            if not storage.is_s3(self._folder):  # there the events of a second are put at once
+                self.writer.wake()
             return
         try:
             self.store()
@@ -94,36 +96,6 @@ class _Log:
                     self._uri = ""
             raise
         self._bytes += len(text)
-
-    def begin_thread(self) -> None:
-        self._over.clear()
-        self._thread = threading.Thread(target=self._store_all, name="events", daemon=True)
-        self._thread.start()
-
-    def end_thread(self, patience_s: float) -> None:
-        """Returns when all is written, or after `patience_s`."""
-        thread = self._thread
-        self._over.set()
-        self._wake.set()
-        if thread:
-            thread.join(patience_s)
-            self._thread = thread if thread.is_alive() else None
-        if self._thread is None:  # what was added while the thread wrote for the last time
-            with contextlib.suppress(OSError):
-                self.store()
-
-    def _store_all(self) -> None:
-        gather_s = _GATHER_S if storage.is_s3(self._folder) else 0.0
-        while not self._over.is_set():
-            self._wake.wait()
-            self._over.wait(gather_s)
-            self._wake.clear()
-            try:
-                self.store()
-            except Exception as error:  # noqa: BLE001 - whatever it was, all later events wait for this thread
-                _logger.warning("events are not written yet: %s", error)
-                if not self._over.wait(1.0):
-                    self._wake.set()
 
 
 def _made(line: Callable[[], str]) -> str:
@@ -178,8 +150,10 @@ def flush(run_dir: str) -> None:
 def in_background(run_dir: str, patience_s: float = 5.0) -> Iterator[None]:
     """Within, `event` only hands over. At the end all is written, or given up after `patience_s`."""
     log = _log(run_dir)
-    log.begin_thread()
     try:
-        yield
+        with Repeated("events", log.store, _EVERY_S, patience_s) as log.writer:
+            yield
     finally:
-        log.end_thread(patience_s)
+        if log.writer and not log.writer.alive:
+            log.writer = None
+            flush(run_dir)  # what was added while the thread wrote for the last time

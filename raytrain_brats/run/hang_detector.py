@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from raytrain_brats.ray_ext.internals import core
 from raytrain_brats.run import journal
 from raytrain_brats.run.heartbeat import PREFIX
 from raytrain_brats.run.phase_timer import PHASES
+from raytrain_brats.run.repeated import Repeated
 from raytrain_brats.run.run_dir import RunDir
 
 _logger = logging.getLogger(__name__)
@@ -92,34 +92,19 @@ def find_hung(ranks: Sequence[RankStatus], now_s: float, timeout_s: float, longe
     return last if all(now_s - rank.moved_s > limit_s for rank in last) else []
 
 
-class HangDetector:
-    """Checks once a second, in a thread of the driver, for the time of a `with` block."""
+class HangDetector(Repeated):
+    """Checks once a second, in a thread, for the time of a `with` block."""
 
     def __init__(self, run_dir: str, run_id: str, timeout_s: float) -> None:
+        super().__init__("hang detector", self._check, 1.0)
         self._run_dir, self._run_id, self._timeout_s = run_dir, run_id, timeout_s
         self._ranks: dict[int, RankStatus] = {}
         self._generation, self._ended, self._longest_s = 0, 0, 0.0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._check_all, name="hang-detector", daemon=True)
 
-    def __enter__(self) -> "HangDetector":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._done.set()
-        self._thread.join(timeout=5)
-
-    def _check_all(self) -> None:
-        while not self._done.wait(1.0):
-            try:
-                self._check(time.monotonic())
-            except Exception as error:  # noqa: BLE001 - whatever the cause, the next check must run
-                _logger.warning("cannot look for ranks that hang just now: %s", error)
-
-    def _check(self, now_s: float) -> None:
+    def _check(self) -> None:
         if not core.kv_ready():  # Ray shuts down
             return
+        now_s = time.monotonic()
         read = [json.loads(core.kv_get(key) or b"null") for key in core.kv_list(f"{PREFIX}{self._run_id}/")]
         reports = [report for report in read if report]
         newest = max((report["generation"] for report in reports), default=0)

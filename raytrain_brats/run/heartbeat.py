@@ -6,59 +6,47 @@ Out: a line per rank in the cluster's key-value store, which the driver's hang d
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import os
 import signal
 import tempfile
-import threading
+from collections.abc import Iterator
 from typing import Any
 
 import ray
 
 from raytrain_brats.ray_ext.internals import core
 from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.rank import Rank
+from raytrain_brats.run.repeated import Repeated
 
 PREFIX = "heartbeat/"
 """Keys in the cluster's key-value store are `heartbeat/<run id>/<rank>`."""
 BEAT_S = 1.0
 
 
-class Heartbeat:
-    """Runs in its own thread, so a blocked rank still reports, and a stopped process does not."""
+@contextlib.contextmanager
+def heartbeat(timer: PhaseTimer, run_id: str, generation: int, rank: Rank, run_dir: str = "") -> Iterator[None]:
+    """Report within a `with` block, by a thread: so a blocked rank still reports, and a stopped process does not."""
+    beats = itertools.count()
+    about: dict[str, Any] = {"generation": generation, "rank": rank.number, "world_size": rank.world_size}
+    about |= {"pid": os.getpid(), "run_dir": run_dir, "node": ray.get_runtime_context().get_node_id()}
 
-    def __init__(
-        self, timer: PhaseTimer, run_id: str, generation: int, rank: int, world_size: int, run_dir: str = ""
-    ) -> None:
-        self._key = f"{PREFIX}{run_id}/{rank}"
-        self._about: dict[str, Any] = {"generation": generation, "rank": rank, "world_size": world_size}
-        self._about |= {"pid": os.getpid(), "run_dir": run_dir, "node": ray.get_runtime_context().get_node_id()}
-        self._timer = timer
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+    def beat() -> None:
+        now = about | {"beats": next(beats), "entries": timer.entries, "updates": timer.updates}
+        now |= {"phase": timer.phase, "samples_seen": timer.samples_seen, "device_at": timer.device_at()}
+        with contextlib.suppress(Exception):  # the head may not answer for a while; the next beat tries again
+            core.kv_put(f"{PREFIX}{run_id}/{rank.number}", json.dumps(now).encode())
 
-    def __enter__(self) -> "Heartbeat":
-        self._stacks = tempfile.TemporaryFile("w")  # it has no name, so a killed rank leaves no file
-        self._about["stacks"] = f"/proc/{os.getpid()}/fd/{self._stacks.fileno()}"
-        faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._timer.enter("end")
-        self._over.set()
-        self._thread.join(2 * BEAT_S)
-        faulthandler.unregister(signal.SIGUSR2)
-        self._stacks.close()
-
-    def _beat(self) -> None:
-        beats = 0
-        while True:
-            over, timer = self._over.is_set(), self._timer
-            now = {"beats": beats, "entries": timer.entries, "phase": timer.phase, "samples_seen": timer.samples_seen}
-            now |= {"updates": timer.updates, "device_at": timer.device_at()}
-            with contextlib.suppress(Exception):  # the head may not answer for a while; the next beat tries again
-                core.kv_put(self._key, json.dumps(self._about | now).encode())
-            if over:
-                return
-            self._over.wait(BEAT_S)
-            beats += 1
+    with tempfile.TemporaryFile("w") as stacks:  # it has no name, so a killed rank leaves no file
+        about["stacks"] = f"/proc/{os.getpid()}/fd/{stacks.fileno()}"
+        faulthandler.register(signal.SIGUSR2, stacks, all_threads=True)
+        try:
+            with Repeated("heartbeat", beat, BEAT_S, 2 * BEAT_S):
+                try:
+                    yield
+                finally:
+                    timer.enter("end")
+        finally:
+            faulthandler.unregister(signal.SIGUSR2)

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_brats.errors import UserError
+from raytrain_brats.run.repeated import Repeated
 from raytrain_brats.run.run_dir import RunDir
 
 TTL_S = 15.0
@@ -66,20 +66,21 @@ class Lease:
             if document.swap(content, self._about()):
                 return
 
-    def keep(self, ttl_s: float, done: threading.Event) -> None:
-        """Renew until `done` is set or the lease is lost."""
+    def renew(self) -> None:
+        """Write that this driver lives, unless another one has taken the lease."""
+        if self.lost:
+            return
         document = RunDir(self.run_dir).lease
-        while not done.wait(ttl_s / 3):
-            try:
-                content = document.read()
-                if content is not None and _parsed(content).get("token") != self.token:
-                    self.lost = _name(_parsed(content))
-                    return
-                self._renewals += 1
-                document.swap(content, self._about())  # if another driver was faster, the next read shows it
-                self.trouble = ""
-            except (OSError, UserError) as error:  # the lease stays ours unless a later read shows another driver
-                self.trouble = str(error)
+        try:
+            content = document.read()
+            if content is not None and _parsed(content).get("token") != self.token:
+                self.lost = _name(_parsed(content))
+                return
+            self._renewals += 1
+            document.swap(content, self._about())  # if another driver was faster, the next read shows it
+            self.trouble = ""
+        except (OSError, UserError) as error:  # the lease stays ours unless a later read shows another driver
+            self.trouble = str(error)
 
     def release(self) -> None:
         """Free the lease, unless another driver has taken it."""
@@ -93,15 +94,12 @@ class Lease:
 @contextlib.contextmanager
 def hold(run_dir: str, ttl_s: float = TTL_S) -> Iterator[Lease]:
     """Hold the run folder's lease for the time of a `with` block. Raises UserError when another driver holds it."""
-    lease, done = Lease(run_dir), threading.Event()
+    lease = Lease(run_dir)
     lease.take(ttl_s)
-    keeper = threading.Thread(target=lease.keep, args=(ttl_s, done), name="lease", daemon=True)
-    keeper.start()
     try:
-        yield lease
+        with Repeated("lease", lease.renew, ttl_s / 3, ttl_s):  # waited for, or it might renew the released lease
+            yield lease
     finally:
-        done.set()
-        keeper.join(ttl_s)  # else it might renew the released lease
         lease.release()
 
 

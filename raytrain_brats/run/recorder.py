@@ -5,12 +5,9 @@ Out: rows, events and checkpoints in the run folder (rank 0), quarantined cases 
 """
 
 import contextlib
-import math
 import os
 import socket
-import statistics
 import time
-from collections import deque
 from typing import Any
 
 import ray.util
@@ -23,106 +20,67 @@ from raytrain_brats.data.patch import Patch
 from raytrain_brats.errors import UserError
 from raytrain_brats.learn.step import StepResult, TrainStep, differing
 from raytrain_brats.ray_ext import warm_pool
-from raytrain_brats.run import checkpoint, events, journal
+from raytrain_brats.reporting import goodput
+from raytrain_brats.run import events, journal
 from raytrain_brats.run.cadence import CHECKPOINT, Cadence
-from raytrain_brats.run.checkpoint import Writer
 from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, SAVE, RequestPoller
 from raytrain_brats.run.control import StatusWriter
 from raytrain_brats.run.gauges import StepGauges
 from raytrain_brats.run.journal import Generation, MetricsLog
 from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.run_dir import RunDir
+from raytrain_brats.run.saver import Save, Saver, snapshot
 from raytrain_brats.run.spec import RunSpec
+from raytrain_brats.run.stragglers import Stragglers
 
 ROLL_BACK_AFTER = 10
 """Steps in a row without a finite loss and gradient."""
 ROLL_BACKS = 2
 """Roll-backs from one position; after that the cause is the data or the settings, not a device."""
-SAVE_PATIENCE_S = 300.0
-"""How long the last checkpoint of a run is retried while the disk is full or the storage unreachable."""
-
-
-class Stragglers:
-    """Finds ranks that need far longer than the others for a sample, by medians, which single outliers do not move.
-
-    The measure is a rank's ratio to the median of the others in the same step. Over a window of steps its median must
-    be far above 1, also compared with its own spread (1.4826 MAD estimates a normal distribution's standard deviation,
-    Hampel 1974, doi 10.1080/01621459.1974.10482962; that of a median of n values is 1.25 / sqrt(n) times it).
-    """
-
-    WINDOW, SLOWER, WELL = 17, 1.5, 1.2
-
-    def __init__(self, world_size: int) -> None:
-        self._recent: list[deque[float]] = [deque(maxlen=self.WINDOW) for _ in range(world_size)]
-        self._flagged: set[int] = set()
-
-    def add(self, seconds: tuple[float, ...]) -> list[tuple[int, float]]:
-        """(rank, times slower than the others) of those found in this step; a rank is found again only after it was
-        well."""
-        found = []
-        for rank, recent in enumerate(self._recent if len(seconds) > 1 else ()):
-            recent.append(seconds[rank] / max(statistics.median(seconds[:rank] + seconds[rank + 1 :]), 1e-9))
-            centre = statistics.median(recent)
-            deviation = 1.4826 * statistics.median(abs(ratio - centre) for ratio in recent)
-            error = 1.25 * deviation / math.sqrt(len(recent))
-            if len(recent) == self.WINDOW and centre > self.SLOWER and centre - 1 > 3 * error:
-                if rank not in self._flagged:
-                    found.append((rank, round(centre, 2)))
-                self._flagged.add(rank)
-            elif centre < self.WELL:
-                self._flagged.discard(rank)
-        return found
 
 
 class RunRecorder:
     """The records of one rank in one worker group. `stopped` is the same on all ranks."""
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        generation: Generation,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        timer: PhaseTimer,
-    ) -> None:
-        self.spec, self.generation, self.rank, self.world_size = spec, generation, rank, world_size
+    def __init__(self, spec: RunSpec, generation: Generation, rank: Rank, timer: PhaseTimer) -> None:
+        self.spec, self.generation, self.rank, self.timer = spec, generation, rank, timer
         self.stopped = False
-        self.timer = timer
+        self._first = rank.number == 0
         self._log = MetricsLog(spec.run_dir, generation)
-        self._writer = Writer()
+        self._saver = Saver(spec, generation, self._log, self._note, self._stop)
         self._bad_in_epoch = generation.bad_in_epoch
         self._skipped: list[int] = []
-        self._requests = RequestPoller(spec.run_dir, generation.number) if rank == 0 else None
-        self._cadence = _cadence(spec) if rank == 0 else None
+        self._requests = RequestPoller(spec.run_dir, generation.number) if self._first else None
+        self._cadence = _cadence(spec) if self._first else None
         self._late = False
         """A checkpoint is due by time, and the one before is still being written."""
-        self._status = StatusWriter(spec.run_dir, generation.number) if rank == 0 else None
-        self._stragglers = Stragglers(world_size)
+        self._status = StatusWriter(spec.run_dir, generation.number) if self._first else None
+        self._stragglers = Stragglers(rank.world_size)
         self._quarantined: set[str] = set()
         self._gauges = StepGauges(spec.run_dir)
         self._ready_at = 0.0
-        self._telling = events.in_background(spec.run_dir)
-        self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._threads = contextlib.ExitStack()
+        on_gpu = rank.device.type == "cuda"
+        self._device = torch.cuda.get_device_name(rank.device) if on_gpu else rank.device.type
 
     def __enter__(self) -> "RunRecorder":
-        self._telling.__enter__()
+        self._threads.enter_context(events.in_background(self.spec.run_dir))
+        if self._requests and self._status:
+            self._threads.enter_context(self._status)
+            self._threads.enter_context(self._requests)
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self.timer.enter("close")
-        if self._requests:
-            self._requests.close()
         try:
-            if kind is None and self.rank == 0:
-                self._writer.wait()
+            if kind is None and self._first:
+                self._saver.wait()
                 self._log.flush()
                 self.event("closed", **self.timer.cut())
         finally:
-            self._writer.close()
-            if self._status:
-                self._status.close()
-            self._telling.__exit__(None, None, None)
+            self._saver.close()
+            self._threads.close()
 
     def event(self, kind: str, **facts: Any) -> None:
         journal.event(self.spec.run_dir, kind, generation=self.generation.number, **facts)
@@ -140,7 +98,7 @@ class RunRecorder:
         asked = self._requests.poll() | self._cadence.after(before, seen)
         if facts := self._cadence.left_out(before, seen):
             self.event("validation_left_out", **facts)
-        if asked & CHECKPOINT and not self.spec.config.checkpoint.every_samples and self._writer.busy():
+        if asked & CHECKPOINT and not self.spec.config.checkpoint.every_samples and self._saver.busy():
             asked &= ~CHECKPOINT  # by time: as soon as the save before has ended
             if not self._late:
                 self.event("checkpoint_left_out", samples_seen=seen)
@@ -162,14 +120,13 @@ class RunRecorder:
         seen, sampler = self.generation.samples_seen, self.spec.sampler
         validate = bool(self._cadence and self._cadence.validates(seen - sampler.global_batch, seen))
         self._ready_at = time.time()
-        mine = {"rank": self.rank, "node": ray.util.get_node_ip_address(), "device": self._device}
+        mine = {"rank": self.rank.number, "node": ray.util.get_node_ip_address(), "device": self._device}
         mine |= {"time": self._ready_at, "host": socket.gethostname(), "pid": os.getpid()}
-        ranks = [(mine, validate)]
-        if self.world_size > 1:
-            ranks *= self.world_size
+        ranks = [(mine, validate)] * self.rank.world_size
+        if self.rank.world_size > 1:
             distributed.all_gather_object(ranks, (mine, validate))
-        for rank, _ in ranks if self.rank == 0 else ():
-            self.event("worker", world_size=self.world_size, **rank)
+        for about, _ in ranks if self._first else ():
+            self.event("worker", world_size=self.rank.world_size, **about)
         return ranks[0][1]
 
     def step(self, before: int, seen: int, result: StepResult, mine: list[Patch]) -> None:
@@ -184,16 +141,16 @@ class RunRecorder:
             self._bad_in_epoch = 0
         self._bad_in_epoch += result.bad
         self._skipped = [] if result.finite or result.overflow else [*self._skipped, before]
-        slow = self._stragglers.add(result.forward_s)
-        if self.rank == 0:
+        slow, world_size = self._stragglers.add(result.forward_s), self.rank.world_size
+        if self._first:
             about = {"step": before // sampler.global_batch, "samples_seen": seen, "positions": [before, seen]}
-            about |= {"samples": result.samples, "world_size": self.world_size, "generation": self.generation.number}
+            about |= {"samples": result.samples, "world_size": world_size, "generation": self.generation.number}
             about |= {"loss": result.loss, "lr": result.learning_rate, "bad": result.bad, "finite": result.finite}
             self._log.add(about | {"wait_s": round(wait_s, 4), "step_s": round(step_s, 4), "time": time.time()})
             if before == self.generation.samples_seen:
                 self._note(trains=True)
                 self._recovered()
-            self._gauges.set_step(seen - before, seen, self.world_size, result.loss, wait_s, step_s)
+            self._gauges.set_step(seen - before, seen, world_size, result.loss, wait_s, step_s)
             for rank, times in slow:
                 self.event("straggler", rank=rank, times_slower=times, samples_seen=seen)
         if self._bad_in_epoch > self.spec.config.data.max_bad_share * sampler.epoch_samples:
@@ -211,14 +168,14 @@ class RunRecorder:
             told = []
             with contextlib.suppress(OSError, UserError):  # telemetry must not end a rank while the storage is away
                 told = journal.recent(self.spec.run_dir)[1]
-            return breakdown(told, warm_pool.imported, reached)
+            return goodput.recovery_parts(told, warm_pool.imported, reached)
 
-        about = {"generation": self.generation.number, "world_size": self.world_size}
+        about = {"generation": self.generation.number, "world_size": self.rank.world_size}
         events.event_from(self.spec.run_dir, "recovered", parts, **about, began=self.timer.first_batch)
 
     def _stop(self, reason: str) -> None:
         self.stopped = True
-        if self.rank == 0:
+        if self._first:
             self._note(stopped=reason)
             self.event("stop", reason=reason)
 
@@ -232,7 +189,7 @@ class RunRecorder:
         if self.generation.rolled_back_from == first and self.generation.roll_backs >= ROLL_BACKS:
             self._stop(f"{where}, also after {ROLL_BACKS} roll-backs; lower the learning rate, look at these samples")
             return
-        if self.rank == 0:
+        if self._first:
             self._note(rolled_back_from=first)
             self.event("roll_back", first=first, positions=[first, seen])
         raise FloatingPointError(where)
@@ -246,7 +203,7 @@ class RunRecorder:
         if self._skipped and not needed:
             return
         self._compare(seen, train_step)
-        if self.rank == 0:
+        if self._first:
             self._save(seen, train_step, needed, asked & (SAVE | HOLD))
         if asked & HOLD:
             until = time.monotonic() + HOLD_S
@@ -259,19 +216,19 @@ class RunRecorder:
             self._compare(seen, train_step)
 
     def _compare(self, seen: int, train_step: TrainStep) -> None:
-        if self.world_size > 1 and (ranks := differing(self._device, train_step.network)):
-            if self.rank == 0:
+        if self.rank.world_size > 1 and (ranks := differing(self._device, train_step.network)):
+            if self._first:
                 self.event("weights_differ", ranks=ranks, samples_seen=seen)
             raise ArithmeticError(f"the weights of ranks {ranks} differ from the others' at sample {seen}")
 
     def _save(self, seen: int, train_step: TrainStep, needed: bool, asked: int) -> None:
         began = time.perf_counter()
-        if not needed and self._writer.busy():  # the storage is slow, full or unreachable: training goes on
+        if not needed and self._saver.busy():  # the storage is slow, full or unreachable: training goes on
             self.event("checkpoint_left_out", samples_seen=seen)
             return
-        self._writer.wait()
+        self._saver.wait()
         tensors, values = train_step.state()
-        tensors = checkpoint.snapshot(tensors)
+        tensors = snapshot(tensors)
         state = {"samples_seen": seen, "identity": self.spec.dataset_identity, "learner": values}
         state |= {"meaning": manifests.meaning(self.spec.source.convention)}
         state |= {"bad_in_epoch": self._bad_in_epoch}
@@ -283,45 +240,11 @@ class RunRecorder:
             facts |= {"reason": "a request" if asked else "the end"}
         self._late = False
         answer: dict[str, float] = {}
-        keep = self.spec.config.checkpoint.keep
         if asked and self._requests:
             facts |= {"request": self._requests.answered, "hold": asked == HOLD}
             answer = {"answered": self._requests.answered} | ({"holds_since": time.time()} if asked == HOLD else {})
         facts |= {"stall_s": round(time.perf_counter() - began, 4)} | self.timer.cut()
-
-        def write() -> None:
-            began = time.perf_counter()
-            self._log.flush(seen)  # rows first: a committed checkpoint has all of them
-            events.flush(self.spec.run_dir)
-            number = self.generation.number
-            made = checkpoint.save(self.spec.run_dir, seen, number, tensors, state, fence=self._log.check)
-            seconds = round(time.perf_counter() - began, 3)
-            self._note(committed=True, **answer)
-            self.event("checkpoint", name=made.name, bytes=made.bytes, seconds=seconds, **facts)
-            events.flush(self.spec.run_dir)
-            self._log.check()  # a replaced group's writer must not remove checkpoints either
-            with contextlib.suppress(OSError):  # it is committed; what is too much goes with the next
-                checkpoint.prune(self.spec.run_dir, keep, number, self.generation.samples_seen)
-                self._log.merge()
-
-        def persist() -> None:
-            """If the storage fails, the previous checkpoint stays the newest and the next attempt is the next save;
-            the last of a run is retried here."""
-            last = seen == self.spec.sampler.total
-            until = time.monotonic() + (SAVE_PATIENCE_S if last else 0)
-            while True:
-                try:
-                    write()
-                    break
-                except OSError as error:
-                    self.event("checkpoint_failed", samples_seen=seen, error=str(error))
-                    if time.monotonic() > until:
-                        if last:
-                            self._stop(f"the last checkpoint cannot be written ({error}); make room, then start again")
-                        break
-                    time.sleep(5)
-
-        self._writer.start(persist)
+        self._saver.save(Save(seen, tensors, state, facts, answer))
 
     def validated(self, seen: int, seconds: float, means: Any) -> None:
         """Record a validation; `means` is None on all ranks but 0."""
@@ -336,29 +259,3 @@ def _cadence(spec: RunSpec) -> Cadence:
     folder = RunDir(spec.run_dir).file("validation")
     names = [name.removesuffix(".csv") for name in storage.list_files(folder)]
     return Cadence(spec.config, spec.sampler, bool(spec.held_out_cases), [int(n) for n in names if n.isdigit()])
-
-
-def breakdown(
-    events: list[dict[str, Any]], imported: tuple[float, float], reached: list[float]
-) -> dict[str, str | float]:
-    """Where the time from a failure, resize or launch to the first applied step went; the parts add up to `total_s`.
-
-    `imported` is when the worker's process began and ended its imports (long before, if it was a warm one); `reached`
-    is when it entered the training function, was ready, had its first batch, had applied its first step.
-    """
-    last = max((n for n, e in enumerate(events) if e["event"] == "recovered"), default=-1)
-    causes = [e for e in events[last + 1 :] if e["event"] in ("launch", "failure", "resize", "preemption")]
-    launches = [e for e in causes if e["event"] == "launch"]  # a driver that was killed wrote no event
-    cause = (launches[-1:] or causes[:1] or [{"event": "unknown", "time": reached[0]}])[0]
-    noticed, entered = cause["time"], max(reached[0], cause["time"])
-    detect_s = max(0.0, cause.get("seconds", noticed - cause.get("last_row", noticed)))
-    on_the_way = max(0.0, min(imported[1], entered) - max(imported[0], noticed))
-    parts = {
-        "detect_s": detect_s,
-        "reschedule_s": entered - noticed - on_the_way,
-        "import_s": on_the_way + reached[1] - entered,
-        "first_batch_s": reached[2] - reached[1],
-        "first_step_s": reached[3] - reached[2],
-    }
-    rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
-    return {"cause": cause["event"], **rounded, "total_s": round(sum(rounded.values()), 3)}

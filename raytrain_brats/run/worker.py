@@ -22,9 +22,10 @@ from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.run.cadence import CHECKPOINT, VALIDATE
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
-from raytrain_brats.run.heartbeat import Heartbeat
+from raytrain_brats.run.heartbeat import heartbeat
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import RunRecorder
 from raytrain_brats.run.spec import RunSpec
 from raytrain_brats.run.validate import validate
@@ -34,42 +35,35 @@ def train_worker(arguments: dict[str, Any]) -> None:
     """Ray Train's train function, called on every worker: find rank, device and stream, then train."""
     spec: RunSpec = ray.get(arguments["spec"])
     context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":  # exact mode needs one thread: sums within a kernel depend on the number of threads
+    rank = Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    if rank.device.type == "cpu":  # exact mode needs one thread: sums within a kernel depend on the number of threads
         share = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
         torch.set_num_threads(1 if spec.config.train.reduction == "exact" else share)
     generation = journal.current(spec.run_dir)
     assert generation is not None, "the dataset factory writes it before workers start"
     timer = PhaseTimer()
-    with Heartbeat(timer, arguments["run_id"], generation.number, rank, world_size, spec.run_dir):
-        step = generation.samples_seen // spec.sampler.global_batch
-        stream = open_stream(spec, step, rank, world_size, arguments["prefetch"])
-        train_rank(spec, generation, rank, world_size, device, timer, stream)
+    with heartbeat(timer, arguments["run_id"], generation.number, rank, spec.run_dir):
+        stream = open_stream(spec, generation.samples_seen // spec.sampler.global_batch, rank, arguments["prefetch"])
+        train_rank(spec, generation, rank, timer, stream)
 
 
-def open_stream(spec: RunSpec, step: int, rank: int, world_size: int, prefetch: int) -> Iterator[list[Patch]]:
+def open_stream(spec: RunSpec, step: int, rank: Rank, prefetch: int) -> Iterator[list[Patch]]:
     """The rank's patches of each step; a thread begins to read while the model is set up."""
     if step == spec.sampler.steps:
         return iter(())
-    rows = read_ahead(lambda: rank_rows(open_shard(rank, world_size), spec.sampler), prefetch)
-    return rank_steps(rows, spec.sampler, spec.patch_spec.size_zyx, step, rank, world_size)
+    place = rank.number, rank.world_size
+    rows = read_ahead(lambda: rank_rows(open_shard(*place), spec.sampler), prefetch)
+    return rank_steps(rows, spec.sampler, spec.patch_spec.size_zyx, step, *place)
 
 
 def train_rank(
-    spec: RunSpec,
-    generation: Generation,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    timer: PhaseTimer,
-    stream: Iterator[list[Patch]],
+    spec: RunSpec, generation: Generation, rank: Rank, timer: PhaseTimer, stream: Iterator[list[Patch]]
 ) -> None:
     """Train to the sampler's last position, or until the run must stop. `stream` gives the rank's patches of a step."""
     seen, sampler = generation.samples_seen, spec.sampler
-    with RunRecorder(spec, generation, rank, world_size, device, timer) as recorder:
+    with RunRecorder(spec, generation, rank, timer) as recorder:
         timer.enter("load", seen - 1)
-        train_step = train_step_of(spec, world_size, device)
+        train_step = train_step_of(spec, rank.world_size, rank.device)
         if generation.checkpoint:
             tensors, state = checkpoint.load(spec.run_dir, generation.checkpoint)
             train_step.restore(tensors, state["learner"])
@@ -103,7 +97,7 @@ def validate_once(spec: RunSpec, train_step: TrainStep, recorder: RunRecorder, s
     """Validate over all ranks."""
     began = time.perf_counter()
     recorder.timer.enter("validate")
-    means = validate(spec, train_step, recorder.rank, seen, recorder.timer.enter)
+    means = validate(spec, train_step, recorder.rank.number, seen, recorder.timer.enter)
     recorder.validated(seen, time.perf_counter() - began, means)
 
 

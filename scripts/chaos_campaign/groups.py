@@ -21,6 +21,7 @@ from torch import distributed
 from raytrain_brats.run import journal, worker
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.spec import RunSpec
 from scripts.chaos_campaign.board import MAIN, Board
 from scripts.chaos_campaign.setting import CPU, stream
@@ -95,9 +96,8 @@ class Group:
                 distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
 
             timer = PhaseTimer(lambda phase: self.board.put(rank, MAIN, phase))
-            worker.train_rank(
-                run_spec, generation, rank, world_size, CPU, timer, stream(run_spec, generation, rank, world_size)
-            )
+            mine = stream(run_spec, generation, rank, world_size)
+            worker.train_rank(run_spec, generation, Rank(rank, world_size, CPU), timer, mine)
 
         self.processes = [Process(forked(log, functools.partial(rank_work, rank))) for rank in range(world_size)]
 

@@ -22,6 +22,7 @@ from raytrain_brats.data.stream import StreamSpec, rank_steps, tables
 from raytrain_brats.run import checkpoint, journal, spec, worker
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.spec import RunSpec
 from raytrain_brats.synthetic.phantom import write_set
 
@@ -94,7 +95,7 @@ class Setting:
 def train_alone(run_spec: RunSpec) -> None:
     """The whole run in this process."""
     generation = journal.begin_generation(run_spec.run_dir)
-    worker.train_rank(run_spec, generation, 0, 1, CPU, PhaseTimer(), stream(run_spec, generation, 0, 1))
+    worker.train_rank(run_spec, generation, Rank(0, 1, CPU), PhaseTimer(), stream(run_spec, generation, 0, 1))
 
 
 def stream(run_spec: RunSpec, generation: Generation, rank: int, world_size: int) -> Iterator[list[Patch]]:

@@ -9,15 +9,16 @@ from raytrain_brats.run import journal
 HANGING = """
 import sys, time
 import ray
-from raytrain_brats.run.heartbeat import Heartbeat
+from raytrain_brats.run.heartbeat import heartbeat
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.hang_detector import HangDetector
+from raytrain_brats.run.rank import Rank
 
 @ray.remote(num_cpus=0)
-class Rank:
+class Worker:
     def work(self, rank):
         timer = PhaseTimer()
-        with Heartbeat(timer, "run", 1, rank, 2):
+        with heartbeat(timer, "run", 1, Rank(rank, 2, None)):
             for seen in range(0, 40, 4):
                 for phase in ("data", "forward", "backward", "reduce", "update"):
                     timer.enter(phase, seen)
@@ -32,7 +33,7 @@ class Rank:
 
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 with HangDetector(sys.argv[1], "run", 6.0):
-    ranks = [Rank.remote() for _ in range(2)]
+    ranks = [Worker.remote() for _ in range(2)]
     began = time.time()
     try:
         ray.get([actor.work.remote(rank) for rank, actor in enumerate(ranks)], timeout=300)

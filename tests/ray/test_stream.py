@@ -21,10 +21,10 @@ from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source, put
 from raytrain_brats.data.stream import OrderedSplit, StreamSpec, dataset, rank_rows, rank_steps, read_ahead
+from raytrain_brats.monitoring.spilling import Spilling
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.ray_ext.internals.core import spilled_bytes
 from raytrain_brats.run import journal
-from raytrain_brats.run.spilling import Spilling
 from tests.support.cases import make_volume, write_msd_folder
 from tests.support.clusters import Meter
 from tests.support.steps import equal

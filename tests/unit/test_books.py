@@ -15,6 +15,7 @@ from raytrain_brats import books, s3, storage
 from raytrain_brats.learn.step import StepResult
 from raytrain_brats.run import checkpoint, events, journal
 from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import RunRecorder
 from raytrain_brats.run.worker import train_step_of
 from tests.support.crashes import in_child
@@ -55,15 +56,15 @@ def test_a_long_run_writes_no_more_a_checkpoint(s3_server: str, traffic: Traffic
     run_dir = f"{s3_server}/run"
     run_spec = dataclasses.replace(spec(), run_dir=run_dir, dataset_identity="x")
     begun, train_step, costs, seen = journal.begin_generation(run_dir), train_step_of(spec(), 1, CPU), [], 0
-    with RunRecorder(run_spec, begun, 0, 1, CPU, PhaseTimer()) as recorder:
-        recorder._requests.close()  # polls by time
+    with RunRecorder(run_spec, begun, Rank(0, 1, CPU), PhaseTimer()) as recorder:
+        recorder._requests.__exit__()  # polls by time
         for _ in range(192):
             before = traffic.count.copy()
             for _ in range(15):
                 recorder.step(seen, seen + 4, GOOD, [])
                 seen += 4
             recorder.checkpoint(seen, train_step)
-            recorder._writer.wait()
+            recorder._saver.wait()
             costs.append(traffic.count - before)
     first, last = (sum(costs[part], Counter[str]()) for part in (slice(64), slice(-64, None)))
     for what in ("requests", "put", "got"):
@@ -81,13 +82,13 @@ def test_no_step_asks_the_storage_for_events(s3_server: str, traffic: Traffic, m
     run_spec = dataclasses.replace(spec(), run_dir=run_dir, dataset_identity="x")
     begun = journal.begin_generation(run_dir)
     slow = dataclasses.replace(GOOD, forward_s=(0.1,))
-    with RunRecorder(run_spec, begun, 0, 1, CPU, PhaseTimer()) as recorder:
+    with RunRecorder(run_spec, begun, Rank(0, 1, CPU), PhaseTimer()) as recorder:
         recorder.ready()
         traffic.threads.clear()  # the start may ask: which validations are done
         recorder.step(0, 4, slow, [])
         recorder.event("straggler", rank=0)
         recorder.event("checkpoint_left_out")
-        monkeypatch.setattr(recorder._writer, "busy", lambda: True)
+        monkeypatch.setattr(recorder._saver, "busy", lambda: True)
         recorder.checkpoint(4, train_step_of(spec(), 1, CPU))
         assert threading.current_thread().name not in traffic.threads
     told = [e["event"] for e in journal.read_events(run_dir)]

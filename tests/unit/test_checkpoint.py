@@ -14,7 +14,7 @@ import torch
 import raytrain_brats
 from raytrain_brats import storage
 from raytrain_brats.run import checkpoint
-from raytrain_brats.run.checkpoint import Writer
+from raytrain_brats.run.saver import Writer, snapshot
 
 FILES = ("MANIFEST.json", "state.json", "tensors.safetensors")
 TENSORS = {"network/a": torch.arange(6.0).reshape(2, 3), "optimiser/0/step": torch.tensor(3.0)}
@@ -192,7 +192,7 @@ class Slow:
         assert self.go.wait(60)
 
     def start(self, seen: int, tensors: dict[str, torch.Tensor]) -> None:
-        copies = checkpoint.snapshot(tensors)
+        copies = snapshot(tensors)
 
         def write() -> None:
             self.flush()

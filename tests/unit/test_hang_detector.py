@@ -14,7 +14,9 @@ from torch import distributed
 from raytrain_brats.run import journal
 from raytrain_brats.run.hang_detector import RankStatus, find_hung, updated
 from raytrain_brats.run.phase_timer import PHASES, PhaseTimer
-from raytrain_brats.run.recorder import RunRecorder, Stragglers
+from raytrain_brats.run.rank import Rank
+from raytrain_brats.run.recorder import RunRecorder
+from raytrain_brats.run.stragglers import Stragglers
 from raytrain_brats.run.validate import validate
 from tests.support.steps import CPU, spec
 
@@ -76,7 +78,7 @@ def test_a_rank_waits_for_the_others_in_a_phase_of_its_own(tmp_path: Path, monke
 
     monkeypatch.setattr(distributed, "all_gather_object", gather)
     run_spec = dataclasses.replace(spec(), run_dir=str(tmp_path), held_out_cases=(), dataset_identity="x")
-    recorder = RunRecorder(run_spec, journal.begin_generation(str(tmp_path)), 1, 2, CPU, timer)
+    recorder = RunRecorder(run_spec, journal.begin_generation(str(tmp_path)), Rank(1, 2, CPU), timer)
     timer.enter("load")
     recorder.ready()
     train_step: Any = SimpleNamespace(world_size=2)

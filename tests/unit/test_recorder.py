@@ -20,6 +20,7 @@ from raytrain_brats.run import checkpoint, checkpoint_request, control, journal,
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
 from raytrain_brats.run.journal import MetricsLog
 from raytrain_brats.run.phase_timer import PhaseTimer
+from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import ROLL_BACK_AFTER, RunRecorder
 from raytrain_brats.run.worker import batch_of, train_step_of
 from tests.support.steps import CPU, patch, spec
@@ -32,7 +33,7 @@ OVERFLOW = dataclasses.replace(GOOD, finite=False, overflow=True)
 def recorder_at(run_dir: Path) -> RunRecorder:
     """A worker group of one rank that goes on where the run stands."""
     run_spec = dataclasses.replace(spec(), run_dir=str(run_dir), dataset_identity="x")
-    return RunRecorder(run_spec, journal.begin_generation(str(run_dir)), 0, 1, CPU, PhaseTimer())
+    return RunRecorder(run_spec, journal.begin_generation(str(run_dir)), Rank(0, 1, CPU), PhaseTimer())
 
 
 def steps(recorder: RunRecorder, result: StepResult, start: int, count: int) -> None:
@@ -95,12 +96,12 @@ def test_a_full_disk_costs_checkpoints_not_the_run(tmp_path: Path) -> None:
     with recorder_at(tmp_path) as recorder:
         steps(recorder, GOOD, 0, 2)
         recorder.checkpoint(8, train_step)
-        recorder._writer.wait()
+        recorder._saver.wait()
         steps(recorder, GOOD, 8, 2)
         with no_file_beyond(400):
             steps(recorder, GOOD, 16, 3)  # the rows find no room, nor a part of one
             recorder.checkpoint(28, train_step)
-            recorder._writer.wait()
+            recorder._saver.wait()
         assert all(path.read_bytes()[-1:] in (b"", b"\n") for path in (tmp_path / "metrics").iterdir())
         assert checkpoint.newest_valid(str(tmp_path))[0].samples_seen == 8
         steps(recorder, GOOD, 28, 1)
@@ -156,7 +157,7 @@ def test_the_clock_shares_every_moment_out(tmp_path: Path, monkeypatch: pytest.M
             timer.enter("save")
             steps(recorder, GOOD, seen - 4, 1)
             recorder.checkpoint(seen, train_step)
-            recorder._writer.wait()
+            recorder._saver.wait()
             timer.enter("data")
     marks = events(tmp_path, "checkpoint") + events(tmp_path, "closed")
     assert timer.first_batch == pytest.approx(1.7e9 + 0.1, abs=1e-3)
@@ -177,40 +178,43 @@ def test_a_step_waited_for_data_and_computed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_requests_are_heard_once_and_by_the_group_they_are_for(place: str, request: Any, tmp_path: Path) -> None:
+def test_requests_are_heard_once_and_by_the_group_they_are_for(
+    place: str, request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By a thread: a storage that is away costs no step."""
     run_dir = str(tmp_path) if place == "local" else f"{request.getfixturevalue('s3_server')}/run"
-    poller = checkpoint_request.RequestPoller(run_dir, 3)
-    poller._every_s = 0.05
-    for generation, expected in ((2, 0), (3, HOLD)):
-        text = f'{{"generation": {generation}, "what": {HOLD}, "time": {time.time()}}}'
-        storage.write_bytes(f"{run_dir}/save-request.json", text.encode())
-        deadline, heard = time.monotonic() + (1 if not expected else 60), 0
-        while time.monotonic() < deadline and not heard:
-            time.sleep(0.02)
-            heard = poller.poll()
-        assert heard == expected
-    assert poller.poll() == 0
-    poller.close()
+    monkeypatch.setattr(checkpoint_request.RequestPoller, "EVERY_S" if place == "local" else "EVERY_S3_S", 0.05)
+    with checkpoint_request.RequestPoller(run_dir, 3) as poller:
+        for generation, expected in ((2, 0), (3, HOLD)):
+            text = f'{{"generation": {generation}, "what": {HOLD}, "time": {time.time()}}}'
+            storage.write_bytes(f"{run_dir}/save-request.json", text.encode())
+            deadline, heard = time.monotonic() + (1 if not expected else 60), 0
+            while time.monotonic() < deadline and not heard:
+                time.sleep(0.02)
+                heard = poller.poll()
+            assert heard == expected
+        assert poller.poll() == 0
 
 
 @pytest.mark.parametrize("wants", [(HOLD, HOLD), (SAVE, HOLD), (HOLD, SAVE)])
 @pytest.mark.parametrize("apart_s", [0.0, 0.3])
-def test_controller_and_driver_may_ask_at_once(wants: tuple[int, int], apart_s: float, tmp_path: Path) -> None:
+def test_controller_and_driver_may_ask_at_once(
+    wants: tuple[int, int], apart_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A resize and Ctrl-C, say: both are told that the group is saved, though it listens to neither once it holds."""
     run_dir, generation = str(tmp_path), begun(tmp_path)
-    poller = checkpoint_request.RequestPoller(run_dir, generation.number)
-    poller._every_s = 0.1
+    monkeypatch.setattr(checkpoint_request.RequestPoller, "EVERY_S", 0.1)
+    poller, over = checkpoint_request.RequestPoller(run_dir, generation.number), threading.Event()
 
     def group() -> None:
         heard = 0
-        while heard != HOLD and not poller._closed.is_set():
+        while heard != HOLD and not over.is_set():
             if heard := poller.poll():
                 holds = {"holds_since": time.time()} if heard == HOLD else {}
                 control.note(run_dir, generation.number, answered=poller.answered, **holds)
             time.sleep(0.02)
 
-    with ThreadPoolExecutor(3) as pool:
+    with poller, ThreadPoolExecutor(3) as pool:
         pool.submit(group)
         first = pool.submit(checkpoint_request.request, run_dir, wants[0])
         time.sleep(apart_s)
@@ -219,7 +223,7 @@ def test_controller_and_driver_may_ask_at_once(wants: tuple[int, int], apart_s: 
             assert first.result(timeout=60)
             assert second.result(timeout=60)
         finally:
-            poller.close()
+            over.set()
 
 
 def test_nobody_waits_for_a_group_that_was_replaced(tmp_path: Path) -> None:
@@ -237,14 +241,11 @@ def test_a_request_that_was_not_answered_in_time_is_withdrawn(tmp_path: Path, mo
     generation = begun(tmp_path)
     monkeypatch.setattr(checkpoint_request, "TIMEOUT_S", 0.3)
     assert checkpoint_request.request(str(tmp_path), HOLD) is False
-    poller = checkpoint_request.RequestPoller(str(tmp_path), generation.number)
-    try:
+    with checkpoint_request.RequestPoller(str(tmp_path), generation.number) as poller:
         deadline = time.monotonic() + 60
         while not poller._request and time.monotonic() < deadline:
             time.sleep(0.05)
         assert poller._request and poller.poll() == 0
-    finally:
-        poller.close()
 
 
 def test_a_status_is_written_after_any_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,9 +258,8 @@ def test_a_status_is_written_after_any_error(tmp_path: Path, monkeypatch: pytest
         real(*place, **changes)
 
     monkeypatch.setattr(control, "note", note)
-    writer = control.StatusWriter(str(tmp_path), 1)
-    writer.note(trains=True)
-    writer.close(60)
+    with control.StatusWriter(str(tmp_path), 1, patience_s=60) as writer:
+        writer.note(trains=True)
     assert not failures and control.status(str(tmp_path), 1).trains
 
 

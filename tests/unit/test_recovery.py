@@ -12,7 +12,7 @@ from raytrain_brats.ray_ext.elastic import LiveNodesPolicy
 from raytrain_brats.ray_ext.internals import core
 from raytrain_brats.ray_ext.internals import data as ray_data
 from raytrain_brats.ray_ext.internals import train as ray_train
-from raytrain_brats.run.recorder import breakdown
+from raytrain_brats.reporting.goodput import recovery_parts
 
 PARTS = ("detect_s", "reschedule_s", "import_s", "first_batch_s", "first_step_s")
 
@@ -24,29 +24,29 @@ def event(kind: str, at: float, **facts: Any) -> dict[str, Any]:
 def test_the_parts_of_a_worker_kill_add_up_to_its_total() -> None:
     """Last row at 98, noticed at 100, imports 103 to 105, training function at 106, then ready, batch, step."""
     events = [event("launch", 10.0), event("recovered", 20.0), event("failure", 100.0, last_row=98.0)]
-    found = breakdown(events, (103.0, 105.0), [106.0, 107.0, 110.0, 110.5])
+    found = recovery_parts(events, (103.0, 105.0), [106.0, 107.0, 110.0, 110.5])
     assert [found[part] for part in PARTS] == [2.0, 4.0, 3.0, 3.0, 0.5]
     assert (found["cause"], found["total_s"]) == ("failure", 12.5)
 
 
 def test_imports_of_a_spare_cost_nothing() -> None:
     """They were done before the failure."""
-    found = breakdown([event("failure", 100.0)], (50.0, 60.0), [101.0, 101.5, 102.0, 102.25])
+    found = recovery_parts([event("failure", 100.0)], (50.0, 60.0), [101.0, 101.5, 102.0, 102.25])
     assert [found[part] for part in PARTS] == [0.0, 1.0, 0.5, 0.5, 0.25]
 
 
 def test_a_resize_begins_when_it_was_decided_and_a_launch_with_the_launch() -> None:
     """A resize's event comes after the save; of a driver that was killed only the next launch tells."""
     resize = [event("recovered", 20.0), event("resize", 100.0, seconds=1.5)]
-    assert breakdown(resize, (0.0, 0.0), [103.0, 104.0, 105.0, 106.0])["total_s"] == 7.5
+    assert recovery_parts(resize, (0.0, 0.0), [103.0, 104.0, 105.0, 106.0])["total_s"] == 7.5
     again = [event("recovered", 20.0), event("failure", 30.0, last_row=29.0), event("launch", 100.0)]
-    assert breakdown(again, (0.0, 0.0), [103.0, 104.0, 105.0, 106.0])["total_s"] == 6.0
+    assert recovery_parts(again, (0.0, 0.0), [103.0, 104.0, 105.0, 106.0])["total_s"] == 6.0
 
 
 def test_several_failures_in_a_row_count_from_the_first() -> None:
     """A group that never trained has not recovered."""
     events = [event("recovered", 20.0), event("failure", 100.0, last_row=99.0), event("failure", 105.0)]
-    assert breakdown(events, (0.0, 0.0), [110.0, 111.0, 112.0, 113.0])["total_s"] == 14.0
+    assert recovery_parts(events, (0.0, 0.0), [110.0, 111.0, 112.0, 113.0])["total_s"] == 14.0
 
 
 def test_workers_are_counted_on_nodes_that_are_up_and_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,121 @@
+"""Write checkpoints beside the training, each after the rows and events that belong to it. Runs in a worker (rank 0).
+
+In: the state after a step, copied.
+Out: a committed checkpoint, told to the group's status; of the older ones those that are kept.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from raytrain_brats.run import checkpoint, events
+from raytrain_brats.run.journal import Generation, MetricsLog
+from raytrain_brats.run.spec import RunSpec
+
+PATIENCE_S = 300.0
+"""How long the last checkpoint of a run is retried while the disk is full or the storage unreachable."""
+
+
+def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which later steps do not change."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+class Writer:
+    """Runs one save at a time, in a thread beside the training."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Run `write` in the background, after the one before; raises that one's exception."""
+        self.wait()
+        self._running = self._thread.submit(write)
+
+    def busy(self) -> bool:
+        return self._running is not None and not self._running.done()
+
+    def wait(self) -> None:
+        """Wait until the running save has ended; raises its exception."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.wait()
+        self._thread.shutdown()
+
+
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint to be written."""
+
+    samples_seen: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    facts: dict[str, Any]
+    """Of its event."""
+    answer: dict[str, float]
+    """What the group's status is to say, once it is committed, to whoever requested it."""
+
+
+class Saver(Writer):
+    """Saves the checkpoints of one worker group."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        generation: Generation,
+        log: MetricsLog,
+        note: Callable[..., None],
+        stop: Callable[[str], None],
+    ) -> None:
+        """`note` changes the group's status; `stop` is called when the last checkpoint of the run cannot be written."""
+        super().__init__()
+        self._spec, self._generation, self._log, self._note, self._stop = spec, generation, log, note, stop
+
+    def save(self, save: Save) -> None:
+        """Begin to write, after the save before has ended."""
+        self.start(partial(self._persist, save))
+
+    def _persist(self, save: Save) -> None:
+        """If the storage fails, the previous checkpoint stays the newest and the next attempt is the next save; the
+        last of a run is retried here."""
+        last = save.samples_seen == self._spec.sampler.total
+        until = time.monotonic() + (PATIENCE_S if last else 0)
+        while True:
+            try:
+                self._write(save)
+                return
+            except OSError as error:
+                self._event("checkpoint_failed", samples_seen=save.samples_seen, error=str(error))
+                if time.monotonic() > until:
+                    if last:
+                        self._stop(f"the last checkpoint cannot be written ({error}); make room, then start again")
+                    return
+                time.sleep(5)
+
+    def _write(self, save: Save) -> None:
+        began, run_dir, number = time.perf_counter(), self._spec.run_dir, self._generation.number
+        self._log.flush(save.samples_seen)  # rows first: a committed checkpoint has all of them
+        events.flush(run_dir)
+        made = checkpoint.save(run_dir, save.samples_seen, number, save.tensors, save.state, fence=self._log.check)
+        seconds = round(time.perf_counter() - began, 3)
+        self._note(committed=True, **save.answer)
+        self._event("checkpoint", name=made.name, bytes=made.bytes, seconds=seconds, **save.facts)
+        events.flush(run_dir)
+        self._log.check()  # a replaced group's writer must not remove checkpoints either
+        with contextlib.suppress(OSError):  # it is committed; what is too much goes with the next
+            checkpoint.prune(run_dir, self._spec.config.checkpoint.keep, number, self._generation.samples_seen)
+            self._log.merge()
+
+    def _event(self, kind: str, **facts: Any) -> None:
+        events.event(self._spec.run_dir, kind, generation=self._generation.number, **facts)
