@@ -103,14 +103,15 @@ import sys
 from pathlib import Path
 from raytrain_brats import books, storage
 from raytrain_brats.run import events, rows
+from raytrain_brats.run.control import Generation
 
-class Rows(rows.RowWriter):
+class Rows(rows.MetricsLog):
     check = lambda self: None
 
 run, filler = sys.argv[1] + "/run", Path(sys.argv[1]) / "filler"
 filler.write_bytes(bytes(64 << 10))
 storage.write_bytes(run + "/generation.json", b'{"number": 1, "samples_seen": 0}')
-log = Rows(run, 1, 0)
+log = Rows(run, Generation(1))
 
 def go_on(first, last):
     for number in range(first, last):

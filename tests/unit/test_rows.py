@@ -10,8 +10,8 @@ import torch
 
 from raytrain_brats import books, storage
 from raytrain_brats.run import checkpoint, journal, rows
-from raytrain_brats.run.journal import MetricsLog
-from raytrain_brats.run.rows import RowWriter
+from raytrain_brats.run.control import Generation
+from raytrain_brats.run.rows import MetricsLog
 from raytrain_brats.storage import Listing
 
 RUN, LARGE = "s3://memory/run", 200
@@ -69,12 +69,12 @@ class Memory:
     def work(self, generation: int, start: int, steps: int, large: tuple[int, ...]) -> tuple[Request, ...]:
         """All that a group does, a checkpoint a step, as `recorder` does it."""
 
-        class Writer(RowWriter):
+        class Writer(MetricsLog):
             def check(_) -> None:  # noqa: N805
                 self.ask("check", "", b"")
 
         def do() -> None:
-            writer = Writer(RUN, generation, start)
+            writer = Writer(RUN, Generation(generation, start))
             for seen in range(start + 4, start + 4 * steps + 1, 4):
                 writer.add(row(seen, generation, seen in large))
                 writer.flush(seen)
