@@ -33,7 +33,7 @@ def test_what_is_told_while_the_writer_ends_is_written(run_dir: str, monkeypatch
 
     def store(log: Any) -> None:
         real(log)
-        if threading.current_thread().name == "events" and log._over.is_set() and late:
+        if threading.current_thread().name == "events" and log.writer._over and late:
             tell(run_dir, late.pop())
 
     monkeypatch.setattr(events._Log, "store", store)

@@ -10,10 +10,11 @@ from tests.support.commands import environment
 
 RANK = """
 import sys, time, torch
-from raytrain_brats.ray_ext.internals import torch_setup
-torch_setup.torch_config._set_torch_distributed_env_vars = lambda: None  # what it sets is of Ray's worker group
+from ray.train.torch import config
+from raytrain_brats.ray_ext.internals import train
+config._set_torch_distributed_env_vars = lambda: None  # what it sets is of Ray's worker group
 port, rank, timeout_s = map(int, sys.argv[1:])
-torch_setup.join("127.0.0.1", port, "gloo", rank, 2, timeout_s)
+train.join("127.0.0.1", port, "gloo", rank, 2, timeout_s)
 print("joined", flush=True)
 if rank == 1:
     time.sleep(300)
