@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make an Ubuntu 24.04 instance ready for Ray: fast disk, driver, FSx, Python.
-# In: ~/raytrain_brats (the checkout's files), ~/raytrain_brats.env; NVIDIA_DRIVER and TORCH_INDEX, where set.
+# In: ~/raytrain_brats (the checkout's files), ~/raytrain_brats.env; NVIDIA_DRIVER, TORCH and TORCH_INDEX, where set.
 # Out: /mnt/fast/{spill,cache}; a login shell that finds ray and python. Ray runs it twice on workers, and a second
 # `ray up` again on the head: each part is skipped where it is done; an image of your own that has all of it boots in
 # seconds.
@@ -59,7 +59,7 @@ if ! [ -d ~/venv ] && ! command -v raytrain-brats >/dev/null; then
   apt install python3-venv
 fi
 [ "$has_gpu" -gt 0 ] || TORCH_INDEX=cpu
-TORCH_INDEX=${TORCH_INDEX:-} bash ~/raytrain_brats/cluster/install.sh
+TORCH=${TORCH:-} TORCH_INDEX=${TORCH_INDEX:-} bash ~/raytrain_brats/cluster/install.sh
 # NCCL finds EFA by AWS's plugin, which lies in one of these folders of AWS's image.
 cat > ~/raytrain_brats.profile <<'PROFILE'
 . ~/raytrain_brats.env

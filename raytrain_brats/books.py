@@ -208,28 +208,54 @@ def _segment(uri: str, _bytes: int, _version: str) -> bytes:
     return storage.read_bytes(uri)
 
 
+Place = tuple[float, float, int]
+"""(time, group, 0 before its begin, 1 its begin, 2 later)."""
+_FIRST, _LAST = (-math.inf, 0.0, 0), (math.inf, math.inf, 0)
+
+
 def _in_order(sources: list[list[Row]]) -> list[Row]:
     """By time, a process's own events as it wrote them. Clocks of hosts differ a little, so what a worker group tells
     stands between the event that began it and the one that began the next."""
     if len(sources) < 2:
         return sources[0] if sources else []
-    groups = [event for events in sources for event in events if event.get("event") == "group"]
-    begun = {event["generation"]: event["time"] for event in groups if {"generation", "time"} <= event.keys()}
-    numbers = sorted(begun)
-    keyed: list[tuple[float, int, int, Row]] = []
-    for events in sources:
-        at = -math.inf
+    begun = _begun(sources)
+    numbers = [*begun]
+    placed: list[tuple[Place, int, int, Row]] = []
+    for source, events in enumerate(sources):
+        at, low = -math.inf, _FIRST  # an event's lower bound is also one of all that its process told later
+        places: list[Place] = []
+        highs: list[Place] = []
         for event in events:
-            at, number, rank = max(at, event.get("time", at)), event.get("generation"), 2
-            when = at
-            if event.get("event") == "group":
-                rank = 1
-            elif isinstance(number, int) and number in begun:
-                later = bisect_right(numbers, number)
-                following = begun[numbers[later]] if later < len(numbers) else math.inf
-                when, rank = (following, 0) if at >= following else (max(at, begun[number]), 2)
-            keyed.append((when, rank, len(keyed), event))
-    return [event for *_, event in sorted(keyed, key=lambda k: k[:3])]
+            at, number, high = max(at, event.get("time", at)), event.get("generation"), _LAST
+            if isinstance(number, int) and number in begun:
+                begins = event.get("event") == "group"
+                low = max(low, (begun[number], number, 1 if begins else 2))
+                following = numbers[bisect_right(numbers, number) :][:1]
+                high = low if begins else min(((begun[n], n, 0) for n in following), default=_LAST)
+            places.append(max((at, math.inf, 2), low))
+            highs.append(high)
+        highest = _LAST  # and its upper bound one of all earlier ones
+        for n in reversed(range(len(events))):
+            highest = min(highest, highs[n])
+            placed.append((min(places[n], highest), source, n, events[n]))
+    return [event for *_, event in sorted(placed, key=lambda p: p[:3])]
+
+
+def _begun(sources: list[list[Row]]) -> dict[int, float]:
+    """{group: when it began}, never before the group before it: a driver may go on with a run on a machine whose clock
+    is behind. Then, when the one before told its last event."""
+    found, told = dict[int, float](), dict[int, float]()
+    for event in (event for events in sources for event in events if isinstance(event.get("generation"), int)):
+        number, at = event["generation"], event.get("time", -math.inf)
+        told[number] = max(at, told.get(number, at))
+        if event.get("event") == "group" and "time" in event:
+            found[number] = at
+    begun: dict[int, float] = {}
+    for number in sorted(found):
+        before = max(begun.values(), default=-math.inf)
+        later = found[number] >= before
+        begun[number] = found[number] if later else max(before, *(told[n] for n in begun))
+    return begun
 
 
 def _content(uri: str) -> bytes | None:

@@ -1,7 +1,8 @@
 """The first job on a new cluster: `ray job submit -- python -m raytrain_brats.check_gpus --workers 16`.
 
-In: how many GPUs. Out: a line for each of them, its 3D convolution and the all-reduce's bus bandwidth; exit code 1 when
-something is wrong. With NCCL_DEBUG=INFO the log names the network: on p4d "NET/OFI Selected provider is efa".
+In: how many GPUs. Out: a line for each of them, with its 3D convolutions in each precision, and one with the
+all-reduce's bus bandwidth; a line for each thing that is wrong, with what to do, and then exit code 1. With
+NCCL_DEBUG=INFO the log names the network: on p4d "NET/OFI Selected provider is efa".
 """
 
 import argparse
@@ -10,7 +11,6 @@ import os
 import socket
 import sys
 import threading
-import time
 import uuid
 from typing import Any
 
@@ -20,18 +20,18 @@ import torch.distributed as dist
 from ray.train import ScalingConfig, TrainingFailedError, get_context, report
 from ray.train.torch import TorchTrainer, get_device
 
+from raytrain_brats.learn import convolution_check
+from raytrain_brats.learn.convolution_check import now
 from raytrain_brats.ray_ext.internals import core
 
 MEGABYTES = 256
-TOLERANCE = 0.05
-"""Of half precision against float32, as a share of the largest value."""
+WRONG = "wrong"
+"""Part of the keys of what is wrong."""
 
 
 def check(settings: dict[str, Any]) -> None:
     rank, world, device = get_context().get_world_rank(), get_context().get_world_size(), get_device()
-    milliseconds = convolve(device, settings["edge"])
-    line = f"rank {rank}: {socket.gethostname()}: {describe(device)}; 3D convolution {milliseconds:.1f} ms, right"
-    core.kv_put(f"{settings['key']}/{rank:04d}", line.encode())
+    convolve(f"rank {rank}: {socket.gethostname()}", f"{settings['key']}/{rank:04d}", device, settings["edge"])
     numbers = torch.ones(MEGABYTES * 2**18, device=device)
     for turn in range(2 * settings["rounds"]):
         if turn == settings["rounds"]:  # the first half warms up
@@ -48,62 +48,22 @@ def check(settings: dict[str, Any]) -> None:
     report({"seconds": seconds})
 
 
-def describe(device: torch.device) -> str:
-    """The card and what torch makes of it. Raises RuntimeError when torch was not built for it."""
-    if device.type != "cuda":
-        return "CPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    built = torch.cuda.get_arch_list()
-    name = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, torch {torch.__version__}"
-    if not any(f"sm_{major}{older}" in built for older in range(minor + 1)):
-        raise RuntimeError(f"{name} was built for {', '.join(built)} only")
-    return f"{name}, {'bf16' if precision() == torch.bfloat16 else 'fp16'}"
+def convolve(who: str, key: str, device: torch.device, edge: int) -> None:
+    """Put what is found out about a device's 3D convolutions where `main` prints it.
 
-
-def precision() -> torch.dtype:
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def convolve(device: torch.device, edge: int) -> float:
-    """Milliseconds of a 3D convolution of 32 channels, forwards and backwards, in the precision that training uses.
-
-    Raises RuntimeError when a small one's result or gradient is not that of the CPU in float32: cuDNN has kernels of
-    its own for each kind of card.
+    Raises RuntimeError when torch has no code for the device at all.
     """
-    torch.manual_seed(0)
-    layer, image = torch.nn.Conv3d(4, 32, 3, padding=1), torch.randn(1, 4, 24, 24, 24)
-    wanted = results(layer, image)
-    layer, image = layer.to(device), image.to(device)
-    for what, right, found in zip(("result", "gradient"), wanted, results(layer, image), strict=True):
-        off = float((found.float().cpu() - right).abs().max() / right.abs().max())
-        if not off < TOLERANCE:
-            raise RuntimeError(f"{describe(device)}: the {what} of a 3D convolution is off by {off:.1%}")
-    layer, image = (
-        torch.nn.Conv3d(32, 32, 3, padding=1, device=device),
-        torch.randn(1, 32, edge, edge, edge, device=device),
-    )
-    results(layer, image)
-    began = now(device)
-    results(layer, image)
-    return 1e3 * (now(device) - began)
-
-
-def results(layer: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(result, gradient of the weights)."""
-    layer.zero_grad()
-    on_gpu = image.device.type == "cuda"
-    with torch.autocast(image.device.type, precision() if on_gpu else torch.bfloat16, enabled=on_gpu):
-        made = layer(image)
-    (made.float().square().sum() / 1000).backward()  # gradients that fp16 holds
-    gradient = layer.weight.grad
-    assert isinstance(gradient, torch.Tensor)
-    return made.detach(), gradient.detach()
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    card = convolution_check.card_of(device)
+    if problem := convolution_check.not_built(card):
+        core.kv_put(f"{key}/{WRONG}", f"{who}: {problem}".encode())
+        raise RuntimeError(problem)
+    measured = convolution_check.measure(device, edge, convolution_check.precisions(card))
+    problems = convolution_check.findings(card, measured)
+    for number, problem in enumerate(problems):
+        core.kv_put(f"{key}/{WRONG}-{number}", f"{who}: {problem}".encode())
+    times = ", ".join(map(str, measured))
+    line = f"{who}: {card}; 3D convolution of {edge}^3 voxels: {times}{'' if problems else '; right'}"
+    core.kv_put(key, line.encode())
 
 
 def main() -> int:
@@ -124,7 +84,7 @@ def main() -> int:
     over, shown = threading.Event(), set[str]()
 
     def show() -> None:
-        """Print what workers have found, as it comes: a network that hangs must not hide who is well."""
+        """Print what workers have found, as it comes: a network that hangs must not hide which ranks are well."""
         with contextlib.suppress(Exception):  # the cluster is going; `fit` says why
             for key in sorted(set(core.kv_list(settings["key"])) - shown):
                 print((core.kv_get(key) or b"").decode(), flush=True)
@@ -145,7 +105,7 @@ def main() -> int:
         over.set()
         follower.join(10)
         show()
-    return 0
+    return int(any(f"/{WRONG}" in key for key in shown))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What all commands share on the command line.
+"""Parse options, show progress and report errors: what all commands share.
 
 In: a command's options class and its work.
-Out: parsed options; how far it is; the exit code: 0 done, 1 failed, 2 a mistake in the request, 130 Ctrl-C.
+Out: parsed options; progress; the exit code: 0 done, 1 failed, 2 a mistake in the request, 130 Ctrl-C.
 """
 
 import contextlib

@@ -110,7 +110,9 @@ class Train(_Frozen):
     optimiser: Optimiser = Optimiser()
     augment: Augment = Augment()
     amp: bool = True
-    """Mixed precision where the device has it (bf16, else fp16 with loss scaling); CPUs train in float32."""
+    """Mixed precision where the device has it (bf16, else fp16 with loss scaling); CPUs train in float32. `false`: all
+    tensors in float32, but GPUs from Ampere on (A100, H100) still multiply in TF32 within convolutions, with 10 bits of
+    mantissa; torch sets that by default, and nothing here changes it."""
     compile: bool = False
     """torch.compile of network and batch: a minute more at each start of a worker; needs a C compiler."""
 

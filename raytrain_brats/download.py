@@ -1,4 +1,4 @@
-"""Fetch a public data set: `raytrain-brats download --out URI`, MSD Task01_BrainTumour by default.
+"""Fetch MSD Task01_BrainTumour: `raytrain-brats download --out URI`.
 
 In: a tar in a public bucket, read in ranges, without credentials (another endpoint by AWS_ENDPOINT_URL).
 Out: its images, labels and dataset.json, local or on s3://, and `download.json` beside them: where each came from, its
@@ -8,22 +8,20 @@ size and sha256, how far the tar has been read. The same command again goes on f
 member is checked, put under a name of ours and noted before the next one, so that a cut costs one member at most.
 """
 
-import gzip
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import sys
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from raytrain_brats import s3, storage
 from raytrain_brats.cli import Uri, entry
+from raytrain_brats.data import gunzip
 from raytrain_brats.errors import RunFailed, UserError
 
 STATE = "download.json"
@@ -49,26 +47,25 @@ class Published:
     licence: str
 
 
-SOURCES = {
-    "msd": Published(
-        "s3://msd-for-monai/Task01_BrainTumour.tar",
-        "us-west-2",
-        "240a19d752f0d9e9101544901065d872",  # as MONAI's DecathlonDataset has it
-        "Task01_BrainTumour",
-        re.compile(r"(imagesTr|labelsTr|imagesTs)/BRATS_\d{3}\.nii\.gz|dataset\.json", re.ASCII),
-        "Medical Segmentation Decathlon, CC-BY-SA 4.0",
-    )
-}
+TASK01 = Published(
+    "s3://msd-for-monai/Task01_BrainTumour.tar",
+    "us-west-2",
+    "240a19d752f0d9e9101544901065d872",  # as MONAI's DecathlonDataset has it
+    "Task01_BrainTumour",
+    re.compile(r"(imagesTr|labelsTr|imagesTs)/BRATS_\d{3}\.nii\.gz|dataset\.json", re.ASCII),
+    "Medical Segmentation Decathlon, CC-BY-SA 4.0",
+)
 
 
 @dataclass(frozen=True)
 class Args:
-    """Stream a public data set's archive and write its files as they arrive; the same command again goes on."""
+    """Stream Task01_BrainTumour of the Medical Segmentation Decathlon, 7 GB, and write its files as they arrive.
+
+    The same command again goes on.
+    """
 
     out: Uri
     """Folder for imagesTr/, labelsTr/, imagesTs/ and dataset.json (local or s3://)."""
-    source: Literal["msd"] = "msd"
-    """msd: Task01_BrainTumour of the Medical Segmentation Decathlon, 7 GB."""
 
 
 @dataclass
@@ -190,19 +187,16 @@ def check_gzip(content: bytes) -> None:
     """Hold a .gz against its own checksums, within a cap on what it unpacks to. Raises ArchiveError."""
     unpacked, most = 0, max(MAX_MEMBER_BYTES, MAX_RATIO * len(content))
     try:
-        with gzip.open(io.BytesIO(content)) as file:
-            while chunk := file.read(1 << 20):
-                unpacked += len(chunk)
-                if unpacked > most:
-                    raise ArchiveError(f"{len(content):,} bytes unpack to more than {most:,}")
-    except (OSError, EOFError, zlib.error) as error:
+        for piece in gunzip.pieces(content):
+            unpacked += len(piece)
+            if unpacked > most:
+                raise ArchiveError(f"{len(content):,} bytes unpack to more than {most:,}")
+    except gunzip.Damaged as error:
         raise ArchiveError(f"its gzip stream is damaged or cut off ({error})") from error
-    if not content:
-        raise ArchiveError("it is empty")
 
 
 def work(args: Args) -> None:
-    source, out = SOURCES[args.source], storage.normal(args.out)
+    source, out = TASK01, storage.normal(args.out)
     size, etag = s3.head(source.uri, source.region)  # whether the bucket answers is told at once
     state = _open(out, source, State(source.uri, etag, size))
     os.environ.setdefault(storage.PATIENCE, _PATIENCE_S)  # from here on an outage is waited out

@@ -1,7 +1,7 @@
-"""A large set out of a small one: `raytrain-brats expand --data URI --out URI --copies K`, over all CPUs by Ray Data.
+"""Make a large set from a small one: `raytrain-brats expand --data URI --out URI --copies K`, a Ray Data job.
 
 In: a folder of labelled NIfTI cases or a manifest; K; a seed.
-Out: K really distinct volumes a case in MSD layout, with the source's labels, subjects and folds; `expand.json` says
+Out: K distinct volumes a case in MSD layout, with the source's labels, subjects and folds; `expand.json` says
 what they were made from, `quarantine.json` what could not be read.
 
 For load tests at the size of the AWS article, whose 48,884 pairs were 484 copied byte by byte, and for trying things

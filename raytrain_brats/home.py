@@ -1,7 +1,7 @@
-"""What libraries expect of a user's account, where a container or a group's machine has none.
+"""Give libraries a home folder and a user name where the machine has none for this user, as in containers.
 
 In: the environment as a command finds it: HOME, USER; the account's entry.
-Out: the same, with a folder of our own for what must be written, and a name for who has none.
+Out: the same, with a temporary folder for what must be written, and a name for a user without one.
 
 Ray, torch and Matplotlib fail when imported without a home or a name, or print warnings that need no action.
 """
@@ -22,7 +22,7 @@ def provide() -> None:
     if writable():
         return
     place = os.path.join(tempfile.gettempdir(), f"raytrain_brats-{os.getuid()}")
-    with contextlib.suppress(OSError):  # then libraries do what they do without
+    with contextlib.suppress(OSError):  # then libraries find no home, as without this
         os.makedirs(place, mode=0o700, exist_ok=True)
         if os.stat(place).st_uid == os.getuid():
             os.environ.setdefault("MPLCONFIGDIR", place)

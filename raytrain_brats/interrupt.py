@@ -4,8 +4,8 @@ In: signals, from the first import of a command on; how long the work at hand ma
 Out: KeyboardInterrupt in the main thread; where that does not end the process in time, its end and its children's.
 
 Python runs a handler between two of its own instructions in the main thread. While that thread is inside Ray's start
-or an import, for seconds or for minutes, no handler runs, and an exception would come up in the midst of foreign code.
-So a thread hears of the signals too, from the pipe that Python's signal module writes to at once.
+or an import, for seconds or for minutes, no handler runs, and an exception would be raised in the middle of another
+library's code. So a thread is notified of the signals too, by the pipe that Python's signal module writes to at once.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from typing import Any
 
 EXIT_CODE = 130
 GRACE_S = 8.0
-"""How long our own work may take to clean up behind itself."""
+"""How long our own work may take to clean up."""
 _TWICE_S = 1.0
 """A signal this soon after the first is the same one: `timeout` and terminals send it to a process and to its group."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -43,7 +43,7 @@ _state = _State()
 
 
 def install() -> None:
-    """Take over SIGINT and SIGTERM for this process, unless somebody else has them or they are ignored.
+    """Take over SIGINT and SIGTERM for this process, unless they are ignored or have other handlers.
 
     For commands alone: a program that imports the package keeps its own handlers.
     """
@@ -90,7 +90,7 @@ def allow(seconds: float) -> None:
 
 def leave() -> int:
     """Say that a command was interrupted, once, and end this process where that is a command's; else the exit code."""
-    if not _state.depth:  # else it is for the command around this one to say
+    if not _state.depth:  # else the enclosing command says it
         if _state.installed:
             _end()
         print("interrupted", file=sys.stderr)

@@ -202,8 +202,9 @@ def stated_convention(stated: Any, where: str) -> str | None:
 
 
 def _whole(value: Any) -> list[int]:
-    whole = [int(v) for v in (value if isinstance(value, list) else [value])]
-    if not whole or any(isinstance(v, float) and v != int(v) for v in (value if isinstance(value, list) else [value])):
+    given = value if isinstance(value, list) else [value]
+    whole = [int(v) for v in given]
+    if not whole or any(isinstance(v, float) and v != int(v) for v in given):
         raise ValueError("no whole number")
     return whole
 
@@ -246,12 +247,9 @@ def stated_modalities(stated: Any, where: str) -> tuple[int, ...] | None:
         raise UserError(
             f"{where}: modality {unknown[0]!r} is not understood; name it as one of {', '.join(MODALITIES)}"
         )
-    if (
-        unknown
-        or sorted(found) != [0, 1, 2, 3]
-        or sorted(which for which in found.values() if which is not None) != [0, 1, 2, 3]
-    ):
+    by_modality = {which: channel for channel, which in found.items()}
+    each = set(range(len(MODALITIES)))
+    if not found.keys() == by_modality.keys() == each:  # a modality that stands twice leaves another one out
         listed = ", ".join(channels.values())
         raise UserError(f"{where}: it states the modalities {listed}; {', '.join(MODALITIES)} are needed, each once")
-    by_modality = {which: channel for channel, which in found.items()}
-    return tuple(by_modality[number] for number in range(4))
+    return tuple(by_modality[number] for number in sorted(each))

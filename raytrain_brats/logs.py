@@ -1,10 +1,10 @@
-"""Copy a node's logs to where they outlive it: `python -m raytrain_brats.logs --to URI &`, one on each node.
+"""Copy a node's logs to storage that outlives the node: `python -m raytrain_brats.logs --to URI &`, one on each node.
 
 In: Ray's logs of this machine (/tmp/ray/session_latest/logs) and those of our own helpers (/tmp/raytrain_brats-*.log).
 Out: below URI/SESSION/NODE what has changed, each minute and once more when this process is ended; never more than
 `--limit-mb` there, jobs' own logs first, then what was written last. Nothing on the machine is changed.
 
-A process of its own beside `spot`: a put that takes long must not keep a spot notice waiting.
+A process of its own beside `spot`: a slow upload must not delay a spot notice.
 """
 
 import os
@@ -49,7 +49,7 @@ class Args:
 
 
 class Copier:
-    """What of one machine lies at `to` by now. `helpers` is the folder of our own helpers' logs."""
+    """Copies one machine's logs to the folder `to`. `helpers` is the folder of our own helpers' logs."""
 
     def __init__(self, to: str, session: Path, limit: int, helpers: Path | None = None) -> None:
         self._to, self._latest, self._limit, self._helpers = to, session, limit, helpers
@@ -57,7 +57,7 @@ class Copier:
         self._seen: dict[str, tuple[int, str]] = {}
         """{name: (bytes, version)} of what was put, as it was on this machine."""
         self._kept: dict[str, int] = {}
-        """{name: bytes} of what lies at the place."""
+        """{name: bytes} of what is stored there."""
 
     def place(self, session: Path) -> str:
         return storage.join(self._to, session.name, node())
@@ -67,7 +67,7 @@ class Copier:
         session, put = self._latest.resolve(), 0
         if session != self._session:
             if self._session:
-                put = self._copy(self._session)  # why Ray ended stands in the last lines
+                put = self._copy(self._session)  # the last lines say why Ray ended
             if not session.is_dir():
                 return put
             storage.sweep(self.place(session))
@@ -84,11 +84,11 @@ class Copier:
                 continue
             try:
                 content = excerpt(path, size)
-            except OSError:  # gone, or not ours to read
+            except OSError:  # removed, or not readable
                 continue
             if not self._make_room(session, name, len(content), wanted):
                 continue
-            self._kept[name] = max(len(content), self._kept.get(name, 0))  # as either may lie there after an error
+            self._kept[name] = max(len(content), self._kept.get(name, 0))  # as either may be stored after an error
             storage.write_bytes(storage.join(self.place(session), name), content)
             self._kept[name], self._seen[name] = len(content), (size, version)
             put += 1
@@ -117,8 +117,8 @@ class Copier:
         return wanted
 
     def _make_room(self, session: Path, name: str, size: int, wanted: list[str]) -> bool:
-        """Delete what has had its day until a file fits. False when that is not enough: one of those that are wanted
-        has become shorter, and is put with this look."""
+        """Delete what is no longer wanted until a file fits. False when that is not enough: one of those that are
+        wanted has become shorter, and is put with this look."""
         others = sum(self._kept.values()) - self._kept.get(name, 0)
         for victim in [kept for kept in self._kept if kept not in wanted]:
             if others + size <= self._limit:
@@ -151,7 +151,7 @@ def node() -> str:
 
 def work(args: Args) -> None:
     if not (to := default(args.to, "LOGS")):
-        raise UserError("where to? --to URI, or RAYTRAIN_BRATS_LOGS")
+        raise UserError("no folder for the logs given; name one with --to, or set RAYTRAIN_BRATS_LOGS")
     if args.every <= 0 or args.limit_mb <= 0:
         raise UserError("--every and --limit-mb are more than 0")
     helpers = Path(tempfile.gettempdir())
@@ -160,7 +160,7 @@ def work(args: Args) -> None:
         with FileLock(helpers / "raytrain_brats-logs.lock", timeout=0):
             _go_on(copier, args.every)
     except Timeout:
-        _log("another one is at work here")
+        _log("another copier runs on this machine")
 
 
 def _go_on(copier: Copier, every_s: float) -> None:
@@ -180,8 +180,8 @@ def _look(copier: Copier, last: str) -> str:
     try:
         copier.look()
         line = "copying"
-    except Exception as error:  # noqa: BLE001 - a place that is away is there again with a later look
-        line = f"cannot copy ({' '.join(str(error).split())[:300]}); trying on"
+    except Exception as error:  # noqa: BLE001 - a place that cannot be reached now may be later
+        line = f"cannot copy ({' '.join(str(error).split())[:300]}); trying again"
     if line != last:
         _log(line)
     return line

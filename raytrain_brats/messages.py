@@ -3,8 +3,8 @@
 In: `logging`, by modules of this package.
 Out: lines on standard error.
 
-A command's go to its terminal. Those of Ray's processes stand in Ray's logs of them; what a person must act on goes
-through `journal.warn` into the run's events besides, and the driver's progress shows it.
+Warnings of a command go to its terminal, those of Ray's processes to Ray's logs. What a person must act on also goes
+into the run's events, by `journal.warn`, and the driver's progress shows it.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Outputs never destroy what they did not make.
 
 In: where a command writes, what each file is made from, what it reads.
-Out: leave to write, and a record `made-by.json` in the folder, put before the first output; or UserError, before the
-first byte.
+Out: permission to write, and a record `made-by.json` in the folder, put before the first output; or UserError, before
+the first byte.
 
 A file is replaced when the record (or the file itself) says that the same command made it from the same inputs; with
 `--overwrite` others are, too, but never an input, an image or a label. Files that are there, made from the same, need
@@ -79,7 +79,7 @@ def _keys(uri: str) -> set[Any]:
 
 
 def stamp(uri: str) -> str:
-    """Size, and time of change (local) or ETag (S3): another one for another content, at no more than a look.
+    """Size, and time of change (local) or ETag (S3): another one for another content, without reading it.
 
     Raises FileNotFoundError.
     """
@@ -101,7 +101,7 @@ def claim(
     overwrite: bool = False,
     option: str = "--out",
 ) -> set[str]:
-    """Leave to write the files {name below `out`: what it is made from, in words}; those that are there already.
+    """Permission to write the files {name below `out`: what it is made from, in words}; those that are there already.
 
     What is there was made from the same and need not be made again. The record notes every origin, and `settings`
     (JSON) for the reader of the folder. `protected` are URIs that are read now; `option` is how the user gave `out`.

@@ -2,8 +2,8 @@
 
 In: a run folder; 4D NIfTI files, patients' 3D files or folders, data sets (docs/data.md); no labels needed.
 Out: `<out>/<case>.nii.gz`, uint8 labels of the run's convention on each case's own grid, with the scan's own geometry;
-`made-by.json` beside them: by which run and checkpoint, from which files, what the values mean. What is there from an
-earlier time, made from the same, is not made again.
+`made-by.json` beside them: by which run and checkpoint, from which files, what the values mean. What was made
+earlier from the same files by the same checkpoint is not made again.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ def work(args: Args) -> None:
     if not comparable(convention, learned):
         raise UserError(
             f"{run_dir} learned {described(learned)}, asked for is {described(convention)}, in which WT, TC and ET are "
-            "other tissues; leave --convention away"
+            "other tissues; leave --convention out"
         )
     if not args.images:
         raise UserError("no images given; name files or folders with --images")

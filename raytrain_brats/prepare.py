@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrain_brats import config, outputs, storage
+from raytrain_brats.cases import recipe as recipes
 from raytrain_brats.cases.layouts import QUARANTINED
 from raytrain_brats.cli import Changes, Uri, default, entry, progress, show_refused, show_skipped
 from raytrain_brats.data import manifest as manifests
@@ -70,7 +71,7 @@ def work(args: Args) -> None:
     storage.check_writable(store)
     print(config.described(recipe, settings) if recipe else f"voxels of {settings.preprocess.spacing_mm:g} mm")
     print(f"{len(manifest.cases)} cases, {manifest.layout}; labels: {described(source.convention)}")
-    for warning in spec.warnings(settings, manifest, source) if begun is None else ():
+    for warning in recipes.warnings(settings, manifest, source) if begun is None else ():
         print(warning, file=sys.stderr)
     storage.sweep(store)
     stores.begin(store, about)
@@ -117,7 +118,7 @@ def _settings(args: Args, data: str) -> tuple[str, config.Config]:
     given = default(args.recipe, "RECIPE")
     if not given and any(change.startswith("preprocess.spacing_mm=") for change in args.set):
         return "", config.load("demo", args.set)
-    recipe = spec.recipe_for(given, data, "")
+    recipe = recipes.recipe_for(given, data, "")
     return recipe, config.load(recipe, args.set)
 
 

@@ -114,7 +114,7 @@ def patient(operation: Callable[P, R]) -> Callable[P, R]:
 
 
 class _Floor:
-    """What botocore reads a body from, which gives up on one that trickles."""
+    """The stream from which botocore reads a body; raises OutageError where bytes arrive too slowly."""
 
     def __init__(self, raw: Any, uri: str) -> None:
         self._raw, self._uri = raw, uri

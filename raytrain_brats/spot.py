@@ -1,10 +1,10 @@
-"""On a node of EC2, what nobody else would notice: `python -m raytrain_brats.spot --head ADDRESS &`, one on each.
+"""Drain this machine's Ray node on a spot notice: `python -m raytrain_brats.spot --head ADDRESS &`, one on each.
 
 In: the instance metadata service, version 2 (AWS_EC2_METADATA_SERVICE_ENDPOINT, as in AWS's own SDKs); a running Ray.
 Out: this machine's Ray node drained, once a notice, with the notice's deadline; a checkpoint when EC2 recommends to
 leave; the machine shut down when the cluster's head is gone for good; a line for each thing that happened.
 
-Nothing here ends the watch: a metadata service or a Ray that is away is asked again with the next look.
+No error ends the watch: a metadata service or a Ray that does not answer is asked again at the next look.
 """
 
 import json
@@ -66,7 +66,7 @@ class Imds:
         self._token, self._renew_at = "", 0.0
 
     def get(self, path: str) -> str | None:
-        """What stands below meta-data; None where nothing does. Raises OSError or HTTPException when it is away."""
+        """The text at a path below meta-data, or None. Raises OSError or HTTPException when nothing answers."""
         for again in (False, True):
             if again or time.monotonic() >= self._renew_at:
                 self._token = self._ask("PUT", "api/token", {_TTL: str(_TTL_S)})
@@ -95,7 +95,10 @@ class Notice:
 
 
 class Watcher:
-    """What was heard and done so far. `drain` returns whether Ray accepted; `save` asks for a checkpoint."""
+    """The notices so far, and what was done for them.
+
+    `drain` returns whether Ray accepted; `save` asks for a checkpoint.
+    """
 
     def __init__(
         self,
@@ -106,7 +109,7 @@ class Watcher:
     ) -> None:
         self._imds, self._drain, self._on_rebalance, self._save = imds, drain, on_rebalance, save
         self._open: dict[str, Notice] = {}
-        """Heard, and not drained for yet."""
+        """Received, and not drained for yet."""
         self._known: set[str] = set()
         self._going, self._state = False, ""
 
@@ -118,7 +121,7 @@ class Watcher:
                     self._hear(path, body)
             self._say("watching")
         except (OSError, HTTPException, ValueError) as error:
-            self._say(f"the metadata service does not answer ({error}); asking on")
+            self._say(f"the metadata service does not answer ({error}); asking again")
         for text, notice in list(self._open.items()):
             if self._drain(notice):
                 del self._open[text]
@@ -132,11 +135,11 @@ class Watcher:
         _log(f"notice: {text}")
         if path == ACTION:
             self._going = True
-            self._open = {text: Notice(text, deadline(body))}  # a recommendation has had its day
+            self._open = {text: Notice(text, deadline(body))}  # a recommendation no longer matters
         elif self._on_rebalance == "drain" and not self._going:
             self._open[text] = Notice(text, 0.0)
         elif self._on_rebalance == "checkpoint" and not self._going:
-            _log("a checkpoint is saved" if self._save(Notice(text, 0.0)) else "no run here saves now; going on")
+            _log("a checkpoint is saved" if self._save(Notice(text, 0.0)) else "no run here can save now")
 
     def _say(self, state: str) -> None:
         if state != self._state:  # an outage of an hour is two lines
@@ -243,7 +246,7 @@ def work(args: Args) -> None:
         with FileLock(Path(tempfile.gettempdir(), "raytrain_brats-spot.lock"), timeout=0):
             _watch(args, endpoint)
     except Timeout:
-        _log("another watcher is at work here")
+        _log("another watcher runs on this machine")
 
 
 def _watch(args: Args, endpoint: str) -> None:

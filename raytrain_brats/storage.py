@@ -74,7 +74,7 @@ def read_checked(uris: Sequence[str], sha256: str | None, size: int | None = Non
     """
     wrong = None
     for _ in range(2):
-        contents = [read_bytes(uri) if sha256 is None else _read_unchecked(uri) for uri in uris]
+        contents = [s3.get(uri, check=sha256 is None)[0] if is_s3(uri) else read_bytes(uri) for uri in uris]
         found, digest = sum(map(len, contents)), hashlib.sha256()
         for content in [] if sha256 is None else contents:
             digest.update(content)
@@ -86,10 +86,6 @@ def read_checked(uris: Sequence[str], sha256: str | None, size: int | None = Non
             raise ChangedError(f"{', '.join(uris)}: {detail}")
         wrong = (found, digest.digest())
     raise s3.OutageError(f"{', '.join(uris)}: altered on the way, each time in another manner")
-
-
-def _read_unchecked(uri: str) -> bytes:
-    return s3.get(uri, check=False)[0] if is_s3(uri) else Path(normal(uri)).read_bytes()
 
 
 def read_tail(uri: str, size: int) -> bytes:
@@ -110,7 +106,16 @@ def write_bytes(uri: str, content: bytes | mmap) -> None:
     path = Path(normal(uri))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with _named(path, temporary):
-        _write(path, temporary, content)
+        _make_folder(path.parent)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -122,19 +127,6 @@ def _named(path: Path, temporary: Path | None = None) -> Iterator[None]:
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _write(path: Path, temporary: Path, content: bytes | mmap) -> None:
-    _make_folder(path.parent)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def _make_folder(path: Path) -> None:
@@ -159,23 +151,19 @@ def append(path: str, text: str) -> None:
 
     One O_APPEND write, made durable (NFS does not order those of several machines).
     """
-    file = Path(normal(path))
-    _make_folder(file.parent)
-    with _named(file):
-        _append(file, text.encode())
-
-
-def _append(path: Path, content: bytes) -> None:
-    new = not path.exists()
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        if os.write(file, content) != len(content):
-            raise OSError(errno.ENOSPC, "only a part could be written; the disk is full", str(path))
-        os.fsync(file)
-    finally:
-        os.close(file)
-    if new:
-        sync_folder(path.parent)
+    place, content = Path(normal(path)), text.encode()
+    _make_folder(place.parent)
+    with _named(place):
+        new = not place.exists()
+        file = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(file, content) != len(content):
+                raise OSError(errno.ENOSPC, "only a part could be written; the disk is full", str(place))
+            os.fsync(file)
+        finally:
+            os.close(file)
+        if new:
+            sync_folder(place.parent)
 
 
 def swap(uri: str, before: bytes | None, after: bytes) -> bool:
@@ -243,7 +231,7 @@ class Listing:
 
 
 def listing(uri: str) -> Listing:
-    """Everything below a folder, for the price of one listing."""
+    """Everything below a folder, by one listing."""
     found: dict[str, tuple[int, str]] = {}
     unreadable: dict[str, str] = {}
     if is_s3(uri):

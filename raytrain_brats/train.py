@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_brats import config, storage
+from raytrain_brats.cases import recipe as recipes
 from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry, run_folder, show_skipped
 from raytrain_brats.errors import UserError
+from raytrain_brats.monitoring import cost
+from raytrain_brats.monitoring.progress import Progress
+from raytrain_brats.monitoring.spilling import Spilling
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import checkpoint, driver, journal, lease, spec
 
@@ -53,7 +57,7 @@ def work(args: Args) -> None:
     overrides = args.set + ((f"run.workers={args.workers!r}",) if args.workers else ())
     data, store = cases_from(args.data, args.store)
     real = bool(data or store)
-    recipe = spec.recipe_for(default(args.recipe, "RECIPE") if real else args.recipe, data, store)
+    recipe = recipes.recipe_for(default(args.recipe, "RECIPE") if real else args.recipe, data, store)
     settings = config.load(recipe, overrides)
     if real:
         run_dir = run_folder(args.run_dir)
@@ -73,9 +77,10 @@ def work(args: Args) -> None:
         return
     with lease.hold(run_spec.run_dir) as held:
         print(config.described(recipe, settings))
-        for warning in spec.warnings(settings, run_spec.manifest, run_spec.source):
+        for warning in recipes.warnings(settings, run_spec.manifest, run_spec.source):
             print(warning, file=sys.stderr)
         show_skipped(run_spec.manifest.skipped)
+        cost.prices()  # refused now, not amid the run
         cluster.connect(held_bytes=run_spec.held_bytes)
         needed = driver.check(run_spec)
         kind = "GPU" if needed.gpus else "CPU"
@@ -84,12 +89,13 @@ def work(args: Args) -> None:
             f"{len(run_spec.train_cases)} cases to train on, {len(run_spec.held_out_cases)} held out; "
             f"{needed.low} to {needed.high} {kind} workers; {run_spec.sampler.total:,} samples, {done}"
         )
-        driver.train(run_spec, needed, held)
+        with Progress(run_spec, lambda: held.trouble), Spilling(run_spec.run_dir):
+            driver.train(run_spec, needed, held)
     print(f"done: {run_spec.run_dir}")
 
 
 def _demo_places() -> tuple[str, str]:
-    """(folder of phantoms, run folder): never the environment's own, which a run on real cases is to have."""
+    """(folder of phantoms, run folder): never the environment's own, which are for runs on real cases."""
     if beside := default("", "RUN_DIR").rstrip("/"):
         return f"{beside}-demo-phantoms", f"{beside}-demo"
     home = Path(HOME).expanduser()

@@ -1,8 +1,8 @@
-"""Prove a run: `raytrain-brats verify --run-dir URI`.
+"""Prove that a run applied every sample once, in order: `raytrain-brats verify --run-dir URI`.
 
 In: a run folder; nothing else, least of all what the run remembers of its order.
 Out: exit code 0 when every position was applied once, in order, with the very samples that the seed asks for; else 1
-and the first row that differs. Beside it, where the time went: the events' word, which proves nothing.
+and the first row that differs. Also where the time went, by the run's events, which prove nothing.
 """
 
 import math

@@ -317,8 +317,8 @@ def stream(args: Stream) -> None:
                     | {"object_store_peak_mb": loaded["object_store_peak_mb"]}
                     | {"loaded": loaded, "stand_ins": handed}
                 )
-    columns = ("workers", "route", "mb_per_patch", "coordinator_ms_per_patch", "cpu_ms_per_patch")
-    columns = (*columns, "object_store_peak_mb")
+    columns = ["workers", "route", "mb_per_patch", "coordinator_ms_per_patch", "cpu_ms_per_patch"]
+    columns += ["object_store_peak_mb"]
     table = Table(*columns, title=f"{_machine(before)['cpu']}, load {before[0]:.1f}")
     for row in rows:
         table.add_row(*(str(row[column]) for column in columns))

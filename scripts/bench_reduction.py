@@ -77,7 +77,9 @@ def measure(world_size: int, steps: int) -> dict[str, float]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        multiprocessing.start_processes(rank_main, (world_size, port, steps, folder), world_size, start_method="fork")
+        multiprocessing.start_processes(  # type: ignore[attr-defined]
+            rank_main, (world_size, port, steps, folder), world_size, start_method="fork"
+        )
         ranks = [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(world_size)]
     result: dict[str, float] = {}
     for kind in ("fast", "exact", "compare") if world_size > 1 else ("fast", "exact"):

@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def campaign(seed: int, mutants: int, good: int, jobs: int) -> dict[str, Any]:
     """Figures, tables and failures of so many mutants and good files."""
-    steps = [(seed, "good", range(n, min(n + STEP, good))) for n in range(0, good, STEP)]
+    steps: list[tuple[int, str | None, range]] = [
+        (seed, "good", range(n, min(n + STEP, good))) for n in range(0, good, STEP)
+    ]
     steps += [(seed, None, range(n, min(n + STEP, mutants))) for n in range(0, mutants, STEP)]
     if jobs == 1:
         return _summary(map(run, steps))
@@ -166,6 +168,8 @@ def _compared(case: Mutant, volume: Volume) -> tuple[str, str]:
     if not np.allclose(volume.affine, reading.affine, rtol=1e-4, atol=5e-3):
         return "violation", f"affine {volume.affine.tolist()}, the standard reads {reading.affine.tolist()}"
     original = read(case.good.plain)
+    assert original.affine is not None
+    assert original.voxels_xyzc is not None
     same = np.array_equal(original.affine, reading.affine) and np.array_equal(original.voxels_xyzc, reading.voxels_xyzc)
     if case.family == "meaningless" and not same:
         return "violation", "a field that was taken for meaningless is not"

@@ -61,7 +61,7 @@ def nifti(
     header["magic"] = b"n+1"
     for name, value in fields.items():
         header[name] = value
-    voxels = array.astype(array.dtype.newbyteorder(endian)).tobytes("F")
+    voxels = array.astype(endian + array.dtype.str[1:]).tobytes("F")
     return bytes(header.binaryblock) + extension + voxels
 
 
@@ -70,7 +70,8 @@ def good(dice: random.Random) -> Good:
     kind, endian, shape = dice.choice(list(KINDS.values())), dice.choice("<>"), dice.choice(SHAPES)
     top = 100 if kind[1] == "1" else 3000
     noise = np.random.RandomState(dice.randrange(2**32))
-    array = noise.randint(0 if kind[0] == "u" else -top // 9, top, (*shape, 4)) * (noise.rand(*shape, 1) < 0.6)
+    low = 0 if kind[0] == "u" else -top // 9
+    array: npt.NDArray[Any] = noise.randint(low, top, (*shape, 4)) * (noise.rand(*shape, 1) < 0.6)
     if kind[0] == "f" and dice.random() < 0.5:
         array = array * 1.375
     array[0, 0, 0], array[1, 1, 1] = 0, 1  # at least two values in each modality

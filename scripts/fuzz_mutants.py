@@ -226,7 +226,7 @@ DAMAGE: dict[str, Callable[[bytes, bytes, random.Random], bytes]] = {
     "header checksum": lambda z, p, d: _checked(z[:3] + b"\2" + z[4:10], 1 << d.randrange(16)) + z[10:],
 }
 LABELS: dict[str, tuple[Callable[[Any, Any, random.Random], bytes], str]] = {
-    "label fraction": (lambda a, m, d: nifti(a + np.float32(d.choice([0.5, 1e-3]))[None], m), "label_values"),
+    "label fraction": (lambda a, m, d: nifti(a + np.array([d.choice([0.5, 1e-3])], "f4"), m), "label_values"),
     "label out of convention": (lambda a, m, d: nifti(np.where(a == 0, d.choice([4, 5, 255]), a).astype("u1"), m),
                                 "label_values"),
     "label negative": (lambda a, m, d: nifti(-a.astype("i2") - 1, m), "label_values"),

@@ -1,18 +1,52 @@
-"""The patch of one sample: its origin in a prepared case, and its voxels. Runs in data tasks and workers.
+"""Patches, and the box of each case in which they travel to ranks. Runs in data tasks and workers.
 
-In: a `Prepared` case, a `Sample`, the patch's size.
-Out: a `Patch`: integers and statistics; the training device normalises, augments and converts labels to regions.
+In: the sampler's rows, the cases' source.
+Out: a one-row Arrow table of case boxes; on the rank the `Patch`es, as views into the table: integers and statistics.
+The training device normalises, augments and converts labels to regions.
+
+Patches of one case overlap: four of 128^3 are 76 MB, the brain they were cut from is 28. So a rank receives the part of
+each case that its patches cover, once, and crops the patches itself: a third of the bytes, and no second copy (measured
+in docs/benchmarks/stream.md).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from raytrain_brats.data.preprocess import Prepared, Triple
-from raytrain_brats.data.sampler import Sample, draw
+from raytrain_brats.data.manifest import Case
+from raytrain_brats.data.nifti import InvalidCase
+from raytrain_brats.data.preprocess import Prepared, Triple, triple
+from raytrain_brats.data.sampler import Row, Sample, draw
+from raytrain_brats.data.store import Source, binary_column, binary_value
+
+
+@dataclass(frozen=True)
+class PatchSpec:
+    """How patches are cropped; pickled into every read task, so it is small."""
+
+    patch_xyz: Triple
+    foreground_share: float
+
+    @property
+    def size_zyx(self) -> Triple:
+        x, y, z = self.patch_xyz
+        return z, y, x
+
+    @property
+    def patch_bytes(self) -> int:
+        return 9 * prod(self.patch_xyz)
+
+    @property
+    def box_bytes(self) -> int:
+        """About what a case's box weighs (measured: 1.3 patches)."""
+        return 3 * self.patch_bytes // 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +66,22 @@ class Patch:
     mean: Sequence[float]
     std: Sequence[float]
     """By modality, of the stored values other than zero."""
+
+
+@dataclass(frozen=True)
+class CaseBox:
+    """Part of a case, and the patches in it as (sample, their origin within the part)."""
+
+    case_id: str
+    samples: list[tuple[Sample, Triple]]
+    reason: str = ""
+    """Why there are no voxels: the patches have weight zero."""
+    shape_zyx: Triple = (0, 0, 0)
+    """Of the part. The arrays are smaller where it extends beyond the case: those voxels are zero."""
+    image_czyx: npt.NDArray[Any] | None = None
+    label_zyx: npt.NDArray[np.uint8] | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 def patch_origin(prepared: Prepared, sample: Sample, size_zyx: Triple, foreground_share: float) -> Triple:
@@ -54,6 +104,123 @@ def patch_origin(prepared: Prepared, sample: Sample, size_zyx: Triple, foregroun
     return origin[0], origin[1], origin[2]
 
 
+class Buffer:
+    """Memory in which one table after the other is assembled: page faults of fresh memory cost more than copying."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def take(self, count: int) -> npt.NDArray[np.uint8]:
+        """`count` bytes; those taken before are overwritten."""
+        if count > len(self._bytes):
+            self._bytes = np.empty(count, np.uint8)
+        return self._bytes[:count]
+
+
+def row_table(
+    source: Source, row: Row, cases: dict[int, Case], patch_spec: PatchSpec, buffer: Buffer | None = None
+) -> pa.Table:
+    """The table of a row of the sampler, whose cases are loaded here. Raises OSError when storage is down."""
+    boxes: list[CaseBox] = []
+    for index, samples in row.cases:
+        found = case_boxes(source, cases[index], samples, patch_spec)
+        boxes += found if len(row.cases) == 1 else map(detached, found)
+    return encode(boxes, patch_spec.size_zyx, row.until, buffer)
+
+
+def case_boxes(source: Source, case: Case, samples: Sequence[Sample], patch_spec: PatchSpec) -> list[CaseBox]:
+    """The boxes of these samples of a case, which is loaded once.
+
+    An invalid case raises nothing: its samples become patches of weight zero. OSError (storage down) is raised: it says
+    nothing about the case, and the run must stop rather than train without it.
+    """
+    try:
+        return bounding_boxes(source.load(case), case.id, samples, patch_spec)
+    except InvalidCase as error:
+        reason = f"{error.reason}: {error.detail}"
+        return [CaseBox(case.id, [(sample, (0, 0, 0)) for sample in samples], reason)]
+
+
+def bounding_boxes(prepared: Prepared, case_id: str, samples: Sequence[Sample], patch_spec: PatchSpec) -> list[CaseBox]:
+    """The bounding box of these patches of a case; a box for each where the common one would be larger than all."""
+    size, share = np.array(patch_spec.size_zyx), patch_spec.foreground_share
+    origins = [np.array(patch_origin(prepared, sample, patch_spec.size_zyx, share)) for sample in samples]
+    separately = prod(size) * len(samples)
+    low, high = np.min(origins, axis=0), np.max(origins, axis=0) + size
+    if len(samples) > 1 and prod(np.minimum(high, prepared.image_czyx.shape[1:]) - low) > separately:
+        return [box for sample in samples for box in bounding_boxes(prepared, case_id, [sample], patch_spec)]
+    inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))  # NumPy clips it to the case
+    assert prepared.label_zyx is not None, "training cases are labelled; the manifest saw to it"
+    within = [(sample, triple(origin - low)) for sample, origin in zip(samples, origins, strict=True)]
+    image, label = prepared.image_czyx[(slice(None), *inside)], prepared.label_zyx[inside]
+    return [CaseBox(case_id, within, "", triple(high - low), image, label, prepared.mean, prepared.std)]
+
+
+def detached(box: CaseBox) -> CaseBox:
+    """The same without the case that it is a view of: eight whole cases would be half a gigabyte."""
+    if box.image_czyx is None or box.label_zyx is None:
+        return box
+    return replace(box, image_czyx=box.image_czyx.copy(), label_zyx=box.label_zyx.copy())
+
+
+def encode(boxes: Sequence[CaseBox], size_zyx: Triple, until: int, buffer: Buffer | None = None) -> pa.Table:
+    """One row: a JSON description, and all voxels as one run of bytes, because dtypes differ between cases.
+
+    `until` is that of the sampler's `Row`. A table in `buffer` is valid until the next is asked for.
+    """
+    parts: list[dict[str, Any]] = []
+    arrays: list[tuple[int, Triple, npt.NDArray[Any]]] = []
+    total = 0
+    for box in boxes:
+        about: dict[str, Any] = {"case_id": box.case_id, "reason": box.reason, "mean": box.mean, "std": box.std}
+        about["patches"] = [[sample.position, sample.seed, origin] for sample, origin in box.samples]
+        if box.image_czyx is not None and box.label_zyx is not None:
+            about |= {"dtype": box.image_czyx.dtype.name, "shape": (4, *box.shape_zyx), "at": total}
+            for array in (*box.image_czyx, box.label_zyx):
+                arrays.append((total, box.shape_zyx, array))
+                total += prod(box.shape_zyx) * array.itemsize
+            total = -(-total // 64) * 64  # a box begins at a multiple of every item size, so that `view` works
+        parts.append(about)
+    voxels = (buffer or Buffer()).take(total)
+    for at, shape, array in arrays:
+        _fill(_array(voxels, at, array.dtype.name, shape), array)
+    about_all = json.dumps({"until": until, "size_zyx": size_zyx, "parts": parts})
+    return pa.table({"about": [about_all], "voxels": binary_column(voxels)})
+
+
+def decode(
+    table: pa.Table, place: "Callable[[npt.NDArray[np.uint8]], ViewOf] | None" = None
+) -> tuple[int, list[Patch]]:
+    """(`until` of the row, its patches); views into the table, or of what `place` makes of all its voxels at once."""
+    about = json.loads(table.column("about")[0].as_py())
+    voxels = binary_value(table, "voxels", np.uint8)
+    view = place(voxels) if place else partial(_array, voxels)
+    size = tuple(about["size_zyx"])
+    patches: list[Patch] = []
+    for part in about["parts"]:
+        name, reason = part["case_id"], part["reason"]
+        if "at" not in part:
+            patches += [empty_patch(position, seed, name, reason, size) for position, seed, _ in part["patches"]]
+            continue
+        at, dtype, shape = part["at"], part["dtype"], part["shape"]
+        image = view(at, dtype, shape)
+        label = view(at + prod(shape) * np.dtype(dtype).itemsize, "uint8", shape[1:])
+        for position, seed, origin in part["patches"]:
+            cropped = crop(image, origin, size), crop(label, origin, size)
+            patches.append(Patch(position, seed, name, 1.0, "", *cropped, part["mean"], part["std"]))
+    return about["until"], patches
+
+
+ViewOf = Callable[[int, str, Sequence[int]], Any]
+"""An array of placed voxels, by its first byte, dtype and shape."""
+
+
+def _array(voxels: npt.NDArray[np.uint8], at: int, dtype: str, shape: Sequence[int]) -> npt.NDArray[Any]:
+    item = np.dtype(dtype)
+    array: npt.NDArray[Any] = voxels[at : at + prod(shape) * item.itemsize].view(item).reshape(shape)
+    return array
+
+
 def crop(array: npt.NDArray[Any], origin: Triple, size_zyx: Triple) -> npt.NDArray[Any]:
     """The voxels (..., z, y, x) from `origin` on: a view."""
     inside: tuple[Any, ...] = (..., *(slice(a, a + s) for a, s in zip(origin, size_zyx, strict=True)))
@@ -66,3 +233,12 @@ def empty_patch(position: int, seed: int, case_id: str, reason: str, size_zyx: T
     nothing = np.zeros(1, np.int16), np.zeros(1, np.uint8)
     image, label = np.broadcast_to(nothing[0], (4, *size_zyx)), np.broadcast_to(nothing[1], size_zyx)
     return Patch(position, seed, case_id, 0.0, reason, image, label, [0.0] * 4, [1.0] * 4)
+
+
+def _fill(target: npt.NDArray[Any], array: npt.NDArray[Any]) -> None:
+    """Copy an array to the beginning of a larger one; zeros behind it, since the buffer holds earlier voxels."""
+    for axis, count in enumerate(array.shape):
+        rest: list[slice] = [slice(None)] * array.ndim
+        rest[axis] = slice(count, None)
+        target[tuple(rest)] = 0
+    np.copyto(target[tuple(slice(count) for count in array.shape)], array)

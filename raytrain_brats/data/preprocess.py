@@ -103,10 +103,11 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
     turn = inv_ornt_aff(orientation, volume.image_cxyz.shape[1:])
     native_mm, wanted_mm, grid_shape, offset = _grid(volume.affine @ turn, image.shape[1:], spacing_mm)
     ratio = wanted_mm / native_mm
+    extent = volume.extent or intensity_range(volume.image_cxyz)
     if (ratio != 1).any():
         if 4 * image.shape[0] * math.prod(grid_shape) > MAX_BYTES:
             raise InvalidCase("affine", f"voxels of {native_mm.round(3)} mm resampled to {spacing_mm} mm: {grid_shape}")
-        traces = _traces(volume)
+        traces = _traces(extent, volume.files)
         image = resample(image.astype(np.float32), ratio, grid_shape, 1, offset)
         # Rounding of coordinates leaves values of 1e-13 beside the brain. float16 stores them as 0, so they must be 0
         # before the bounding box is taken, or it would be larger than the foreground that is stored.
@@ -115,7 +116,6 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
         extent = intensity_range(image)
         box = extent.box
     else:
-        extent = volume.extent or intensity_range(volume.image_cxyz)
         box = extent.box and tuple(
             extent.box[axis] if flip > 0 else (size - extent.box[axis][1], size - extent.box[axis][0])
             for axis, flip, size in zip(axes, flips, grid_shape, strict=True)
@@ -221,7 +221,7 @@ def to_ras(array: npt.NDArray[Any], axes: Any, flips: Any) -> npt.NDArray[Any]:
 
 
 def _condensed(
-    image_czyx: npt.NDArray[Any], extent: VolumeStats, files: tuple[str, ...] = ()
+    image_czyx: npt.NDArray[Any], extent: VolumeStats, files: tuple[str, ...]
 ) -> tuple[npt.NDArray[Any], tuple[float, ...], tuple[float, ...]]:
     """(the image in 16 bits, mean and standard deviation per channel), all as stored."""
     if whole := _integers(image_czyx, extent):
@@ -263,10 +263,9 @@ def _factor(peak: float) -> float:
     return math.ldexp(1, 15 - math.frexp(peak)[1])  # up to 2**15
 
 
-def _traces(volume: Volume) -> npt.NDArray[np.float32]:
+def _traces(extent: VolumeStats, files: tuple[str, ...]) -> npt.NDArray[np.float32]:
     """Per channel of the resampled image, the value up to which float16 will store 0: what rounding left behind."""
-    extent = volume.extent or intensity_range(volume.image_cxyz)
-    traces = [_ROUNDED_TO_ZERO / _factor(peak) for peak in _peaks(extent, volume.files)]
+    traces = [_ROUNDED_TO_ZERO / _factor(peak) for peak in _peaks(extent, files)]
     return np.array(traces, np.float32).reshape(-1, 1, 1, 1)
 
 

@@ -4,7 +4,7 @@ In: a sampler, the training cases, their source, the step from which a run goes 
 Out: Ray Datasets of one-row blocks, a split that deals these to the ranks in turn; on a rank its patches, step by step.
 Runs in Ray Train's controller (`dataset`, `OrderedSplit`), data tasks (`_read`) and workers (`rank_steps`).
 
-One read task loads a few dealt cases and yields rows (`boxes`). The split deals blocks in turn, so a turn holds one row
+One read task loads a few dealt cases and yields rows (`patch`). The split deals blocks in turn, so a turn holds one row
 for every rank, even an empty one. Each execution of a dataset streams one segment of the turns; a rank reads rows in a
 thread, so that it has some of the next segment before it needs them. An invalid case travels too, without voxels.
 """
@@ -27,9 +27,8 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.train import DataConfig
 
-from raytrain_brats.data.boxes import Buffer, CaseBox, PatchSpec, ViewOf, case_boxes, decode, detached, encode
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.patch import Patch, empty_patch
+from raytrain_brats.data.patch import Buffer, Patch, PatchSpec, ViewOf, decode, empty_patch, row_table
 from raytrain_brats.data.preprocess import Triple
 from raytrain_brats.data.sampler import Row, Sampler
 from raytrain_brats.data.store import Source
@@ -141,17 +140,7 @@ def _read(source: Source, rows: list[Row], cases: dict[int, Case], patch_spec: P
     # One buffer a process is enough: a process runs one task at a time, and Ray has copied a table to the object store
     # before it asks for the next.
     for row in rows:
-        yield _table(source, row, cases, patch_spec, _buffer)
-
-
-def _table(
-    source: Source, row: Row, cases: dict[int, Case], patch_spec: PatchSpec, buffer: Buffer | None = None
-) -> pa.Table:
-    boxes: list[CaseBox] = []
-    for index, samples in row.cases:
-        found = case_boxes(source, cases[index], samples, patch_spec)
-        boxes += found if len(row.cases) == 1 else map(detached, found)
-    return encode(boxes, patch_spec.size_zyx, row.until, buffer)
+        yield row_table(source, row, cases, patch_spec, _buffer)
 
 
 def tables(spec: StreamSpec, rank: int, world_size: int) -> Iterator[pa.Table]:
@@ -159,7 +148,7 @@ def tables(spec: StreamSpec, rank: int, world_size: int) -> Iterator[pa.Table]:
     size, cases = spec.cases_per_row(world_size), dict(enumerate(spec.cases))
     for turn in spec.sampler.turns(spec.step, world_size, size):
         row = spec.sampler.row(spec.step, turn, rank, world_size, size)
-        yield _table(spec.source, row, cases, spec.patch_spec)
+        yield row_table(spec.source, row, cases, spec.patch_spec)
 
 
 class SchedulerThrottle(ExecutionCallback):

@@ -12,7 +12,7 @@ from raytrain_brats.ec2.provider import Provider
 
 __all__ = ["Provider", "main"]
 
-STEPS = {"left": "what is left in your account that costs, after `ray down` say"}
+STEPS = {"left": "list what is left in your account that costs money, such as after `ray down`"}
 
 
 def main(argv: list[str] | None = None) -> int:

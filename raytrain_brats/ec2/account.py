@@ -1,8 +1,8 @@
-"""Fill a cluster's YAML in from the account: network, images, places, who may come in.
+"""Complete a cluster's YAML from the AWS account: network, images, buckets, who may connect by SSH.
 
 In: the YAML as Ray prepared it; its `provider` block, the environment's RAYTRAIN_BRATS_*; the AWS configuration.
 Out: the YAML complete; made on the way, where missing: security group, placement group, Ray's token. Or UserError
-with everything that is missing, each with its cure, before anything was made.
+with everything that is missing, each with its remedy, before anything was made.
 """
 
 import os
@@ -30,11 +30,11 @@ QUOTAS = {
 }
 """Service Quotas' codes, in vCPUs, by the family of the instance type (m: all standard ones)."""
 ENV = "~/raytrain_brats.env"
-"""On the nodes: what every login shell, and so every job, gets of places."""
+"""File on the nodes by which every login shell, and so every job, knows the places of data and runs."""
 
 
 class Missing(list[str]):
-    """What is not there, as lines for a person."""
+    """What is missing, a line each, for a message."""
 
     def try_(self, ask: Callable[..., T], *arguments: Any) -> T | None:
         """The answer; None when there is none, which is noted."""
@@ -122,13 +122,13 @@ def _recipe(name: str) -> None:
 
 
 def _known(session: Any) -> str:
-    """That AWS knows who asks; else each further question would fail alike."""
+    """The account's number. Raises UserError without valid credentials: every further request would fail alike."""
     try:
         return str(session.client("sts").get_caller_identity()["Account"])
     except (ClientError, BotoCoreError) as error:
         raise UserError(
-            f"AWS does not know you ({error}): aws configure (or: aws sso login), then aws sts get-caller-identity. "
-            "What else is missing is told after that"
+            f"AWS does not accept your credentials ({error}): aws configure (or: aws sso login), then aws sts "
+            "get-caller-identity. After that, `ray up` names what else is missing"
         ) from error
 
 

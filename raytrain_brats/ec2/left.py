@@ -1,8 +1,8 @@
-"""What is left in the account that costs: `raytrain-brats ec2 left`.
+"""List what is left in the account that costs money: `raytrain-brats ec2 left`.
 
 In: AWS credentials and a region.
 Out: a line for each thing: instances and spot requests of our clusters; of the region, whoever made them, volumes that
-nothing uses, NAT gateways, addresses, file systems. What may not be looked at is named.
+nothing uses, NAT gateways, addresses, file systems. What the credentials may not list is named.
 """
 
 import sys
@@ -21,7 +21,7 @@ CLUSTERS = "raytrain-brats-*"
 
 @dataclass(frozen=True)
 class Args:
-    """List what is left in a region that costs."""
+    """List what is left in a region that costs money."""
 
     region: str = ""
     """By default that of the AWS configuration."""
@@ -84,7 +84,7 @@ def work(args: Args) -> None:
                 print(line)
                 found += 1
         except (ClientError, BotoCoreError) as error:
-            print(f"{kind.__name__.replace('_', ' ')}: cannot look: {error}", file=sys.stderr)
+            print(f"{kind.__name__.replace('_', ' ')}: cannot be listed: {error}", file=sys.stderr)
     print(f"{found or 'nothing'} found in {region}; buckets cost by what lies in them: aws s3 ls")
 
 

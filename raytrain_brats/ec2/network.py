@@ -1,4 +1,4 @@
-"""Where a cluster's nodes stand: zone, subnets, security group, placement group.
+"""Find or make where a cluster's nodes go: zone, subnets, security group, placement group.
 
 In: EC2, the cluster's node types; a zone, if one is wanted.
 Out: a `Place`; then, with nothing else missing, groups made and every node type told its place. Or UserError.

@@ -1,10 +1,10 @@
-"""Ray's provider for EC2, which finds in the account what the YAML leaves open: `provider.module` of p3.yaml, p4d.yaml.
+"""Ray's provider for EC2, which completes the YAML from the account: `provider.module` of p3.yaml, p4d.yaml.
 
 In: what `ray up` and Ray's autoscaler ask; the YAML's `provider` block, the environment, the AWS configuration.
 Out: instances, on spot first. Before the first one, all that is missing in one list, and nothing launched.
 
 Ray 2.60 has a `priority` for node types, meant for on demand after spot, but it moves on only from nodes that were
-allocated and did not come up. A spot request that EC2 refuses is made again for ever, which is what we want of it.
+allocated and did not come up. A spot request that EC2 refuses is repeated for ever, as a spot run needs.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A rank's share of one global step, as tensors: `run.worker` makes it, `TrainStep` consumes it. Runs in a worker.
+"""A rank's share of one global step, as the network's input: normalised, augmented. Runs in a worker.
 
 In: samples whose voxels lie on the device; a few numbers of each on the host.
 Out: normalised, augmented images and region targets on the device.
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from raytrain_brats.config import Augment
-from raytrain_brats.learn.augment import DRAWS, augment, flip, normalise, to_regions
 
+DRAWS = 11
+"""Numbers in [0, 1) that one sample's augmentation uses: 3 flips, 4 scales, 4 shifts."""
 _CHANNELS = 4
 _WIDTH = 2 * _CHANNELS + 1 + DRAWS
 
@@ -81,3 +82,27 @@ def finish(
     mean, std, weight, draws = numbers.split([_CHANNELS, _CHANNELS, 1, DRAWS], dim=1)
     image = augment(normalise(images, mean, std), draws, options)
     return image, to_regions(labels, table), weight[:, 0]
+
+
+def normalise(image_bczyx: Tensor, mean_bc: Tensor, std_bc: Tensor) -> Tensor:
+    """(x - mean) / std where x is not zero; the background stays zero (MONAI's NormalizeIntensity nonzero)."""
+    image = image_bczyx.float()
+    mean, std = (v[..., None, None, None] for v in (mean_bc, std_bc))
+    return torch.where(image != 0, (image - mean) / std, image)
+
+
+def to_regions(label_bzyx: Tensor, table: Tensor) -> Tensor:
+    """(b, 3, z, y, x) float32 from label values and the convention's (3, 256) table."""
+    return table[:, label_bzyx.long()].transpose(0, 1).float()
+
+
+def flip(draws: list[float], options: Augment) -> list[int]:
+    """The axes of a (c, z, y, x) sample that are reversed."""
+    return [axis for axis, u in zip((1, 2, 3), draws[:3], strict=True) if u < 0.5] if options.flip else []
+
+
+def augment(image_bczyx: Tensor, draws_bn: Tensor, options: Augment) -> Tensor:
+    """Scale and shift the intensities of each normalised sample by its own draws; zeros stay."""
+    scale, shift = draws_bn[:, 3:7, None, None, None], draws_bn[:, 7:11, None, None, None]
+    scale, shift = 1 + options.scale * (2 * scale - 1), options.shift * (2 * shift - 1)
+    return torch.where(image_bczyx != 0, image_bczyx * scale + shift, image_bczyx)

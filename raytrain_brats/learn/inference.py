@@ -4,15 +4,13 @@ In: a network, one prepared image and its statistics.
 Out: region probabilities on the prepared box.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from monai.inferers.utils import sliding_window_inference
 from torch import nn
 
-from raytrain_brats.learn.augment import normalise
+from raytrain_brats.learn.batch import normalise
 
 
 def amp_dtype(device: torch.device, enabled: bool) -> torch.dtype | None:
@@ -20,11 +18,6 @@ def amp_dtype(device: torch.device, enabled: bool) -> torch.dtype | None:
     if device.type != "cuda" or not enabled:
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """torch.autocast in `dtype`, or nothing."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @torch.inference_mode()
@@ -43,7 +36,8 @@ def probabilities(
     raw = torch.from_numpy(np.array(image_czyx)).to(device)[None]
     statistics = (torch.tensor([values], dtype=torch.float32, device=device) for values in (mean, std))
     image = normalise(raw, *statistics)
-    with autocast(device, amp_dtype(device, amp)):
+    dtype = amp_dtype(device, amp)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
         logits = sliding_window_inference(
             image, tuple(reversed(patch_xyz)), sw_batch_size=2, predictor=network, overlap=overlap, mode="gaussian"
         )

@@ -30,7 +30,7 @@ from raytrain_brats.config import Config
 from raytrain_brats.labels import region_table
 from raytrain_brats.learn import tree_reduce
 from raytrain_brats.learn.batch import Batch, DeviceSample, finish, gather, to_host, upload
-from raytrain_brats.learn.inference import amp_dtype, autocast
+from raytrain_brats.learn.inference import amp_dtype
 from raytrain_brats.learn.model import build_network, build_optimiser, learning_rate, sample_losses
 
 
@@ -107,13 +107,15 @@ class TrainStep:
         self.parallel: nn.Module = self.network
         if world_size > 1 and not self.exact:
             self.parallel = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
-            self.parallel.register_comm_hook(None, _sum)
+            self.parallel.register_comm_hook(None, self._sum)
         self._finish = finish
         if config.train.compile:
             self._finish = torch.compile(finish, dynamic=False)
             self.parallel.compile()  # in place: names of the weights stay
         # A power of two changes no float but its exponent.
         self._divisor = float(1 << (config.train.global_batch - 1).bit_length())
+        self.own_work_until: Callable[[torch.cuda.Event], None] = lambda event: None
+        """Called with the point in the device's work of a step from which it waits for other ranks."""
         self.before_update: Callable[[], None] = lambda: None
         """Called when the next step is about to change weights and optimiser: whoever still reads them waits there."""
         self._forward_s = 0.0
@@ -189,6 +191,20 @@ class TrainStep:
             weighed += weighed_here
         return weighed
 
+    def _sum(self, _: Any, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+        """Sum a bucket of gradients over the ranks. DDP's own hook divides by their number before it sums."""
+        if bucket.is_last():
+            self._own_work_ends()
+        summed: torch.futures.Future[list[Tensor]] = distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return summed.then(lambda future: future.value()[0])
+
+    def _own_work_ends(self) -> None:
+        """Before the device waits for other ranks: afterwards nobody could tell which of them the others wait for."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self.own_work_until(event)
+
     def _exact(
         self, samples: Sequence[DeviceSample], numbers: Tensor, spans: list[Any], enter: Callable[[str], None]
     ) -> Tensor:
@@ -210,6 +226,7 @@ class TrainStep:
                 )
 
         mine = tree_reduce.fold(vectors(), total)
+        self._own_work_ends()
         enter("reduce")
         places = [list(index)]
         if self.world_size > 1:  # ranks receive samples in turn, so one's own first place determines all others'
@@ -229,7 +246,7 @@ class TrainStep:
         began = self._now()
         options = self.config.train.augment
         image, regions, weights = self._finish(*gather(samples, options), numbers, self.table, options)
-        with autocast(self.device, self.precision):
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
             logits = self.parallel(image)
         total = (sample_losses(logits, regions) * weights).sum()
         weighed = torch.stack([weights.sum(), total.detach()]).double()
@@ -275,12 +292,6 @@ class TrainStep:
         self.optimiser.load_state_dict({"state": entries, "param_groups": groups})
         if self.scaler.is_enabled() and state["scaler"]:  # empty when it was written without loss scaling
             self.scaler.load_state_dict(state["scaler"])
-
-
-def _sum(_: Any, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-    """Sum a bucket of gradients over the ranks. DDP's own hook divides by their number before it sums."""
-    summed: torch.futures.Future[list[Tensor]] = distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return summed.then(lambda future: future.value()[0])
 
 
 def network_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytrain_brats import interrupt, storage
 from raytrain_brats.config import Run
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.ray_ext import roles, start_up
+from raytrain_brats.ray_ext import gpu_map, roles, start_up
 from raytrain_brats.ray_ext.internals import core
 from raytrain_brats.ray_ext.internals import data as ray_data
 
@@ -130,14 +130,14 @@ def _connect(address: str, local_cpus: int | None, held_bytes: int) -> None:
             ) from error
         return
     start_up.make_room()
-    core.start_fewer_processes(logs=verbose)
-    os.environ[ray_data.NO_STATISTICS] = "1"
+    ray_data.count_nothing()
     cpus = local_cpus or max(2, os.cpu_count() or 1)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # 110 MB, and nobody drains this one node
     most = int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     memory = min(most, max(2 * held_bytes, cpus * STORE_BYTES_PER_CPU))
     try:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **quiet)
+        with core.fewer_processes(logs=verbose):
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **quiet)
     except Exception as error:
         if "timed out during startup" not in str(error):  # Ray raises a plain Exception
             raise
@@ -260,14 +260,16 @@ def parallel_map(function: Callable[[T], R], items: Iterable[T], on_gpus: bool =
     totals = ray.cluster_resources()
     gpus = int(totals.get("GPU", 0)) if on_gpus else 0
     where = roles.part("train" if gpus else "data")
-    # max_calls 0: a process runs many tasks and keeps its network; with GPUs Ray's default is one task per process
-    options: Any = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_retries": 2, "max_calls": 0}
+    options: Any = {"num_cpus": 1, "max_retries": 2}
     if where.selector:
         options["label_selector"] = where.selector
     task: Any = ray.remote(**options)(lambda item: function(item))
-    width = 2 * max(1, gpus or int(max(totals.get("CPU", 0), where.largest_cpus)))
+    width = 2 * max(1, int(max(totals.get("CPU", 0), where.largest_cpus)))
     running: list[Any] = []
     try:
+        if gpus:
+            yield from gpu_map.gpu_map(function, items, gpus, where.selector)
+            return
         for item in items:
             running.append(task.remote(item))
             if len(running) >= width:

@@ -83,7 +83,7 @@ class LiveNodesPolicy(ControllerCallback):
         wanted = ray_train.per_worker(policy)
 
         def counts(node: str, there: dict[str, float]) -> bool:
-            workers = int(min(there.get(name, 0.0) // amount for name, amount in wanted.items() if amount))
+            workers = _fitting(wanted, there)
             return node in used or workers == 0 or self._warm_pool.is_warm(nodes[node], workers)
 
         return {node: there for node, there in reserved.items() if counts(node, there)}
@@ -112,19 +112,25 @@ def _answers(node: dict[str, Any]) -> bool:
 
 def nodes_that_stay(policy: Any, reserved: dict[str, Any]) -> dict[str, Any]:
     """The reserved nodes that are up and not drained; with roles, all such nodes of the right role."""
-    leaving = ray_train.draining_nodes()
-    staying = {node["NodeID"]: node for node in roles.alive() if node["NodeID"] not in leaving}
     labels: Any = policy.scaling_config.label_selector
     if labels:  # reservations ignore labels; no one else uses these nodes
-        return {name: node["Resources"] for name, node in staying.items() if roles.has(node, labels)}
+        return _staying(labels)
+    staying = _staying({})
     return {node: resources for node, resources in reserved.items() if node in staying}
 
 
 def room_for_workers(per_worker: dict[str, float], labels: dict[str, str]) -> int:
     """How many workers fit on the nodes with these labels that are up and not drained."""
+    return sum(_fitting(per_worker, there) for there in _staying(labels).values())
+
+
+def _staying(labels: dict[str, str]) -> dict[str, dict[str, float]]:
+    """{node: its resources} of the nodes with these labels that are up and not drained."""
     leaving = ray_train.draining_nodes()
     nodes = [node for node in roles.alive() if roles.has(node, labels)]
-    staying = [node["Resources"] for node in nodes if node["NodeID"] not in leaving]
-    return sum(
-        int(min(there.get(name, 0.0) // amount for name, amount in per_worker.items() if amount)) for there in staying
-    )
+    return {node["NodeID"]: node["Resources"] for node in nodes if node["NodeID"] not in leaving}
+
+
+def _fitting(per_worker: dict[str, float], there: dict[str, float]) -> int:
+    """How many workers fit into these resources."""
+    return int(min(there.get(name, 0.0) // amount for name, amount in per_worker.items() if amount))

@@ -7,6 +7,7 @@ Ray's own `TorchConfig` lives in a module that imports torch in every process th
 driver and in the controller, which compute nothing.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,10 @@ from ray.train.backend import Backend, BackendConfig
 
 from raytrain_brats.ray_ext.internals import train as ray_train
 
-TIMEOUT_S = 1800
-"""Of a collective operation, as in `TorchConfig`."""
-LEAVE_S = 30
-"""How long workers may take to leave, likewise."""
+_logger = logging.getLogger(__name__)
+TIMEOUT_S = 1000
+"""Of a collective operation: the net behind the hang detector, which names the rank that the others wait for. So it is
+longer than that one's patience with any rank (900 s, in a validation), and shorter than TorchConfig's half an hour."""
 
 
 @dataclass
@@ -31,7 +32,7 @@ class ProcessGroup(BackendConfig):
 
     @property
     def train_func_context(self) -> Any:
-        return _on_device
+        return ray_train.on_device
 
     @property
     def framework(self) -> Any:
@@ -45,31 +46,14 @@ class _Setup(Backend):
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
         address, port = worker_group.execute_single(0, ray_train.get_address_and_port)
         size = len(worker_group)
-        ray.get(
-            [worker_group.execute_single_async(rank, _join, address, port, backend, rank, size) for rank in range(size)]
-        )
+        joining = [(ray_train.join, address, port, backend, rank, size, TIMEOUT_S) for rank in range(size)]
+        ray.get([worker_group.execute_single_async(rank, *call) for rank, call in enumerate(joining)])
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        leaving = worker_group.execute_async(_leave, len(worker_group) > 1)
-        ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)  # a worker that died is no reason to stop here
-
-
-# In workers; torch is imported there and nowhere else.
-
-
-def _on_device() -> Any:
-    from raytrain_brats.ray_ext.internals import torch_setup
-
-    return torch_setup.on_device()
-
-
-def _join(address: str, port: int, backend: str, rank: int, world_size: int) -> None:
-    from raytrain_brats.ray_ext.internals import torch_setup
-
-    torch_setup.join(address, port, backend, rank, world_size, TIMEOUT_S)
-
-
-def _leave(several: bool) -> None:
-    from raytrain_brats.ray_ext.internals import torch_setup
-
-    torch_setup.leave(several)
+        """Raises what a worker raised, as `TorchConfig` does: Ray Train reports it and ends the group all the same."""
+        timeout_s = ray_train.leave_timeout_s()
+        leaving = worker_group.execute_async(ray_train.leave, len(worker_group) > 1)
+        try:
+            ray.get(leaving, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            _logger.warning("workers did not leave their process group within %d s", timeout_s)

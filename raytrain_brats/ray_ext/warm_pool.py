@@ -42,7 +42,7 @@ def warm_worker() -> None:
     _warm("torch._dynamo")  # torch imports it with the first optimiser: 2 CPU seconds
     imported = (began, time.time())
     try:
-        core.kv_put(_key(ray.get_runtime_context().get_node_id()), b"")
+        core.kv_put(_key(ray.get_runtime_context().get_node_id()), b"ready")
     except Exception as error:  # noqa: BLE001 - it would end the process
         _logger.warning("cannot report that this process is ready: %r", error)
 
@@ -72,7 +72,7 @@ class WarmPool(WorkerGroupCallback):
         if name not in self._joined and self._env:
             self._joined[name] = now
             threading.Thread(target=self._order_on, args=(node, number), daemon=True).start()
-        ready = core.kv_exists(_key(name))
+        ready = core.kv_get(_key(name)) is not None
         return ready or now - self._joined.get(name, -math.inf) > WARM_S
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:

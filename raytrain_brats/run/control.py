@@ -1,10 +1,11 @@
-"""The state of each worker group that decisions depend on: `groups/NNNN.json`, changed by compare-and-swap.
+"""What decisions about worker groups depend on, in documents that change by compare-and-swap: `generation.json` and
+`groups/NNNN.json`. Runs in workers, the controller and the driver.
 
-In: changes by rank 0 (trains, saved, answered a request, rolled back, stopped) and by the controller (failed).
-Out: a `GroupStatus` for the processes that decide: driver, controller, the next group. Events report the same and
-decide nothing. Runs in workers, the controller and the driver.
+In: changes of a group by rank 0 (trains, saved, answered a request, rolled back, stopped) and the controller (failed).
+Out: the current `Generation`, and a `GroupStatus` for whoever decides: driver, controller, the next group. Events
+report the same and decide nothing.
 
-Each group has its own document, so that a replaced group that is still alive cannot keep others from writing theirs.
+Each group has its own status, so that a replaced group that is still alive cannot keep others from writing theirs.
 """
 
 import json
@@ -21,6 +22,38 @@ from raytrain_brats.run.run_dir import RunDir
 _logger = logging.getLogger(__name__)
 _TRIES = 20
 """Rank 0 and the controller are the only writers of a document; each loses a few times at most."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One start of a worker group, and the state it starts from. Written by the controller, read by every rank."""
+
+    number: int
+    samples_seen: int = 0
+    checkpoint: str | None = None
+    failures_in_place: int = 0
+    """Failures in a row without a new checkpoint in between; too many end the run. A resize is no failure."""
+    bad_in_epoch: int = 0
+    """Samples of the current epoch whose case is invalid."""
+    fence: int = 0
+    """Number of the newest group that was begun, even if its start is not decided yet: older ones may not write."""
+    rolled_back_from: int = -1
+    """Position from which steps were not finite."""
+    roll_backs: int = 0
+    """How often groups were rolled back from there."""
+    driver: str = ""
+    """Token of the driver's lease: no other driver may begin a group."""
+
+
+def read_generation(run_dir: str) -> tuple[bytes | None, Generation | None]:
+    """(content, parsed content) of generation.json; None when there is none. `journal` writes it."""
+    document = RunDir(run_dir).generation
+    content = document.read()
+    return content, document.parsed(content, Generation)
+
+
+def current(run_dir: str) -> Generation | None:
+    return read_generation(run_dir)[1]
 
 
 @dataclass(frozen=True)

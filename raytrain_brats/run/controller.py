@@ -12,13 +12,14 @@ import ray
 from ray.train import UserCallback
 
 from raytrain_brats import storage
+from raytrain_brats.config import Config
 from raytrain_brats.data import stream
 from raytrain_brats.data.stream import StreamSpec
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.ray_ext import cluster, elastic, roles
 from raytrain_brats.ray_ext.internals import train as ray_train
 from raytrain_brats.ray_ext.internals.train import ControllerCallback, PreemptingState, ResizingState, RunningState
-from raytrain_brats.run import checkpoint_request, control, journal
+from raytrain_brats.run import checkpoint_request, control, final_failures, journal
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.spec import RunSpec
@@ -69,10 +70,11 @@ def factories(spec: "ray.ObjectRef[RunSpec]", needed: cluster.Resources, driver:
 
 @dataclass(frozen=True)
 class FailureLogger(UserCallback):
-    """Records why workers failed, also when they were killed."""
+    """Records why workers failed, also when they were killed; stops the run where it would fail again."""
 
     run_dir: str
     driver: str
+    config: Config
     _noted: dict[str, int] = field(default_factory=dict)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -83,18 +85,29 @@ class FailureLogger(UserCallback):
 
     def _note(self, worker_exceptions: dict[int, Exception]) -> None:
         generation = journal.current(self.run_dir)
-        rank, error = min(worker_exceptions.items())
+        number = generation.number if generation else 0
+        rank, error, stopped = self._first(worker_exceptions, generation)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         cause = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[0])[:500]
         if generation and generation.driver != self.driver:
             return  # another driver took the run over and fenced this group off: that is no failure
-        number = generation.number if generation else 0
         if number == self._noted.get("generation"):
             return  # Ray calls this at each poll while a node is going
         last = {"last_row": at} if (at := journal.last_row_time(self.run_dir)) else {}
         journal.event(self.run_dir, "failure", generation=number, rank=rank, error=cause, **last)
-        control.note(self.run_dir, number, failure=cause)
+        control.note(self.run_dir, number, failure=cause, **stopped)
         self._noted["generation"] = number
+
+    def _first(self, failed: dict[int, Exception], generation: Generation | None) -> tuple[int, Exception, Any]:
+        """(rank, error, changes of the group's status) of the failure that ends the run, else of the lowest rank: the
+        others may have failed only because that one did."""
+        trained = False
+        if generation and generation.failures_in_place == 0:
+            trained = generation.samples_seen > 0 or control.status(self.run_dir, generation.number).committed
+        for rank, error in sorted(failed.items()):
+            if told := final_failures.advice(error, self.config, trained):
+                return rank, error, {"stopped": f"rank {rank}: {told}"}
+        return *min(failed.items()), {}
 
 
 @dataclass(frozen=True)

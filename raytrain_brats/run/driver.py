@@ -21,14 +21,12 @@ from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster, elastic, roles, warm_pool
 from raytrain_brats.ray_ext.internals.train import DataParallelTrainer, LocalTrainer
 from raytrain_brats.ray_ext.process_group import ProcessGroup
-from raytrain_brats.run import checkpoint, checkpoint_request, control, gauges, journal
+from raytrain_brats.run import checkpoint, checkpoint_request, control, journal
 from raytrain_brats.run.controller import CheckpointBeforeResize, FailureLogger, factories
 from raytrain_brats.run.hang_detector import HangDetector
 from raytrain_brats.run.lease import Lease
-from raytrain_brats.run.progress import Progress
 from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.spec import RunSpec, write_config
-from raytrain_brats.run.spilling import Spilling
 
 SHUTDOWN_S = 3.0
 """How long `fit` may take to return after Ray was shut down; if it never does, the driver ends all the same."""
@@ -43,7 +41,6 @@ def _work(arguments: dict[str, Any]) -> None:
 
 def check(spec: RunSpec) -> cluster.Resources:
     """The resources that the run will use of the connected cluster. Raises UserError when it cannot run there."""
-    gauges.prices()
     needed = cluster.measure(spec.config.run, spec.sampler.global_batch)
     cluster.check_shared({"run folder": spec.run_dir}, {"data folder": spec.source.root})
     return needed
@@ -61,11 +58,7 @@ def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # from `ray job stop` and schedulers: as Ctrl-C
     began, before = time.perf_counter(), journal.current(spec.run_dir)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    with (
-        Progress(spec, lambda: lease.trouble),
-        HangDetector(spec.run_dir, run_id, spec.config.run.hang_timeout_s),
-        Spilling(spec.run_dir),
-    ):
+    with HangDetector(spec.run_dir, run_id, spec.config.run.hang_timeout_s):
         problem = _fit(spec, needed, lease, run_id)
     found, _ = checkpoint.newest_valid(spec.run_dir)
     if problem or found is None or found.samples_seen < spec.sampler.total:
@@ -117,7 +110,7 @@ def _trainer(spec: RunSpec, needed: cluster.Resources, token: str, run_id: str) 
     train_nodes = roles.part("train").selector
     pool = warm_pool.WarmPool(partial(checkpoint_request.training, spec.run_dir))
     callbacks: list[Any] = [
-        FailureLogger(spec.run_dir, token),
+        FailureLogger(spec.run_dir, token, spec.config),
         elastic.LiveNodesPolicy(elastic.tag(spec.run_dir), pool),
         CheckpointBeforeResize(spec.run_dir, needed.low if needed.low < needed.high else 0, resources, train_nodes),
         pool,

@@ -6,6 +6,8 @@ again from the newest checkpoint. Without this all others wait for a hung rank i
 """
 
 import json
+import logging
+import math
 import os
 import signal
 import time
@@ -25,7 +27,9 @@ from raytrain_brats.run.phase_timer import PHASES
 from raytrain_brats.run.repeated import Repeated
 from raytrain_brats.run.run_dir import RunDir
 
-PATIENCE_S = {"start": 300.0, "load": 300.0, "data": 300.0, "save": 420.0, "validate": 900.0, "close": 900.0}
+_logger = logging.getLogger(__name__)
+PATIENCE_S = {"start": 300.0, "load": 300.0, "ready": 300.0, "data": 300.0, "save": 420.0}
+PATIENCE_S |= dict.fromkeys(("validate", "gather", "close"), 900.0)
 """Longest stay of a rank in a phase without computation: longer than storage that is away is waited for in it (S3 three
 minutes a request, the last checkpoint of a run five)."""
 FIRST_STEP_S = 300.0
@@ -50,9 +54,12 @@ class RankStatus:
         return int(self.report["rank"])
 
     @property
-    def progress(self) -> tuple[int, int]:
-        """(samples seen, number of the phase): the others wait for the rank whose progress is least."""
-        return self.report["samples_seen"], PHASES.index(self.report["phase"])
+    def progress(self) -> tuple[int, int, float]:
+        """(samples seen, number of the phase, step that its GPU is at): the others wait for the rank whose progress is
+        least. Where all hosts wait in `reduce`, it is the one whose GPU has its own work still to do."""
+        device_at = self.report.get("device_at")
+        at = math.inf if device_at is None else device_at
+        return self.report["samples_seen"], PHASES.index(self.report["phase"]), at
 
 
 def updated(status: RankStatus | None, report: dict[str, Any], now_s: float) -> RankStatus:

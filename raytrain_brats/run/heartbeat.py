@@ -35,7 +35,7 @@ def heartbeat(timer: PhaseTimer, run_id: str, generation: int, rank: Rank, run_d
 
     def beat() -> None:
         now = about | {"beats": next(beats), "entries": timer.entries, "updates": timer.updates}
-        now |= {"phase": timer.phase, "samples_seen": timer.samples_seen}
+        now |= {"phase": timer.phase, "samples_seen": timer.samples_seen, "device_at": timer.device_at()}
         with contextlib.suppress(Exception):  # the head may not answer for a while; the next beat tries again
             core.kv_put(f"{PREFIX}{run_id}/{rank.number}", json.dumps(now).encode())
 

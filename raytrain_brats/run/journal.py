@@ -9,7 +9,7 @@ beyond c are dropped: their steps are lost and will be applied again.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,14 @@ from raytrain_brats.books import read_rows as read_rows
 from raytrain_brats.books import recent as recent
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint, control, rows
+from raytrain_brats.run.control import Generation as Generation
+from raytrain_brats.run.control import current as current
 from raytrain_brats.run.events import event as event
 from raytrain_brats.run.events import warn as warn
-from raytrain_brats.run.rows import RowWriter
+from raytrain_brats.run.rows import MetricsLog as MetricsLog
 from raytrain_brats.run.run_dir import RunDir
 
 _TAKEN = "another driver has taken {} over; this one ends, and the run goes on there"
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One start of a worker group, and the state it starts from. Written by the controller, read by every rank."""
-
-    number: int
-    samples_seen: int = 0
-    checkpoint: str | None = None
-    failures_in_place: int = 0
-    """Failures in a row without a new checkpoint in between; too many end the run. A resize is no failure."""
-    bad_in_epoch: int = 0
-    """Samples of the current epoch whose case is invalid."""
-    fence: int = 0
-    """Number of the newest group that was begun, even if its start is not decided yet: older ones may not write."""
-    rolled_back_from: int = -1
-    """Position from which steps were not finite."""
-    roll_backs: int = 0
-    """How often groups were rolled back from there."""
-    driver: str = ""
-    """Token of the driver's lease: no other driver may begin a group."""
 
 
 def begin_generation(run_dir: str, driver: str = "") -> Generation:
@@ -64,7 +45,7 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
     5. Tidy the rows up, before the group writes: where a merged part reaches beyond the checkpoint, the next part must
        follow its head. A kill amid this is mended by the next call.
     """
-    content, known = _read(run_dir)
+    content, known = control.read_generation(run_dir)
     before = known or Generation(0, driver=driver)
     if driver and before.driver != driver:
         raise RunFailed(_TAKEN.format(run_dir))
@@ -101,7 +82,7 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
     dropped = len(read_rows(run_dir, decided.samples_seen, []))
     last_row = recent(run_dir)[0][-1:]
     content = _decide(run_dir, content, decided)
-    if _read(run_dir)[0] != content:
+    if control.read_generation(run_dir)[0] != content:
         raise RunFailed(_TAKEN.format(run_dir))
     rows.settle(run_dir, plan)
     facts: dict[str, Any] = {"samples_seen": decided.samples_seen, "checkpoint": decided.checkpoint}
@@ -129,7 +110,7 @@ def _remove_temporary_files(run_dir: str) -> None:
 def take_over(run_dir: str, driver: str = "") -> None:
     """Reset the failure counter for a manual restart and take ownership of the run."""
     for last in (False, False, True):  # the previous driver may still begin a group, which writes at most twice
-        content, before = _read(run_dir)
+        content, before = control.read_generation(run_dir)
         try:
             if before or driver:
                 _decide(run_dir, content, replace(before or Generation(0), failures_in_place=-1, driver=driver))
@@ -139,34 +120,10 @@ def take_over(run_dir: str, driver: str = "") -> None:
                 raise
 
 
-def current(run_dir: str) -> Generation | None:
-    return _read(run_dir)[1]
-
-
-def _read(run_dir: str) -> tuple[bytes | None, Generation | None]:
-    """(content, parsed content) of generation.json; None when there is none."""
-    document = RunDir(run_dir).generation
-    content = document.read()
-    return content, document.parsed(content, Generation)
-
-
 def last_row_time(run_dir: str) -> float | None:
     """When the last step in the rows was applied; None on S3, where rows are written late."""
     rows = recent(run_dir)[0]
     return float(rows[-1]["time"]) if rows and not storage.is_s3(run_dir) else None
-
-
-class MetricsLog(RowWriter):
-    """Rank 0's rows of one worker group, behind its fence."""
-
-    def __init__(self, run_dir: str, generation: Generation) -> None:
-        super().__init__(run_dir, generation.number, generation.samples_seen)
-
-    def check(self) -> None:
-        """The fence. Raises RuntimeError when a later worker group has begun, after which this one must not write."""
-        now = current(self._run_dir)
-        if now is None or now.fence != self._generation:
-            raise RuntimeError(f"worker group {self._generation} was replaced by a later one")
 
 
 def validated(run_dir: str, seen: int) -> bool:

@@ -5,11 +5,14 @@ Out: the current phase; seconds by cause, which add up to the time since the fir
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-PHASES = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "validate", "close", "end")
-"""In the order of a step: the others wait for the rank that is in the earliest phase."""
+_STEP = ("data", "forward", "backward", "reduce", "update", "save")
+PHASES = ("start", "load", "ready", *_STEP, "validate", "gather", "close", "end")
+"""In the order of a step: the others wait for the rank that is in the earliest phase. Those who have loaded wait for it
+in `ready`, those who have scored their cases in `gather`."""
 _CAUSES = {
     "data": "data_wait_s",
     "forward": "productive_s",
@@ -18,7 +21,15 @@ _CAUSES = {
     "update": "productive_s",
     "save": "checkpoint_s",
     "validate": "validation_s",
+    "gather": "validation_s",
 }
+
+
+class DeviceEvent(Protocol):
+    """What a device reaches in its own time, such as torch.cuda.Event."""
+
+    def query(self) -> bool:
+        """Whether it is reached; without waiting."""
 
 
 class PhaseTimer:
@@ -32,6 +43,7 @@ class PhaseTimer:
         self.first_batch = 0.0
         """When the first batch was there; the time before is start-up and charged to no cause."""
         self._on_enter = on_enter
+        self._own_work: deque[tuple[int, DeviceEvent]] = deque(maxlen=8)
         self._since = time.perf_counter()
         self._of_step: dict[str, float] = {}
         self._spent: dict[str, float] = {}
@@ -42,6 +54,22 @@ class PhaseTimer:
         self.samples_seen = self.samples_seen if samples_seen is None else samples_seen
         self.phase, self.entries, self.updates = phase, self.entries + 1, self.updates + (phase == "update")
         self._on_enter(phase)
+
+    def own_work_until(self, event: DeviceEvent) -> None:
+        """`event` (a new one each time) ends this rank's own work of the step on the device: it was recorded before
+        anything that waits for other ranks. On a GPU the host runs ahead, and its phase says little: all are in
+        `reduce` when one rank's kernels hang."""
+        while self._own_work and self._own_work[0][1].query():
+            self._own_work.popleft()
+        self._own_work.append((self.samples_seen, event))
+
+    def device_at(self) -> int | None:
+        """The first sample of the earliest step whose own work the device has not done; None when all is, or there is
+        no device to ask."""
+        try:
+            return next((seen for seen, event in list(self._own_work) if not event.query()), None)
+        except RuntimeError:  # the device has failed, which the training thread will hear itself
+            return None
 
     def _charge(self) -> None:
         now = time.perf_counter()

@@ -117,6 +117,7 @@ class RunRecorder:
 
         A collective. Rank 0 decides and writes for all: with a hundred ranks each start would leave a hundred files.
         """
+        self.timer.enter("ready")
         seen, sampler = self.generation.samples_seen, self.spec.sampler
         validate = bool(self._cadence and self._cadence.validates(seen - sampler.global_batch, seen))
         self._ready_at = time.time()

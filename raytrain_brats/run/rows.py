@@ -15,7 +15,6 @@ import errno
 import json
 import os
 import threading
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 from raytrain_brats import books, storage
 from raytrain_brats.books import Part
 from raytrain_brats.errors import RunFailed
+from raytrain_brats.run.control import Generation, current
 from raytrain_brats.run.run_dir import RunDir
 
 MERGE_BYTES, MERGE_PARTS = 1 << 20, 64
@@ -31,21 +31,23 @@ CLOSED_BYTES = 1 << 18
 """A part of this size stays; a smaller one is merged again with what follows."""
 
 
-class RowWriter(ABC):
-    """Rank 0's rows. On a local disk they can be seen at once, on S3, which cannot append, with each checkpoint."""
+class MetricsLog:
+    """Rank 0's rows of one worker group, behind its fence. On a local disk they can be seen at once, on S3, which
+    cannot append, with each checkpoint."""
 
-    def __init__(self, run_dir: str, generation: int, start: int) -> None:
-        """For the rows beyond the sample `start`."""
-        self._run_dir, self._generation, self._end = run_dir, generation, start
+    def __init__(self, run_dir: str, generation: Generation) -> None:
+        self._run_dir, self._generation, self._end = run_dir, generation.number, generation.samples_seen
         self._lock = threading.Lock()
         self._waiting: list[tuple[int, str]] = []
         self._shown = 0
         """Waiting rows that are in the live file."""
         self._small: list[tuple[Part, str]] = []
 
-    @abstractmethod
     def check(self) -> None:
-        """Raises RuntimeError when this worker group was replaced."""
+        """The fence. Raises RuntimeError when a later worker group has begun, after which this one must not write."""
+        now = current(self._run_dir)
+        if now is None or now.fence != self._generation:
+            raise RuntimeError(f"worker group {self._generation} was replaced by a later one")
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep the row of the next step; `samples_seen` in it says which."""

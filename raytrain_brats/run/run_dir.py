@@ -2,18 +2,7 @@
 
 In: the folder, local or s3://. Out: paths; the documents that processes change by compare-and-swap.
 
-| file | written by |
-|---|---|
-| `config.yaml`, `manifest.jsonl` | the driver, at each start |
-| `lease.json` | the driver that has the run |
-| `generation.json` | the controller: where the worker group starts |
-| `groups/NNNN.json` | the controller and rank 0: the state of that group |
-| `save-request.json` | the driver, the controller, spot watchers: a checkpoint is wanted |
-| `metrics/`, `checkpoints/`, `validation/` | rank 0; the controller tidies `metrics/` up |
-| `events/` | all, each its own files; telemetry that decides nothing |
-| `stacks/` | the driver, of ranks that hang |
-| `evaluation/`, `evaluations/`, `report.html` | the commands of that name |
-| `ray/` | Ray Train's own |
+Who writes each file, and what for: docs/architecture.md, "The run folder".
 """
 
 import json

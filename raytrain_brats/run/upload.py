@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raytrain_brats.data.boxes import ViewOf
+from raytrain_brats.data.patch import ViewOf
 
 
 class Uploader:

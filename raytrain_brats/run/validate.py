@@ -21,17 +21,19 @@ from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.spec import RunSpec
 
 
-def validate(spec: RunSpec, train_step: TrainStep, rank: int, seen: int, enter: Callable[[], None]) -> Any:
+def validate(spec: RunSpec, train_step: TrainStep, rank: int, seen: int, enter: Callable[[str], None]) -> Any:
     """Score the held-out cases over all ranks; rank 0 writes `validation/<seen>.csv` and gets the means.
 
-    At most `validate.max_cases` cases; invalid ones are left out. `enter` is called after each case, so that the hang
-    detector sees progress. None on other ranks, and when no case could be scored.
+    At most `validate.max_cases` cases; invalid ones are left out. `enter` is called with the phase after each case, and
+    before ranks wait for each other, so that the hang detector sees progress. None on other ranks, and when no case
+    could be scored.
     """
     chosen, world_size = spec.held_out_cases[: spec.config.validate_.max_cases], train_step.world_size
     mine = []
     for case in chosen[rank::world_size]:
         mine.append(_scored(spec, case, train_step))
-        enter()
+        enter("validate")
+    enter("gather")
     gathered: list[Any] = [mine]
     if world_size > 1:
         gathered = [None] * world_size

@@ -7,7 +7,6 @@ Out: checkpoints, rows, events. It may be killed at any moment and started again
 import os
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import ray
@@ -18,8 +17,7 @@ import torch
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import draw, fingerprint
 from raytrain_brats.data.stream import open_shard, rank_rows, rank_steps, read_ahead
-from raytrain_brats.learn.augment import DRAWS
-from raytrain_brats.learn.batch import Batch, DeviceSample
+from raytrain_brats.learn.batch import DRAWS, Batch, DeviceSample
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.run.cadence import CHECKPOINT, VALIDATE
@@ -67,6 +65,7 @@ def train_rank(
     with RunRecorder(spec, generation, rank, timer) as recorder:
         timer.enter("load", seen - 1)
         train_step = train_step_of(spec, rank.world_size, rank.device)
+        train_step.own_work_until = timer.own_work_until
         if generation.checkpoint:
             tensors, state = checkpoint.load(spec.run_dir, generation.checkpoint)
             train_step.restore(tensors, state["learner"])
@@ -99,9 +98,9 @@ def train_step_of(spec: RunSpec, world_size: int, device: torch.device) -> Train
 
 def validate_once(spec: RunSpec, train_step: TrainStep, recorder: RunRecorder, seen: int) -> None:
     """Validate over all ranks."""
-    began, enter = time.perf_counter(), partial(recorder.timer.enter, "validate")
-    enter()
-    means = validate(spec, train_step, recorder.rank.number, seen, enter)
+    began = time.perf_counter()
+    recorder.timer.enter("validate")
+    means = validate(spec, train_step, recorder.rank.number, seen, recorder.timer.enter)
     recorder.validated(seen, time.perf_counter() - began, means)
 
 

@@ -14,7 +14,7 @@ STEPS = {
     "process": "prepare as a SageMaker Processing job",
     "host": "the entry inside every container",
 }
-"""A module each. How a job stands, what it prints and its end are the AWS CLI's: docs/sagemaker.md."""
+"""A module each. Status, log and stopping of a job are done by the AWS CLI: docs/sagemaker.md."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,11 +1,11 @@
-"""The entry inside every container of a job: makes one Ray cluster of them and runs one command on it.
+"""The command inside every container of a job: makes one Ray cluster of them and runs one command on it.
 
 In: /opt/ml as SageMaker lays it out; `host train`, with hyperparameters for options, or `host prepare --data ...`.
 Out: the same exit code on every host: 0 done, 143 stopped and saved, else failed; the cause in /opt/ml/output/failure;
 after `train` the model, config and report in /opt/ml/model.
 
-The head listens, the others (peers) call it and say who they are. It tells all of them at once to start Ray, later how
-it ended. No host polls, or continues without the others.
+The head listens; the others (peers) connect and say who they are. It tells all of them at once to start Ray, and later
+how the command ended. No host polls, or continues without the others.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ class Host:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             code, cause = self._run()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the job's owner must read it in the console
+        except Exception as error:  # noqa: BLE001 - any error must be shown in the console
             code, cause = _verdict(error)
         self._keep_logs()
         if code and code != STOPPED:
@@ -148,7 +148,7 @@ class Host:
                 for host, channel in channels.items():
                     self._await_join(host, channel, deadline)
                 verdict = self._work(channels, arguments)
-            except Exception as error:  # noqa: BLE001 - the peers must hear of it
+            except Exception as error:  # noqa: BLE001 - the peers must be told
                 verdict = _verdict(error)
             self._part(channels, *verdict)
         return verdict
@@ -188,7 +188,7 @@ class Host:
 
         reader = threading.Thread(target=tee, args=(self._driver.stderr,), daemon=True)
         reader.start()
-        if self._stopping:  # it came between
+        if self._stopping:  # SIGTERM came before there was a process
             self._driver.terminate()
         sockets = {channel.socket: (host, channel) for host, channel in channels.items()}
         while self._driver.poll() is None:
@@ -208,7 +208,7 @@ class Host:
         return (code if 0 <= code < 256 else 1), (errors[-1] if errors else "".join(tail)) if code else ""
 
     def _part(self, channels: dict[str, Channel], code: int, cause: str) -> None:
-        """Tell every peer how it ended, and wait until they have heard it."""
+        """Tell every peer how it ended, and wait until they have received it."""
         for channel in channels.values():
             channel.send({"code": code, "cause": f"{self._name()}: {cause}" if cause else ""})
         until = time.monotonic() + PARTING_S
@@ -235,10 +235,10 @@ class Host:
             elif self._stopping:
                 return STOPPED, "stopped"
             else:
-                return 1, f"{cluster.head}, the head, is gone without a word; see its log"
+                return 1, f"{cluster.head}, the head, ended without a message; see its log"
 
     def _on_sigterm(self, *_: Any) -> None:
-        """The run saves where it stands; who has none yet just ends. The service kills after 120 s."""
+        """The run saves its state; a host that runs none yet just ends. The service kills after 120 s."""
         first, self._stopping = not self._stopping, True
         if not first:
             return
@@ -254,7 +254,7 @@ class Host:
         return self._cluster.me if self._cluster else "?"
 
     def _keep_logs(self) -> None:
-        """Ray's log files go where the service copies them to S3; they would be gone with the instance."""
+        """Copy Ray's log files to where the service uploads them to S3; they would be lost with the instance."""
         source = Path("/tmp/ray/session_latest/logs")  # noqa: S108 - Ray's own fixed place
         if not (self._root / "checkpoints").is_dir() or not source.is_dir():
             return

@@ -30,7 +30,7 @@ METRICS = {
     "validation:dice_tc": r"Dice WT \S+ TC ([0-9.]+)",
     "validation:dice_et": r"Dice WT \S+ TC \S+ ET ([0-9.]+)",
 }
-"""Curves in the console, found in the lines of `run.progress.describe`."""
+"""Curves in the console, found in the lines of `monitoring.progress.describe`."""
 
 # AWS's images start the job by a bash that is PID 1 and passes no signal on: SIGTERM would never reach the run.
 COMMAND = (
@@ -96,7 +96,7 @@ def work(args: Args) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """A launch that was checked."""
+    """A launch whose options were checked."""
 
     args: Args
     run_dir: str

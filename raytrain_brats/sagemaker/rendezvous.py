@@ -1,7 +1,7 @@
-"""How the containers of a job find and understand each other.
+"""Let the containers of a job find each other and exchange messages.
 
 In: SageMaker's resourceconfig.json; a folder that all of them may read and write.
-Out: who leads; a `Channel` of JSON messages between the head and each peer.
+Out: which one is the head; a `Channel` of JSON messages between the head and each peer.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ class Channel:
         return b"\n" in self._read
 
     def send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # who is gone is noticed where it is read
+        with contextlib.suppress(OSError):  # a peer that is gone is noticed by the next read
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, timeout_s: float | None = None) -> Any:
@@ -120,7 +120,7 @@ def _missing(hosts: list[str], after_s: float) -> str:
 
 
 def call(cluster: Cluster, token: str, deadline: float) -> Channel:
-    """A line to the head. Raises RunFailed when it does not answer before the deadline."""
+    """A channel to the head. Raises RunFailed when it does not answer before the deadline."""
     failure = f"{cluster.head}, the head, did not come up in time"
     channel = _until(deadline, lambda: Channel(socket.create_connection((cluster.head, PORT), timeout=5)), failure)
     channel.send({"host": cluster.me, "token": token})
@@ -144,7 +144,7 @@ def _until(deadline: float, ask: Callable[[], T], failure: str) -> T:
 
 
 def shared_token(folder: str) -> str:
-    """The secret of this run's clusters, which only those can read that may read its folder; made by who is first.
+    """The secret of this run's clusters, which only those can read that may read its folder; made by the first host.
 
     Not in the request: everyone who may describe the job could read it there.
     """

@@ -70,7 +70,7 @@ def has_local_disks(kind: str) -> bool:
 def about(kind: str) -> str:
     """What to know of a type before paying for it; mostly nothing."""
     if kind.startswith("ml.p3"):
-        return f"{kind}: V100 needs an image with torch for CUDA 12.6 (docs/sagemaker.md, images)"
+        return f"{kind}: V100 needs an image with torch 2.8.0 for CUDA 12.6 (docs/sagemaker.md, images)"
     return ""
 
 
@@ -119,7 +119,7 @@ def check_workers(config: Config, kind: str, number: int) -> str:
 
 
 def check_request(operation: str, request: dict[str, Any]) -> None:
-    """Hold a request against botocore's model of SageMaker. Raises UserError naming the option and what is allowed.
+    """Check a request against botocore's model of SageMaker. Raises UserError naming the option and what is allowed.
 
     botocore itself has checked names, types and lower bounds before; not patterns, choices and upper bounds.
     """

@@ -69,7 +69,7 @@ class JobOptions:
 
 
 def check(options: JobOptions) -> None:
-    """Raises UserError for what the service would refuse, or the user regret."""
+    """Raises UserError for what the service would refuse, or the user would regret."""
     missing = [f"--{name}" for name in ("role", "image") if not getattr(options, name)]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given; docs/sagemaker.md says where they come from")
@@ -132,7 +132,7 @@ def cost(groups: Instances, spot: bool = False) -> str:
 def send(options: JobOptions, bucket: str, operation: str, start: Callable[[Any], None]) -> None:
     """`start(session)` with a session of the SDK; dry, print the request of `operation` instead of sending it.
 
-    Either way the request is first made without sending anything, and held against AWS's model of it.
+    Either way the request is first made without sending anything, and checked against AWS's model of it.
     """
     try:
         from sagemaker.core.helper.session_helper import Session

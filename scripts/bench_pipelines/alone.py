@@ -9,8 +9,7 @@ from pathlib import Path
 
 from raytrain_brats.config import Config
 from raytrain_brats.data import stream
-from raytrain_brats.data.boxes import PatchSpec, decode
-from raytrain_brats.data.patch import Patch
+from raytrain_brats.data.patch import Patch, PatchSpec, decode
 from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.stream import StreamSpec
 from raytrain_brats.run.spec import open_cases

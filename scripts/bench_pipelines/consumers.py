@@ -21,8 +21,8 @@ from typing import Any
 import ray
 
 from raytrain_brats.data import stream
-from raytrain_brats.data.boxes import PatchSpec, decode
 from raytrain_brats.data.manifest import Case
+from raytrain_brats.data.patch import PatchSpec, decode
 from raytrain_brats.data.preprocess import Prepared
 from raytrain_brats.data.store import Source
 from raytrain_brats.data.stream import StreamSpec
@@ -126,7 +126,7 @@ def measure(order: Order, workers: int, loaded: bool) -> Taken:
         shares = stream.OrderedSplit().configure(made, workers)
         mine = [shares[rank][stream.group_name(stream.group_of(rank, workers))] for rank in range(workers)]
         nodes = [mine[first : first + NODE_RANKS] for first in range(0, workers, NODE_RANKS)]
-        consumers = [Consumers.remote() for _ in nodes]
+        consumers = [Consumers.remote() for _ in nodes]  # type: ignore[attr-defined]
         pace = 1e9 if loaded else stand_ins_per_s(workers) / workers
         ray.get([consumer.begin.remote(node, pace) for consumer, node in zip(consumers, nodes, strict=True)])
         rows, peak, began = list[tuple[float, int, int]](), 0, time.monotonic()

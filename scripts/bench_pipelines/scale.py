@@ -150,7 +150,7 @@ def serve(work: Path, cases: int) -> None:
         image[number % EDGE, number // EDGE % EDGE, number // EDGE**2 % EDGE] = number % 30_000  # each is another
         about["training"].append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
         for folder, voxels in (("imagesTr", image), ("labelsTr", label)):
-            content = gzip.compress(nib.Nifti1Image(voxels, np.eye(4)).to_bytes(), 1)  # type: ignore[no-untyped-call]
+            content = gzip.compress(nib.Nifti1Image(voxels, np.eye(4)).to_bytes(), 1)
             backend.put_object(BUCKET, f"data/{folder}/{name}", content)
     backend.put_object(BUCKET, "data/dataset.json", json.dumps(about).encode())
     lock, log = threading.Lock(), (work / "written.jsonl").open("w", buffering=1)

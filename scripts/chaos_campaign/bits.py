@@ -105,8 +105,8 @@ def others(truth: Truth) -> Iterator[Damage]:
             yield Damage(f"{file} is the older checkpoint's", which, replaced((path, older)))
             zeros = content[: size // 2] + bytes(size - size // 2)
             yield Damage(f"{file} half zeros", which, replaced((path, zeros)))
-    older = [(truth.path(2, file), truth.path(1, file).read_bytes()) for file in FILES]
-    yield Damage("all files are the older checkpoint's", 2, replaced(*older))
+    all_older = [(truth.path(2, file), truth.path(1, file).read_bytes()) for file in FILES]
+    yield Damage("all files are the older checkpoint's", 2, replaced(*all_older))
 
 
 def after(truth: Truth, damage: Damage) -> str:

@@ -16,7 +16,7 @@ from raytrain_brats.run.journal import MetricsLog
 
 TRAINING = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "validate", "end")
 WRITING = ("checkpoint write", "commit", "rows", "journal", "prune")
-PHASES = ("", *TRAINING, *WRITING, "begin", "close")
+PHASES = ("", *TRAINING, *WRITING, "begin", "ready", "gather", "close")
 MAIN, WRITER = 0, 1
 _FILES = {"tensors.safetensors": "checkpoint write", "state.json": "checkpoint write", "MANIFEST.json": "commit"}
 _SLOT = 128
@@ -68,4 +68,5 @@ class Board:
             with self.during(rank, "rows"):
                 show(log)
 
-        storage.write_bytes, checkpoint.prune, MetricsLog._show = told_write, told_prune, told_show
+        storage.write_bytes, checkpoint.prune = told_write, told_prune
+        MetricsLog._show = told_show  # type: ignore[method-assign, assignment]

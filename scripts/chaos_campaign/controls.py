@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save as tensors_to_bytes
+
 from raytrain_brats import books, storage
 from raytrain_brats.run import checkpoint
 from raytrain_brats.run import rows as row_parts
@@ -52,7 +54,7 @@ def without_marker() -> None:
     ) -> checkpoint.Checkpoint:
         name = f"{samples_seen:012d}-g{generation:04d}"
         contents = {
-            "tensors.safetensors": checkpoint.tensors_to_bytes(tensors),
+            "tensors.safetensors": tensors_to_bytes(tensors),
             "state.json": json.dumps(state).encode(),
         }
         about = {f: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for f, c in contents.items()}
@@ -75,7 +77,7 @@ def without_cut() -> None:
 
 def without_fence() -> None:
     """A replaced group writes on."""
-    MetricsLog.check = lambda log: None  # type: ignore[method-assign]
+    MetricsLog.check = lambda log: None  # type: ignore[method-assign, assignment]
 
 
 def without_tree() -> None:

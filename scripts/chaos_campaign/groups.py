@@ -5,6 +5,7 @@ Out: a `Group` that can be watched, struck and ended; `begin`, the controller's 
 """
 
 import ctypes
+import functools
 import os
 import signal
 import time
@@ -91,16 +92,14 @@ class Group:
             self.board.put(rank, MAIN, "start")
             self.board.watch_writes(rank)
             if world_size > 1:
-                store = distributed.FileStore(str(meeting), world_size)
+                store = distributed.FileStore(str(meeting), world_size)  # type: ignore[attr-defined]
                 distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
 
             timer = PhaseTimer(lambda phase: self.board.put(rank, MAIN, phase))
             mine = stream(run_spec, generation, rank, world_size)
             worker.train_rank(run_spec, generation, Rank(rank, world_size, CPU), timer, mine)
 
-        self.processes = [
-            Process(forked(log, lambda rank=rank: rank_work(rank))) for rank in range(world_size)
-        ]  # fmt: skip
+        self.processes = [Process(forked(log, functools.partial(rank_work, rank))) for rank in range(world_size)]
 
     def over(self) -> bool:
         """Whether any rank is gone: then the others cannot go on."""

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.schema import AutoscalerInstance
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.core.generated import autoscaler_pb2
-from ray.core.generated.autoscaler_pb2 import NodeStatus
-from ray.core.generated.instance_manager_pb2 import Instance, NodeKind
+from ray.core.generated.autoscaler_pb2 import NodeStatus  # type: ignore[attr-defined]
+from ray.core.generated.instance_manager_pb2 import Instance, NodeKind  # type: ignore[attr-defined]
 
 from raytrain_brats import storage
 from raytrain_brats.run import journal
@@ -110,7 +110,7 @@ class Cluster:
         """A preemption notice for a node, as the watcher of a spot machine gives it."""
         gcs = GcsClient(address=f"127.0.0.1:{self.port}")
         (node,) = [key for key, about in gcs.get_all_node_info().items() if about.node_name == name and not about.state]
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
         gcs.drain_node(node.hex(), reason, "spot", int(1000 * (time.time() + within_s)))
 
     def kill_node(self, name: str, only_raylet: bool = False) -> None:

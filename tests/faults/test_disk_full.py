@@ -81,12 +81,64 @@ for write in (lambda: storage.write_bytes(f"{sys.argv[1]}/whole", bytes(100_000)
     except OSError as error:
         print(error.errno, error.filename)
 """
-    mount = f'mount -t tmpfs -o size=16k tmpfs {small} && exec "$0" "$@"'
+    assert said_on_small_disk(small, "16k", code) == [f"28 {small}/whole", f"28 {small}/lines"]
+
+
+def said_on_small_disk(place: Path, size: str, code: str) -> list[str]:
+    """What Python code prints where its argument `place` holds `size`."""
+    mount = f'mount -t tmpfs -o size={size} tmpfs {place} && exec "$0" "$@"'
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", mount, sys.executable, "-c", code, str(small)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+        ["unshare", "-m", "sh", "-c", mount, sys.executable, "-c", code, str(place)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.stdout.split("\n") == [f"28 {small}/whole", f"28 {small}/lines", ""]
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@needs_root
+def test_books_of_a_disk_that_was_full_for_a_while_are_whole(small: Path) -> None:
+    """It fills amid a row and amid an event: no torn line then; with room again all are there, once and in order."""
+    code = """
+import sys
+from pathlib import Path
+from raytrain_brats import books, storage
+from raytrain_brats.run import events, rows
+from raytrain_brats.run.control import Generation
+
+class Rows(rows.MetricsLog):
+    check = lambda self: None
+
+run, filler = sys.argv[1] + "/run", Path(sys.argv[1]) / "filler"
+filler.write_bytes(bytes(64 << 10))
+storage.write_bytes(run + "/generation.json", b'{"number": 1, "samples_seen": 0}')
+log = Rows(run, Generation(1))
+
+def go_on(first, last):
+    for number in range(first, last):
+        log.add({"samples_seen": number, "text": "x" * 400})
+        events.event(run, "told", number=number, text="x" * 300)
+
+def numbers():
+    shown = [row["samples_seen"] for row in books.read_rows(run)]
+    torn = []
+    return shown, [event["number"] for event in books.read_events(run, torn)], torn
+
+go_on(1, 60)
+try:
+    log.flush()
+except OSError as error:
+    print(error.errno)
+for found in numbers()[:2]:
+    print(found == list(range(1, len(found) + 1)), 20 < len(found) < 59)
+print({path.read_bytes()[-1:] for path in Path(run).rglob("*.jsonl")})
+filler.unlink()
+go_on(60, 70)
+print(numbers() == (list(range(1, 70)), list(range(1, 70)), []))
+log.flush()
+print(numbers() == (list(range(1, 70)), list(range(1, 70)), []))
+"""
+    said = said_on_small_disk(small, "104k", code)
+    assert said == ["28", "True True", "True True", "{b'\\n'}", "True", "True"]
 
 
 def test_an_error_about_another_file_keeps_its_name(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from raytrain_brats.run.hang_detector import HangDetector
 from raytrain_brats.run.rank import Rank
 
 @ray.remote(num_cpus=0)
-class Rank:
+class Worker:
     def work(self, rank):
         timer = PhaseTimer()
         with heartbeat(timer, "run", 1, Rank(rank, 2, None)):
@@ -33,7 +33,7 @@ class Rank:
 
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 with HangDetector(sys.argv[1], "run", 6.0):
-    ranks = [Rank.remote() for _ in range(2)]
+    ranks = [Worker.remote() for _ in range(2)]
     began = time.time()
     try:
         ray.get([actor.work.remote(rank) for rank, actor in enumerate(ranks)], timeout=300)

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from raytrain_brats import verify
+from raytrain_brats.monitoring import cost
 from raytrain_brats.run import checkpoint, gauges, journal
 from raytrain_brats.synthetic.phantom import write_set
 from tests.support.clusters import SMALL, Cluster, ElasticRun, free_port
@@ -209,7 +210,7 @@ def test_prometheus_is_told_of_a_live_run(place: Path) -> None:
     """Scrape the node's port as Prometheus does: all that the dashboard asks for is there, with the run's numbers."""
     port = free_port()
     cluster = Cluster(
-        place, head=f"--num-cpus=2 --metrics-export-port={port} --labels role=head", **{gauges.PRICES: "head=3.5"}
+        place, head=f"--num-cpus=2 --metrics-export-port={port} --labels role=head", **{cost.PRICES: "head=3.5"}
     )
     try:
         run = ElasticRun(cluster, "1", "validate.every_samples=200", "validate.max_cases=1")

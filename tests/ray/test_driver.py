@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.store import Source
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.ray_ext.cluster import Resources
+from raytrain_brats.ray_ext.process_group import ProcessGroup
 from raytrain_brats.run import driver
 from raytrain_brats.run.spec import RunSpec, sampler_of
 
@@ -110,6 +112,33 @@ def test_what_every_rank_is_sent_does_not_grow_with_the_cases(one_ray_here: None
     assert len(cloudpickle.dumps(spec)) > 2_000_000
 
 
+def test_workers_that_do_not_leave_their_process_group_are_told(
+    one_ray_here: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Ray's own backend does: what a worker raised is raised, and who hangs is left after Ray's variable says so."""
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def leave(hangs: bool) -> None:
+        if hangs:
+            time.sleep(300)
+        raise RuntimeError("NCCL error")
+
+    class Group(list[Any]):
+        def execute_async(self, *_: Any) -> list[Any]:
+            return list(self)
+
+    caplog.set_level("WARNING")  # Ray's start has quieted pytest's handler
+    backend, config_ = ProcessGroup().backend_cls(), ProcessGroup()
+    with pytest.raises(RuntimeError, match="NCCL error"):
+        backend.on_shutdown(Group([leave.remote(False)]), config_)
+    monkeypatch.setenv("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "1")
+    began, hangs = time.monotonic(), leave.remote(True)
+    backend.on_shutdown(Group([hangs, ray.put(None)]), config_)
+    assert time.monotonic() - began < 20
+    assert "did not leave their process group within 1 s" in caplog.text
+    ray.cancel(hangs, force=True)
+
+
 def test_driver_and_controller_do_without_torch() -> None:
     """What they import, and what Ray Train unpickles in its controller, brings neither torch nor MONAI; SciPy, which
     makes phantoms, comes where they are made."""
@@ -128,7 +157,10 @@ print(sorted({"torch", "monai", "scipy.interpolate"} & sys.modules.keys()))
 
 
 def test_a_cluster_of_our_own_has_only_the_processes_it_needs() -> None:
-    """No autoscaler, API server, log monitor, statistics of Ray Data or cleaner of placement groups: 0.4 GB."""
+    """No autoscaler, API server, log monitor, statistics of Ray Data or cleaner of placement groups: 0.4 GB.
+
+    Another cluster that the process starts later, without us, has them.
+    """
     script = """
 import subprocess, sys
 import ray
@@ -137,13 +169,12 @@ cluster.connect()
 assert cluster.started_here()
 assert [row["item"] for row in ray.data.from_items([1, 2, 3]).map(lambda row: row).iter_rows()] == [1, 2, 3]
 print(subprocess.run(["ps", "-eo", "args"], env={"COLUMNS": "2000"}, capture_output=True, text=True).stdout)
-try:
-    ray.get_actor("datasets_stats_actor", namespace="_dataset_stats_actor")
-except ValueError:
-    print("statistics: none")
+named = ray.util.list_named_actors(all_namespaces=True)
+print("statistics:", len([actor for actor in named if actor["name"] == "datasets_stats_actor"]))
 from raytrain_brats.ray_ext.internals.train import LocalTrainer
 made = LocalTrainer(print)._create_default_callbacks()
 print("callbacks:", [type(one).__name__ for one in made])
+print("later:", ray._private.node.Node.start_api_server.__name__, ray._private.node.Node.start_log_monitor.__name__)
 print("session:", ray._private.worker._global_node.get_session_dir_path())
 """
     environment = os.environ | {"RAY_ADDRESS": "local"}
@@ -153,6 +184,7 @@ print("session:", ray._private.worker._global_node.get_session_dir_path())
     ours = [line for line in lines.splitlines() if session.strip() in line]
     assert any("raylet/raylet" in line for line in ours)
     assert not [line for line in ours if re.search(r"monitor\.py|dashboard/dashboard\.py", line)]
-    assert "statistics: none" in lines
+    assert "\nstatistics: 0\n" in lines  # the list of processes has this script's own text in it
+    assert "\nlater: start_api_server start_log_monitor\n" in lines
     assert "DatasetsCallback" in lines
     assert "PlacementGroupCleanerCallback" not in lines

@@ -15,17 +15,16 @@ import ray
 from raytrain_brats import messages
 from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data import stream
-from raytrain_brats.data.boxes import PatchSpec
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.patch import Patch
+from raytrain_brats.data.patch import Patch, PatchSpec
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source, put
 from raytrain_brats.data.stream import OrderedSplit, StreamSpec, dataset, rank_rows, rank_steps, read_ahead
+from raytrain_brats.monitoring.spilling import Spilling
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.ray_ext.internals.core import spilled_bytes
 from raytrain_brats.run import journal
-from raytrain_brats.run.spilling import Spilling
 from tests.support.cases import make_volume, write_msd_folder
 from tests.support.clusters import Meter
 from tests.support.steps import equal
@@ -122,6 +121,30 @@ def test_both_routes_give_the_same_patches_through_ray_at_any_number_of_ranks(
     assert sum(bool(patch.reason) for share in by_store for mine in share for patch in mine) == sum(
         sampler.sample(position).case == 2 for position in range(4, sampler.total)
     )
+
+
+def test_executions_that_are_empty_for_some_ranks_hold_none_up(tmp_path: Path) -> None:
+    """Fewer cases than a step shows, ranks that do not divide it: of the last execution two of four ranks get nothing,
+    and of a run that goes on at its last step two get nothing at all."""
+    manifest = open_manifest(str(write_msd_folder(tmp_path, 3)))
+    sampler = Sampler(seed=1, cases=3, global_batch=5, patches_per_case=2, epochs=2)
+    source = Source(manifest.root, manifest.convention, 1.0)
+    for step, executions in ((1, 2), (sampler.steps - 1, 1)):
+        short = dataclasses.replace(spec(sampler, manifest.cases, source, step), segment_tasks=2, task_cases=(2, 2))
+        assert len(sampler.turns(step, 4, 1)) == executions
+        for rank, found in enumerate(streamed(short, 4)):
+            wanted = [list(sampler.rank_positions(now, rank, 4)) for now in range(step, sampler.steps)]
+            assert [[patch.position for patch in mine] for mine in found] == wanted
+
+
+def test_more_ranks_than_one_coordinator_serves_get_two(tmp_path: Path) -> None:
+    """Each rank has a share of its own group's dataset; rank 0 of both, as Ray ends those executions only."""
+    cases = (Case("a", "a", (), None, 0),)
+    sampler = Sampler(seed=0, cases=1, global_batch=40, patches_per_case=1, epochs=1)
+    shares = shares_of(spec(sampler, cases, Source(str(tmp_path), "msd", 1.0), 0), 40)
+    had = [{name for name, share in mine.items() if share is not None} for mine in shares]
+    assert had == [{"train-0", "train-1"}, *[{"train-0"}] * 19, *[{"train-1"}] * 20]
+    assert len({id(share) for mine in shares for share in mine.values() if share is not None}) == 40
 
 
 @dataclasses.dataclass(frozen=True)

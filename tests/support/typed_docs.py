@@ -61,8 +61,7 @@ DOWNLOADS = """
 import dataclasses, sys
 from raytrain_brats import download
 from raytrain_brats.__main__ import main
-known = dataclasses.replace(download.SOURCES["msd"], uri="s3://public/Task01.tar", md5="{md5}")
-download.SOURCES["msd"] = known
+download.TASK01 = dataclasses.replace(download.TASK01, uri="s3://public/Task01.tar", md5="{md5}")
 sys.exit(main())
 """
 """`raytrain-brats` with MSD's bucket replaced by one of moto's."""

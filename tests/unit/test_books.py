@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raytrain_brats import books, s3, storage
 from raytrain_brats.learn.step import StepResult
@@ -156,3 +158,49 @@ def test_books_of_one_file_each_are_still_read(tmp_path: Path) -> None:
     assert journal.recent(run) == (ROWS, EVENTS)
     assert journal.read_rows(run, after=20) == ROWS[5:]
     assert checkpoint.committed(run) == [] and books.parts(run) == []
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_events_stand_in_order_whatever_the_clocks_of_hosts_show(data: st.DataObject) -> None:
+    """Controllers and ranks on hosts whose clocks are off by up to an hour, several drivers one after the other: groups
+    by number, what a group tells between its begin and the next one's, each process's events as it wrote them."""
+    offs = [data.draw(st.floats(-3600, 3600)) for _ in range(4)]
+    sources: list[list[dict[str, Any]]] = []
+    moment = 1e9
+    for number in range(1, data.draw(st.integers(2, 5))):
+        if number == 1 or data.draw(st.booleans()):  # another driver
+            sources.append([{"event": "launch", "time": moment + offs[0], "host": 0}])
+            controller, host = sources[-1], data.draw(st.integers(0, 3))
+        moment += 10
+        controller.append({"event": "group", "generation": number, "time": moment + offs[host]})
+        ranks = [(data.draw(st.integers(0, 3)), list[dict[str, Any]]()) for _ in range(data.draw(st.integers(0, 3)))]
+        for _ in range(data.draw(st.integers(0, 6)) if ranks else 0):
+            moment += 1
+            rank, told = data.draw(st.sampled_from(ranks))
+            about = {} if data.draw(st.integers(0, 3)) == 0 else {"generation": number}
+            told.append({"event": "told", "time": moment + offs[rank], **about})
+        sources += [told for _, told in ranks]
+    sources = data.draw(st.permutations(sources))
+    found = books._in_order(sources)
+    places = {id(event): place for place, event in enumerate(found)}
+    assert len(found) == len(places) == sum(map(len, sources))
+    for told in sources:
+        assert [places[id(event)] for event in told] == sorted(places[id(event)] for event in told)
+    groups = [event["generation"] for event in found if event["event"] == "group"]
+    assert groups == sorted(groups)
+    now = 0
+    for event in found:
+        now = event["generation"] if event["event"] == "group" else now
+        assert event.get("generation", now) == now
+
+
+def test_events_on_a_machine_whose_clock_is_behind_keep_their_time(tmp_path: Path) -> None:
+    """A driver goes on elsewhere, an hour behind: what ranks of the group before told stays in order of time."""
+    group, rank = ({"event": "group", "generation": n, "time": t} for n, t in ((1, 5000.0), (2, 1500.0))), "rank"
+    told = [
+        [{"event": "told", rank: r, "generation": 1, "time": 5000.0 + 10 * n + r} for n in (1, 2, 3)] for r in (1, 2)
+    ]
+    later = [{"event": "told", rank: 3, "generation": 2, "time": 1510.0}]
+    found = books._in_order([*([event] for event in group), *told, later])
+    assert [event.get(rank, 0) for event in found] == [0, 1, 2, 1, 2, 1, 2, 0, 3]

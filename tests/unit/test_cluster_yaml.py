@@ -161,13 +161,48 @@ def test_p3_and_p4d_differ_in_what_they_must() -> None:
     """The two files are twins but for the training nodes, the driver and what on demand costs."""
     p3, p4d = load("p3.yaml"), load("p4d.yaml")
     assert (p3["provider"]["on_demand_fallback"], p4d["provider"]["on_demand_fallback"]) == (False, "ask")
-    assert p3["setup_commands"][0].startswith("NVIDIA_DRIVER=580 TORCH_INDEX=cu126 ")
-    p3["setup_commands"][0] = p3["setup_commands"][0].replace("NVIDIA_DRIVER=580 TORCH_INDEX=cu126 ", "")
+    assert p3["setup_commands"][0].startswith("NVIDIA_DRIVER=580 TORCH=2.8.0 TORCH_INDEX=cu126 ")
+    p3["setup_commands"][0] = p3["setup_commands"][0].replace("NVIDIA_DRIVER=580 TORCH=2.8.0 TORCH_INDEX=cu126 ", "")
     for config in (p3, p4d):
         del config["metadata"], config["cluster_name"], config["available_node_types"]["train"]
         del config["provider"]["on_demand_fallback"], config["provider"]["dollars_per_hour"]
 
     assert p3 == p4d
+
+
+# Of each instance type: the GPU's generation. Of a generation: what node_setup.sh must be given of torch (docs/ec2.md).
+GENERATIONS = {"p3dn.24xlarge": "sm_70", "p4d.24xlarge": "sm_80"}
+PINS = {"sm_70": {"TORCH": "2.8.0", "TORCH_INDEX": "cu126"}, "sm_80": {}}
+
+
+def given(command: str) -> dict[str, str]:
+    """The variables in front of a command that concern torch."""
+    return dict(re.findall(r"\b(TORCH\w*)=(\S+)", command.partition(" bash ")[0]))
+
+
+@pytest.mark.parametrize("name", EC2_FILES)
+def test_each_card_gets_its_torch(name: str) -> None:
+    """A new instance type must get a line above: V100 needs a torch of its own, and so may what comes."""
+    config = load(name)
+    card = GENERATIONS[config["available_node_types"]["train"]["node_config"]["InstanceType"]]
+    (command,) = [command for command in config["setup_commands"] if "node_setup.sh" in command]
+    assert given(command) == PINS[card]
+
+
+def test_the_tested_torch_brings_a_cudnn_that_torch_uses() -> None:
+    """Where nothing is given it is that of constraints.txt, whose wheel on PyPI has cuDNN 9.15 or later."""
+    locked = dict(re.findall(r"^([\w-]+)==(\S+)", (CLUSTER / "sagemaker" / "requirements.lock").read_text(), re.M))
+    (tested,) = re.findall(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
+    assert locked["torch"] == tested
+    assert tuple(map(int, locked["nvidia-cudnn-cu13"].split(".")))[:2] >= (9, 15)
+
+
+@pytest.mark.parametrize(
+    "page", ["docs/ec2.md", "docs/sagemaker.md", "cluster/sagemaker/Dockerfile", "cluster/local.yaml"]
+)
+def test_pages_name_the_torch_of_v100(page: str) -> None:
+    """The same as p3.yaml installs."""
+    assert PINS["sm_70"]["TORCH"] in (ROOT / page).read_text()
 
 
 class Account:
@@ -387,7 +422,7 @@ def test_all_that_is_missing_is_told_at_once(account: Account, monkeypatch: pyte
 
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(NotReadyError, match=r"(?s)_DATA=s3.*AWS does not know you .*aws configure"):
+    with pytest.raises(NotReadyError, match=r"(?s)_DATA=s3.*AWS does not accept your credentials .*aws configure"):
         filled("p4d.yaml")
 
 
@@ -532,7 +567,7 @@ SHIMS = {
 
 
 @pytest.fixture
-def set_up(tmp_path: Path) -> Callable[[], str]:
+def set_up(tmp_path: Path) -> Callable[..., str]:
     """Run node_setup.sh in a home with stand-ins for what changes a machine; what it did."""
     for name, body in SHIMS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -543,11 +578,13 @@ def set_up(tmp_path: Path) -> Callable[[], str]:
     (tmp_path / "raytrain_brats" / "code.py").write_text("old")
     (tmp_path / "raytrain_brats.env").write_text("export RAYTRAIN_BRATS_FSX=fs@tcp:/m\n")
     environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
-    more = {"NVIDIA_DRIVER": "580", "TORCH_INDEX": "cu126"}
+    more = {"NVIDIA_DRIVER": "580", "TORCH": "2.8.0", "TORCH_INDEX": "cu126"}
 
-    def run() -> str:
+    def run(**other: str) -> str:
         (tmp_path / "done").write_text("")
-        subprocess.run(["bash", str(CLUSTER / "node_setup.sh")], env=environment | more, check=True, timeout=180)
+        subprocess.run(
+            ["bash", str(CLUSTER / "node_setup.sh")], env=environment | more | other, check=True, timeout=180
+        )
         return (tmp_path / "done").read_text()
 
     return run
@@ -557,13 +594,16 @@ def test_a_node_is_set_up_once(tmp_path: Path, set_up: Callable[[], str]) -> Non
     """Two NVMe disks become one; V100 gets driver 580, held with its libraries and kernel, and torch for CUDA 12.6;
     FSx gets its client; nothing upgrades itself; the second run of Ray does nothing."""
     first = set_up()
+    constraints = (tmp_path / "venv" / "constraints.txt").read_text().splitlines()
+    assert [line for line in constraints if line.startswith("torch==")] == ["torch==2.8.0"] and len(constraints) > 90
+    assert f"pip install -q -c {tmp_path}/venv/constraints.txt ." in first
     assert "mdadm --create /dev/md0 --level=0 --force --run --raid-devices=2 /dev/nvme1n1 /dev/nvme2n1" in first
     assert "mount -o noatime /dev/md0 /mnt/fast" in first
     assert "nvidia-driver-580-server" in first
     assert "apt-mark hold libnvidia-compute-580 linux-image-6.8.0-aws" in first and "390" not in first
     assert "systemctl disable --now unattended-upgrades" in first
     assert "lustre-client-modules-" in first and "mount -t lustre -o relatime,flock fs@tcp:/m /fsx" in first
-    assert re.search(r"pip install -q torch==\S+ --index-url https://download.pytorch.org/whl/cu126", first)
+    assert re.search(r"pip install -q torch==2\.8\.0 --index-url https://download.pytorch.org/whl/cu126", first)
     (tmp_path / "mounted").touch()
     (tmp_path / "nvidia-smi").write_text("#!/bin/bash\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -574,11 +614,12 @@ def test_a_node_is_set_up_once(tmp_path: Path, set_up: Callable[[], str]) -> Non
 
 def test_new_code_is_installed_again(tmp_path: Path, set_up: Callable[[], str]) -> None:
     """A second `ray up` copies the files anew: the head must not go on with what it installed at first."""
-    assert "pip install -q -c constraints.txt ." in set_up()
+    assert "/venv/constraints.txt ." in set_up()
     assert "pip" not in set_up()
     (tmp_path / "raytrain_brats" / "code.py").write_text("new")
-    assert "pip install -q -c constraints.txt ." in set_up()
+    assert "/venv/constraints.txt ." in set_up()
     assert "pip" not in set_up()
+    assert "pip install -q torch==2.8.1 " in set_up(TORCH="2.8.1")
 
 
 @pytest.mark.parametrize("name", FILES)

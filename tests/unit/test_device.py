@@ -11,7 +11,7 @@ import torch
 from torch import distributed, multiprocessing, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from raytrain_brats.data.boxes import CaseBox, decode, encode
+from raytrain_brats.data.patch import CaseBox, decode, encode
 from raytrain_brats.data.sampler import Sample
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run.upload import Uploader

@@ -98,8 +98,8 @@ class Bucket:
     def put(self, tar: bytes) -> None:
         self._direct.put_object(Bucket=self.name, Key=KEY, Body=tar, ACL="public-read")
         md5 = hashlib.md5(tar).hexdigest()
-        made = dataclasses.replace(download.SOURCES["msd"], uri=f"s3://{self.name}/{KEY}", md5=md5)
-        self._patch.setitem(download.SOURCES, "msd", made)
+        made = dataclasses.replace(download.TASK01, uri=f"s3://{self.name}/{KEY}", md5=md5)
+        self._patch.setattr(download, "TASK01", made)
 
     def ranges(self) -> list[tuple[int, int]]:
         asked = [a.range.removeprefix("bytes=").split("-") for a in self.proxy.log if a.path.endswith(KEY) and a.range]
@@ -189,7 +189,7 @@ def test_a_kill_at_any_write_is_gone_on_from(bucket: Bucket, tmp_path: Path, mon
 
 
 def _in_a_process(out: str, source: download.Published) -> None:
-    download.SOURCES["msd"] = source
+    download.TASK01 = source
     download.RANGE_BYTES = 5000
     run(out)
 
@@ -200,7 +200,7 @@ def test_a_real_kill_in_the_middle(bucket: Bucket, tmp_path: Path) -> None:
     bucket.put(packed(bucket.files))
     noted = tmp_path / "out" / download.STATE
     child = multiprocessing.get_context("spawn").Process(
-        target=_in_a_process, args=(str(tmp_path / "out"), download.SOURCES["msd"])
+        target=_in_a_process, args=(str(tmp_path / "out"), download.TASK01)
     )
     child.start()
     deadline = time.monotonic() + 120
@@ -234,8 +234,8 @@ def test_a_file_that_somebody_changed_stays(bucket: Bucket, tmp_path: Path, caps
     mine, label = gzip.compress(b"corrected by hand"), tmp_path / "labelsTr/BRATS_002.nii.gz"
     for before in (True, False):
         if before:  # begun, and stopped before the label
-            state = {"source": download.SOURCES["msd"].uri, "offset": 0}
-            size, etag = s3.head(state["source"], download.SOURCES["msd"].region)
+            state = {"source": download.TASK01.uri, "offset": 0}
+            size, etag = s3.head(state["source"], download.TASK01.region)
             (tmp_path / download.STATE).write_text(json.dumps(state | {"etag": etag, "bytes": size}))
             label.parent.mkdir()
         label.write_bytes(mine)
@@ -403,7 +403,7 @@ def test_archives_that_are_not_whole(
 
 def test_the_published_md5_counts(bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An archive that is whole in itself, but another one."""
-    download.SOURCES["msd"] = dataclasses.replace(download.SOURCES["msd"], md5="0" * 32)
+    download.TASK01 = dataclasses.replace(download.TASK01, md5="0" * 32)
     assert run(tmp_path) == 1
     assert f"the published one has {'0' * 32}" in capsys.readouterr().err
 
@@ -436,7 +436,7 @@ def test_mistakes_are_told_before_anything_is_fetched(
     assert run("gs://x/y") == 2
     assert "only local paths and s3://" in capsys.readouterr().err
     assert bucket.ranges() == []
-    download.SOURCES["msd"] = dataclasses.replace(download.SOURCES["msd"], uri="s3://nobodys-bucket/x.tar")
+    download.TASK01 = dataclasses.replace(download.TASK01, uri="s3://nobodys-bucket/x.tar")
     assert run(tmp_path / "new") == 1
     assert "s3://nobodys-bucket/x.tar" in capsys.readouterr().err
 
@@ -461,7 +461,7 @@ class Here(download.Remote):
 
     def __init__(self, tar: bytes, start: int = 0, archive_bytes: int = 0) -> None:
         state = download.State("", "", archive_bytes or len(tar), start)
-        super().__init__(download.SOURCES["msd"], state)
+        super().__init__(download.TASK01, state)
         self.tar, self.asked = tar, 0
 
     def fetch(self, offset: int, size: int) -> bytes:

@@ -9,6 +9,7 @@ import yaml
 from ray.util.metrics import Gauge
 
 from raytrain_brats.errors import UserError
+from raytrain_brats.monitoring import cost, run_gauges
 from raytrain_brats.run import gauges, journal
 from tests.support.dashboard import DASHBOARD, GRAFANA, asked, expressions
 
@@ -65,9 +66,9 @@ def test_the_books_are_told_as_they_stand(told: Told) -> None:
         {"event": "recovered", "time": 15.0, "generation": 2, "world_size": 2, "total_s": 3.0},
         {"event": "validation", "time": 16.0, "dice": {"WT": 0.9, "TC": 0.8, "ET": None}},
     ]
-    gauges.set_run(gauges.Gauges("run"), [], [], 100)
+    run_gauges.set_run(gauges.Gauges("run"), [], [], 100)
     assert told == {("samples_total", "run"): 100, **{(n, "run"): 0 for n in ("resizes", "recoveries", "quarantined")}}
-    gauges.set_run(gauges.Gauges("run"), events, [], 100)
+    run_gauges.set_run(gauges.Gauges("run"), events, [], 100)
     assert told[("resizes", "run")] == told[("quarantined", "run")] == 1
     assert (told[("recoveries", "run")], told[("recovery_s", "run")]) == (2, 3.0)
     assert {key[2]: value for key, value in told.items() if key[0] == "dice"} == {"WT": 0.9, "TC": 0.8}
@@ -79,16 +80,16 @@ def test_the_books_are_told_as_they_stand(told: Told) -> None:
 )
 def test_what_the_nodes_cost(monkeypatch: pytest.MonkeyPatch, given: str, dollars: float | None) -> None:
     """By role, each node that is up; or the cluster as a whole."""
-    monkeypatch.setenv(gauges.PRICES, given)
+    monkeypatch.setenv(cost.PRICES, given)
     nodes = [{"Labels": {"role": role} if role else None} for role in ("head", "data", "data", "train", "train", "")]
-    assert gauges.dollars_per_hour(gauges.prices(), nodes) == dollars
+    assert cost.dollars_per_hour(cost.prices(), nodes) == dollars
 
 
 @pytest.mark.parametrize("given", ["cheap", "train=", "train=-1", "inf", "data=1;train=2"])
 def test_prices_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    monkeypatch.setenv(gauges.PRICES, given)
-    with pytest.raises(UserError, match=re.escape(f"{gauges.PRICES}={given}")):
-        gauges.prices()
+    monkeypatch.setenv(cost.PRICES, given)
+    with pytest.raises(UserError, match=re.escape(f"{cost.PRICES}={given}")):
+        cost.prices()
 
 
 def test_the_dashboard_shows_all_we_export_and_asks_for_nothing_else() -> None:
@@ -133,17 +134,17 @@ def test_provisioning_names_the_dashboards_beside_rays_own() -> None:
 def test_what_a_run_has_cost_so_far_is_kept_over_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each second at the rate found before it; the sum stands in the events, once a minute and at the end."""
     now = [1000.0]
-    monkeypatch.setattr(gauges.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cost.time, "monotonic", lambda: now[0])
     run_dir, nodes = str(tmp_path), [{"Labels": {"role": "train"}}]
     for launch in range(2):
-        cost = gauges.Cost(run_dir, {"train": 36.0})
+        spent = cost.Cost(run_dir, {"train": 36.0})
         for up in (nodes, nodes * 2, nodes * 2):  # a minute with one node, a minute with two
-            cost.update(up, journal.read_events(run_dir))
+            spent.update(up, journal.read_events(run_dir))
             now[0] += 61
-        assert cost.rate == 72.0
-        assert cost.total == pytest.approx((launch + 1) * (0.61 + 1.22) + launch * 1.22)
-        cost.update(nodes * 2, journal.read_events(run_dir))
-        cost.record()
+        assert spent.rate == 72.0
+        assert spent.total == pytest.approx((launch + 1) * (0.61 + 1.22) + launch * 1.22)
+        spent.update(nodes * 2, journal.read_events(run_dir))
+        spent.record()
     noted = [e["dollars"] for e in journal.read_events(run_dir) if e["event"] == "cost"]
     assert sum(noted) == pytest.approx(2 * (0.61 + 2 * 1.22), abs=1e-4)
     assert len(noted) == 6

@@ -1,21 +1,39 @@
 """A rank that hangs is found, named and ended; a slow one is flagged; healthy ones are left alone."""
 
+import dataclasses
 import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import distributed
 
+from raytrain_brats.run import journal
 from raytrain_brats.run.hang_detector import RankStatus, find_hung, updated
-from raytrain_brats.run.phase_timer import PHASES
+from raytrain_brats.run.phase_timer import PHASES, PhaseTimer
+from raytrain_brats.run.rank import Rank
+from raytrain_brats.run.recorder import RunRecorder
 from raytrain_brats.run.stragglers import Stragglers
+from raytrain_brats.run.validate import validate
+from tests.support.steps import CPU, spec
 
 
 def life(
-    rank: int, phase: str, seen: int = 40, beaten_s: float = 0.0, moved_s: float = 0.0, of: int = 2, updates: int = 1
+    rank: int,
+    phase: str,
+    seen: int = 40,
+    beaten_s: float = 0.0,
+    moved_s: float = 0.0,
+    of: int = 2,
+    updates: int = 1,
+    device_at: int | None = None,
 ) -> RankStatus:
     """What the driver knows of a rank; the times are how long ago, at moment 1000."""
     about = {"rank": rank, "world_size": of, "phase": phase, "samples_seen": seen, "generation": 1, "pid": rank}
+    about |= {"device_at": device_at}
     return RankStatus(about | {"beats": 5, "entries": 9, "updates": updates}, 1000 - beaten_s, 1000 - moved_s)
 
 
@@ -41,6 +59,79 @@ def test_the_rank_behind_the_others_is_the_one(phases: tuple[str, str], culprit:
 def test_a_rank_a_whole_step_behind_is_the_one() -> None:
     """Order is by step, then by phase."""
     assert named(life(0, "forward", seen=44, moved_s=30), life(1, "update", seen=40, moved_s=30)) == [1]
+
+
+@pytest.mark.parametrize(("stuck", "waits"), [("start", "load"), ("load", "ready"), ("validate", "gather")])
+def test_who_loads_or_scores_too_long_is_told_from_those_who_wait_for_it(stuck: str, waits: str) -> None:
+    """However long these wait: only the rank that is stuck is named, and ended."""
+    ranks = [life(rank, stuck if rank == 1 else waits, seen=39, moved_s=1000 - rank, of=3) for rank in range(3)]
+    assert named(*ranks) == [1]
+
+
+def test_a_rank_waits_for_the_others_in_a_phase_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it has loaded its checkpoint, and when it has scored its cases."""
+    timer, waits = PhaseTimer(), list[str]()
+
+    def gather(found: list[Any], mine: Any) -> None:
+        waits.append(timer.phase)
+        found[:] = [mine] * len(found)
+
+    monkeypatch.setattr(distributed, "all_gather_object", gather)
+    run_spec = dataclasses.replace(spec(), run_dir=str(tmp_path), held_out_cases=(), dataset_identity="x")
+    recorder = RunRecorder(run_spec, journal.begin_generation(str(tmp_path)), Rank(1, 2, CPU), timer)
+    timer.enter("load")
+    recorder.ready()
+    train_step: Any = SimpleNamespace(world_size=2)
+    timer.enter("validate")
+    validate(run_spec, train_step, 1, 0, timer.enter)
+    assert waits == ["ready", "gather"]
+
+
+class Event:
+    """Stands for torch.cuda.Event, which needs a GPU; these tests are of the logic alone."""
+
+    reached = False
+
+    def query(self) -> bool:
+        return self.reached
+
+
+def test_a_rank_whose_gpu_is_behind_is_the_one() -> None:
+    """Hosts run ahead of GPUs, so all wait in `reduce`: the rank with work of its own still to do, in the earliest
+    step. Hosts in different phases say more than that, and with all work done everywhere all are at fault."""
+    assert named(life(0, "reduce", moved_s=21), life(1, "reduce", moved_s=21, device_at=40)) == [1]
+    late = [life(0, "reduce", moved_s=21, device_at=36), life(1, "reduce", moved_s=21, device_at=40)]
+    assert named(*late) == [0]
+    assert named(life(0, "reduce", moved_s=19), life(1, "reduce", moved_s=19, device_at=40)) == []
+    assert named(life(0, "data", moved_s=400), life(1, "reduce", moved_s=400, device_at=40)) == [0]
+    assert named(life(0, "reduce", moved_s=21), life(1, "reduce", moved_s=21)) == [0, 1]
+
+
+def test_a_timer_knows_the_step_that_the_device_is_at() -> None:
+    """The earliest step whose event is not reached; nothing where there are no events, or the device has failed."""
+    timer, events = PhaseTimer(), [Event() for _ in range(3)]
+    assert timer.device_at() is None
+    for seen, event in zip((40, 44, 48), events, strict=True):
+        timer.enter("backward", seen)
+        timer.own_work_until(event)
+        assert timer.device_at() == 40
+    events[0].reached = True
+    assert timer.device_at() == 44
+    events[1].reached = events[2].reached = True
+    assert timer.device_at() is None
+    for seen in range(52, 152, 4):  # events that are reached are let go
+        timer.enter("backward", seen)
+        timer.own_work_until(event := Event())
+        event.reached = True
+    assert len(timer._own_work) == 1
+
+    class Failed(Event):
+        def query(self) -> bool:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    timer._own_work.clear()
+    timer._own_work.append((0, Failed()))
+    assert timer.device_at() is None
 
 
 def test_a_rank_without_beats_is_the_one_whatever_it_did() -> None:

@@ -10,7 +10,7 @@ import pytest
 import ray.train
 
 import raytrain_brats
-from raytrain_brats.ray_ext.internals import core, data, ec2, torch_setup, train
+from raytrain_brats.ray_ext.internals import core, data, ec2, train
 
 ROOT = Path(raytrain_brats.__file__).parent
 WALL = ROOT / "ray_ext" / "internals"
@@ -20,7 +20,7 @@ PRIVATE = re.compile(r"\bray\.(\w+\.)*_\w+|\bray\.core\.generated\b|\binternal_k
 def test_ray_has_every_private_name_that_is_used() -> None:
     """All that is gone is told at once: module, object or attribute."""
     gone = []
-    for module in (core, data, ec2, torch_setup, train):
+    for module in (core, data, ec2, train):
         for where, attributes in module.ATTRIBUTES.items():
             try:
                 found = _resolved(where)

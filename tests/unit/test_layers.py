@@ -58,9 +58,10 @@ RULES = {  # layer: what of ours it may import, what of others it may not
     "synthetic": ({"leaf", "data", "cases", "synthetic"}, {"ray", "torch", "monai"}),
     "reporting": ({"leaf", "reporting"}, {"ray", "torch", "monai"}),
     "run": ({"leaf", "data", "cases", "learn", "ray_ext", "reporting", "run"}, set()),
+    "monitoring": ({"leaf", "ray_ext", "reporting", "run", "monitoring"}, {"torch", "monai"}),
 }
 
-PLACED = ("run", "ray_ext", "data", "cases", "learn")
+PLACED = ("run", "monitoring", "ray_ext", "data", "cases", "learn")
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if layer(name) in RULES])
@@ -98,7 +99,7 @@ def test_nothing_decides_by_what_events_tell() -> None:
         if isinstance(node, ast.Attribute) and node.attr in books
     }
     # recorder: the times of the event `recovered`; controller: the text of the last failure
-    assert readers == {"verify", "reporting.page", "run.progress", "run.recorder", "run.controller"}
+    assert readers == {"verify", "reporting.page", "monitoring.progress", "run.recorder", "run.controller"}
 
 
 @pytest.mark.parametrize("name", sorted(ENTRIES))

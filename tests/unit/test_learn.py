@@ -12,7 +12,7 @@ from scipy.spatial.distance import cdist
 from raytrain_brats import labels
 from raytrain_brats.config import Augment, Config, Optimiser, parse, patch_divisor
 from raytrain_brats.learn import metrics, model
-from raytrain_brats.learn.augment import DRAWS, augment, normalise, to_regions
+from raytrain_brats.learn.batch import DRAWS, augment, normalise, to_regions
 from raytrain_brats.learn.inference import probabilities
 
 NETWORKS: dict[str, dict[str, Any]] = {

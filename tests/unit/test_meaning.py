@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from raytrain_brats import config, prepare, storage, train
+from raytrain_brats.cases import recipe as recipes
 from raytrain_brats.cases import scan
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
@@ -271,8 +272,8 @@ def test_real_cases_need_a_named_recipe(
 def test_voxels_as_fine_as_the_scans_need_no_warning(msd: Path) -> None:
     """By either route."""
     found = spec.open_cases(settings(), str(msd))
-    assert spec.warnings(settings(), *found) == []
-    (told,) = spec.warnings(settings("preprocess.spacing_mm=1.5"), *found)
+    assert recipes.warnings(settings(), *found) == []
+    (told,) = recipes.warnings(settings("preprocess.spacing_mm=1.5"), *found)
     assert "coarser" in told
 
 

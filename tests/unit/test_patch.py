@@ -15,14 +15,13 @@ from ray.data import DataContext
 
 from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data import stream
-from raytrain_brats.data.boxes import Buffer, PatchSpec, bounding_boxes, decode, encode
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase, Volume
-from raytrain_brats.data.patch import Patch
+from raytrain_brats.data.patch import Buffer, Patch, PatchSpec, bounding_boxes, decode, encode
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.sampler import Sample, Sampler, draw
 from raytrain_brats.data.store import Source, put
-from raytrain_brats.data.stream import CaseDatasource, StreamSpec, rank_steps, read_ahead, tables
+from raytrain_brats.data.stream import CaseDatasource, StreamSpec, rank_rows, rank_steps, read_ahead, tables
 from tests.support.cases import make_volume, write_msd_folder
 from tests.support.steps import equal
 
@@ -296,6 +295,56 @@ def test_executions_of_the_datasource_chain_to_the_end(
                             assert (sampler.oldest(now) + place) % world_size == rank
         real = [p for p in range(step * 3, sampler.total) if sampler.sample(p).case is not None]
         assert sorted(seen) == real
+
+
+@pytest.mark.parametrize(("cases", "batch", "world_size"), [(7, 5, 3), (7, 5, 4), (2, 5, 4), (3, 5, 5), (1, 4, 3)])
+def test_the_last_executions_and_few_cases_leave_rows_empty_and_no_rank_behind(
+    cases: int, batch: int, world_size: int
+) -> None:
+    """Ranks that do not divide the batch, fewer cases than a step shows, from any step on: an execution of one turn has
+    a row for each rank, some empty, after which all ranks are as far; each takes its positions of each step."""
+
+    class Same(Source):
+        def load(self, case: Case) -> Any:
+            return PREPARED
+
+    class Shard:
+        """A rank's share: a row of each execution."""
+
+        def __init__(self) -> None:
+            self.rows: list[pa.Table] = []
+
+        def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
+            yield self.rows.pop(0)
+
+    sampler = Sampler(seed=2, cases=cases, global_batch=batch, patches_per_case=2, epochs=2)
+    found, empty = tuple(case(str(i), 1 << 30) for i in range(cases)), 0
+    for step in range(sampler.steps):
+        spec = StreamSpec(sampler, found, Same("", "msd", 1.0), PATCH_SPEC, step, 1 << 40, 1, (2, 2))
+        shards = [Shard() for _ in range(world_size)]
+        for execution in range(len(sampler.turns(step, world_size, spec.cases_per_row(world_size)))):
+            context = DataContext()
+            context.set_config(stream.RANKS, ([*range(world_size)], world_size))
+            context._execution_idx = execution
+            tasks = CaseDatasource(spec).get_read_tasks(1, data_context=context)
+            for shard, table in zip(shards, [table for task in tasks for table in task()], strict=True):
+                shard.rows.append(table)
+                empty += not decode(table)[1]
+        for rank, shard in enumerate(shards):
+            mine = list(rank_steps(rank_rows(shard, sampler), sampler, PATCH_SPEC.size_zyx, step, rank, world_size))
+            wanted = [list(sampler.rank_positions(now, rank, world_size)) for now in range(step, sampler.steps)]
+            assert [[patch.position for patch in patches] for patches in mine] == wanted
+    assert empty, "a rank without a case in an execution"
+
+
+def test_groups_of_ranks_hold_each_rank_once() -> None:
+    """In order and of like size, none with more than one coordinator serves; a rank finds its own."""
+    for world_size in range(1, 201):
+        found = [stream.group_ranks(group, world_size) for group in range(stream.groups(world_size))]
+        assert [rank for ranks in found for rank in ranks] == [*range(world_size)]
+        assert all(stream.group_of(rank, world_size) == group for group, ranks in enumerate(found) for rank in ranks)
+        assert min(map(len, found)) > 0 and max(map(len, found)) <= stream.GROUP_RANKS
+        assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
 def test_small_cases_share_rows_and_tasks_large_ones_do_only_with_many_ranks() -> None:

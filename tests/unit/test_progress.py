@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from ray.util.metrics import Gauge
 
+from raytrain_brats import books
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import journal, progress
-from raytrain_brats.run.progress import describe
+from raytrain_brats.monitoring import progress
+from raytrain_brats.monitoring.progress import describe
+from raytrain_brats.run import journal
 from tests.support.simulated_run import Run
 
 
@@ -70,7 +72,7 @@ def test_books_that_cannot_be_read_do_not_end_the_picture(error: Exception, monk
     class RunSpec:
         run_dir = "s3://x/run"
 
-    monkeypatch.setattr(journal, "recent", fail)
+    monkeypatch.setattr(books, "recent", fail)
     _, line = progress.Progress(RunSpec())._update()  # type: ignore[arg-type]
     assert "cannot be read just now" in line and str(error) in line
 

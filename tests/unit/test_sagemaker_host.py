@@ -288,7 +288,7 @@ def test_a_head_that_dies_ends_the_others(tmp_path: Path) -> None:
     job.wait_for("training")
     job.processes[HOSTS[0]].kill()
     assert job.end() == {HOSTS[0]: -signal.SIGKILL, HOSTS[1]: 1, HOSTS[2]: 1}
-    assert "the head, is gone without a word" in job.failure(HOSTS[1])
+    assert "the head, ended without a message" in job.failure(HOSTS[1])
 
 
 def test_the_model_is_a_run_folder_with_its_newest_checkpoint(tmp_path: Path) -> None:

@@ -75,3 +75,10 @@ def test_the_base_is_named_by_digest() -> None:
     """No default that moves; a tag alone ends the build."""
     assert "\nARG BASE\nFROM ${BASE}\n" in DOCKERFILE
     assert 'case "${BASE}" in *@sha256:*)' in DOCKERFILE
+
+
+def test_another_torch_is_left_alone() -> None:
+    """On a base with torch, or with TORCH: pip would put the tested version in its place if it were a constraint."""
+    step = DOCKERFILE.partition("else")[2].partition("fi\n")[0]
+    assert "grep -v '^torch==' constraints.txt > /tmp/constraints.txt" in step
+    assert "pip install -c /tmp/constraints.txt -r requirements.txt" in step and "-c constraints.txt" not in step

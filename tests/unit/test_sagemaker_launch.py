@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from raytrain_brats import sagemaker
-from raytrain_brats.run import progress
+from raytrain_brats.monitoring import progress
 from raytrain_brats.sagemaker import host, launch, service
 
 ROLE = "arn:aws:iam::123456789012:role/brats"

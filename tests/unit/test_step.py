@@ -14,7 +14,7 @@ from torch import distributed, multiprocessing, nn
 from raytrain_brats import labels
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import draw
-from raytrain_brats.learn.augment import DRAWS, augment, normalise, to_regions
+from raytrain_brats.learn.batch import DRAWS, augment, normalise, to_regions
 from raytrain_brats.learn.model import build_network, learning_rate, sample_losses
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint

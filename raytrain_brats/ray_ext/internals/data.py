@@ -39,13 +39,25 @@ ATTRIBUTES = {
     ),
 }
 
-NO_STATISTICS = "RAYTRAIN_BRATS_NO_DATASET_STATISTICS"
-"""Environment variable of a cluster that we start: Ray Data counts nothing there for a dashboard, which has none."""
+_NO_STATISTICS = "RAYTRAIN_BRATS_NO_DATASET_STATISTICS"
 _STATISTICS = ("register_dataset_to_stats_actor", "update_execution_metrics", "update_iteration_metrics")
 ATTRIBUTES["ray.data._internal.stats:_StatsManager"] = _STATISTICS
-if os.environ.get(NO_STATISTICS):  # here, since whoever executes one of our datasets imports this module before
-    for _name in _STATISTICS:
-        setattr(_StatsManager, _name, staticmethod(lambda *_, **__: None))  # else each starts an actor of 0.11 GB
+
+
+def count_nothing() -> None:
+    """Let Ray Data count nothing for a dashboard, here and in the processes of a cluster that this one starts next.
+
+    Whoever counts first starts an actor of 0.11 GB. Those processes inherit an environment variable, and import this
+    module before they execute one of our datasets. It lasts as long as this process, also on a cluster that it joins
+    later: only figures of Ray's dashboard depend on it.
+    """
+    os.environ[_NO_STATISTICS] = "1"
+    for name in _STATISTICS:
+        setattr(_StatsManager, name, staticmethod(lambda *_, **__: None))
+
+
+if os.environ.get(_NO_STATISTICS):
+    count_nothing()
 
 
 def execution_index(context: DataContext | None) -> int:

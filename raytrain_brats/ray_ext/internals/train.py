@@ -1,12 +1,16 @@
-"""Private names of Ray Train: its controller's callbacks and states, how it counts the workers that are possible.
+"""Private names of Ray Train: its controller's callbacks and states, how it counts possible workers, its torch backend.
 
-In: Ray Train's controller. Out: base classes; a policy that counts given nodes. Runs in Ray Train's controller.
+In: Ray Train's controller; an address and a rank. Out: base classes; a policy that counts given nodes; a process group
+that workers join and leave. Runs in Ray Train's controller, and in workers.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ray._common.utils import env_integer
+from ray.train import constants
 from ray.train._internal.utils import get_address_and_port
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -42,7 +46,17 @@ ATTRIBUTES = {
         "_count_possible_workers",
     ),
     "ray.train.v2._internal.execution.controller.state:PreemptingState()": ("preemption_info",),
+    "ray.train.constants": (
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S",
+        "DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S",
+    ),
     "ray.train:ScalingConfig()": ("_resources_per_worker_not_none",),
+    "ray.train.torch.config": (
+        "TorchConfigContextManager",
+        "_set_torch_distributed_env_vars",
+        "_setup_torch_process_group",
+        "_shutdown_torch",
+    ),
 }
 _reserved = ElasticScalingPolicy._get_reserved_resources
 _decide = ElasticScalingPolicy.make_decision_for_running_worker_group
@@ -58,6 +72,12 @@ class LocalTrainer(DataParallelTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
+def leave_timeout_s() -> int:
+    """How long workers may take to leave their process group: Ray's environment variable, as `TorchConfig` reads it."""
+    name, default = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", constants.DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
+    return int(env_integer(name, default))
 
 
 def draining_nodes() -> set[str]:
@@ -104,3 +124,30 @@ def count_on(
 
     ElasticScalingPolicy._get_reserved_resources = reserved  # type: ignore
     ElasticScalingPolicy.make_decision_for_running_worker_group = decide  # type: ignore
+
+
+# Called in workers, and only there the torch backend is imported: it imports torch.
+
+
+def on_device() -> Any:
+    """A context in which the worker's GPU, if it has one, is torch's default."""
+    from ray.train.torch import config
+
+    return config.TorchConfigContextManager()
+
+
+def join(address: str, port: int, backend: str, rank: int, world_size: int, timeout_s: int) -> None:
+    """Make this process a rank of the process group whose rank 0 listens at `address`."""
+    from ray.train.torch import config
+
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    config._set_torch_distributed_env_vars()
+    config._setup_torch_process_group(
+        backend=backend, world_rank=rank, world_size=world_size, init_method="env://", timeout_s=timeout_s
+    )
+
+
+def leave(several: bool) -> None:
+    from ray.train.torch import config
+
+    config._shutdown_torch(destroy_process_group=several)

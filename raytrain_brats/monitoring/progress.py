@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from raytrain_brats import storage
+from raytrain_brats import books, storage
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS
+from raytrain_brats.monitoring import cost
+from raytrain_brats.monitoring.run_gauges import set_run
 from raytrain_brats.ray_ext import roles
-from raytrain_brats.run import gauges, journal
+from raytrain_brats.run.gauges import Gauges
 from raytrain_brats.run.spec import RunSpec
 
 _RECENT, _MEASURE_S, _LINE_S = 20, 10.0, 10.0
@@ -36,8 +38,8 @@ class Progress:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._console = Console(stderr=False)
-        self._gauges, self._prices = gauges.Gauges(spec.run_dir), gauges.prices()
-        self._cost = gauges.Cost(spec.run_dir, self._prices)
+        self._gauges, self._prices = Gauges(spec.run_dir), cost.prices()
+        self._cost = cost.Cost(spec.run_dir, self._prices)
         self._next_measure = 0.0
 
     def __enter__(self) -> "Progress":
@@ -70,13 +72,13 @@ class Progress:
     def _update(self, show: Callable[[str], None] = lambda text: print(text, flush=True)) -> tuple[list[Any], str]:
         """(the last rows, the line); new messages are shown, metrics are set."""
         try:
-            rows, events = journal.recent(self._spec.run_dir)
+            rows, events = books.recent(self._spec.run_dir)
             self._show_messages(events, show)
             self._measure(rows)
         except (OSError, ValueError, UserError, RayError) as error:  # the run goes on; the next update tries again
             return [], f"run folder cannot be read just now: {error}"
-        cost = f" | ${self._cost.rate:,.2f}/h, ${self._cost.total:,.2f} so far" if self._cost.rate is not None else ""
-        return rows, describe(rows, events, self._spec.sampler.total, self._trouble()) + cost
+        price = f" | ${self._cost.rate:,.2f}/h, ${self._cost.total:,.2f} so far" if self._cost.rate is not None else ""
+        return rows, describe(rows, events, self._spec.sampler.total, self._trouble()) + price
 
     def _show_messages(self, events: list[dict[str, Any]], show: Callable[[str], None]) -> None:
         """Show each new message once; about saving, when it begins to fail and when it works again."""
@@ -98,8 +100,8 @@ class Progress:
         if (began := time.monotonic()) < self._next_measure:
             return
         self._next_measure = began + _MEASURE_S  # also when a line below raises
-        events = journal.read_events(self._spec.run_dir)
-        gauges.set_run(self._gauges, events, rows, self._spec.sampler.total)
+        events = books.read_events(self._spec.run_dir)
+        set_run(self._gauges, events, rows, self._spec.sampler.total)
         if self._prices:
             self._cost.update(roles.alive(), events)
             self._gauges.set("dollars_per_hour", self._cost.rate)

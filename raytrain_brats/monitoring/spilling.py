@@ -6,7 +6,7 @@ In: the connected cluster, the run folder. Out: a warning and a `spilling` event
 import logging
 
 from raytrain_brats.ray_ext.internals import core
-from raytrain_brats.run import journal
+from raytrain_brats.run import events
 from raytrain_brats.run.repeated import Repeated
 
 _logger = logging.getLogger(__name__)
@@ -34,5 +34,5 @@ class Spilling(Repeated):
         if self._known is not None and now > self._known:
             grown = now - self._known
             _logger.warning("Ray's object store wrote %.2f GB to disk, which is slow; %s", grown / 1e9, _REMEDY)
-            journal.event(self._run_dir, "spilling", bytes=grown, remedy=_REMEDY)
+            events.event(self._run_dir, "spilling", bytes=grown, remedy=_REMEDY)
         self._known = now
