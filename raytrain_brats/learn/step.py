@@ -246,7 +246,7 @@ class TrainStep:
         began = self._now()
         options = self.config.train.augment
         image, regions, weights = self._finish(*gather(samples, options), numbers, self.table, options)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+        with torch.autocast(self.device.type, self.precision) if self.precision else nullcontext():
             logits = self.parallel(image)
         total = (sample_losses(logits, regions) * weights).sum()
         weighed = torch.stack([weights.sum(), total.detach()]).double()

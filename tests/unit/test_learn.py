@@ -12,7 +12,7 @@ from scipy.spatial.distance import cdist
 from raytrain_brats import labels
 from raytrain_brats.config import Augment, Config, Optimiser, parse, patch_divisor
 from raytrain_brats.learn import metrics, model
-from raytrain_brats.learn.batch import DRAWS, augment, normalise, to_regions
+from raytrain_brats.learn.batch import DRAWS, DeviceSample, augment, finish, gather, normalise, to_regions, upload
 from raytrain_brats.learn.inference import probabilities
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -101,14 +101,24 @@ def _drawn(value: float) -> list[list[float]]:
     return [[value] * DRAWS]
 
 
+def made(image: torch.Tensor, label: torch.Tensor, draws: list[list[float]], options: Augment) -> Any:
+    """Images and regions of a batch whose cases have mean 0 and deviation 1."""
+    samples = [
+        DeviceSample(place, x, y, [0.0] * 4, [1.0] * 4, 1.0, mine)
+        for place, (x, y, mine) in enumerate(zip(image, label, draws, strict=True))
+    ]
+    _, numbers = upload([], samples, torch.device("cpu"))
+    return finish(*gather(samples, options), numbers, torch.from_numpy(labels.region_table("msd")), options)[:2]
+
+
 def test_augmentation_is_a_function_of_the_draws() -> None:
     """Same draws, same patch, whatever the batch mates or the global random state; other draws, another patch."""
-    image, regions = torch.randn(2, 4, 3, 4, 5), (torch.rand(2, 3, 3, 4, 5) < 0.5).float()
+    image, label = torch.randn(2, 4, 3, 4, 5), torch.randint(0, 4, (2, 3, 4, 5), dtype=torch.uint8)
     draws = RNG.rand(2, DRAWS).tolist()
-    both = augment(image, regions, draws, Augment())
+    both = made(image, label, draws, Augment())
     torch.manual_seed(99)
-    second = augment(image[1:], regions[1:], draws[1:], Augment())
-    other = augment(image[1:], regions[1:], draws[:1], Augment())
+    second = made(image[1:], label[1:], draws[1:], Augment())
+    other = made(image[1:], label[1:], draws[:1], Augment())
     assert torch.equal(both[0][1:], second[0]) and torch.equal(both[1][1:], second[1])
     assert not torch.equal(other[0], second[0])
 
@@ -116,10 +126,10 @@ def test_augmentation_is_a_function_of_the_draws() -> None:
 @pytest.mark.parametrize("axes", [(), (0,), (1,), (2,), (0, 2), (0, 1, 2)])
 def test_flips_move_image_and_regions_alike(axes: tuple[int, ...]) -> None:
     """A draw below one half flips its axis, of image and target; none flips when the option is off."""
-    image, regions = torch.randn(1, 4, 3, 4, 5), torch.rand(1, 3, 3, 4, 5)
+    image, label = torch.randn(1, 4, 3, 4, 5), torch.randint(0, 4, (1, 3, 4, 5), dtype=torch.uint8)
     draws = [[0.2 if axis in axes else 0.7 for axis in range(3)] + [0.5] * 8]
-    flipped, target = augment(image, regions, draws, Augment())
-    still, _ = augment(image, regions, draws, Augment(flip=False))
+    flipped, target = made(image, label, draws, Augment())
+    still, regions = made(image, label, draws, Augment(flip=False))
     assert torch.equal(flipped, image.flip([2 + axis for axis in axes]))
     assert torch.equal(target, regions.flip([2 + axis for axis in axes]))
     assert torch.equal(still, image)
@@ -131,7 +141,7 @@ def test_scale_and_shift_stay_in_their_range_and_off_the_background() -> None:
     image[0, :, 0, 0] = torch.tensor([1.0, 3.0])
     pairs = []
     for draws in (*RNG.rand(200, DRAWS).tolist(), *_drawn(0.0), *_drawn(1 - 2**-53)):
-        found, _ = augment(image, image[:, :3], [draws], options)
+        found = augment(image, torch.tensor([draws]), options)
         assert not found[image == 0].any()
         low, high = found[0, :, 0, 0].T
         pairs += list(zip((high - low) / 2 - 1, low - (high - low) / 2, strict=True))
