@@ -53,6 +53,9 @@ class Data(_Frozen):
     """Share of patches centred on a tumour voxel."""
     max_bad_share: Share = 0.05
     """The run stops when more than this share of an epoch's samples cannot be read."""
+    residency: Literal["auto", "device", "host", "stream"] = "auto"
+    """Where cases stay once they were read: on the GPU, in memory that a machine's workers share, or nowhere: then Ray
+    Data brings them anew each epoch. `auto` takes the first of these for which there is room; `stream` without GPU."""
 
 
 class SegResNetOptions(_Frozen):
@@ -249,7 +252,7 @@ _FREE: dict[str, Any] = {
     "run": True,
     "checkpoint": True,
     "validate_": True,
-    "data": {"max_bad_share"},
+    "data": {"max_bad_share", "residency"},
     "train": {"micro_batch"},
 }
 """What may change from one start of a run to the next: it does not alter which updates are applied."""

@@ -104,6 +104,13 @@ def binary_value(table: pa.Table, column: str, dtype: Any) -> npt.NDArray[Any]:
 
 def encode(prepared: Prepared, codec: Codec = "zstd") -> bytes:
     """The Parquet object of a prepared case; the same case and codec always give the same bytes."""
+    sink, plain = io.BytesIO(), {"use_dictionary": False, "write_statistics": False}  # voxels hold no repeated values
+    pq.write_table(to_table(prepared), sink, compression=codec, write_page_checksum=True, **plain)
+    return sink.getvalue()
+
+
+def to_table(prepared: Prepared) -> pa.Table:
+    """A prepared case as one row of bytes and a description."""
     image, label, native = prepared.image_czyx, prepared.label_zyx, prepared.native_label_xyz
     about: dict[str, Any] = {"format": FORMAT, "dtype": image.dtype.name, "shape_czyx": image.shape}
     about |= {"labelled": label is not None, "native_labelled": native is not None}
@@ -113,10 +120,7 @@ def encode(prepared: Prepared, codec: Codec = "zstd") -> bytes:
     columns: dict[str, Any] = {"image": binary_column(image)}
     columns["label"] = binary_column(nothing if label is None else label)
     columns["native_label"] = binary_column(nothing if native is None else native.T)
-    columns |= {"foreground": binary_column(prepared.foreground), "about": [json.dumps(about)]}
-    sink, plain = io.BytesIO(), {"use_dictionary": False, "write_statistics": False}  # voxels hold no repeated values
-    pq.write_table(pa.table(columns), sink, compression=codec, write_page_checksum=True, **plain)
-    return sink.getvalue()
+    return pa.table(columns | {"foreground": binary_column(prepared.foreground), "about": [json.dumps(about)]})
 
 
 def decode(content: bytes, verified: bool = False) -> Prepared:
@@ -126,27 +130,31 @@ def decode(content: bytes, verified: bool = False) -> Prepared:
     """
     try:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=not verified)
-        table = file.read(use_threads=False)
-        about = json.loads(table.column("about")[0].as_py())
-        if about["format"] != FORMAT:
-            raise ValueError(f"format {about['format']}")
-        shape = tuple(about["shape_czyx"])
-        geometry = Geometry(**{key: _tuples(value) for key, value in about["geometry"].items()})
-        native = None
-        if about["native_labelled"]:
-            native = binary_value(table, "native_label", np.uint8).reshape(geometry.native_shape[::-1]).T
-        return Prepared(
-            binary_value(table, "image", np.dtype(about["dtype"])).reshape(shape),
-            binary_value(table, "label", np.uint8).reshape(shape[1:]) if about["labelled"] else None,
-            tuple(about["mean"]),
-            tuple(about["std"]),
-            geometry,
-            binary_value(table, "foreground", np.int32),
-            _tuples(about["foreground_counts"]),
-            native,
-        )
+        return from_table(file.read(use_threads=False))
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
         raise InvalidCase("changed", f"not a store object of format {FORMAT}: {error}") from error
+
+
+def from_table(table: pa.Table) -> Prepared:
+    """The prepared case of `to_table`, as views into the table. Raises what NumPy and json raise for anything else."""
+    about = json.loads(table.column("about")[0].as_py())
+    if about["format"] != FORMAT:
+        raise ValueError(f"format {about['format']}")
+    shape = tuple(about["shape_czyx"])
+    geometry = Geometry(**{key: _tuples(value) for key, value in about["geometry"].items()})
+    native = None
+    if about["native_labelled"]:
+        native = binary_value(table, "native_label", np.uint8).reshape(geometry.native_shape[::-1]).T
+    return Prepared(
+        binary_value(table, "image", np.dtype(about["dtype"])).reshape(shape),
+        binary_value(table, "label", np.uint8).reshape(shape[1:]) if about["labelled"] else None,
+        tuple(about["mean"]),
+        tuple(about["std"]),
+        geometry,
+        binary_value(table, "foreground", np.int32),
+        _tuples(about["foreground_counts"]),
+        native,
+    )
 
 
 def key(case: Case, preprocessing: dict[str, Any], convention: str) -> str:

@@ -119,7 +119,12 @@ def _trainer(spec: RunSpec, needed: cluster.Resources, token: str, run_id: str) 
     trainer = LocalTrainer if cluster.started_here() else DataParallelTrainer
     return trainer(
         _work,
-        train_loop_config={"spec": ray.put(spec.for_ranks()), "run_id": run_id, "prefetch": needed.prefetch},
+        train_loop_config={
+            "spec": ray.put(spec.for_ranks()),
+            "cases": ray.put(spec.train_cases),
+            "run_id": run_id,
+            "prefetch": needed.prefetch,
+        },
         backend_config=ProcessGroup(),
         scaling_config=ScalingConfig(
             num_workers=workers,

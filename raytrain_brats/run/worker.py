@@ -16,19 +16,18 @@ import torch
 
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import draw, fingerprint
-from raytrain_brats.data.stream import open_shard, rank_rows, rank_steps, read_ahead
 from raytrain_brats.learn.batch import DRAWS, Batch, DeviceSample
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.run.cadence import CHECKPOINT, VALIDATE
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
+from raytrain_brats.run.feed import open_steps, tensor
 from raytrain_brats.run.heartbeat import heartbeat
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import RunRecorder
 from raytrain_brats.run.spec import RunSpec
-from raytrain_brats.run.upload import Uploader, tensor
 from raytrain_brats.run.validate import validate
 
 
@@ -44,17 +43,9 @@ def train_worker(arguments: dict[str, Any]) -> None:
     assert generation is not None, "the dataset factory writes it before workers start"
     timer = PhaseTimer()
     with heartbeat(timer, arguments["run_id"], generation.number, rank, spec.run_dir):
-        stream = open_stream(spec, generation.samples_seen // spec.sampler.global_batch, rank, arguments["prefetch"])
+        step = generation.samples_seen // spec.sampler.global_batch
+        stream = open_steps(spec, step, rank, arguments["prefetch"], lambda: ray.get(arguments["cases"]))
         train_rank(spec, generation, rank, timer, stream)
-
-
-def open_stream(spec: RunSpec, step: int, rank: Rank, prefetch: int) -> Iterator[list[Patch]]:
-    """The rank's patches of each step; a thread begins to read while the model is set up."""
-    if step == spec.sampler.steps:
-        return iter(())
-    place = rank.number, rank.world_size
-    rows = read_ahead(lambda: rank_rows(open_shard(*place), spec.sampler, Uploader(rank.device)), prefetch)
-    return rank_steps(rows, spec.sampler, spec.patch_spec.size_zyx, step, *place)
 
 
 def train_rank(

@@ -1,0 +1,149 @@
+"""Keep prepared cases where they are trained, so that each is read and decoded once. Runs in workers, in the reading
+thread.
+
+In: the sampler's rows of one rank, the cases, their source.
+Out: the same patches of each row that the stream brings, bit for bit.
+
+`SharedSource` keeps cases in memory that all processes of a machine share (tmpfs): the first that needs one decodes it
+there. `resident_rows` keeps them on the device, too. A set that does not fit is no fault: what finds no room is read
+again.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from raytrain_brats.data.manifest import Case
+from raytrain_brats.data.nifti import InvalidCase
+from raytrain_brats.data.patch import CaseBox, Patch, ViewOf, crop, decode, empty_patch, encode, patch_origin
+from raytrain_brats.data.preprocess import Prepared, triple
+from raytrain_brats.data.sampler import Sample
+from raytrain_brats.data.store import Source, from_table, to_table
+from raytrain_brats.data.stream import StreamSpec
+
+SHARED = Path("/dev/shm")  # noqa: S108 - memory, and what is in it belongs to one user alone
+_PREFIX, _USERS = "raytrain-brats-", "users"
+
+
+@dataclass(frozen=True)
+class SharedSource(Source):
+    """A source that keeps what it has loaded below `folder`. Raises as `Source.load` does."""
+
+    folder: str
+
+    def load(self, case: Case) -> Prepared:
+        name = hashlib.sha256((case.object_sha256 or case.sha256).encode()).hexdigest()[:32]
+        path = Path(self.folder) / f"{name}.arrow"
+        if not path.exists():
+            prepared = super().load(case)
+            with contextlib.suppress(OSError):  # no room: it is read again the next time
+                _keep(path, to_table(prepared))
+            return prepared
+        return from_table(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+
+
+def _keep(path: Path, table: pa.Table) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        os.replace(temporary, path)  # two processes that decoded the same case write the same
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def shared_folder(identity: str, place: Path = SHARED) -> Iterator[Path]:
+    """This data set's folder in shared memory, kept as long as a process is within, and by whoever was killed there:
+    the next worker group goes on with it. Folders of other data sets that nobody uses any more are removed."""
+    folder = place / f"{_PREFIX}{os.getuid()}-{identity}"
+    with FileLock(place / f"{_PREFIX}{os.getuid()}.lock"):  # nobody removes a folder while another enters it
+        for other in place.glob(f"{_PREFIX}{os.getuid()}-*"):
+            if other != folder:
+                _remove_unused(other)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        users = os.open(folder / _USERS, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(users, fcntl.LOCK_SH)
+    try:
+        yield folder
+    except BaseException:
+        os.close(users)
+        raise
+    os.close(users)
+    _remove_unused(folder)
+
+
+def _remove_unused(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # in use, or another has removed it
+        users = os.open(folder / _USERS, os.O_RDWR)
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(users)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A case on the device, padded so that every patch lies within; or why there is none."""
+
+    reason: str
+    image_czyx: Any = None
+    label_zyx: Any = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    origin: Callable[[Sample], Any] | None = None
+
+
+def resident_rows(
+    spec: StreamSpec, rank: int, world_size: int, place: Callable[[Any], ViewOf]
+) -> Iterator[tuple[int, list[Patch]]]:
+    """(`until`, patches) of each row of a rank, as `rank_rows`; their voxels are views of cases that stay on the
+    device, where `place` brings each once."""
+    kept: dict[int, _Kept] = {}
+    for turn in spec.sampler.turns(spec.step, world_size, 1):
+        row = spec.sampler.row(spec.step, turn, rank, world_size, 1)
+        patches: list[Patch] = []
+        for index, samples in row.cases:
+            if index not in kept:
+                kept[index] = _placed(spec, spec.cases[index], place)
+            patches += [_patch(kept[index], spec.cases[index].id, sample, spec) for sample in samples]
+        yield row.until, patches
+
+
+def _placed(spec: StreamSpec, case: Case, place: Callable[[Any], ViewOf]) -> _Kept:
+    try:
+        prepared = spec.source.load(case)
+    except InvalidCase as error:
+        return _Kept(f"{error.reason}: {error.detail}")
+    assert prepared.label_zyx is not None, "training cases are labelled; the manifest saw to it"
+    size = spec.patch_spec.size_zyx
+    shape = triple(np.maximum(prepared.label_zyx.shape, size))
+    whole = (Sample(0, 0, 0, 0), (0, 0, 0))
+    box = CaseBox(case.id, [whole], "", shape, prepared.image_czyx, prepared.label_zyx, prepared.mean, prepared.std)
+    _, (patch,) = decode(encode([box], shape, 0), place)
+    nothing = np.broadcast_to(np.zeros(1, np.int16), prepared.image_czyx.shape)
+    light = replace(prepared, image_czyx=nothing, label_zyx=None, native_label_xyz=None)
+    light = replace(light, foreground=prepared.foreground.copy())  # no view, which would hold the whole case
+    origin = partial(patch_origin, light, size_zyx=size, foreground_share=spec.patch_spec.foreground_share)
+    return _Kept("", patch.image_czyx, patch.label_zyx, prepared.mean, prepared.std, origin)
+
+
+def _patch(kept: _Kept, case_id: str, sample: Sample, spec: StreamSpec) -> Patch:
+    size = spec.patch_spec.size_zyx
+    if kept.origin is None:
+        return empty_patch(sample.position, sample.seed, case_id, kept.reason, size)
+    origin = kept.origin(sample)
+    cropped = crop(kept.image_czyx, origin, size), crop(kept.label_zyx, origin, size)
+    return Patch(sample.position, sample.seed, case_id, 1.0, "", *cropped, kept.mean, kept.std)
