@@ -117,6 +117,8 @@ def _headline(
     active_s, in_steps_s = split.wall_s - split.stopped_s, sum(row["step_s"] for row in rows)
     bad, restarts = sum(row["bad"] for row in rows), max(num_groups, len({r["generation"] for r in rows})) - 1
     wait_s = sum(min(max(row["wait_s"], 0.0), row["step_s"]) for row in rows)
+    where = next((e["where"] for e in reversed(events) if e["event"] == "residency"), "stream")
+    stay = {"device": "cases stay on the GPU", "host": "cases stay in shared memory"}.get(where, "cases are streamed")
     share = "–" if math.isnan(split.goodput) else f"{split.goodput:.1%}"
     return [
         ("final loss", _number(sum(tail) / len(tail), 4), f"mean of the last {len(tail)} steps"),
@@ -127,7 +129,7 @@ def _headline(
         ("goodput", share, "time in steps that were kept / time the run was up"),
         ("samples / s", _number(samples / active_s if active_s else math.nan, 2),
          f"{_number(samples / in_steps_s if in_steps_s else math.nan, 2)} within steps"),
-        ("data wait", f"{wait_s / in_steps_s:.1%}" if in_steps_s else "–", "of the time within steps"),
+        ("data wait", f"{wait_s / in_steps_s:.1%}" if in_steps_s else "–", f"of the time within steps; {stay}"),
         ("wall time", _duration(split.wall_s), f"{_duration(split.stopped_s)} of it stopped"),
         *_cost(events),
     ]  # fmt: skip
