@@ -141,6 +141,8 @@ class Sampler:
 
     def turns(self, step: int, world_size: int, cases_per_row: int) -> range:
         """The dealt case with which each turn begins, from `step` on: in a turn each rank receives one row."""
+        if step >= self.steps:
+            return range(0)
         first = max(0, self.oldest(step))  # of the cases before it, nothing is left to show
         # A turn begins with a multiple of W: then its row for rank r holds the numbers r mod W.
         return range(first - first % world_size, self.dealt, world_size * cases_per_row)

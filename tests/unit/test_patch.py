@@ -130,7 +130,7 @@ def test_any_number_of_ranks_gets_the_same_patches_from_any_step(
     source, found = cases
     alone = [patch for mine in steps(source, found) for patch in mine]
     assert [p.position for p in alone] == list(range(SAMPLER.total))
-    for step in range(SAMPLER.steps):
+    for step in range(SAMPLER.steps + 1):  # the last: a group that goes on from the last checkpoint
         ranks = [list(steps(source, found, step, rank, world_size)) for rank in range(world_size)]
         assert {len(mine) for mine in ranks} == {SAMPLER.steps - step}
         for number, shares in enumerate(zip(*ranks, strict=True), step):
