@@ -123,5 +123,5 @@ def whole_case(setting: Setting) -> None:
         setting.peak_gb()
         given = step.network, image, (450.0,) * 4, (260.0,) * 4, size, 0.5, setting.device
         spent = setting.milliseconds(lambda: probabilities(*given), 4)  # noqa: B023 - called at once
-        facts = {"ms": spent, "peak_gb": setting.peak_gb(), "voxels_zyx": box}
-        setting.findings.tell(f"a whole case, {recipe}", **facts)
+        peak = setting.peak_gb()
+        setting.findings.tell(f"a whole case, {recipe}", ms=spent, peak_gb=peak, voxels_zyx=box)

@@ -70,8 +70,8 @@ class Setting:
 
     @property
     def small(self) -> int:
-        """An edge that a CPU computes, too."""
-        return min(self.edge, 32)
+        """An edge that a CPU computes, too, with the full network."""
+        return min(self.edge, FULL)
 
     def peak_gb(self) -> float | None:
         """Since the last call."""
