@@ -497,8 +497,8 @@ def step(args: Step) -> None:
     peak = args.peak_tflops or steps.peak_of(card)
     versions = {name: version for name in ("torch", "monai", "nnunetv2") if (version := _version(name))}
     rows: list[dict[str, Any]] = []
-    found = {"date": time.strftime("%Y-%m-%d"), "card": card or "none: CPU", "machine": _machine(before)}
-    found |= {"versions": versions, "peak_tflops": peak, "rows": rows}
+    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "card": card or "none: CPU"}
+    found |= {"machine": _machine(before), "versions": versions, "peak_tflops": peak, "rows": rows}
     tflops = {recipe: steps.tflop_of(recipe, args.edge) for recipe in recipes}
     for batch, recipe in ((int(number), recipe) for number in batches for recipe in recipes):
         if time.monotonic() - began > 60 * args.minutes:

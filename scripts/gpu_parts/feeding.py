@@ -70,7 +70,7 @@ def waits(act: Any) -> dict[str, int]:
             act()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    told = [w for w in caught if "synchroniz" in str(w.message)]
+    told = [w for w in caught if "called a synchronizing" in str(w.message)]
     return dict(Counter(f"{Path(w.filename).name}:{w.lineno}" for w in told))
 
 

@@ -165,10 +165,8 @@ def fp16_ranks(setting: Setting) -> None:
 
 
 def _applied(world_size: int, share: slice) -> tuple[list[bool], torch.Tensor]:
-    changes = ("train.micro_batch=1", "train.optimiser.name=sgd", "train.optimiser.learning_rate=0.01")
-    step = train_step(
-        config("segresnet", RANKS_EDGE, 4, *changes, "train.optimiser.clip_norm=1000000"), CPU, world_size
-    )
+    sgd = ("train.optimiser.name=sgd", "train.optimiser.learning_rate=0.01", "train.optimiser.clip_norm=1000000")
+    step = train_step(config("segresnet", RANKS_EDGE, 4, "train.micro_batch=1", *sgd), CPU, world_size)
     step.precision = torch.float16
     step.scaler = torch.amp.GradScaler("cpu", init_scale=BIG_SCALE)
     results = []
