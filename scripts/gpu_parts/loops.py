@@ -6,7 +6,6 @@ Out: loops that take batches, from the host's memory as each library hands them 
 A peer has the network as MONAI makes it, without our norms and activations; nnU-Net's deep supervision is left out.
 """
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -148,7 +147,7 @@ class NnUNet(_Peer):
         self._optimiser = torch.optim.SGD(
             self.network.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5
         )
-        self._theirs = _train_step_of_nnunet(self) if importlib.util.find_spec("nnunetv2") else None
+        self._theirs = _train_step_of_nnunet(self)
         code = "its own code" if self._theirs else "re-written"
         self.name = f"nnU-Net's train_step ({code}{', compiled' if compiled else ''})"
 
@@ -177,11 +176,14 @@ def _dice_and_entropy(logits: Tensor, regions: Tensor) -> Tensor:
 
 
 def _train_step_of_nnunet(peer: NnUNet) -> Any:
-    """nnunetv2's own function and loss, with our network and its optimiser in the place of a trainer's."""
-    from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
-    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
+    """nnunetv2's own function and loss, with our network and its optimiser in the place of a trainer's; None where it
+    is not installed, or not all that it imports."""
+    try:
+        from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
+        from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+        from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    except ImportError:
+        return None
     dice = {"batch_dice": False, "do_bg": True, "smooth": 1e-5, "ddp": False}
     loss = DC_and_BCE_loss({}, dice, use_ignore_label=False, dice_class=MemoryEfficientSoftDiceLoss)
     scaler = peer._scaler if peer._half else None

@@ -106,11 +106,8 @@ def measure(
     recipe: str, batch: int, edge: int, device: torch.device, steps: int, rounds: int, made: list[Callable[..., Loop]]
 ) -> list[Row]:
     """All loops, each null-fed and fed, A B C A B C. One that fails says so; the others go on."""
-    loops, rows = [], []
-    for maker in made:
-        loop = maker(recipe, edge, batch, device)
-        loops.append(loop)
-        rows.append(Row(recipe, batch, loop.name, loop.augmentation, loop.fed))
+    loops: list[Loop] = [maker(recipe, edge, batch, device) for maker in made]
+    rows = [Row(recipe, batch, loop.name, loop.augmentation, loop.fed) for loop in loops]
     for _ in range(rounds):
         for loop, row in zip(loops, rows, strict=True):
             if row.failed:
@@ -119,7 +116,8 @@ def measure(
                 row.null.append(once(repeat(loop.ready()), loop, device, steps))
                 row.fed.append(once(loop.feed(), loop, device, steps))
             except Exception as error:  # noqa: BLE001 - out of memory, no compiler: the others' figures stay
-                row.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+                row.failed = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+                row.null.clear()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
     loops.clear()
