@@ -1,4 +1,5 @@
-"""Measure this package, all processes counted: `scripts/bench data` against its peers, `stream`, `prepare`.
+"""Measure this package, all processes counted: `scripts/bench data` against its peers, `stream`, `prepare`; and
+`step`, a training step on one card against its peers.
 
 In: how many generated cases, patches and rounds; which peers.
 Out: a table on the terminal; with --json a file of every run's figures.
@@ -11,6 +12,8 @@ from raytrain_brats import home, interrupt
 if __name__ == "__main__":
     interrupt.install()
     home.provide()
+    if sys.argv[1:2] == ["step"]:
+        import scripts.gpu_parts  # noqa: F401 - where Ray is not installed, names stand in for it
 
 import contextlib
 import importlib.metadata
@@ -38,7 +41,6 @@ from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.synthetic import phantom
 from scripts.bench_pipelines import scale
-from scripts.bench_pipelines.consumers import stand_ins_per_s
 from scripts.bench_pipelines.meter import Meter
 from scripts.bench_pipelines.pipelines import ABOUT, OURS, PEERS, Order, Run, missing
 
@@ -111,7 +113,7 @@ def data(args: Data) -> None:
 _FREE = ("work", "json", "overwrite")  # does not alter what is measured
 
 
-def _check_places(what: str, args: "Data | Stream | Scale | Prepare") -> dict[str, Any]:
+def _check_places(what: str, args: "Data | Stream | Scale | Prepare | Step") -> dict[str, Any]:
     """What the figures' file says of its making. Raises UserError, before anything is measured, when the file or the
     work folder is none of bench's."""
     settings = {name: value for name, value in asdict(args).items() if name not in _FREE}
@@ -124,7 +126,7 @@ def _check_places(what: str, args: "Data | Stream | Scale | Prepare") -> dict[st
             return False
 
         outputs.claim_file(args.json, ours, overwrite=args.overwrite, option="--json")
-    if not isinstance(args, Scale) and args.work:
+    if not isinstance(args, Scale | Step) and args.work:
         there = sorted(storage.list_files(args.work).keys() - {storage.PROBE})
         ours_too = any(maker.startswith("bench ") for maker in outputs.recorded(args.work)["makers"])
         if storage.is_s3(args.work) or (there and not ours_too):
@@ -291,6 +293,8 @@ class Stream:
 
 
 def stream(args: Stream) -> None:
+    from scripts.bench_pipelines.consumers import stand_ins_per_s  # tasks of Ray, which `step` does without
+
     routes, numbers = _names(args.routes, OURS, "--routes"), args.workers.split(",")
     if wrong := [number for number in numbers if not (number.isdigit() and int(number))]:
         raise UserError(f"--workers {wrong[0]!r}: write numbers of ranks from 1, such as 1,8,64")
@@ -446,9 +450,91 @@ def _prepared(source: Path, store: Path, grid: int) -> tuple[dict[str, float], i
     return spent, sum(objects.values()), sum(sum(found.values()) for found in files)
 
 
+@dataclass(frozen=True)
+class Step:
+    """Images a second of a training step on this machine's card, fed and with the batch on the device already, beside
+    MONAI's tutorial loop and nnU-Net's train_step: same network, patch and batch, in turn. Without a GPU: on the CPU.
+    Needs no Ray; nnU-Net's own code needs EXTRAS=bench, else its maths are re-written."""
+
+    recipes: str = "segresnet,dynunet"
+    """Comma-separated."""
+    batches: str = "1,2,4"
+    """Samples of a step, comma-separated."""
+    edge: int = 128
+    """Voxels along each edge of a patch; below 64 the networks are small."""
+    steps: int = 20
+    """Steps counted in each round, after 5 to warm up."""
+    rounds: int = 2
+    """Of each loop, in turn: A B C A B C."""
+    peers: bool = True
+    """Also other libraries' loops."""
+    compiled: bool = True
+    """Also ours compiled, and nnU-Net's network, as it is by default; on a GPU only."""
+    peak_tflops: float = 0.0
+    """The card's dense peak in half precision, if the table of `gpu_parts.steps` does not know it."""
+    minutes: float = 9.0
+    """No recipe and batch begins after so long; what is left out is named."""
+    json: str = ""
+    """File for the figures; written anew after each recipe and batch."""
+    overwrite: bool = False
+    """Also replace a --json file of other settings, or that bench did not write."""
+
+
+def step(args: Step) -> None:
+    import torch  # the other benchmarks' driver does without
+
+    from scripts.gpu_parts import steps
+    from scripts.gpu_parts.setting import RECIPES
+
+    recipes, batches = _names(args.recipes, RECIPES, "--recipes"), args.batches.split(",")
+    if wrong := [number for number in batches if not (number.isdigit() and int(number))]:
+        raise UserError(f"--batches {wrong[0]!r}: write numbers of samples from 1, such as 1,2,4")
+    if args.edge < 16 or args.edge % 16 or args.steps < 1 or args.rounds < 1:
+        raise UserError("--edge must be a multiple of 16, --steps and --rounds 1 at least")
+    made, before, began = _check_places("step", args), os.getloadavg(), time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = args.peak_tflops or steps.peak_of(card)
+    versions = {name: version for name in ("torch", "monai", "nnunetv2") if (version := _version(name))}
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "card": card or "none: CPU"}
+    found |= {"machine": _machine(before), "versions": versions, "peak_tflops": peak, "rows": rows}
+    tflops = {recipe: steps.tflop_of(recipe, args.edge) for recipe in recipes}
+    for batch, recipe in ((int(number), recipe) for number in batches for recipe in recipes):
+        if time.monotonic() - began > 60 * args.minutes:
+            rows.append({"recipe": recipe, "batch": batch, "loop": "all", "failed": "no time left"})
+        else:
+            loops = steps.makers(device, args.peers, args.compiled)
+            measured = steps.measure(recipe, batch, args.edge, device, args.steps, args.rounds, loops)
+            rows += [row.figures(tflops[recipe], peak) for row in measured]
+        if args.json:
+            storage.write_bytes(args.json, (json.dumps(made | found, indent=1) + "\n").encode())
+    _show_steps(rows, f"{card or _cpu()}, patches of {args.edge}^3, {found['date']}")
+
+
+def _show_steps(rows: list[dict[str, Any]], title: str) -> None:
+    columns = ["recipe", "batch", "loop", "fed img/s", "null img/s", "fed/null", "data wait", "host waits"]
+    table = Table(*columns, "of peak", "GB", title=title)
+    for row in rows:
+        cells = [row["recipe"], row["batch"], row["loop"]]
+        if fed := row.get("fed"):
+            share = fed["share_of_peak_flops"]
+            cells += [f"{fed['img_per_s']:.2f}", f"{row['null']['img_per_s']:.2f}", f"{row['fed_over_null']:.3f}"]
+            cells += [f"{fed['data_wait_share']:.1%}", fed["host_waits_per_step"], share and f"{share:.1%}"]
+            cells += [fed["peak_gb"]]
+        table.add_row(*("-" if cell is None else str(cell) for cell in cells))
+    show(table)
+    for loop, about in {row["loop"]: row for row in rows if "fed_by" in row}.items():
+        print(f"{loop}: augmentation: {about['augmentation']}; fed by {about['fed_by']}")
+    for row in rows:
+        if row.get("failed"):
+            print(f"left out: {row['recipe']}, batch {row['batch']}, {row['loop']}: {row['failed']}")
+
+
 WHAT = {
     "data": "loading patches, against other libraries",
     "stream": "bytes and CPU time a patch at 1 to 64 ranks",
+    "step": "a training step on one card, against other libraries",
     "scale": "a run of 48,884 tiny cases from a local S3 server",
     "prepare": "CPU seconds a case, size of the store",
 }
@@ -463,6 +549,8 @@ def main(argv: list[str] | None = None) -> int:
         return entry(Data, data, name, given[1:], PROGRAM)
     if name == "stream":
         return entry(Stream, stream, name, given[1:], PROGRAM)
+    if name == "step":
+        return entry(Step, step, name, given[1:], PROGRAM)
     if name == "scale":
         return entry(Scale, watch, name, given[1:], PROGRAM)
     return entry(Prepare, prepare, name, given[1:], PROGRAM)

@@ -44,8 +44,7 @@ def patch(position: int) -> Patch:
     random = np.random.RandomState(position)
     image = random.randint(0, 300, (4, EDGE, EDGE, EDGE)).astype(np.int16)
     label = random.choice(4, (EDGE, EDGE, EDGE)).astype(np.uint8)
-    ones = np.ones(4, np.float32)
-    return Patch(position, position, "", 1.0, "", image, label, ones * 150, ones * 80)
+    return Patch(position, position, "", 1.0, "", image, label, [150.0] * 4, [80.0] * 4)
 
 
 def rank_main(rank: int, world_size: int, port: int, steps: int, folder: str) -> None:

@@ -55,7 +55,7 @@ class Board:
         """From here on this process tells what it writes."""
         write_bytes, prune, show = storage.write_bytes, checkpoint.prune, MetricsLog._show
 
-        def told_write(uri: str, content: bytes) -> None:
+        def told_write(uri: str, content: bytes | mmap.mmap) -> None:
             rows = "rows" if uri.endswith(".jsonl") else "journal"
             with self.during(rank, _FILES.get(uri.rsplit("/", 1)[-1], rows)):
                 write_bytes(uri, content)

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ PAUSE_S = 0.03
 def without_rename() -> None:
     """Files are written in place."""
 
-    def write_bytes(uri: str, content: bytes) -> None:
+    def write_bytes(uri: str, content: bytes | mmap) -> None:
         path = Path(storage.normal(uri))
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
