@@ -110,15 +110,9 @@ print(manifest == scan.open_manifest(sys.argv[1]), used)
     assert done.stdout == "True [False]\n", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("allowed", "grows"),
-    [
-        ("auto", False),
-        pytest.param("auto", True, marks=pytest.mark.campaign),
-        pytest.param("false", False, marks=pytest.mark.campaign),
-    ],
-)
-def test_data_tasks_use_cpus_that_workers_leave_of_training_nodes(place: Path, allowed: str, grows: bool) -> None:
+@pytest.mark.campaign
+@pytest.mark.parametrize("allowed", ["auto", "false"])
+def test_data_tasks_use_cpus_that_workers_leave_of_training_nodes(place: Path, allowed: str) -> None:
     """With a local folder they run on the training node, beside a worker of 1.5 of its 2 CPUs; not if it is forbidden.
     The group grows all the same when a node joins, whose CPUs data tasks take first."""
     cluster = Cluster(place, head="--num-cpus=0 --labels role=head")
@@ -130,7 +124,7 @@ def test_data_tasks_use_cpus_that_workers_leave_of_training_nodes(place: Path, a
         assert cluster.where("ray::RayTrainWorker") == {train}
         seen = _seen(cluster, "ray::ReadCases")
         assert seen == {data} if allowed == "false" else train in seen
-        if grows:
+        if allowed == "auto":
             joined = cluster.add(options="--num-cpus=2 --labels role=train")
             run.rows_until(2, after=1)
             assert cluster.where("ray::RayTrainWorker") == {train, joined}
