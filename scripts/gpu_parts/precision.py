@@ -23,8 +23,7 @@ FLOAT32 = 0.01
 """Distance from the CPU's gradient, without TF32, as a share: sums in another order, some tens of layers deep."""
 HALF = {"fp16": 0.1, "bf16": 0.3}
 """Likewise of a gradient in half precision from float32's. Small networks are 0.02 off in fp16 on a CPU; full ones,
-with every layer's result and gradient rounded to bf16 there, 0.02 and 0.10. What is computed wrongly is off by about
-1."""
+with every layer's result and gradient rounded to bf16, 0.02 and 0.10. What is computed wrongly is off by about 1."""
 LOSS = 0.05
 """Between losses after `STEPS` steps on the same few patches, as a share."""
 RANKS_EDGE, BIG_SCALE = 8, 2.0**23
