@@ -81,7 +81,7 @@ def work(args: Args) -> None:
             print(warning, file=sys.stderr)
         show_skipped(run_spec.manifest.skipped)
         cost.prices()  # refused now, not amid the run
-        cluster.connect(held_bytes=run_spec.held_bytes)
+        cluster.connect(held_bytes=run_spec.held_bytes, prepared=run_spec.route == "store")
         needed = driver.check(run_spec)
         kind = "GPU" if needed.gpus else "CPU"
         done = f"{found.samples_seen:,} of them done" if found else "a new run"

@@ -52,7 +52,7 @@ def measure(order: Order) -> Run:
     config = settings(order)
     streamed = opened(order, config)
     with Meter() as meter, tempfile.TemporaryDirectory() as folder:
-        cluster.connect()
+        cluster.connect(prepared=order.pipeline.startswith("store"))
         needed = cluster.measure(config.run, 8)
         out = str(Path(folder) / "counted.json")
         taken = {"sampler": streamed.sampler, "size_zyx": streamed.patch_spec.size_zyx, "prefetch": needed.prefetch}
