@@ -33,8 +33,10 @@ METRICS = {
 """Curves in the console, found in the lines of `monitoring.progress.describe`."""
 
 # AWS's images start the job by a bash that is PID 1 and passes no signal on: SIGTERM would never reach the run.
+# `T` is one that comes before the run is there.
 COMMAND = (
-    'python3 -u -m raytrain_brats.sagemaker host train & P=$!; trap "kill -TERM $P" TERM; R=0; wait $P || R=$?; '
+    """T=; P=; trap 'if [ "$P" ]; then kill -TERM $P; else T=1; fi' TERM; """
+    'python3 -u -m raytrain_brats.sagemaker host train & P=$!; [ -z "$T" ] || kill -TERM $P; R=0; wait $P || R=$?; '
     "while kill -0 $P 2>/dev/null; do R=0; wait $P || R=$?; done; exit $R"
 )
 TUNNEL = (

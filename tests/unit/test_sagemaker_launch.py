@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -260,11 +261,14 @@ def test_the_bash_that_aws_starts_hands_sigterm_on(tmp_path: Path) -> None:
     )
     run.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    bash = subprocess.Popen(["bash", "-ec", launch.COMMAND], env=environment, stdout=subprocess.PIPE, text=True)
-    assert bash.stdout
-    assert bash.stdout.readline() == "training\n"
+    said = tmp_path / "said"
+    with said.open("w") as out:
+        bash = subprocess.Popen(["bash", "-ec", launch.COMMAND], env=environment, stdout=out)
+    deadline = time.monotonic() + 60
+    while said.read_text() != "training\n" and time.monotonic() < deadline:
+        time.sleep(0.05)
     bash.terminate()
-    assert (bash.wait(120), bash.stdout.read()) == (143, "saved\n")
+    assert (bash.wait(120), said.read_text()) == (143, "training\nsaved\n")
 
 
 def test_a_recipe_file_travels_in_the_request(dry: Capture, tmp_path: Path) -> None:
