@@ -44,6 +44,7 @@ def test_a_meter_left_at_once_has_looked_twice() -> None:
     assert meter.peak_mb()["driver"] > 10
 
 
+@pytest.mark.campaign
 def test_the_file_of_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every pipeline has its rates, memory, disk and conditions; Ray's own processes are in the sum; what is not
     installed is named."""

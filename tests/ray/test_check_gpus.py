@@ -103,7 +103,8 @@ sys.exit(check_gpus.main())
 """
 
 
-@pytest.mark.parametrize("how", [pytest.param("right", marks=pytest.mark.campaign), "wrong"])
+@pytest.mark.campaign
+@pytest.mark.parametrize("how", ["right", "wrong"])
 def test_each_worker_is_told_once(how: str) -> None:
     """A line for each rank and one for the sums; nothing of Ray's beside them. What is wrong has a line of its own, and
     the exit code says so; the network is measured all the same."""
