@@ -12,8 +12,6 @@ from raytrain_brats import home, interrupt
 if __name__ == "__main__":
     interrupt.install()
     home.provide()
-    if sys.argv[1:2] == ["step"]:
-        import scripts.gpu_parts  # noqa: F401 - where Ray is not installed, names stand in for it
 
 import contextlib
 import importlib.metadata

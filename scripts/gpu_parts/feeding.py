@@ -18,11 +18,10 @@ from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data.patch import Patch, PatchSpec, decode
 from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source
-from raytrain_brats.data.stream import StreamSpec, rank_steps, tables
+from raytrain_brats.data.turns import StreamSpec, rank_steps, tables
 from raytrain_brats.learn.inference import probabilities
-from raytrain_brats.run.feed import Uploader, resident_rows
+from raytrain_brats.run.feed import Uploader, batch_of, resident_rows
 from raytrain_brats.run.rank import Rank
-from raytrain_brats.run.worker import batch_of
 from raytrain_brats.synthetic import phantom
 from scripts.gpu_parts.setting import RECIPES, Setting, config, patches, row, train_step
 

@@ -19,11 +19,12 @@ from raytrain_brats.errors import UserError
 from raytrain_brats.learn.step import StepResult
 from raytrain_brats.run import checkpoint, checkpoint_request, control, journal, phase_timer
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
+from raytrain_brats.run.feed import batch_of
 from raytrain_brats.run.journal import MetricsLog
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import ROLL_BACK_AFTER, RunRecorder
-from raytrain_brats.run.worker import batch_of, train_step_of
+from raytrain_brats.run.worker import train_step_of
 from tests.support.steps import CPU, arrived, patch, spec
 
 GOOD = StepResult(0.5, 0, True, False, 17, 0, 0.1, (0.01,))

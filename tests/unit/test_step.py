@@ -18,8 +18,9 @@ from raytrain_brats.learn.batch import DRAWS, augment, normalise, to_regions
 from raytrain_brats.learn.model import build_network, learning_rate, sample_losses
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint
+from raytrain_brats.run.feed import batch_of
 from raytrain_brats.run.spec import RunSpec
-from raytrain_brats.run.worker import batch_of, train_step_of
+from raytrain_brats.run.worker import train_step_of
 from tests.support.steps import CPU, NETWORKS, empty, patch, spec
 
 
