@@ -5,7 +5,6 @@ Out: checkpoints, rows, events. It may be killed at any moment and started again
 """
 
 import os
-import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -28,7 +27,6 @@ from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import RunRecorder
 from raytrain_brats.run.spec import RunSpec
-from raytrain_brats.run.validate import validate
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -63,7 +61,7 @@ def train_rank(
             train_step.restore(tensors, state["learner"])
             recorder.resume(state)
         if recorder.ready():
-            validate_once(spec, train_step, recorder, seen)
+            recorder.validate(seen, train_step)
         while seen < sampler.total and not recorder.stopped:
             timer.enter("data", seen)
             mine = next(stream)
@@ -78,7 +76,8 @@ def train_rank(
             if due & (CHECKPOINT | SAVE | HOLD) or seen == sampler.total:
                 recorder.checkpoint(seen, train_step, due)
             if due & VALIDATE:
-                validate_once(spec, train_step, recorder, seen)
+                recorder.validate(seen, train_step)
+        recorder.gather_scores()
         if not recorder.stopped:
             next(stream, None)  # reaches the end: there must be no more
 
@@ -86,11 +85,3 @@ def train_rank(
 def train_step_of(spec: RunSpec, world_size: int, device: torch.device) -> TrainStep:
     """The network, optimiser and loss scaler at their initial state."""
     return TrainStep(spec.config, spec.sampler.total, spec.source.convention, world_size, device)
-
-
-def validate_once(spec: RunSpec, train_step: TrainStep, recorder: RunRecorder, seen: int) -> None:
-    """Validate over all ranks."""
-    began = time.perf_counter()
-    recorder.timer.enter("validate")
-    means = validate(spec, train_step, recorder.rank.number, seen, recorder.timer.enter)
-    recorder.validated(seen, time.perf_counter() - began, means)
