@@ -5,6 +5,7 @@ Out: rows, events and checkpoints in the run folder (rank 0), quarantined cases 
 """
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -34,6 +35,8 @@ from raytrain_brats.run.saver import Save, Saver
 from raytrain_brats.run.spec import RunSpec
 from raytrain_brats.run.stragglers import Stragglers
 from raytrain_brats.run.validate import Validation
+
+_log = logging.getLogger(__name__)
 
 ROLL_BACK_AFTER = 10
 """Steps in a row without a finite loss and gradient."""
@@ -89,6 +92,12 @@ class RunRecorder:
 
     def event(self, kind: str, **facts: Any) -> None:
         journal.event(self.spec.run_dir, kind, generation=self.generation.number, **facts)
+
+    def chosen(self, kind: str, facts: dict[str, Any]) -> None:
+        """Tell what `auto` became, which is the same on all ranks."""
+        if self._first:
+            self.event(kind, **facts)
+            _log.info("%s: %s", kind, facts)
 
     def _note(self, **changes: Any) -> None:
         if self._status:

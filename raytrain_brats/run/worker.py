@@ -16,6 +16,7 @@ import torch
 
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.stream import open_shard
+from raytrain_brats.learn import micro_batch
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.run.cadence import CHECKPOINT, VALIDATE
@@ -60,6 +61,8 @@ def train_rank(
             tensors, state = checkpoint.load(spec.run_dir, generation.checkpoint)
             train_step.restore(tensors, state["learner"])
             recorder.resume(state)
+        if spec.config.train.micro_batch == "auto":
+            recorder.chosen("micro_batch", micro_batch.choose(train_step))
         if recorder.ready():
             recorder.validate(seen, train_step)
         while seen < sampler.total and not recorder.stopped:
