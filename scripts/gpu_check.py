@@ -33,6 +33,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "host_waits": feeding.host_waits,
     "uploads": feeding.uploads,
     "resident": feeding.resident,
+    "micro_batch": feeding.micro_batch,
     "saving": saving.cpu_memory,
     "saving_beside_steps": saving.beside_steps,
     "whole_case": feeding.whole_case,

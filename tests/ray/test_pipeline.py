@@ -11,9 +11,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from raytrain_brats import storage
-from raytrain_brats.run import journal
+from raytrain_brats.data import resident
+from raytrain_brats.run import checkpoint, journal, spec
 from raytrain_brats.synthetic.phantom import write_set
 from tests.support import ROOT
 from tests.support.cases import REAL, save
@@ -98,6 +100,30 @@ def test_everything_may_live_on_s3(one_ray: OneRay, s3_server: str, tmp_path: Pa
     assert "run/report.html" in made
     assert sum(name.startswith("out/") and name.endswith(".nii.gz") for name in made) == 6
     assert sum(name.endswith("MANIFEST.json") for name in made) == 2
+
+
+def test_a_run_is_the_same_wherever_its_cases_stay(one_ray: OneRay, tmp_path: Path) -> None:
+    """Streamed, in shared memory (two workers) and on the device: the same rows, and weights equal to the bit."""
+    write_set(str(tmp_path / "data"), cases=5, seed=4, grid=32, anatomy="procedural")
+    few = settings("preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]", "data.patches_per_case=2")
+    found = {}
+    for kind, workers in (("stream", "1"), ("host", "2"), ("device", "1")):
+        run = str(tmp_path / kind)
+        where = ["--data", str(tmp_path / "data"), "--run-dir", run, "--workers", workers]
+        one_ray.run(["train", *where, *few, "--set=train.reduction=exact", f"--set=data.residency={kind}"])
+        events = [(e["where"], e["asked"]) for e in journal.read_events(run) if e["event"] == "residency"]
+        assert events == [(kind, kind)]
+        newest, _ = checkpoint.newest_valid(run)
+        assert newest
+        rows = [(row["positions"], row["samples"], row["loss"]) for row in journal.read_rows(run)]
+        found[kind] = rows, checkpoint.load(run, newest.name)[0]
+    rows, weights = found["stream"]
+    assert len(rows) >= 4
+    for kind in ("host", "device"):
+        assert found[kind][0] == rows
+        assert all(torch.equal(found[kind][1][name], tensor) for name, tensor in weights.items())
+    identity = spec.read_config(str(tmp_path / "host")).dataset_identity
+    assert not list(resident.SHARED.glob(f"*-{identity}"))
 
 
 def write_as(folder: Path, cases: list[Path], layout: str) -> list[str]:
