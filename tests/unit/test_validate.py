@@ -1,5 +1,6 @@
 """Held-out cases while a run trains: the same scores wherever they are computed, each validation once, none unsaid."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from raytrain_brats.run.predictor import Score, predict_masks, score
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import RunRecorder
 from raytrain_brats.run.scorer import Predicted, Scorer
+from raytrain_brats.run.spec import RunSpec
 from raytrain_brats.run.validate import Validation, predicted
 from raytrain_brats.run.worker import train_step_of
 from tests.support.cases import LPS, make_affine, make_volume, write_msd_folder
@@ -141,16 +143,22 @@ def held(tmp_path: Path) -> Any:
     """(recorder, its `Held`, the training step) of a run with two held-out cases whose scores take their time."""
     manifest = open_manifest(str(write_msd_folder(tmp_path / "msd", 2)))
     run_spec = spec()
-    settings = run_spec.config.model_dump(by_alias=True) | {"checkpoint": {"every_s": 1e-9}, "validate": {"overlap": 0}}
+    settings = run_spec.config.model_dump(by_alias=True) | {"checkpoint": {"every_s": 1e-9}}
+    settings |= {"validate": {"overlap": 0, "every_samples": 4}}
     config = parse(settings, "test")
     run_spec = dataclasses.replace(run_spec, run_dir=str(tmp_path / "run"), dataset_identity="x", config=config)
     source = Source(manifest.root, manifest.convention, 1.0)
     run_spec = dataclasses.replace(run_spec, held_out_cases=manifest.cases, source=source)
-    recorder = RunRecorder(run_spec, journal.begin_generation(run_spec.run_dir), Rank(0, 1, CPU), PhaseTimer())
     scores = Held()
+    return group(run_spec, scores), scores, train_step_of(run_spec, 1, CPU)
+
+
+def group(run_spec: RunSpec, scores: Held) -> RunRecorder:
+    """A worker group of one rank that goes on where the run stands."""
+    recorder = RunRecorder(run_spec, journal.begin_generation(run_spec.run_dir), Rank(0, 1, CPU), PhaseTimer())
     recorder._validation = Validation(run_spec, recorder.rank, recorder.timer.enter, aside=True)
     recorder._validation._scorer = scores  # type: ignore[assignment]
-    return recorder, scores, train_step_of(run_spec, 1, CPU)
+    return recorder
 
 
 def step(recorder: RunRecorder, before: int) -> int:
@@ -181,6 +189,25 @@ def test_training_goes_on_while_cases_are_scored(held: Any) -> None:
         assert (Path(recorder.spec.run_dir) / "validation").exists()
         assert step(recorder, 20) & CHECKPOINT or step(recorder, 24) & CHECKPOINT
     assert told(recorder) == ["validation 4"]
+
+
+def test_a_group_that_is_killed_before_the_scores_are_there_validates_again(held: Any) -> None:
+    """The next one does, once; the one after it does not."""
+    recorder, scores, train_step = held
+    with contextlib.suppress(KeyboardInterrupt), recorder:
+        step(recorder, 0)
+        recorder.checkpoint(4, train_step)
+        recorder._saver.wait()
+        recorder.validate(4, train_step)
+        raise KeyboardInterrupt
+    scores.waiting = []
+    with group(recorder.spec, scores) as again:
+        assert again.generation.samples_seen == 4 and again.ready()
+        again.validate(4, train_step)
+        scores.release()
+        again.gather_scores()
+    assert not group(recorder.spec, scores).ready()
+    assert told(recorder) == ["checkpoint 4", "validation 4"]
 
 
 def test_no_checkpoint_goes_past_a_validation_that_is_not_written(held: Any) -> None:
