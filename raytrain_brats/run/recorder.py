@@ -60,7 +60,7 @@ class RunRecorder:
         self._validation = Validation(spec, rank, timer.enter)
         self._validated: dict[str, Any] = {}
         self._late = False
-        """A checkpoint is due by time, and the one before is still being written."""
+        """A checkpoint is due by time, and the one before is still being written, or a validation scored."""
         self._status = StatusWriter(spec.run_dir, generation.number) if self._first else None
         self._stragglers = Stragglers(rank.world_size)
         self._quarantined: set[str] = set()
