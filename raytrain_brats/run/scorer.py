@@ -4,8 +4,8 @@ where a GPU predicts: HD95 takes a second of CPU time a case.
 In: predicted cases; the process reads them from its standard input.
 Out: their scores; the process writes them to its standard output, and ends when its worker does: then the input ends.
 
-Where a CPU trains, a case is scored in place: a second process would need the very CPUs that training needs, and 3.5 s of
-them and 0.5 GB to start (measured), where a case of the demo takes 0.03 s.
+Where a CPU trains, a case is scored in place: a second process would need the very CPUs that training needs, 3.5 s of
+them and 0.5 GB to start (measured), and a case of the demo takes 0.03 s.
 """
 
 import os
