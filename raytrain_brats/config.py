@@ -106,8 +106,9 @@ class Train(_Frozen):
     epochs: PositiveInt = 100
     global_batch: PositiveInt = 8
     """Samples per step over all workers, whatever their number."""
-    micro_batch: PositiveInt = 1
-    """Samples of one forward pass on one worker; `exact` takes them one by one."""
+    micro_batch: PositiveInt | Literal["auto"] = "auto"
+    """Samples of one forward pass on one worker; `auto`: as many as a GPU's memory holds, 2 on a CPU. No result depends
+    on it but for rounding. `exact` takes them one by one."""
     reduction: Literal["fast", "exact"] = "fast"
     """`fast`: DDP, the same at any world size but for float rounding. `exact`: the same bits on one kind of CPU."""
     optimiser: Optimiser = Optimiser()
@@ -234,13 +235,17 @@ def load(recipe: str, overrides: tuple[str, ...] = ()) -> Config:
     return parse(values, where)
 
 
+_BRANCHES = ("segresnet", "dynunet", "constrained-int", "literal['auto']")
+"""What Pydantic adds to a key where a value may be of several kinds."""
+
+
 def parse(values: dict[str, Any], where: str) -> Config:
     """Validate plain values; `where` (a file or recipe) stands in the error message."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        location = [str(part) for part in first["loc"] if part not in ("segresnet", "dynunet")]
+        location = [str(part) for part in first["loc"] if part not in _BRANCHES]
         key, message = ".".join(location), first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             known = _known_keys(Config)

@@ -27,8 +27,9 @@ from raytrain_brats import config
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.learn import tree_reduce
 from raytrain_brats.learn.step import differing
+from raytrain_brats.run.feed import batch_of
 from raytrain_brats.run.spec import RunSpec, sampler_of
-from raytrain_brats.run.worker import batch_of, train_step_of
+from raytrain_brats.run.worker import train_step_of
 
 GLOBAL_BATCH, EDGE = 8, 32
 

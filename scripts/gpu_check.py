@@ -15,12 +15,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from scripts.gpu_parts import counts, feeding, precision, saving, without_ray
+from scripts.gpu_parts import counts, feeding, precision, saving
 from scripts.gpu_parts.setting import CPU, Findings, Setting, stamp
 
 PARTS: dict[str, Callable[[Setting], None]] = {
@@ -32,6 +33,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "host_waits": feeding.host_waits,
     "uploads": feeding.uploads,
     "resident": feeding.resident,
+    "micro_batch": feeding.micro_batch,
     "saving": saving.cpu_memory,
     "saving_beside_steps": saving.beside_steps,
     "whole_case": feeding.whole_case,
@@ -95,7 +97,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     facts: dict[str, Any] = {"cpu": cpu, "cpus": len(os.sched_getaffinity(0)), "load": os.getloadavg()}
-    facts |= {"torch": torch.__version__, "python": platform.python_version(), "ray": not without_ray.absent()}
+    facts |= {"torch": torch.__version__, "python": platform.python_version(), "ray": find_spec("ray") is not None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {"gpu": properties.name, "gpu_gb": round(properties.total_memory / 1e9, 1)}

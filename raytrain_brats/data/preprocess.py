@@ -55,6 +55,16 @@ class Geometry:
         x, y, z = (self.native_shape[a] for a in self.axes)
         return x, y, z
 
+    @property
+    def native_mm(self) -> npt.NDArray[np.float64]:
+        """The native voxels' edges, along R, A, S."""
+        edges: npt.NDArray[np.float64] = np.linalg.norm(np.array(self.affine)[:3, :3], axis=0)[list(self.axes)]
+        return edges
+
+    @property
+    def resampled(self) -> bool:
+        return not np.array_equal(self.native_mm, self.spacing_mm)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -152,9 +162,8 @@ def restore(box_czyx: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:
     channels = box_czyx.shape[0]
     grid = np.zeros((channels, *geometry.grid_shape), box_czyx.dtype)
     grid[(slice(None), *(slice(low, high) for low, high in geometry.box))] = box_czyx.transpose(0, 3, 2, 1)
-    native_mm = np.linalg.norm(np.array(geometry.affine)[:3, :3], axis=0)[list(geometry.axes)]
-    if not np.array_equal(native_mm, geometry.spacing_mm):
-        back = native_mm / np.array(geometry.spacing_mm)
+    if geometry.resampled:
+        back = geometry.native_mm / np.array(geometry.spacing_mm)
         order = 1 if grid.dtype.kind == "f" else 0
         grid = resample(grid, back, geometry.ras_shape, order, -np.array(geometry.offset) * back)
     turned = grid[(slice(None), *(slice(None, None, flip) for flip in geometry.flips))]

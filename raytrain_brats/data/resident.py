@@ -30,7 +30,7 @@ from raytrain_brats.data.patch import CaseBox, Patch, ViewOf, crop, decode, empt
 from raytrain_brats.data.preprocess import Prepared, triple
 from raytrain_brats.data.sampler import Sample
 from raytrain_brats.data.store import Source, from_table, to_table
-from raytrain_brats.data.stream import StreamSpec
+from raytrain_brats.data.turns import StreamSpec
 
 SHARED = Path("/dev/shm")  # noqa: S108 - memory, and what is in it belongs to one user alone
 _PREFIX, _USERS = "raytrain-brats-", "users"

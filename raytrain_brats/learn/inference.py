@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from monai.inferers.utils import sliding_window_inference
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_brats.learn.batch import normalise
 
@@ -30,8 +30,9 @@ def probabilities(
     overlap: float,
     device: torch.device,
     amp: bool = True,
-) -> npt.NDArray[np.float32]:
-    """(3, z, y, x) probabilities of WT, TC, ET on the box of the prepared image; the network is left in eval mode."""
+) -> Tensor:
+    """(3, z, y, x) float32 probabilities of WT, TC, ET on the box of the prepared image, on the device; the network is
+    left in eval mode."""
     network.eval()
     raw = torch.from_numpy(np.array(image_czyx)).to(device)[None]
     statistics = (torch.tensor([values], dtype=torch.float32, device=device) for values in (mean, std))
@@ -41,5 +42,4 @@ def probabilities(
         logits = sliding_window_inference(
             image, tuple(reversed(patch_xyz)), sw_batch_size=2, predictor=network, overlap=overlap, mode="gaussian"
         )
-    result: npt.NDArray[np.float32] = torch.sigmoid(logits[0].float()).cpu().numpy()
-    return result
+    return torch.sigmoid(logits[0].float())

@@ -4,10 +4,13 @@ In: predicted and true region masks on one grid.
 Out: one number per region, with the BraTS challenge's rules for empty regions.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+from torch import Tensor
 
 from raytrain_brats.labels import REGIONS
 
@@ -19,11 +22,26 @@ Masks = npt.NDArray[np.bool_]
 
 def dice(predicted: Masks, truth: Masks) -> dict[str, float]:
     """{region: Dice} of (3, x, y, z) masks; 1 when both are empty."""
-    scores = {}
-    for region, p, t in zip(REGIONS, predicted, truth, strict=True):
-        size = int(p.sum()) + int(t.sum())
-        scores[region] = 1.0 if size == 0 else 2.0 * int((p & t).sum()) / size
-    return scores
+    masks = zip(predicted, truth, strict=True)
+    return dice_of([[int(mask.sum()) for mask in (p & t, p, t)] for p, t in masks])
+
+
+def dice_of(counts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """{region: Dice} of the voxels that lie in both masks, in the prediction, in the truth."""
+    return {
+        region: 1.0 if p + t == 0 else 2.0 * both / (p + t)
+        for region, (both, p, t) in zip(REGIONS, counts, strict=True)
+    }
+
+
+def overlap(masks: Tensor, label: Tensor, whole_label: Tensor, table: Tensor) -> list[list[int]]:
+    """Counts for `dice_of`, with one readback: (3, z, y, x) masks against label values on the same grid, of which
+    `whole_label` also holds those beyond it. `table` is the convention's (3, 256)."""
+    both = [(mask & regions[label.long()]).sum() for mask, regions in zip(masks, table, strict=True)]
+    voxels = torch.bincount(whole_label.flatten(), minlength=table.shape[1])
+    counts = torch.stack([torch.stack(both), masks.flatten(1).sum(1), (table * voxels).sum(1)], dim=1)
+    found: list[list[int]] = counts.tolist()
+    return found
 
 
 def hd95_mm(predicted: Masks, truth: Masks, spacing_mm: tuple[float, ...]) -> dict[str, float]:

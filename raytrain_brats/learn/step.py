@@ -99,6 +99,9 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.table = torch.from_numpy(region_table(convention)).to(device)
         self.exact = config.train.reduction == "exact"
+        asked = config.train.micro_batch
+        self.micro_batch = asked if isinstance(asked, int) else 1
+        """Samples of one forward pass; `auto` is decided by `learn.micro_batch`, once all is on the device."""
         torch.backends.cudnn.benchmark = not self.exact  # all patches have one size
         if self.exact and device.type == "cuda":
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
@@ -179,7 +182,7 @@ class TrainStep:
     ) -> Tensor:
         """DDP sums gradients during the last backward. Returns (this rank's weight, its weighted loss)."""
         weighed = torch.zeros(2, dtype=torch.float64, device=self.device)
-        size = self.config.train.micro_batch
+        size = self.micro_batch
         for first in range(0, len(samples), size):
             last, part = first + size >= len(samples), slice(first, first + size)
             with nullcontext() if last or self.world_size == 1 else self.parallel.no_sync():  # type: ignore[operator]

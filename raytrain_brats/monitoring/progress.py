@@ -160,7 +160,7 @@ def describe(rows: list[dict[str, Any]], events: list[dict[str, Any]], total: in
         f"sample {recent[-1]['samples_seen']:,} of {total:,}{warning}",
         f"loss {sum(losses) / len(losses):.3f}" if losses else "loss -",
         f"{speed:.1f} samples/s",
-        f"{waiting:.0%} waiting for data",
+        f"{waiting:.0%} waiting for data{_standing_still(events)}",
         f"{recent[-1]['world_size']} worker{'s' if recent[-1]['world_size'] > 1 else ''}",
         f"{int(left_s // 60)}:{int(left_s % 60):02d} left",
     ]
@@ -170,3 +170,12 @@ def describe(rows: list[dict[str, Any]], events: list[dict[str, Any]], total: in
     if groups and (restarts := groups[-1]["generation"] - 1):
         parts.append(f"{restarts} restart{'s' if restarts > 1 else ''}")
     return " | ".join(parts)
+
+
+def _standing_still(events: list[dict[str, Any]]) -> str:
+    """For what else training stood still between the last two checkpoints, where it is a per cent or more."""
+    last: dict[str, float] = next(
+        (e["stall"] for e in reversed(events) if e["event"] == "checkpoint" and "stall" in e), {}
+    )
+    causes = {"saving": last.get("checkpoint", 0.0), "validating": last.get("validation", 0.0)}
+    return "".join(f", {share:.0%} {cause}" for cause, share in causes.items() if share >= 0.01)

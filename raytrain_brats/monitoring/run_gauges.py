@@ -19,6 +19,9 @@ def set_run(gauges: Gauges, events: Sequence[Mapping[str, Any]], rows: Sequence[
     gauges.set("recoveries", len(recovered))
     gauges.set("recovery_s", recovered[-1].total_s if recovered else None)
     gauges.set("quarantined", len({e.get("case") for e in events if e.get("event") == "quarantine"}))
+    stalls = [e["stall"] for e in events if e.get("event") == "checkpoint" and "stall" in e]
+    for cause, share in (stalls[-1] if stalls else {}).items():
+        gauges.set("stall_share", share, cause=cause)
     scored = [e["dice"] for e in events if e.get("event") == "validation" and "dice" in e]
     for region, dice in (scored[-1] if scored else {}).items():
         gauges.set("dice", dice, region=region)

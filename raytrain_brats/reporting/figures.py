@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from raytrain_brats.reporting.goodput import validation_span
+
 Row = Mapping[str, Any]
 Array = np.ndarray
 
@@ -138,7 +140,7 @@ def _areas(rows: Sequence[Row], events: Sequence[Row], top: int) -> dict[str, li
     origin, end = wall_span(rows, events)
     tolerance_s = max(1.0, 4 * float(np.median([row["step_s"] for row in rows])), (end - origin) / 1500)
     training = _joined(((row["time"] - row["step_s"], row["time"], row["world_size"]) for row in rows), tolerance_s)
-    validation = [(e["time"] - e["seconds"], e["time"], top) for e in events if e["event"] == "validation"]
+    validation = [(*validation_span(e), top) for e in events if e["event"] == "validation"]
     stopped = [(*span, top) for span in stopped_spans(rows, events)]
     busy = _joined(((a, b, 0) for a, b, _ in [*training, *validation, *stopped, (end, end, 0)]), tolerance_s)
     gaps = zip([origin, *(span[1] for span in busy)], [span[0] for span in busy], strict=False)

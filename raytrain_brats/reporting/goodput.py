@@ -139,6 +139,13 @@ def _began(row: Row) -> float:
     return _time(row) - _number(row, "step_s", 0.0)
 
 
+def validation_span(event: Row) -> tuple[float, float]:
+    """When training stood still for a validation; its event comes later where scores do."""
+    seconds = _number(event, "seconds", 0.0)
+    began = _number(event, "began", _time(event) - seconds)
+    return began, began + seconds
+
+
 def _known(row: Row) -> bool:
     return isinstance(row, Mapping) and math.isfinite(_time(row))
 
@@ -149,8 +156,8 @@ class _Line:
     def __init__(self, events: list[Row], rows: list[Row]) -> None:
         self.events, self.seconds = events, dict.fromkeys((f.name for f in fields(TimeBreakdown)), 0.0)
         self._rows = sorted(rows, key=_time)
-        scored = sorted((e for e in events if e.get("event") == "validation"), key=_time)
-        self._validations = [(_time(e) - _number(e, "seconds", 0.0), _time(e)) for e in scored]
+        scored = [e for e in events if e.get("event") == "validation"]
+        self._validations = sorted(map(validation_span, scored))
         self._thrown_away: set[int] = set()
         kept = math.inf
         for index, event in reversed(list(enumerate(events))):  # a damaged checkpoint takes back what was committed

@@ -115,6 +115,7 @@ def _headline(
     worlds = sorted({row["world_size"] for row in rows})
     samples = sum(row["positions"][1] - row["positions"][0] for row in rows)
     active_s, in_steps_s = split.wall_s - split.stopped_s, sum(row["step_s"] for row in rows)
+    stalls = (split.data_wait_s, split.checkpoint_s, split.validation_s)
     bad, restarts = sum(row["bad"] for row in rows), max(num_groups, len({r["generation"] for r in rows})) - 1
     wait_s = sum(min(max(row["wait_s"], 0.0), row["step_s"]) for row in rows)
     where = next((e["where"] for e in reversed(events) if e["event"] == "residency"), "stream")
@@ -130,6 +131,9 @@ def _headline(
         ("samples / s", _number(samples / active_s if active_s else math.nan, 2),
          f"{_number(samples / in_steps_s if in_steps_s else math.nan, 2)} within steps"),
         ("data wait", f"{wait_s / in_steps_s:.1%}" if in_steps_s else "–", f"of the time within steps; {stay}"),
+        ("stood still", f"{sum(stalls) / active_s:.1%}" if active_s else "–",
+         "of the time the run was up: {:.1%} waiting for data, {:.1%} saving, {:.1%} validating".format(
+             *(stall / active_s if active_s else 0.0 for stall in stalls))),
         ("wall time", _duration(split.wall_s), f"{_duration(split.stopped_s)} of it stopped"),
         *_cost(events),
     ]  # fmt: skip

@@ -14,8 +14,9 @@ from typing import Any
 from raytrain_brats.config import Config
 from raytrain_brats.data.sampler import Sampler
 
-CHECKPOINT, VALIDATE = 4, 8
-"""Beside what a request asks for (`checkpoint_request.SAVE`, `HOLD`)."""
+CHECKPOINT, VALIDATE, SCORED = 4, 8, 16
+"""Beside what a request asks for (`checkpoint_request.SAVE`, `HOLD`). Each rank whose part of a validation is scored
+adds `SCORED`: so all hear at the same step that all are."""
 RARER = 19.0
 """After a validation that took t seconds the next may come RARER t later: then it takes 5 % of the time."""
 FIRST_S = 10.0

@@ -14,7 +14,7 @@ from ray.train import UserCallback
 from raytrain_brats import storage
 from raytrain_brats.config import Config
 from raytrain_brats.data import stream
-from raytrain_brats.data.stream import StreamSpec
+from raytrain_brats.data.turns import StreamSpec
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.ray_ext import cluster, elastic, roles
 from raytrain_brats.ray_ext.internals import train as ray_train

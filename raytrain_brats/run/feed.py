@@ -28,7 +28,9 @@ from raytrain_brats.data import resident
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.patch import Patch, ViewOf, decode
-from raytrain_brats.data.stream import StreamSpec, open_shard, rank_rows, rank_steps, read_ahead, tables
+from raytrain_brats.data.sampler import draw, fingerprint
+from raytrain_brats.data.turns import StreamSpec, rank_rows, rank_steps, read_ahead, tables
+from raytrain_brats.learn.batch import DRAWS, Batch, DeviceSample
 from raytrain_brats.run import journal
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.spec import RunSpec
@@ -42,9 +44,15 @@ TRIED = 8
 
 
 def open_steps(
-    spec: RunSpec, step: int, rank: Rank, prefetch: int, cases: Callable[[], tuple[Case, ...]]
+    spec: RunSpec,
+    step: int,
+    rank: Rank,
+    prefetch: int,
+    cases: Callable[[], tuple[Case, ...]],
+    share: Callable[[], Any],
 ) -> Iterator[list[Patch]]:
-    """The rank's patches of each step from `step` on. A collective."""
+    """The rank's patches of each step from `step` on; `share` opens its part of Ray Data's stream, which is not asked
+    for where cases stay. A collective."""
     sampler, size, place = spec.sampler, spec.patch_spec.size_zyx, (rank.number, rank.world_size)
     if step == sampler.steps:
         return iter(())
@@ -54,7 +62,7 @@ def open_steps(
         journal.event(spec.run_dir, "residency", where=kind, asked=asked)
     make: Callable[[], Iterator[tuple[int, list[Patch]]]]
     if kind == "stream":
-        make = lambda: rank_rows(open_shard(*place), sampler, Uploader(rank.device))  # noqa: E731
+        make = lambda: rank_rows(share(), sampler, Uploader(rank.device))  # noqa: E731
     else:
         whole = StreamSpec(sampler, cases(), spec.source, spec.patch_spec, step, 0)
         make = lambda: resident_rows(whole, spec.dataset_identity, rank, kind)  # noqa: E731
@@ -144,3 +152,21 @@ def tensor(array: Any, device: torch.device) -> Tensor:
             warnings.simplefilter("ignore")
             return torch.from_numpy(array).to(device)
     return torch.zeros((1,), dtype=getattr(torch, array.dtype.name), device=device).expand(array.shape)
+
+
+def batch_of(patches: list[Patch], samples_seen: int, device: torch.device) -> Batch:
+    """A rank's patches of one step as the network's side wants them. Nothing is copied: voxels are where they train."""
+    samples = tuple(
+        DeviceSample(
+            place=p.position - samples_seen,
+            image_czyx=tensor(p.image_czyx, device),
+            label_zyx=tensor(p.label_zyx, device),
+            mean_c=p.mean,
+            std_c=p.std,
+            weight=p.weight,
+            augment_draws=draw(p.seed, "augment", DRAWS),
+        )
+        for p in patches
+    )
+    bad = sum(bool(p.reason) for p in patches)
+    return Batch(samples, bad, sum(fingerprint(p.position, p.case_id, p.seed) for p in patches))

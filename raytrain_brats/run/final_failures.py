@@ -47,8 +47,9 @@ def advice(error: BaseException, config: Config, trained_before: bool) -> str:
 def _smaller(config: Config) -> list[str]:
     """What makes a step smaller, the best first. The last three are another training, so they need another run."""
     found, train = [], config.train
-    if train.micro_batch > 1 and train.reduction == "fast":
-        found.append(f"lower train.micro_batch (now {train.micro_batch}), which changes no result")
+    if train.micro_batch != 1 and train.reduction == "fast":
+        now = "auto; 1 is the least" if train.micro_batch == "auto" else train.micro_batch
+        found.append(f"lower train.micro_batch (now {now}), which changes no result")
     if not train.amp:
         found.append("set train.amp: true")
     network, patch = config.network, "x".join(map(str, config.data.patch_xyz))

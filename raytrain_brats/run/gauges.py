@@ -21,6 +21,7 @@ NAMES = {
     "samples_seen": "samples applied so far",
     # from the driver, every ten seconds
     "samples_total": "samples of the whole run",
+    "stall_share": "share of the time between the last two checkpoints for which training stood still, by cause",
     "dice": "Dice of held-out cases at the last validation, by region",
     "goodput": "time in steps that were kept / time the run was up",
     "resizes": "times that the number of workers was changed, so far",

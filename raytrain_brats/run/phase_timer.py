@@ -23,6 +23,8 @@ _CAUSES = {
     "validate": "validation_s",
     "gather": "validation_s",
 }
+STALLS = ("data_wait_s", "checkpoint_s", "validation_s")
+"""Causes for which training stands still."""
 
 
 class DeviceEvent(Protocol):
@@ -89,7 +91,11 @@ class PhaseTimer:
         return wait_s, wait_s + times.get("productive_s", 0.0)
 
     def cut(self) -> dict[str, Any]:
-        """The seconds by cause since the last call, in the form that events have."""
+        """The seconds by cause since the last call, and the shares for which training stood still, in the form that
+        events have."""
         self._charge()
         spent, self._spent = self._spent, {}
-        return {"mark": time.time(), "spent": {cause: round(seconds, 4) for cause, seconds in spent.items()}}
+        total = sum(spent.values()) or 1.0
+        stall = {cause.removesuffix("_s"): round(spent.get(cause, 0.0) / total, 4) for cause in STALLS}
+        seconds = {cause: round(seconds, 4) for cause, seconds in spent.items()}
+        return {"mark": time.time(), "spent": seconds, "stall": stall}

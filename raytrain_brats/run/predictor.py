@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from torch import nn
 
@@ -47,8 +46,10 @@ def newest_weights(run_dir: str) -> tuple[str, dict[str, torch.Tensor]]:
 
 
 @lru_cache(maxsize=1)
-def shared_network(reference: ray.ObjectRef[Any]) -> tuple[nn.Module, Config, torch.device]:
+def shared_network(reference: Any) -> tuple[nn.Module, Config, torch.device]:
     """The network of a (config, weights) in the object store, on this process's GPU if any; kept for the next case."""
+    import ray  # here: the process that scores beside the training does without
+
     settings, weights = ray.get(reference)
     network = build_network(settings)
     network.load_state_dict(weights)
@@ -56,22 +57,29 @@ def shared_network(reference: ray.ObjectRef[Any]) -> tuple[nn.Module, Config, to
     return network.to(device), settings, device
 
 
-def predict_masks(prepared: Prepared, network: nn.Module, config: Config, device: torch.device) -> Masks:
-    """(3, x, y, z) region masks on the native grid, nested as label values are: ET in TC in WT."""
+def predict_on_box(prepared: Prepared, network: nn.Module, config: Config, device: torch.device) -> torch.Tensor:
+    """(3, z, y, x) probabilities on the prepared box, on the device."""
     case = prepared.image_czyx, prepared.mean, prepared.std
     patch_xyz, overlap = config.data.patch_xyz, config.validate_.overlap
-    found = probabilities(network, *case, patch_xyz, overlap, device, config.train.amp)
+    return probabilities(network, *case, patch_xyz, overlap, device, config.train.amp)
+
+
+def predict_masks(prepared: Prepared, network: nn.Module, config: Config, device: torch.device) -> Masks:
+    """(3, x, y, z) region masks on the native grid, nested as label values are: ET in TC in WT."""
+    found = predict_on_box(prepared, network, config, device).cpu().numpy()
     masks: Masks = restore(found, prepared.geometry) > 0.5
     masks[1] |= masks[2]
     masks[0] |= masks[1]
     return masks
 
 
-def score(case_id: str, predicted: Masks, prepared: Prepared, convention: str) -> Score:
+def score(
+    case_id: str, predicted: Masks, prepared: Prepared, convention: str, known_dice: dict[str, float] | None = None
+) -> Score:
     """Compare masks with the native label."""
     truth = to_regions(prepared.truth_xyz(), convention)
     spacing_mm = tuple(np.linalg.norm(np.array(prepared.geometry.affine)[:3, :3], axis=0).tolist())
-    return Score(case_id, dice(predicted, truth), hd95_mm(predicted, truth, spacing_mm))
+    return Score(case_id, known_dice or dice(predicted, truth), hd95_mm(predicted, truth, spacing_mm))
 
 
 def means(scores: list[Score]) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ Out: rows, events and checkpoints in the run folder (rank 0), quarantined cases 
 """
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -22,7 +23,7 @@ from raytrain_brats.learn.step import Launched, StepResult, TrainStep, differing
 from raytrain_brats.ray_ext import warm_pool
 from raytrain_brats.reporting import goodput
 from raytrain_brats.run import events, journal
-from raytrain_brats.run.cadence import CHECKPOINT, Cadence, due, may_be_due
+from raytrain_brats.run.cadence import CHECKPOINT, SCORED, Cadence, due, may_be_due
 from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, SAVE, RequestPoller
 from raytrain_brats.run.control import StatusWriter
 from raytrain_brats.run.gauges import StepGauges
@@ -33,6 +34,9 @@ from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.saver import Save, Saver
 from raytrain_brats.run.spec import RunSpec
 from raytrain_brats.run.stragglers import Stragglers
+from raytrain_brats.run.validate import Validation
+
+_log = logging.getLogger(__name__)
 
 ROLL_BACK_AFTER = 10
 """Steps in a row without a finite loss and gradient."""
@@ -53,8 +57,10 @@ class RunRecorder:
         self._skipped: list[int] = []
         self._requests = RequestPoller(spec.run_dir, generation.number) if self._first else None
         self._cadence = _cadence(spec) if self._first else None
+        self._validation = Validation(spec, rank, timer.enter)
+        self._validated: dict[str, Any] = {}
         self._late = False
-        """A checkpoint is due by time, and the one before is still being written."""
+        """A checkpoint is due by time, and the one before is still being written, or a validation scored."""
         self._status = StatusWriter(spec.run_dir, generation.number) if self._first else None
         self._stragglers = Stragglers(rank.world_size)
         self._quarantined: set[str] = set()
@@ -80,11 +86,18 @@ class RunRecorder:
                 self._log.flush()
                 self.event("closed", **self.timer.cut())
         finally:
+            self._validation.close()
             self._saver.close()
             self._threads.close()
 
     def event(self, kind: str, **facts: Any) -> None:
         journal.event(self.spec.run_dir, kind, generation=self.generation.number, **facts)
+
+    def chosen(self, kind: str, facts: dict[str, Any]) -> None:
+        """Tell what `auto` became, which is the same on all ranks."""
+        if self._first:
+            self.event(kind, **facts)
+            _log.info("%s: %s", kind, facts)
 
     def _note(self, **changes: Any) -> None:
         if self._status:
@@ -92,19 +105,21 @@ class RunRecorder:
 
     def poll(self, before: int) -> int:
         """What is to follow the step from the sample `before` on: requests of the controller or the driver, and what
-        is due. The step gives it to all ranks."""
+        is due. The step gives it to all ranks. Other ranks say only whether their part of a validation is scored."""
+        scored = SCORED * self._validation.scored
         if not self._requests or not self._cadence:
-            return 0
+            return scored
         seen = before + self.spec.sampler.global_batch
         asked = self._requests.poll() | self._cadence.after(before, seen)
         if facts := self._cadence.left_out(before, seen):
             self.event("validation_left_out", **facts)
-        if asked & CHECKPOINT and not self.spec.config.checkpoint.every_samples and self._saver.busy():
-            asked &= ~CHECKPOINT  # by time: as soon as the save before has ended
+        waits = self._validation.pending or self._saver.busy()
+        if asked & CHECKPOINT and not self.spec.config.checkpoint.every_samples and waits:
+            asked &= ~CHECKPOINT  # by time: as soon as the save before has ended, and the scores are there
             if not self._late:
                 self.event("checkpoint_left_out", samples_seen=seen)
             self._late = True
-        return asked
+        return asked | scored
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on with what a checkpoint's state says."""
@@ -160,7 +175,9 @@ class RunRecorder:
             result = launched.result()
             self.timer.enter("save")
             self._record(before, seen, result, times_s)
-            asked |= result.asked
+            asked |= result.asked % SCORED
+            if result.asked // SCORED == self.rank.world_size:
+                self.gather_scores()
         return asked
 
     def _record(self, before: int, seen: int, result: StepResult, times_s: tuple[float, float]) -> None:
@@ -230,6 +247,7 @@ class RunRecorder:
         """
         needed = bool(asked & (SAVE | HOLD)) or seen == self.spec.sampler.total
         self.drain()
+        self.gather_scores()  # a group that goes on from here does not come past that validation again
         if self._skipped and not needed:
             return
         self._compare(seen, train_step)
@@ -276,13 +294,29 @@ class RunRecorder:
         self._saver.save(Save(seen, tensors, state, facts, answer))
         train_step.before_update = self._saver.copied
 
-    def validated(self, seen: int, seconds: float, means: Any) -> None:
-        """Record a validation; `means` is None on all ranks but 0."""
+    def validate(self, seen: int, train_step: TrainStep) -> None:
+        """Predict the held-out cases, over all ranks; their scores are gathered now, or a few steps later where another
+        process makes them."""
+        self.gather_scores()
+        began = time.time(), time.perf_counter()
+        self.timer.enter("validate")
+        self._validation.predict(train_step, seen)
         if self._cadence:
+            seconds = time.perf_counter() - began[1]
             self._cadence.validated(seen, seconds)
+            self._validated = {"samples_seen": seen, "reason": self._cadence.reason}
+            self._validated |= {"began": began[0], "seconds": round(seconds, 3)}
+        if not self._validation.aside:
+            self.gather_scores()
+
+    def gather_scores(self) -> None:
+        """Record the validation that is under way, if there is one; wait for what is still to be scored."""
+        if not self._validation.pending:
+            return
+        means = self._validation.gather()
         if means and self._cadence:
-            facts = {"samples_seen": seen, "seconds": round(seconds, 3), "reason": self._cadence.reason}
-            self.event("validation", **facts, **means)
+            self.event("validation", **self._validated, **means)
+        self.timer.enter("save")
 
 
 def _cadence(spec: RunSpec) -> Cadence:

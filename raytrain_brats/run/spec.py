@@ -22,7 +22,6 @@ from raytrain_brats.data.sampler import ORDER, Sampler
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import described
-from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run.run_dir import RunDir
 
 
@@ -72,8 +71,10 @@ def open_cases(
     if store:
         manifest = stores.open_index(store, preprocessing(config), config.data.convention)
     elif data:
+        from raytrain_brats.ray_ext.cluster import spread  # here: what a run is, is also known where Ray is not
+
         known = RunDir(run_dir).manifest if run_dir else None
-        manifest = scan.open_manifest(data, progress, known, config.data.convention, cluster.spread)
+        manifest = scan.open_manifest(data, progress, known, config.data.convention, spread)
     else:
         raise UserError("no data given; name a folder with --data or a prepared store with --store")
     convention = read_as(config, manifest)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from raytrain_brats.config import Config
-from raytrain_brats.data import stream
+from raytrain_brats.data import turns
 from raytrain_brats.data.patch import Patch, PatchSpec, decode
 from raytrain_brats.data.sampler import Sampler
-from raytrain_brats.data.stream import StreamSpec
+from raytrain_brats.data.turns import StreamSpec
 from raytrain_brats.run.spec import open_cases
 from scripts.bench_pipelines.pipelines import Order
 
@@ -52,7 +52,7 @@ class CopySink:
 def alone(order: Order) -> Iterator[int]:
     """Load, check, preprocess, encode, decode and copy as the routes do, in one thread; in the order of the rows."""
     taker = CopySink(order.patch)
-    for table in stream.tables(opened(order, settings(order)), 0, 1):
+    for table in turns.tables(opened(order, settings(order)), 0, 1):
         for patch in decode(table)[1]:
             taker.take(patch)
             yield 1

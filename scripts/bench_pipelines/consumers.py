@@ -25,7 +25,7 @@ from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.patch import PatchSpec, decode
 from raytrain_brats.data.preprocess import Prepared
 from raytrain_brats.data.store import Source
-from raytrain_brats.data.stream import StreamSpec
+from raytrain_brats.data.turns import StreamSpec
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.ray_ext.internals import core

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.train import RunConfig, ScalingConfig
 
-from raytrain_brats.data import stream
+from raytrain_brats.data import stream, turns
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.ray_ext.internals.train import LocalTrainer
 from raytrain_brats.ray_ext.process_group import ProcessGroup
@@ -36,8 +36,8 @@ def consume(arguments: dict[str, Any]) -> None:
     begun = ended = time.monotonic()
     number = 0
     sampler, size_zyx = arguments["sampler"], arguments["size_zyx"]
-    rows = stream.read_ahead(lambda: stream.rank_rows(stream.open_shard(0, 1), sampler), arguments["prefetch"])
-    for number, (patch,) in enumerate(stream.rank_steps(rows, sampler, size_zyx, 0, 0, 1), 1):
+    rows = turns.read_ahead(lambda: turns.rank_rows(stream.open_shard(0, 1), sampler), arguments["prefetch"])
+    for number, (patch,) in enumerate(turns.rank_steps(rows, sampler, size_zyx, 0, 0, 1), 1):
         taker.take(patch)
         ended = time.monotonic()
         if number == order.warm:

@@ -18,7 +18,7 @@ from raytrain_brats import verify
 from raytrain_brats.config import Config, parse
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.patch import Patch, decode
-from raytrain_brats.data.stream import StreamSpec, rank_steps, tables
+from raytrain_brats.data.turns import StreamSpec, rank_steps, tables
 from raytrain_brats.run import checkpoint, journal, spec, worker
 from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer

@@ -25,8 +25,9 @@ import torch
 from raytrain_brats import verify
 from raytrain_brats.reporting.goodput import time_breakdown
 from raytrain_brats.run import checkpoint, journal, spec
+from raytrain_brats.run.feed import batch_of
 from raytrain_brats.run.journal import Generation
-from raytrain_brats.run.worker import batch_of, train_step_of
+from raytrain_brats.run.worker import train_step_of
 from scripts.chaos_campaign.core import Progress
 from scripts.chaos_campaign.ray_cluster import Cluster, ElasticRun, kill, ours
 from scripts.chaos_campaign.setting import CPU, stream

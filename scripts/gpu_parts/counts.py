@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from raytrain_brats.config import load
 from raytrain_brats.data.patch import decode
 from raytrain_brats.learn.model import build_network
-from raytrain_brats.run.feed import Uploader
-from raytrain_brats.run.worker import batch_of
+from raytrain_brats.run.feed import Uploader, batch_of
 from scripts.gpu_parts.setting import META, RECIPES, Setting, config, row, train_step
 
 EDGE = 16

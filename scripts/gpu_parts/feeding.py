@@ -18,11 +18,11 @@ from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data.patch import Patch, PatchSpec, decode
 from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source
-from raytrain_brats.data.stream import StreamSpec, rank_steps, tables
+from raytrain_brats.data.turns import StreamSpec, rank_steps, tables
 from raytrain_brats.learn.inference import probabilities
-from raytrain_brats.run.feed import Uploader, resident_rows
+from raytrain_brats.learn.micro_batch import choose
+from raytrain_brats.run.feed import Uploader, batch_of, resident_rows
 from raytrain_brats.run.rank import Rank
-from raytrain_brats.run.worker import batch_of
 from raytrain_brats.synthetic import phantom
 from scripts.gpu_parts.setting import RECIPES, Setting, config, patches, row, train_step
 
@@ -59,6 +59,20 @@ def host_waits(setting: Setting) -> None:
             places = waits(lambda: step.launch(batch, 4))  # noqa: B023 - called at once
             wrong = "the host waits for the device" if places else ""
             setting.findings.tell(f"host waits in launch, {recipe}, micro_batch {micro}", wrong, places=places)
+
+
+def micro_batch(setting: Setting) -> None:
+    """How many samples `auto` takes at once, of 16; on a GPU a step of so many fits, with what it took."""
+    for recipe in RECIPES:
+        step = train_step(config(recipe, setting.edge, 16, "train.micro_batch=auto"), setting.device)
+        facts = choose(step)
+        if setting.gpu:
+            setting.peak_gb()
+            for start in (0, 16):
+                step.step(
+                    batch_of(patches(start // 16, setting.edge, 16, setting.device), start, setting.device), start
+                )
+        setting.findings.tell(f"micro_batch auto, {recipe}", peak_gb=setting.peak_gb(), **facts)
 
 
 def waits(act: Any) -> dict[str, int]:

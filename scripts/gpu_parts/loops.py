@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from raytrain_brats.config import Config, DynUNetOptions
 from raytrain_brats.data.patch import decode
-from raytrain_brats.data.stream import read_ahead
+from raytrain_brats.data.turns import read_ahead
 from raytrain_brats.learn.step import Launched
-from raytrain_brats.run.feed import Uploader
-from raytrain_brats.run.worker import batch_of
+from raytrain_brats.run.feed import Uploader, batch_of
 from scripts.gpu_parts.setting import config, patches, row, train_step
 
 AHEAD = 2

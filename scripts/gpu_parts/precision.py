@@ -15,7 +15,7 @@ from torch import distributed, multiprocessing
 from raytrain_brats.learn import convolution_check
 from raytrain_brats.learn.batch import finish, gather, upload
 from raytrain_brats.learn.step import weight_hash
-from raytrain_brats.run.worker import batch_of
+from raytrain_brats.run.feed import batch_of
 from scripts.gpu_parts.setting import CPU, RECIPES, Setting, apart, config, flat, gradient, patches, train_step
 
 STEPS, STEPS_ON_CPU = 20, 3

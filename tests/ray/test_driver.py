@@ -20,6 +20,7 @@ from raytrain_brats import config
 from raytrain_brats.data import stream
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.store import Source
+from raytrain_brats.data.turns import StreamSpec
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.ray_ext.cluster import Resources
 from raytrain_brats.ray_ext.process_group import ProcessGroup
@@ -100,7 +101,7 @@ def test_what_every_rank_is_sent_does_not_grow_with_the_cases(one_ray_here: None
         sent = [trainer.train_run_context, trainer._get_train_func(), trainer.datasets, trainer.run_config.callbacks]
         factory = trainer.datasets["train-0"]
         streamed = stream.dataset(
-            stream.StreamSpec(spec.sampler, spec.train_cases, spec.source, spec.patch_spec, 0, 1 << 28), 1.0
+            StreamSpec(spec.sampler, spec.train_cases, spec.source, spec.patch_spec, 0, 1 << 28), 1.0
         )
         sizes.append([len(cloudpickle.dumps(part)) for part in (*sent, spec.for_ranks(), streamed)])
         assert len(ray.get(factory.spec).train_cases) == 0.8 * cases

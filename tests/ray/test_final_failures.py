@@ -26,7 +26,7 @@ OTHER = [
     torch.AcceleratorError("CUDA error: unspecified launch failure"),
     RuntimeError("NCCL error: unhandled system error"),
 ]
-SETTINGS = config.load("segresnet")
+SETTINGS = config.load("segresnet", ("train.micro_batch=1",))
 
 
 @pytest.mark.parametrize("error", OTHER, ids=str)
@@ -42,6 +42,7 @@ def test_advice_names_what_this_run_can_change() -> None:
         assert "lower train.micro_batch (now 4)" in told and "train.amp: true" in told
         assert "data.patch_xyz" in told and "network.filters" in told and "\n" not in told
     assert "micro_batch" not in advice(TOO_SMALL, SETTINGS, trained_before=False)
+    assert "lower train.micro_batch (now auto" in advice(TOO_SMALL, config.load("segresnet"), trained_before=False)
     assert "network.init_filters" in advice(TOO_SMALL, SETTINGS, trained_before=False)
     told = advice(NOT_BUILT, SETTINGS, trained_before=True)
     assert "no code for the GPU" in told and "check_gpus" in told

@@ -11,12 +11,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
-from raytrain_brats import storage
-from raytrain_brats.run import journal
+from raytrain_brats import config, storage
+from raytrain_brats.data import resident
+from raytrain_brats.run import checkpoint, journal, spec
 from raytrain_brats.synthetic.phantom import write_set
 from tests.support import ROOT
 from tests.support.cases import REAL, save
+from tests.support.clusters import train_alone
 from tests.support.commands import OneRay
 
 CROPS = REAL / "Task01_BrainTumour_crops"
@@ -98,6 +101,39 @@ def test_everything_may_live_on_s3(one_ray: OneRay, s3_server: str, tmp_path: Pa
     assert "run/report.html" in made
     assert sum(name.startswith("out/") and name.endswith(".nii.gz") for name in made) == 6
     assert sum(name.endswith("MANIFEST.json") for name in made) == 2
+
+
+def test_a_run_is_the_same_wherever_its_cases_stay(one_ray: OneRay, tmp_path: Path) -> None:
+    """Streamed, in shared memory (two workers) and on the device: the same rows, and weights equal to the bit."""
+    data = str(tmp_path / "data")
+    write_set(data, cases=5, seed=4, grid=32, anatomy="procedural")
+    few = [*QUICK, "preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]", "data.patches_per_case=2"]
+    few += ["train.reduction=exact"]
+    alone = spec.build(config.load("demo", tuple(few)), str(tmp_path / "stream"), data, "")
+    spec.write_config(alone)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker: `exact` needs it
+    train_alone(alone)
+    torch.set_num_threads(threads)
+    found = {}
+    for kind, workers in (("stream", ""), ("host", "2"), ("device", "1")):
+        run = str(tmp_path / kind)
+        if workers:
+            where = ["--recipe", "demo", "--data", data, "--run-dir", run, "--workers", workers]
+            one_ray.run(["train", *where, *(f"--set={value}" for value in (*few, f"data.residency={kind}"))])
+        events = [(e["where"], e["asked"]) for e in journal.read_events(run) if e["event"] == "residency"]
+        assert events == [(kind, kind)] * bool(workers)
+        newest, _ = checkpoint.newest_valid(run)
+        assert newest
+        rows = [(row["positions"], row["samples"], row["loss"]) for row in journal.read_rows(run)]
+        found[kind] = rows, checkpoint.load(run, newest.name)[0]
+    rows, weights = found["stream"]
+    assert len(rows) >= 4
+    for kind in ("host", "device"):
+        assert found[kind][0] == rows
+        assert all(torch.equal(found[kind][1][name], tensor) for name, tensor in weights.items())
+    identity = spec.read_config(str(tmp_path / "host")).dataset_identity
+    assert not list(resident.SHARED.glob(f"*-{identity}"))
 
 
 def write_as(folder: Path, cases: list[Path], layout: str) -> list[str]:

@@ -20,7 +20,8 @@ from raytrain_brats.data.patch import Patch, PatchSpec
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source, put
-from raytrain_brats.data.stream import OrderedSplit, StreamSpec, dataset, rank_rows, rank_steps, read_ahead
+from raytrain_brats.data.stream import OrderedSplit, dataset
+from raytrain_brats.data.turns import StreamSpec, rank_rows, rank_steps, read_ahead
 from raytrain_brats.monitoring.spilling import Spilling
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.ray_ext.internals.core import spilled_bytes

@@ -23,7 +23,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 def spec(
     network: str = "segresnet",
-    micro_batch: int = 4,
+    micro_batch: int | str = 4,
     optimiser: str = "sgd",
     clip_norm: float = 1e6,
     reduction: str = "fast",

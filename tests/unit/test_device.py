@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from raytrain_brats.data.patch import CaseBox, decode, encode
 from raytrain_brats.data.sampler import Sample
 from raytrain_brats.learn.step import TrainStep
-from raytrain_brats.run.feed import Uploader
-from raytrain_brats.run.worker import batch_of, train_step_of
+from raytrain_brats.run.feed import Uploader, batch_of
+from raytrain_brats.run.worker import train_step_of
 from tests.support.steps import CPU, EDGE, NETWORKS, empty, patch, spec
 
 META = torch.device("meta")

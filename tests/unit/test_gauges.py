@@ -63,6 +63,7 @@ def test_the_books_are_told_as_they_stand(told: Told) -> None:
         {"event": "quarantine", "time": 10.0, "case": "a"},
         {"event": "validation", "time": 11.0, "dice": {"WT": 0.1, "TC": 0.1, "ET": 0.1}},
         {"event": "resize", "time": 12.0},
+        {"event": "checkpoint", "time": 12.5, "stall": {"data_wait": 0.25}},
         {"event": "recovered", "time": 15.0, "generation": 2, "world_size": 2, "total_s": 3.0},
         {"event": "validation", "time": 16.0, "dice": {"WT": 0.9, "TC": 0.8, "ET": None}},
     ]
@@ -71,6 +72,7 @@ def test_the_books_are_told_as_they_stand(told: Told) -> None:
     run_gauges.set_run(gauges.Gauges("run"), events, [], 100)
     assert told[("resizes", "run")] == told[("quarantined", "run")] == 1
     assert (told[("recoveries", "run")], told[("recovery_s", "run")]) == (2, 3.0)
+    assert {key[2]: value for key, value in told.items() if key[0] == "stall_share"} == {"data_wait": 0.25}
     assert {key[2]: value for key, value in told.items() if key[0] == "dice"} == {"WT": 0.9, "TC": 0.8}
 
 

@@ -13,15 +13,7 @@ from scripts import bench, gpu_check
 from scripts.gpu_parts import steps
 
 ROOT = Path(gpu_check.__file__).parent.parent
-NO_RAY = """
-import sys
-class NoRay:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] == "ray":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, NoRay)
-"""
+NO_RAY = "import sys; sys.modules['ray'] = None\n"
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import dataclasses
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from raytrain_brats.run.phase_timer import PHASES, PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import RunRecorder
 from raytrain_brats.run.stragglers import Stragglers
-from raytrain_brats.run.validate import validate
+from raytrain_brats.run.validate import Validation
 from tests.support.steps import CPU, spec
 
 
@@ -77,14 +76,17 @@ def test_a_rank_waits_for_the_others_in_a_phase_of_its_own(tmp_path: Path, monke
         found[:] = [mine] * len(found)
 
     monkeypatch.setattr(distributed, "all_gather_object", gather)
+    monkeypatch.setattr(distributed, "barrier", lambda: waits.append(timer.phase))
     run_spec = dataclasses.replace(spec(), run_dir=str(tmp_path), held_out_cases=(), dataset_identity="x")
     recorder = RunRecorder(run_spec, journal.begin_generation(str(tmp_path)), Rank(1, 2, CPU), timer)
     timer.enter("load")
     recorder.ready()
-    train_step: Any = SimpleNamespace(world_size=2)
+    train_step: Any = None  # no case, so no prediction
+    validation = Validation(run_spec, Rank(1, 2, CPU), timer.enter)
     timer.enter("validate")
-    validate(run_spec, train_step, 1, 0, timer.enter)
-    assert waits == ["ready", "gather"]
+    validation.predict(train_step, 4)
+    validation.gather()
+    assert waits == ["ready", "gather", "gather"]
 
 
 class Event:

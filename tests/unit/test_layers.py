@@ -24,10 +24,11 @@ ENTRIES = {
 }
 
 
-def imports(name: str) -> set[str]:
-    """Full names of all modules imported anywhere in a module, also inside functions."""
+def imports(name: str, at_once: bool = False) -> set[str]:
+    """Full names of all modules imported anywhere in a module, also inside functions; `at_once`: when it is imported
+    itself."""
     found: set[str] = set()
-    for node in ast.walk(TREES[name]):
+    for node in TREES[name].body if at_once else ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -61,6 +62,10 @@ RULES = {  # layer: what of ours it may import, what of others it may not
     "monitoring": ({"leaf", "ray_ext", "reporting", "run", "monitoring"}, {"torch", "monai"}),
 }
 
+_WITHOUT_RAY = "data.turns data.resident run.feed run.saver run.spec"
+WITHOUT_RAY = {f"raytrain_brats.{name}" for name in _WITHOUT_RAY.split()}
+"""What brings voxels to the device, saves, and says what a run is: `scripts/gpu_check` uses them where Ray is not."""
+
 PLACED = ("run", "monitoring", "ray_ext", "data", "cases", "learn")
 
 
@@ -79,6 +84,18 @@ def test_what_runs_needs_neither_scripts_nor_pictures(name: str) -> None:
     assert not foreign(name) & {"scripts", "tests"}
     if layer(name) == "run":
         assert {module for module in own(name) if layer(module) == "reporting"} <= {"raytrain_brats.reporting.goodput"}
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_RAY))
+def test_what_feeds_and_saves_is_imported_without_ray(name: str) -> None:
+    """Nor does anything that is imported with it need Ray."""
+    seen, left = set[str](), {name}
+    while left:
+        now = left.pop()
+        seen.add(now)
+        found = imports(now, at_once=True)
+        assert "ray" not in {module.split(".")[0] for module in found}, now
+        left |= (found & set(SOURCES)) - seen
 
 
 def test_the_rules_see_the_package() -> None:

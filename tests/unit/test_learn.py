@@ -183,7 +183,7 @@ def test_probabilities_stand_where_the_voxels_are(shape: tuple[int, ...], patch_
     image = RNG.randint(0, 5, (4, *shape)).astype(np.int16)
     mean, std = (1.0, 2.0, 0.5, 0.0), (2.0, 1.0, 3.0, 1.0)
     Identity.windows.clear()
-    found = probabilities(Identity(), image, mean, std, patch_xyz, 0.5, torch.device("cpu"))
+    found = probabilities(Identity(), image, mean, std, patch_xyz, 0.5, torch.device("cpu")).numpy()
     centred = (image[:3] - np.reshape(mean[:3], (3, 1, 1, 1))) / np.reshape(std[:3], (3, 1, 1, 1))
     expected = 1 / (1 + np.exp(-np.where(image[:3] != 0, centred, 0)))
     assert found.dtype == np.float32 and Identity.windows == {patch_xyz[::-1]}

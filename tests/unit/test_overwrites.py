@@ -25,6 +25,7 @@ from raytrain_brats.run.worker import train_step_of
 from raytrain_brats.synthetic import phantom
 from raytrain_brats.synthetic.phantom import write_set
 from scripts import bench, demo_story
+from scripts.bench_pipelines import common
 from tests.support.cases import write_msd_folder
 from tests.support.run_folders import write_run
 
@@ -321,20 +322,20 @@ def test_train_begins_no_run_among_other_files(
 
 def test_bench_keeps_figures_and_folders_that_are_not_its_own(tmp_path: Path, refused: Call) -> None:
     """Other settings' figures, a foreign JSON, a folder of data: told before anything is measured."""
-    made = bench._check_places("data", bench.Data())
+    made = common.check_places("data", bench.Data())
     figures = tmp_path / "figures.json"
     figures.write_text(json.dumps(made | {"pipelines": {}}))
-    bench._check_places("data", bench.Data(json=str(figures)))
+    common.check_places("data", bench.Data(json=str(figures)))
     ready = ("bench", "data", "--peers", "", "--cases", 2, "--grid", 32)
     assert str(figures) in refused(*ready, "--json", figures)
     figures.write_text('{"mine": 1}')
     assert str(figures) in refused("bench", "prepare", "--json", figures)
-    bench._check_places("data", bench.Data(json=str(figures), overwrite=True))
+    common.check_places("data", bench.Data(json=str(figures), overwrite=True))
     (tmp_path / "work/source").mkdir(parents=True)
     (tmp_path / "work/source/dataset.json").write_text("{}")
     assert "source/dataset.json" in refused(*ready, "--work", tmp_path / "work")
     for _ in range(2):
-        bench._check_places("data", bench.Data(work=str(tmp_path / "new")))
+        common.check_places("data", bench.Data(work=str(tmp_path / "new")))
         (tmp_path / "new/source").mkdir(exist_ok=True)
         (tmp_path / "new/source/dataset.json").write_text("{}")
 

@@ -21,7 +21,8 @@ from raytrain_brats.data.patch import Buffer, Patch, PatchSpec, bounding_boxes, 
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.sampler import Sample, Sampler, draw
 from raytrain_brats.data.store import Source, put
-from raytrain_brats.data.stream import CaseDatasource, StreamSpec, rank_rows, rank_steps, read_ahead, tables
+from raytrain_brats.data.stream import CaseDatasource
+from raytrain_brats.data.turns import StreamSpec, rank_rows, rank_steps, read_ahead, tables
 from tests.support.cases import make_volume, write_msd_folder
 from tests.support.steps import equal
 

@@ -48,6 +48,13 @@ def test_only_recent_steps_count() -> None:
     assert "loss 0.500 | 2.0 samples/s" in describe(rows, [], 1000)
 
 
+def test_for_what_training_stood_still() -> None:
+    """Between the last two checkpoints, beside the wait for data; not where it is less than a per cent."""
+    saved = {"event": "checkpoint", "samples_seen": 4}
+    events = [saved | {"time": n, "stall": {"checkpoint": 0.3 / n, "validation": 0.004}} for n in (1, 6)]
+    assert "| 25% waiting for data, 5% saving | 2 workers |" in describe([row(4, 1)], events, 8)
+
+
 def test_scores_and_restarts() -> None:
     """The last validation by region; how often the group was started again."""
     scores = {"event": "validation", "dice": {"WT": 0.9, "TC": 0.805, "ET": 0.7}, "time": 3}

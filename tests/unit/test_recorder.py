@@ -19,11 +19,12 @@ from raytrain_brats.errors import UserError
 from raytrain_brats.learn.step import StepResult
 from raytrain_brats.run import checkpoint, checkpoint_request, control, journal, phase_timer
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
+from raytrain_brats.run.feed import batch_of
 from raytrain_brats.run.journal import MetricsLog
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import ROLL_BACK_AFTER, RunRecorder
-from raytrain_brats.run.worker import batch_of, train_step_of
+from raytrain_brats.run.worker import train_step_of
 from tests.support.steps import CPU, arrived, patch, spec
 
 GOOD = StepResult(0.5, 0, True, False, 17, 0, 0.1, (0.01,))
@@ -165,7 +166,10 @@ def test_the_clock_shares_every_moment_out(tmp_path: Path, monkeypatch: pytest.M
     assert timer.first_batch == pytest.approx(1.7e9 + 0.1, abs=1e-3)
     for before, event in zip([timer.first_batch, *(e["mark"] for e in marks)], marks, strict=False):
         assert sum(event["spent"].values()) == pytest.approx(event["mark"] - before, abs=2e-3)
+        for cause, share in event["stall"].items():
+            assert share == pytest.approx(event["spent"].get(f"{cause}_s", 0.0) / (event["mark"] - before), abs=0.02)
     assert len(marks) == 4 and all(e["spent"]["data_wait_s"] == pytest.approx(0.05, abs=1e-3) for e in marks[1:3])
+    assert set(marks[0]["stall"]) == {"data_wait", "checkpoint", "validation"} and marks[1]["stall"]["checkpoint"] > 0
 
 
 def test_a_step_waited_for_data_and_computed(tmp_path: Path) -> None:
@@ -296,7 +300,10 @@ def test_a_save_holds_the_state_of_its_step_and_only_the_next_update_waits(
     train_step, copy, order = train_step_of(spec(), 1, CPU), checkpoint.tensors_file, list[str]()
 
     def slow(*args: Any) -> Any:
-        time.sleep(0.5)
+        until = time.monotonic() + 20  # a copy that is waited for before the backward would take all of it
+        while "backward" not in order and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.2)
         order.append("copied")
         return copy(*args)
 

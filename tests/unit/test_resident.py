@@ -14,7 +14,7 @@ from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.patch import Patch, PatchSpec, decode
 from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source
-from raytrain_brats.data.stream import StreamSpec, rank_steps, tables
+from raytrain_brats.data.turns import StreamSpec, rank_steps, tables
 from raytrain_brats.run.feed import Uploader, resident_rows
 from raytrain_brats.run.rank import Rank
 from tests.support.cases import write_msd_folder

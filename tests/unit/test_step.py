@@ -14,12 +14,14 @@ from torch import distributed, multiprocessing, nn
 from raytrain_brats import labels
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import draw
+from raytrain_brats.learn import micro_batch
 from raytrain_brats.learn.batch import DRAWS, augment, normalise, to_regions
 from raytrain_brats.learn.model import build_network, learning_rate, sample_losses
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint
+from raytrain_brats.run.feed import batch_of
 from raytrain_brats.run.spec import RunSpec
-from raytrain_brats.run.worker import batch_of, train_step_of
+from raytrain_brats.run.worker import train_step_of
 from tests.support.steps import CPU, NETWORKS, empty, patch, spec
 
 
@@ -77,23 +79,35 @@ def test_gradients_are_clipped_as_one_batch() -> None:
     gradient, _ = by_hand(batch, spec())
     limit = float(gradient.norm()) / 3
     found = []
-    for micro_batch in (1, 4):
-        train_step = train_step_of(spec(micro_batch=micro_batch, clip_norm=limit), 1, CPU)
+    for size in (1, 4):
+        train_step = train_step_of(spec(micro_batch=size, clip_norm=limit), 1, CPU)
         before = weights(train_step)
         train_step.step(batch_of(batch, 0, CPU), 0)
         found.append((before - weights(train_step)).norm() / (0.01 * 1.99))
     assert [float(norm) for norm in found] == pytest.approx([limit, limit], rel=1e-3)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4])
-def test_neither_micro_batches_nor_rows_of_weight_zero_change_the_update(micro_batch: int) -> None:
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_neither_micro_batches_nor_rows_of_weight_zero_change_the_update(size: int) -> None:
     """Any micro-batch gives the same weights; an unreadable case leaves the step of the other three, and is counted."""
     real = [patch(i) for i in range(3)]
     for batch, bad in ((real, 0), ([real[0], empty(9, "missing: gone"), *real[1:]], 1)):
-        train_step = train_step_of(spec(micro_batch=micro_batch), 1, CPU)
+        train_step = train_step_of(spec(micro_batch=size), 1, CPU)
         result = train_step.step(batch_of(batch, 0, CPU), 0)
         torch.testing.assert_close(weights(train_step), stepped(real), rtol=0, atol=2e-6)
         assert (result.loss, result.bad) == (pytest.approx(by_hand(real, spec())[1], abs=1e-6), bad)
+
+
+def test_the_micro_batch_is_what_memory_holds() -> None:
+    """`auto`: the rank's share of the step where it fits, never less than one; without a GPU two; in `exact` one."""
+    gb = 1 << 30
+    assert micro_batch.fitting(share=16, free=78 * gb, total=80 * gb, weights=0, sample=2 * gb) == 16
+    assert micro_batch.fitting(share=16, free=15 * gb, total=16 * gb, weights=gb // 4, sample=2 * gb) == 4
+    assert micro_batch.fitting(share=4, free=3 * gb, total=16 * gb, weights=0, sample=2 * gb) == 1
+    for world_size, reduction, expected in ((1, "fast", 2), (2, "fast", 2), (4, "fast", 1), (1, "exact", 1)):
+        train_step = train_step_of(spec(micro_batch="auto", reduction=reduction), 1, CPU)
+        train_step.world_size = world_size
+        assert micro_batch.choose(train_step)["samples"] == train_step.micro_batch == expected
 
 
 def _frozen_state(train_step: TrainStep) -> dict[str, torch.Tensor]:
@@ -151,8 +165,8 @@ def _rank(rank: int, port: int, folder: str) -> None:
     """Both cases in one process group: starting one costs seconds."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for name, (network, micro_batch, shares) in CASES.items():
-        train_step = train_step_of(spec(network, micro_batch), 2, CPU)
+    for name, (network, size, shares) in CASES.items():
+        train_step = train_step_of(spec(network, size), 2, CPU)
         results = [train_step.step(batch_of([_row(n) for n in shares[rank]], start, CPU), start) for start in (0, 4)]
         torch.save((weights(train_step), [(r.loss, r.bad) for r in results]), f"{folder}/{name}-{rank}.pt")
     os._exit(0)  # the group's destructor may wait for ever in a forked process; there is nothing left to do

@@ -13,7 +13,8 @@ from torch import distributed, multiprocessing, nn
 from raytrain_brats.learn import tree_reduce
 from raytrain_brats.learn.batch import Batch
 from raytrain_brats.learn.step import differing, weight_hash
-from raytrain_brats.run.worker import batch_of, train_step_of
+from raytrain_brats.run.feed import batch_of
+from raytrain_brats.run.worker import train_step_of
 from tests.support.steps import CPU, empty, patch, spec
 
 shapes = st.integers(1, 40).flatmap(
