@@ -55,5 +55,5 @@ def _scored(spec: RunSpec, case: Case, train_step: TrainStep) -> Score | None:
         reason = {"reason": error.reason, "detail": error.detail}
         journal.event(spec.run_dir, "quarantine", case=case.id, **reason, position=None)
         return None
-    masks = predict_masks(prepared, train_step.network, spec.config, train_step.device)
+    masks = predict_masks(prepared, train_step.averaged, spec.config, train_step.device)
     return score(case.id, masks, prepared, spec.source.convention)
