@@ -5,6 +5,7 @@ Out: a `Config`, and its YAML. An error names the key and the nearest names that
 """
 
 import difflib
+import itertools
 import re
 from importlib import resources
 from pathlib import Path
@@ -175,9 +176,26 @@ class Config(_Frozen):
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
+DEFAULT_RECIPE = "dynunet"
+"""For real cases, where none is named."""
+
+
 def recipe_names() -> list[str]:
     folder = resources.files("raytrain_brats") / "recipes"
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+
+
+def recipe_text(recipe: str) -> str:
+    """The text of a recipe that `load` takes: a name or a YAML file."""
+    if recipe.endswith((".yaml", ".yml")):
+        return Path(recipe).read_text()
+    return (resources.files("raytrain_brats") / "recipes" / f"{recipe}.yaml").read_text()
+
+
+def header(recipe: str) -> list[str]:
+    """The lines at the top of a recipe: what it is, then its hardware, hours and Dice."""
+    lines = recipe_text(recipe).splitlines()
+    return [line.removeprefix("#").strip() for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
 
 
 def described(recipe: str, config: "Config") -> str:
@@ -185,7 +203,7 @@ def described(recipe: str, config: "Config") -> str:
     edges = config.data.patch_xyz
     patch = f"{edges[0]}^3" if len(set(edges)) == 1 else "x".join(map(str, edges))
     return (
-        f"{recipe or 'recipe'}: {config.network.name}, {config.preprocess.spacing_mm:g} mm, patch {patch}, "
+        f"{recipe}{': ' if recipe else ''}{config.network.name}, {config.preprocess.spacing_mm:g} mm, patch {patch}, "
         f"{config.train.epochs} epochs, global batch {config.train.global_batch}"
     )
 
