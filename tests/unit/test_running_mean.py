@@ -16,6 +16,15 @@ from raytrain_brats.run.worker import batch_of, train_step_of
 from tests.support.steps import CPU, empty, patch, spec
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Any:
+    """Tiny networks: more threads than cores to spare only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def flat(network: nn.Module) -> torch.Tensor:
     return nn.utils.parameters_to_vector(network.parameters()).detach().clone()
 
@@ -28,9 +37,10 @@ def trained(steps: int = 0, **changes: Any) -> TrainStep:
 
 
 def without_mean() -> TrainStep:
-    settings = spec("dynunet").config.model_dump(mode="json", by_alias=True)
+    run_spec = spec("dynunet")
+    settings = run_spec.config.model_dump(mode="json", by_alias=True)
     settings["train"]["ema_samples"] = None
-    return TrainStep(parse(settings, "test"), 1000, "msd", 1, CPU)
+    return TrainStep(parse(settings, "test"), run_spec.sampler.total, "msd", 1, CPU)
 
 
 def test_it_forgets_by_samples_whatever_the_batch() -> None:
