@@ -19,6 +19,7 @@ from raytrain_brats.cli import choose
 COMMANDS = {
     "phantom": "write labelled BraTS-like cases",
     "download": "fetch MSD Task01 from its public bucket",
+    "recipes": "list the settings of whole runs that ship, or show one",
     "index": "find and checksum the cases of a folder",
     "prepare": "preprocess all cases once, into a store",
     "expand": "make many distinct volumes from each case",

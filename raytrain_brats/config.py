@@ -5,6 +5,7 @@ Out: a `Config`, and its YAML. An error names the key and the nearest names that
 """
 
 import difflib
+import itertools
 import re
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -23,12 +23,10 @@ from pydantic import (
 )
 
 from raytrain_brats.errors import UserError
+from raytrain_brats.networks import NAMES, Network
+from raytrain_brats.networks import Frozen as _Frozen
 
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Preprocess(_Frozen):
@@ -51,6 +49,8 @@ class Data(_Frozen):
     """Patches cut from each case per epoch, out of one decode; shown in as many successive steps."""
     foreground_share: Share = 0.5
     """Share of patches centred on a tumour voxel."""
+    foreground_draw: Literal["labels", "regions"] = "labels"
+    """Which voxel: of a label value drawn evenly among those of the case, or of a region (WT, TC, ET), as nnU-Net."""
     max_bad_share: Share = 0.05
     """The run stops when more than this share of an epoch's samples cannot be read."""
     residency: Literal["auto", "device", "host", "stream"] = "auto"
@@ -58,36 +58,15 @@ class Data(_Frozen):
     Data brings them anew each epoch. `auto` takes the first of these for which there is room; `stream` without GPU."""
 
 
-class SegResNetOptions(_Frozen):
-    """MONAI SegResNet without its VAE branch (Myronenko 2018, arXiv 1810.11654); group norm."""
-
-    name: Literal["segresnet"]
-    init_filters: PositiveInt = 16
-    blocks_down: tuple[PositiveInt, ...] = (1, 2, 2, 4)
-    blocks_up: tuple[PositiveInt, ...] = (1, 1, 1)
-
-    @model_validator(mode="after")
-    def _fits(self) -> "SegResNetOptions":
-        if len(self.blocks_up) != len(self.blocks_down) - 1:
-            raise ValueError("blocks_up must have one entry less than blocks_down")
-        if self.init_filters % 8:
-            raise ValueError("init_filters must be a multiple of 8, for group norm")
-        return self
-
-
-class DynUNetOptions(_Frozen):
-    """MONAI DynUNet, nnU-Net's network (Isensee et al. 2021, doi 10.1038/s41592-020-01008-z); instance norm."""
-
-    name: Literal["dynunet"]
-    filters: Annotated[tuple[PositiveInt, ...], Field(min_length=3)] = (32, 64, 128, 256, 320)
-
-
 class Optimiser(_Frozen):
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: PositiveFloat = 3e-4
     weight_decay: float = Field(default=1e-5, ge=0)
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    """How the learning rate falls with the samples, after it rose: to zero along a cosine; to zero as
+    (1 - share done)^0.9, nnU-Net's for SGD; not at all."""
     warmup_share: Share = 0.03
-    """Share of all samples over which the learning rate rises; then it falls to zero along a cosine."""
+    """Share of all samples over which the learning rate rises."""
     clip_norm: PositiveFloat = 12.0
 
 
@@ -111,7 +90,11 @@ class Train(_Frozen):
     on it but for rounding. `exact` takes them one by one."""
     reduction: Literal["fast", "exact"] = "fast"
     """`fast`: DDP, the same at any world size but for float rounding. `exact`: the same bits on one kind of CPU."""
+    loss: Literal["dice_bce", "dice"] = "dice_bce"
+    """Soft Dice of each region, and binary cross-entropy beside it."""
     optimiser: Optimiser = Optimiser()
+    ema_samples: PositiveInt | None = None
+    """Score and predict by a running mean of the weights over about so many samples; by default by the last weights."""
     augment: Augment = Augment()
     amp: bool = True
     """Mixed precision where the device has it (bf16, else fp16 with loss scaling); CPUs train in float32. `false`: all
@@ -182,7 +165,7 @@ class Run(_Frozen):
 
 
 class Config(_Frozen):
-    network: Annotated[SegResNetOptions | DynUNetOptions, Field(discriminator="name")]
+    network: Network
     preprocess: Preprocess = Preprocess()
     data: Data = Data()
     train: Train = Train()
@@ -194,9 +177,26 @@ class Config(_Frozen):
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
+DEFAULT_RECIPE = "dynunet"
+"""For real cases, where none is named."""
+
+
 def recipe_names() -> list[str]:
     folder = resources.files("raytrain_brats") / "recipes"
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+
+
+def recipe_text(recipe: str) -> str:
+    """The text of a recipe that `load` takes: a name or a YAML file."""
+    if recipe.endswith((".yaml", ".yml")):
+        return Path(recipe).read_text()
+    return (resources.files("raytrain_brats") / "recipes" / f"{recipe}.yaml").read_text()
+
+
+def header(recipe: str) -> list[str]:
+    """The lines at the top of a recipe: what it is, then its hardware, hours and Dice."""
+    lines = recipe_text(recipe).splitlines()
+    return [line.removeprefix("#").strip() for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
 
 
 def described(recipe: str, config: "Config") -> str:
@@ -204,7 +204,7 @@ def described(recipe: str, config: "Config") -> str:
     edges = config.data.patch_xyz
     patch = f"{edges[0]}^3" if len(set(edges)) == 1 else "x".join(map(str, edges))
     return (
-        f"{recipe or 'recipe'}: {config.network.name}, {config.preprocess.spacing_mm:g} mm, patch {patch}, "
+        f"{recipe}{': ' if recipe else ''}{config.network.name}, {config.preprocess.spacing_mm:g} mm, patch {patch}, "
         f"{config.train.epochs} epochs, global batch {config.train.global_batch}"
     )
 
@@ -235,7 +235,7 @@ def load(recipe: str, overrides: tuple[str, ...] = ()) -> Config:
     return parse(values, where)
 
 
-_BRANCHES = ("segresnet", "dynunet", "constrained-int", "literal['auto']")
+_BRANCHES = (*NAMES, "constrained-int", "literal['auto']")
 """What Pydantic adds to a key where a value may be of several kinds."""
 
 
@@ -258,7 +258,7 @@ _FREE: dict[str, Any] = {
     "checkpoint": True,
     "validate_": True,
     "data": {"max_bad_share", "residency"},
-    "train": {"micro_batch"},
+    "train": {"micro_batch", "ema_samples"},
 }
 """What may change from one start of a run to the next: it does not alter which updates are applied."""
 
@@ -291,9 +291,7 @@ def _read_yaml(text: str | bytes) -> Any:
 
 def patch_divisor(config: Config) -> int:
     """Patch edges must be multiples of this: the network halves them at every level."""
-    options = config.network
-    levels = len(options.filters) if isinstance(options, DynUNetOptions) else len(options.blocks_down)
-    return int(2 ** (levels - 1))
+    return int(2 ** (config.network.levels - 1))
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -4,21 +4,21 @@ In: a data folder or store; a recipe's settings. Out: the recipe to use; warning
 """
 
 import contextlib
+import sys
 
 import numpy as np
 
 from raytrain_brats import storage
 from raytrain_brats.cases import scan
-from raytrain_brats.config import Config, described, load, recipe_names
+from raytrain_brats.config import DEFAULT_RECIPE, Config
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Manifest
 from raytrain_brats.data.nifti import InvalidCase, background_warning
 from raytrain_brats.data.store import Source
-from raytrain_brats.errors import UserError
 
 
 def recipe_for(given: str, data: str, store: str) -> str:
-    """The recipe to use: the one given, else `demo` for phantoms. Raises UserError when real cases come without one.
+    """The recipe to use: the one given, else `demo` for phantoms, `DEFAULT_RECIPE` for real cases, which is told.
 
     The demo's 4 mm voxels and small network must never be a user's result by default.
     """
@@ -29,10 +29,12 @@ def recipe_for(given: str, data: str, store: str) -> str:
         return "demo"  # `open_index` raises: the store is not finished
     if manifests.read(index).synthetic if store else scan.is_synthetic(data):
         return "demo"
-    lines = "; ".join(described(name, load(name)) for name in recipe_names())
-    raise UserError(
-        f"{store or data} holds no phantoms, so name a recipe with --recipe (or RAYTRAIN_BRATS_RECIPE): {lines}"
+    print(
+        f"{store or data} holds no phantoms and no --recipe is given: {DEFAULT_RECIPE}, the default for real cases; "
+        "`raytrain-brats recipes` lists the others",
+        file=sys.stderr,
     )
+    return DEFAULT_RECIPE
 
 
 def warnings(config: Config, manifest: Manifest, source: Source) -> list[str]:

@@ -26,6 +26,9 @@ from raytrain_brats.data.preprocess import Prepared, Triple, triple
 from raytrain_brats.data.sampler import Row, Sample, draw
 from raytrain_brats.data.store import Source, binary_column, binary_value
 
+Regions = tuple[tuple[int, ...], ...]
+"""Label values of each."""
+
 
 @dataclass(frozen=True)
 class PatchSpec:
@@ -33,6 +36,8 @@ class PatchSpec:
 
     patch_xyz: Triple
     foreground_share: float
+    regions: Regions = ()
+    """Regions among which centres are drawn evenly; none: evenly among label values."""
 
     @property
     def size_zyx(self) -> Triple:
@@ -84,24 +89,48 @@ class CaseBox:
     std: tuple[float, ...] = ()
 
 
-def patch_origin(prepared: Prepared, sample: Sample, size_zyx: Triple, foreground_share: float) -> Triple:
+def patch_origin(
+    prepared: Prepared, sample: Sample, size_zyx: Triple, foreground_share: float, regions: Regions = ()
+) -> Triple:
     """First voxel (z, y, x) of the sample's patch in the prepared box.
 
-    With probability `foreground_share` the centre is a tumour voxel, of a label value drawn evenly among those
-    present (nnU-Net's oversampling, Isensee et al. 2021, doi 10.1038/s41592-020-01008-z); else the origin is uniform.
+    With probability `foreground_share` the centre is a tumour voxel (`_centre`); else the origin is uniform.
     """
     box = prepared.image_czyx.shape[1:]
     # Always six numbers, whichever branch uses them: a sample's crop depends on its seed and its case alone.
     chance, value, voxel, *uniform = draw(sample.seed, "crop", 6)
     room = [max(0, b - s) for b, s in zip(box, size_zyx, strict=True)]
     origin = [int(u * (r + 1)) for u, r in zip(uniform, room, strict=True)]
-    if chance < foreground_share and prepared.foreground_counts:
-        counts = [count for _, count in prepared.foreground_counts]
-        chosen = int(value * len(counts))
-        index = prepared.foreground[sum(counts[:chosen]) + int(voxel * counts[chosen])]
+    index = _centre(prepared, regions, value, voxel) if chance < foreground_share else None
+    if index is not None:
         centre = np.unravel_index(index, box)
         origin = [min(max(0, int(c) - s // 2), r) for c, s, r in zip(centre, size_zyx, room, strict=True)]
     return origin[0], origin[1], origin[2]
+
+
+def _centre(prepared: Prepared, regions: Regions, which: float, voxel: float) -> int | None:
+    """The flat index of a tumour voxel, by two numbers in [0, 1); None where there is none.
+
+    First one of the case's label values is drawn, or one of its regions, each as likely as the others; then one of its
+    voxels (nnU-Net's oversampling, Isensee et al. 2021, doi 10.1038/s41592-020-01008-z).
+    """
+    values, counts = [value for value, _ in prepared.foreground_counts], [n for _, n in prepared.foreground_counts]
+    drawn_among = [[row] for row in range(len(values))]
+    if regions:
+        drawn_among = [rows for r in regions if (rows := [row for row, value in enumerate(values) if value in r])]
+    if not drawn_among:
+        return None
+    chosen, *others = drawn_among[int(which * len(drawn_among))]
+    if others:  # each voxel of a region is as likely, though as many may be listed of a small part as of a large one
+        voxel *= sum(prepared.label_voxels[row] for row in (chosen, *others))
+        for row in (chosen, *others):
+            chosen = row
+            if voxel < prepared.label_voxels[row]:
+                break
+            voxel -= prepared.label_voxels[row]
+        voxel /= prepared.label_voxels[chosen]
+    listed = min(int(voxel * counts[chosen]), counts[chosen] - 1)
+    return int(prepared.foreground[sum(counts[:chosen]) + listed])
 
 
 class Buffer:
@@ -144,7 +173,8 @@ def case_boxes(source: Source, case: Case, samples: Sequence[Sample], patch_spec
 def bounding_boxes(prepared: Prepared, case_id: str, samples: Sequence[Sample], patch_spec: PatchSpec) -> list[CaseBox]:
     """The bounding box of these patches of a case; a box for each where the common one would be larger than all."""
     size, share = np.array(patch_spec.size_zyx), patch_spec.foreground_share
-    origins = [np.array(patch_origin(prepared, sample, patch_spec.size_zyx, share)) for sample in samples]
+    drawn = (patch_origin(prepared, sample, patch_spec.size_zyx, share, patch_spec.regions) for sample in samples)
+    origins = [np.array(origin) for origin in drawn]
     separately = prod(size) * len(samples)
     low, high = np.min(origins, axis=0), np.max(origins, axis=0) + size
     if len(samples) > 1 and prod(np.minimum(high, prepared.image_czyx.shape[1:]) - low) > separately:

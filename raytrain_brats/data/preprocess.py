@@ -75,6 +75,7 @@ class Prepared:
     `mean`, `std`: of the stored values, per channel over non-zero voxels, float64-accumulated;
     `foreground`: flat indices into the (z, y, x) box, FOREGROUND_VOXELS at most per label value;
     `foreground_counts`: (value, how many of these indices) per label value;
+    `label_voxels`: voxels of each of these values in the box, in the same order;
     `native_label_xyz`: only where the prepared label cannot be restored to it (after resampling, or with label
     voxels outside the foreground), since scores are computed on the native grid.
     """
@@ -87,6 +88,7 @@ class Prepared:
     foreground: npt.NDArray[np.int32]
     foreground_counts: tuple[tuple[int, int], ...]
     native_label_xyz: npt.NDArray[np.uint8] | None = None
+    label_voxels: tuple[int, ...] = ()
 
     def truth_xyz(self) -> npt.NDArray[np.uint8]:
         """The label on the native grid."""
@@ -135,7 +137,7 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
     crop = tuple(slice(low, high) for low, high in box)
     label_zyx = None if label is None else np.ascontiguousarray(label[crop].T)
     stored, mean, std = _condensed(image[(slice(None), *crop)].transpose(0, 3, 2, 1), extent, volume.files)
-    foreground, counts = _foreground_index(label_zyx)
+    foreground, counts, voxels = _foreground_index(label_zyx)
     geometry = Geometry(
         native_shape=triple(volume.image_cxyz.shape[1:]),
         affine=tuple(tuple(row) for row in volume.affine.tolist()),
@@ -150,7 +152,7 @@ def preprocess(volume: Volume, spacing_mm: float) -> Prepared:
     native = volume.label_xyz
     if native is not None and label_zyx is not None and (ratio == 1).all():
         native = None if np.count_nonzero(label_zyx) == np.count_nonzero(native) else native
-    return Prepared(stored, label_zyx, mean, std, geometry, foreground, counts, native)
+    return Prepared(stored, label_zyx, mean, std, geometry, foreground, counts, native, voxels)
 
 
 def restore(box_czyx: npt.NDArray[Any], geometry: Geometry) -> npt.NDArray[Any]:
@@ -347,8 +349,9 @@ def _halves(image: npt.NDArray[Any], factors: tuple[float, ...]) -> npt.NDArray[
     return halves
 
 
-def _foreground_index(label_zyx: npt.NDArray[np.uint8] | None) -> tuple[npt.NDArray[np.int32], Any]:
-    indices, counts = [np.zeros(0, np.int32)], []
+def _foreground_index(label_zyx: npt.NDArray[np.uint8] | None) -> tuple[npt.NDArray[np.int32], Any, tuple[int, ...]]:
+    """`foreground`, `foreground_counts` and `label_voxels` of `Prepared`."""
+    indices, counts, voxels = [np.zeros(0, np.int32)], [], []
     if label_zyx is not None:
         tumour = np.flatnonzero(label_zyx.reshape(-1) != 0)
         values = label_zyx.reshape(-1)[tumour]
@@ -358,7 +361,8 @@ def _foreground_index(label_zyx: npt.NDArray[np.uint8] | None) -> tuple[npt.NDAr
             pick = np.linspace(0, len(found) - 1, min(len(found), FOREGROUND_VOXELS)).astype(int)
             indices.append(found[pick].astype(np.int32))
             counts.append((int(value), len(pick)))
-    return np.concatenate(indices), tuple(counts)
+            voxels.append(len(found))
+    return np.concatenate(indices), tuple(counts), tuple(voxels)
 
 
 def triple(values: Any) -> Triple:

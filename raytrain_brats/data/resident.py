@@ -136,7 +136,8 @@ def _placed(spec: StreamSpec, case: Case, place: Callable[[Any], ViewOf]) -> _Ke
     nothing = np.broadcast_to(np.zeros(1, np.int16), prepared.image_czyx.shape)
     light = replace(prepared, image_czyx=nothing, label_zyx=None, native_label_xyz=None)
     light = replace(light, foreground=prepared.foreground.copy())  # no view, which would hold the whole case
-    origin = partial(patch_origin, light, size_zyx=size, foreground_share=spec.patch_spec.foreground_share)
+    share, regions = spec.patch_spec.foreground_share, spec.patch_spec.regions
+    origin = partial(patch_origin, light, size_zyx=size, foreground_share=share, regions=regions)
     return _Kept("", patch.image_czyx, patch.label_zyx, prepared.mean, prepared.std, origin)
 
 

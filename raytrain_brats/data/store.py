@@ -115,7 +115,7 @@ def to_table(prepared: Prepared) -> pa.Table:
     about: dict[str, Any] = {"format": FORMAT, "dtype": image.dtype.name, "shape_czyx": image.shape}
     about |= {"labelled": label is not None, "native_labelled": native is not None}
     about |= {"mean": prepared.mean, "std": prepared.std, "geometry": dataclasses.asdict(prepared.geometry)}
-    about |= {"foreground_counts": prepared.foreground_counts}
+    about |= {"foreground_counts": prepared.foreground_counts, "label_voxels": prepared.label_voxels}
     nothing = np.zeros(0, np.uint8)
     columns: dict[str, Any] = {"image": binary_column(image)}
     columns["label"] = binary_column(nothing if label is None else label)
@@ -145,15 +145,21 @@ def from_table(table: pa.Table) -> Prepared:
     native = None
     if about["native_labelled"]:
         native = binary_value(table, "native_label", np.uint8).reshape(geometry.native_shape[::-1]).T
+    label = binary_value(table, "label", np.uint8).reshape(shape[1:]) if about["labelled"] else None
+    counts = _tuples(about["foreground_counts"])
+    voxels = about.get("label_voxels")
+    if voxels is None:  # an object of an earlier version
+        voxels = [] if label is None else [int(np.count_nonzero(label == value)) for value, _ in counts]
     return Prepared(
         binary_value(table, "image", np.dtype(about["dtype"])).reshape(shape),
-        binary_value(table, "label", np.uint8).reshape(shape[1:]) if about["labelled"] else None,
+        label,
         tuple(about["mean"]),
         tuple(about["std"]),
         geometry,
         binary_value(table, "foreground", np.int32),
-        _tuples(about["foreground_counts"]),
+        counts,
         native,
+        tuple(voxels),
     )
 
 

@@ -1,60 +1,145 @@
 """Network, loss, optimiser and learning rate of a run. Runs in workers and predict tasks.
 
 In: the config.
-Out: a MONAI network from 4 modalities to 3 region logits, a per-sample loss, a torch optimiser.
+Out: a MONAI network from 4 modalities to 3 region logits, a per-sample loss, a torch optimiser, its learning rate.
 
 Samples must not influence each other, or the number of workers would change the result: networks use group or
 instance norm, and the loss is one number per sample.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.utils.deterministic
 from monai.losses.dice import DiceLoss
+from monai.networks.blocks.mednext_block import MedNeXtOutBlock
 from monai.networks.nets.dynunet import DynUNet
+from monai.networks.nets.mednext import MedNeXt
 from monai.networks.nets.segresnet import SegResNet
+from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 from torch.nn import functional
 
-from raytrain_brats.config import Config, DynUNetOptions, Optimiser
+from raytrain_brats.config import Config, Optimiser
 from raytrain_brats.labels import MODALITIES, REGIONS
+from raytrain_brats.networks import DynUNetOptions, MedNeXtOptions, Network, SegResNetOptions
 
 torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 """Else every buffer that is about to be written is filled first in `exact` mode; nothing here reads one before that."""
 
+_IN, _OUT = len(MODALITIES), len(REGIONS)
+
 
 def build_network(config: Config) -> nn.Module:
-    """(b, 4, z, y, x) -> (b, 3, z, y, x) logits of WT, TC, ET; the same initial weights for the same seed."""
-    options = config.network
+    """(b, 4, z, y, x) -> (b, 3, z, y, x) logits of WT, TC, ET; the same initial weights for the same seed.
+
+    In training a network with heads gives a list: these logits, then those at 1/2, 1/4, ... of the resolution.
+    """
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU; the GPUs' states are not ours to read
         torch.default_generator.manual_seed(config.train.seed)
-        if isinstance(options, DynUNetOptions):
-            depth = len(options.filters)
-            network: nn.Module = DynUNet(
-                spatial_dims=3,
-                in_channels=len(MODALITIES),
-                out_channels=len(REGIONS),
-                kernel_size=[3] * depth,
-                strides=[1] + [2] * (depth - 1),
-                upsample_kernel_size=[2] * (depth - 1),
-                filters=options.filters,
-                norm_name=("INSTANCE", {"affine": True}),
-                # In place it would change a view that instance norm made, and autograd then copies each activation.
-                act_name=("leakyrelu", {"inplace": False, "negative_slope": 0.01}),
-                res_block=False,
-            )
-        else:
-            network = SegResNet(
-                in_channels=len(MODALITIES),
-                out_channels=len(REGIONS),
-                init_filters=options.init_filters,
-                blocks_down=options.blocks_down,
-                blocks_up=options.blocks_up,
-            )
-            _keep_precision(network)
+        network = _network(config.network)
+    _keep_precision(network)
     return network
+
+
+def _network(options: Network) -> nn.Module:
+    if isinstance(options, DynUNetOptions):
+        return _DynUNet(options)
+    if isinstance(options, MedNeXtOptions):
+        return _MedNeXt(options)
+    if isinstance(options, SegResNetOptions):
+        return SegResNet(
+            in_channels=_IN,
+            out_channels=_OUT,
+            init_filters=options.init_filters,
+            blocks_down=options.blocks_down,
+            blocks_up=options.blocks_up,
+        )
+    strides = [2] * (options.levels - 1)
+    return UNet(3, _IN, _OUT, options.channels, strides, num_res_units=options.res_units)
+
+
+class _DynUNet(DynUNet):
+    """Its lower heads stay at their own resolution (MONAI enlarges and stacks them: gigabytes at 128^3), and the way
+    through its layers is a plain loop (MONAI's is recursive, and leaves each head's output in a list that lives on)."""
+
+    def __init__(self, options: DynUNetOptions) -> None:
+        super().__init__(
+            spatial_dims=3,
+            in_channels=_IN,
+            out_channels=_OUT,
+            kernel_size=[3] * options.levels,
+            strides=[1] + [2] * (options.levels - 1),
+            upsample_kernel_size=[2] * (options.levels - 1),
+            filters=options.filters,
+            norm_name=("INSTANCE", {"affine": True}),
+            # In place it would change a view that instance norm made, and autograd then copies each activation.
+            act_name=("leakyrelu", {"inplace": False, "negative_slope": 0.01}),
+            res_block=False,
+            deep_supervision=options.heads > 0,
+            deep_supr_num=max(1, options.heads),
+        )
+        del self.skip_layers  # the same layers by other names: a checkpoint would hold each weight twice
+        self.register_load_state_dict_pre_hook(_without_skip_layers)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        skips = [self.input_block(x)]
+        for down in self.downsamples:
+            skips.append(down(skips[-1]))
+        levels = [self.bottleneck(skips[-1])]
+        for up in self.upsamples:
+            levels.append(up(levels[-1], skips.pop()))
+        out: Tensor = self.output_block(levels[-1])
+        if not (self.training and self.deep_supervision):
+            return out
+        # No `strict`: the deepest levels have no head.
+        return [out, *(head(level) for head, level in zip(self.deep_supervision_heads, levels[-2::-1], strict=False))]
+
+
+def _without_skip_layers(_: nn.Module, weights: dict[str, Any], prefix: str, *__: Any) -> None:
+    """Checkpoints of earlier versions, and MONAI's own, name each layer of DynUNet twice."""
+    for name in [name for name in weights if name.startswith(f"{prefix}skip_layers.")]:
+        del weights[name]
+
+
+class _MedNeXt(MedNeXt):
+    """With as many heads as wanted, and none computed outside training (MONAI computes all four, always)."""
+
+    def __init__(self, options: MedNeXtOptions) -> None:
+        *blocks, blocks_bottleneck = options.blocks
+        *expansion, bottleneck_expansion = options.expansion
+        super().__init__(
+            spatial_dims=3,
+            init_filters=options.init_filters,
+            in_channels=_IN,
+            out_channels=_OUT,
+            encoder_expansion_ratio=expansion,
+            decoder_expansion_ratio=expansion[::-1],
+            bottleneck_expansion_ratio=bottleneck_expansion,
+            kernel_size=options.kernel_size,
+            use_residual_connection=True,
+            blocks_down=blocks,
+            blocks_bottleneck=blocks_bottleneck,
+            blocks_up=blocks[::-1],
+        )
+        widths = [options.init_filters << level for level in range(1, options.heads + 1)]
+        self.heads = nn.ModuleList(MedNeXtOutBlock(width, _OUT, "3d") for width in widths)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        x, skips = self.stem(x), []
+        for stage, down in zip(self.enc_stages, self.down_blocks, strict=True):
+            skips.append(stage(x))
+            x = down(skips[-1])
+        levels = [self.bottleneck(x)]
+        for up, stage in zip(self.up_blocks, self.dec_stages, strict=True):
+            levels.append(stage(up(levels[-1]) + skips.pop()))
+        out: Tensor = self.out_0(levels[-1])
+        if not (self.training and self.heads):
+            return out
+        return [out, *(head(level) for head, level in zip(self.heads, levels[-2::-1], strict=False))]
 
 
 class GroupNorm(nn.GroupNorm):
@@ -93,12 +178,30 @@ def _keep_precision(network: nn.Module) -> None:
 _dice = DiceLoss(sigmoid=True, squared_pred=True, smooth_nr=1e-5, smooth_dr=1e-5, reduction="none", batch=False)
 
 
-def sample_losses(logits: Tensor, regions: Tensor) -> Tensor:
-    """(b,) soft Dice + binary cross-entropy, each averaged over the three regions, in float32."""
+def sample_losses(outputs: Tensor | Sequence[Tensor], regions: Tensor, loss: str = "dice_bce") -> Tensor:
+    """(b,) soft Dice, and binary cross-entropy beside it unless `loss` is "dice", each averaged over the three regions,
+    in float32.
+
+    Of a network with heads the weighted sum over its outputs, by 8/15, 4/15, 2/15, 1/15 with three heads, each against
+    the regions at its own resolution (nnU-Net's deep supervision). Never MONAI's DiceCELoss: of three channels it takes
+    softmax cross-entropy, which is wrong for regions that overlap.
+    """
+    if isinstance(outputs, Tensor):
+        return _losses(outputs, regions, loss)
+    weights = [2.0**-number for number in range(len(outputs))]
+    shares = [weight / sum(weights) for weight in weights]
+    at_each = (functional.interpolate(regions.float(), o.shape[2:], mode="nearest-exact") for o in outputs)
+    losses = [share * _losses(o, r, loss) for share, o, r in zip(shares, outputs, at_each, strict=True)]
+    return torch.stack(losses).sum(0)
+
+
+def _losses(logits: Tensor, regions: Tensor, loss: str) -> Tensor:
     logits, regions = logits.float(), regions.float()
-    dice: Tensor = _dice(logits, regions)
+    dice: Tensor = _dice(logits, regions).flatten(1).mean(1)
+    if loss == "dice":
+        return dice
     entropy = functional.binary_cross_entropy_with_logits(logits, regions, reduction="none")
-    return dice.flatten(1).mean(1) + entropy.flatten(1).mean(1)
+    return dice + entropy.flatten(1).mean(1)
 
 
 def build_optimiser(network: nn.Module, options: Optimiser) -> torch.optim.Optimizer:
@@ -113,9 +216,22 @@ def build_optimiser(network: nn.Module, options: Optimiser) -> torch.optim.Optim
 
 
 def learning_rate(options: Optimiser, samples_seen: int, total: int) -> float:
-    """A function of samples, so that it is the same at any number of workers: linear warm-up, then a cosine."""
+    """A function of samples, so that it is the same at any number of workers: linear warm-up, then `schedule`."""
     warmup = options.warmup_share * total
     if samples_seen < warmup:
         return options.learning_rate * (samples_seen + 1) / (warmup + 1)
-    done = (samples_seen - warmup) / max(1.0, total - warmup)
-    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    done = min(1.0, (samples_seen - warmup) / max(1.0, total - warmup))
+    if options.schedule == "constant":
+        return options.learning_rate
+    if options.schedule == "poly":
+        return float(options.learning_rate * (1 - done) ** 0.9)
+    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def ema_share(ema_samples: int, global_batch: int, samples_seen: int) -> float:
+    """The share of the newest weights in their running mean after `samples_seen` samples, this step's among them: the
+    mean forgets as exp(-samples / ema_samples), whatever the batch.
+
+    Over the last tenth of the samples at first: else the initial weights would stay in it for ten times `ema_samples`.
+    """
+    return 1 - math.exp(-global_batch / min(ema_samples, samples_seen / 10))

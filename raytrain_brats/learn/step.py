@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,7 @@ from raytrain_brats.labels import region_table
 from raytrain_brats.learn import tree_reduce
 from raytrain_brats.learn.batch import Batch, DeviceSample, finish, gather, to_host, upload
 from raytrain_brats.learn.inference import amp_dtype
-from raytrain_brats.learn.model import build_network, build_optimiser, learning_rate, sample_losses
+from raytrain_brats.learn.model import build_network, build_optimiser, ema_share, learning_rate, sample_losses
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ class TrainStep:
         """`convention` says what label values mean; `total_samples` is the length of the learning rate's schedule."""
         self.config, self.total, self.world_size, self.device = config, total_samples, world_size, device
         self.network = build_network(config).to(device)
+        self.averaged = self.network
+        """What is scored. With `train.ema_samples` another network: its weights are the running mean of this one's."""
+        if config.train.ema_samples:
+            self.averaged = deepcopy(self.network).requires_grad_(False)
         self.optimiser = build_optimiser(self.network, config.train.optimiser)
         self.precision = amp_dtype(device, config.train.amp)
         if self.precision and world_size > 1:  # ranks must agree: one without bf16 takes all to fp16
@@ -153,6 +158,7 @@ class TrainStep:
         enter("update")
         self.before_update()
         applied = self._update(totals)
+        self._average(applied, samples_seen)
         return Launched(self, *to_host(torch.cat([totals, applied])), rate, spans, len(batch.samples))
 
     def step(self, batch: Batch, samples_seen: int, asked: int = 0) -> "StepResult":
@@ -176,6 +182,22 @@ class TrainStep:
         self.optimiser.step()
         self.scaler.update()
         return counts.double()[None]
+
+    @torch.no_grad()
+    def _average(self, applied: Tensor, samples_seen: int) -> None:
+        """Move the running mean towards the weights, unless the step was skipped: the device knows, the host need not.
+
+        (torch's AveragedModel asks the device whether it is the first step, and cannot leave one out.)
+        """
+        if not (horizon := self.config.train.ema_samples):
+            return
+        batch = self.config.train.global_batch
+        share = (applied[0] * ema_share(horizon, batch, samples_seen + batch)).float()
+        mean: list[Tensor] = list(self.averaged.parameters())
+        now: list[Tensor] = list(self.network.parameters())
+        apart = list(torch._foreach_sub(now, mean))
+        torch._foreach_mul_(apart, share)
+        torch._foreach_add_(mean, apart)
 
     def _fast(
         self, samples: Sequence[DeviceSample], numbers: Tensor, spans: list[Any], enter: Callable[[str], None]
@@ -251,7 +273,7 @@ class TrainStep:
         image, regions, weights = self._finish(*gather(samples, options), numbers, self.table, options)
         with torch.autocast(self.device.type, self.precision) if self.precision else nullcontext():
             logits = self.parallel(image)
-        total = (sample_losses(logits, regions) * weights).sum()
+        total = (sample_losses(logits, regions, self.config.train.loss) * weights).sum()
         weighed = torch.stack([weights.sum(), total.detach()]).double()
         spans.append((began, self._now()))
         return total, weighed
@@ -280,11 +302,15 @@ class TrainStep:
         tensors = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
         for index, entries in optimiser["state"].items():
             tensors |= {f"optimiser/{index}/{name}": t for name, t in entries.items() if isinstance(t, Tensor)}
+        if self.averaged is not self.network:
+            tensors |= {f"ema/{name}": tensor for name, tensor in self.averaged.state_dict().items()}
         return tensors, {"param_groups": optimiser["param_groups"], "scaler": self.scaler.state_dict()}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Load what `state` returned, at any number of workers."""
-        self.network.load_state_dict(network_weights(tensors))
+        """Load what `state` returned, at any number of workers. A running mean that was not kept yet begins anew."""
+        self.network.load_state_dict(_entries(tensors, "network"))
+        if self.averaged is not self.network:
+            self.averaged.load_state_dict(network_weights(tensors))
         entries: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             if key.startswith("optimiser/"):
@@ -298,8 +324,12 @@ class TrainStep:
 
 
 def network_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The network's own entries of a checkpoint's tensors."""
-    return {name.removeprefix("network/"): t for name, t in tensors.items() if name.startswith("network/")}
+    """The weights in a checkpoint's tensors with which to predict: their running mean where there is one."""
+    return _entries(tensors, "ema") or _entries(tensors, "network")
+
+
+def _entries(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}/"): t for name, t in tensors.items() if name.startswith(f"{kind}/")}
 
 
 def weight_hash(network: nn.Module) -> int:

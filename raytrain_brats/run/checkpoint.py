@@ -35,7 +35,9 @@ from raytrain_brats.run.run_dir import RunDir
 if TYPE_CHECKING:
     from torch import Tensor  # imported by the workers alone: the driver and the controller save its 0.1 GB
 
-FORMAT = 1
+FORMAT = 2
+"""Since 2 DynUNet's weights stand once, not by two names, and a running mean of the weights may be there."""
+_READ = (1, FORMAT)
 _NAME = re.compile(r"^(\d{12})-g(\d{4,})$")
 _FILES = ("tensors.safetensors", "state.json")
 _KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
@@ -194,9 +196,9 @@ def _contents(run_dir: str, name: str) -> list[bytes]:
         manifest = json.loads(storage.read_bytes(_uri(run_dir, name, "MANIFEST.json")))
         if manifest.pop("sha256") != _digest(manifest):
             raise ValueError("the manifest differs from its checksum")
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in _READ:
             raise RunFailed(
-                f"checkpoint {name} is of format {manifest['format']}, this version reads {FORMAT}; "
+                f"checkpoint {name} is of format {manifest['format']}, this version reads {_READ[0]} to {FORMAT}; "
                 "go on with the version that wrote it"
             )
         if (manifest["samples_seen"], manifest["generation"]) != _parts(name):

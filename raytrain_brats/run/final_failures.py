@@ -6,7 +6,7 @@ Out: one line for a person, or nothing where another start may help.
 They are told by their names and messages: the controller does not import torch.
 """
 
-from raytrain_brats.config import Config, SegResNetOptions
+from raytrain_brats.config import Config
 
 _OUT_OF_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _NOT_BUILT = ("no kernel image is available", "CUDNN_STATUS_ARCH_MISMATCH", "CUBLAS_STATUS_ARCH_MISMATCH")
@@ -52,7 +52,6 @@ def _smaller(config: Config) -> list[str]:
         found.append(f"lower train.micro_batch (now {now}), which changes no result")
     if not train.amp:
         found.append("set train.amp: true")
-    network, patch = config.network, "x".join(map(str, config.data.patch_xyz))
-    width = "init_filters" if isinstance(network, SegResNetOptions) else "filters"
+    width, patch = config.network.width, "x".join(map(str, config.data.patch_xyz))
     found.append(f"with a new --run-dir a smaller data.patch_xyz (now {patch}) or network.{width} in the recipe")
     return [*found, "use GPUs with more memory"]

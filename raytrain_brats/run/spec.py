@@ -21,7 +21,7 @@ from raytrain_brats.data.patch import PatchSpec
 from raytrain_brats.data.sampler import ORDER, Sampler
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
-from raytrain_brats.labels import described
+from raytrain_brats.labels import REGIONS, described, regions
 from raytrain_brats.run.run_dir import RunDir
 
 
@@ -42,7 +42,9 @@ class RunSpec:
 
     @property
     def patch_spec(self) -> PatchSpec:
-        return PatchSpec(self.config.data.patch_xyz, self.config.data.foreground_share)
+        data = self.config.data
+        values = regions(self.source.convention) if data.foreground_draw == "regions" else {}
+        return PatchSpec(data.patch_xyz, data.foreground_share, tuple(values[r] for r in REGIONS if r in values))
 
     @property
     def held_bytes(self) -> int:

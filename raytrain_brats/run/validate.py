@@ -107,7 +107,7 @@ def predicted(case_id: str, prepared: Prepared, train_step: TrainStep, conventio
     """A case's regions; its Dice, too, where its voxels were not resampled. Else its masks are only known after the
     probabilities were interpolated, by SciPy: on a CPU."""
     light = replace(prepared, image_czyx=prepared.image_czyx[:0])
-    model = train_step.network, train_step.config, train_step.device
+    model = train_step.averaged, train_step.config, train_step.device
     if prepared.geometry.resampled:
         native = predict_masks(prepared, *model).sum(0, dtype=np.uint8)
         return Predicted(case_id, native, False, light, convention, None)

@@ -108,10 +108,10 @@ def kept(network: nn.Module) -> tuple[float, Counter[str]]:
         weights = {p.untyped_storage()._cdata for p in network.parameters()}
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16):
-            logits = network(torch.empty(1, 4, 128, 128, 128))
+            outputs = network(torch.empty(1, 4, 128, 128, 128))
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
         seen: set[Any] = set()
-        todo: list[Any] = [logits.grad_fn]
+        todo: list[Any] = [o.grad_fn for o in ([outputs] if isinstance(outputs, Tensor) else outputs)]
         while todo:
             if (node := todo.pop()) and node not in seen:
                 seen.add(node)

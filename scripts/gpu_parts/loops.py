@@ -3,7 +3,8 @@
 In: a recipe, the edge of a patch, a batch, a device.
 Out: loops that take batches, from the host's memory as each library hands them over, or ready on the device.
 
-A peer has the network as MONAI makes it, without our norms and activations; nnU-Net's deep supervision is left out.
+A peer has the network as MONAI makes it, without our norms, activations and heads; ours has those of its recipe.
+nnU-Net's deep supervision is left out.
 """
 
 from abc import ABC, abstractmethod
@@ -17,10 +18,11 @@ from monai.networks.nets.dynunet import DynUNet
 from monai.networks.nets.segresnet import SegResNet
 from torch import Tensor, nn
 
-from raytrain_brats.config import Config, DynUNetOptions
+from raytrain_brats.config import Config
 from raytrain_brats.data.patch import decode
 from raytrain_brats.data.turns import read_ahead
 from raytrain_brats.learn.step import Launched
+from raytrain_brats.networks import DynUNetOptions, SegResNetOptions
 from raytrain_brats.run.feed import Uploader, batch_of
 from scripts.gpu_parts.setting import config, patches, row, train_step
 
@@ -207,6 +209,7 @@ def plain(settings: Config) -> nn.Module:
             filters=options.filters,
             norm_name=("INSTANCE", {"affine": True}),
         )
+    assert isinstance(options, SegResNetOptions)
     return SegResNet(
         in_channels=4,
         out_channels=3,

@@ -28,7 +28,7 @@ FULL = 64
 """Patches with a smaller edge get a small network."""
 _SMALL = {
     "segresnet": ("network.init_filters=8", "network.blocks_down=[1,1]", "network.blocks_up=[1]"),
-    "dynunet": ("network.filters=[4,4,4]",),
+    "dynunet": ("network.filters=[4,4,4]", "network.heads=1"),
 }
 _MARGIN = 4
 

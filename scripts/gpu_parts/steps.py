@@ -89,7 +89,9 @@ def tflop_of(recipe: str, edge: int) -> float:
     """Of a patch, forwards and backwards, counted on shapes: convolutions and products."""
     network = build_network(config(recipe, edge)).to(META)
     with FlopCounterMode(display=False) as counter:
-        network(torch.empty(1, 4, edge, edge, edge, device=META)).sum().backward()
+        outputs = network(torch.empty(1, 4, edge, edge, edge, device=META))
+        heads = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        torch.stack([output.sum() for output in heads]).sum().backward()
     return float(counter.get_total_flops()) / 1e12
 
 

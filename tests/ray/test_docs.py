@@ -353,7 +353,7 @@ def test_the_commands_for_your_own_data_run(tmp_path: Path) -> None:
 
     section = sections_of(ROOT / "README.md")["Your own data"]
     (block,) = re.findall(r"```bash\n(.*?)```", section, re.S)
-    commands = [shlex.split(line.replace("segresnet", "tiny.yaml")) for line in block.splitlines()]
+    commands = [shlex.split(line.replace("dynunet", "tiny.yaml")) for line in block.splitlines()]
     assert [words[:2] for words in commands] == [
         ["raytrain-brats", name] for name in ("prepare", "train", "evaluate", "predict")
     ]

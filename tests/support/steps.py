@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 EDGE = 8
 NETWORKS: dict[str, dict[str, Any]] = {
     "segresnet": {"name": "segresnet", "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]},
-    "dynunet": {"name": "dynunet", "filters": [4, 4, 4]},
+    "dynunet": {"name": "dynunet", "filters": [4, 4, 4], "heads": 1},
 }
 
 
@@ -31,6 +31,7 @@ def spec(
     """A job whose data are never opened. SGD by default: Adam's first step hides the gradient's size."""
     options = {"name": optimiser, "learning_rate": 0.01, "warmup_share": 0.0, "clip_norm": clip_norm}
     train = {"global_batch": 4, "micro_batch": micro_batch, "optimiser": options, "reduction": reduction}
+    train |= {"ema_samples": 40}
     data = {"patch_xyz": [EDGE] * 3}
     config = parse({"network": NETWORKS[network], "data": data, "train": train}, "test")
     sampler = Sampler(0, 10, 4, 4, 10)

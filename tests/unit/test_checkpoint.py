@@ -14,6 +14,7 @@ import torch
 
 import raytrain_brats
 from raytrain_brats import storage
+from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint
 from raytrain_brats.run.saver import Writer
 
@@ -147,6 +148,17 @@ def test_garbage_manifests_are_damage_and_not_a_crash(tmp_path: Path, content: b
     assert found is not None and (found.samples_seen, len(damaged)) == (4, 1)
     with pytest.raises(ValueError, match=r".+"):
         checkpoint.load(str(tmp_path), newest.name)
+
+
+def test_formats_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The format before this one is read; a later one is refused by its number, and nothing older is taken instead."""
+    for number in (checkpoint.FORMAT - 1, checkpoint.FORMAT + 1):
+        monkeypatch.setattr(checkpoint, "FORMAT", number)
+        save(tmp_path, 4 * number)
+    monkeypatch.undo()
+    assert checkpoint.load(str(tmp_path), f"{4 * (checkpoint.FORMAT - 1):012d}-g0001")
+    with pytest.raises(RunFailed, match="is of format 3, this version reads 1 to 2"):
+        checkpoint.newest_valid(str(tmp_path))
 
 
 def test_the_newest_is_that_of_most_samples_then_of_the_latest_generation(tmp_path: Path) -> None:

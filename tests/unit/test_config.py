@@ -62,12 +62,22 @@ def test_config_is_frozen_and_hashable() -> None:
         (["data.foreground_share=1.5"], ["data.foreground_share", "1.5"]),
         (["data.convention=brats"], ["data.convention", "msd"]),
         (["checkpoint.keep=1"], ["checkpoint.keep", "1"]),
-        (["network.name=unet"], ["network", "unet", "segresnet", "dynunet"]),
+        (["network.name=unett"], ["network", "unett", "segresnet", "dynunet"]),
         (["network=3"], ["network", "3"]),
         (["network.blocks_down=[]"], ["blocks_up", "blocks_down"]),
         (["network.blocks_up=[1, 1, 1]"], ["blocks_up", "blocks_down"]),
         (["network.init_filters=12"], ["init_filters", "8"]),
         (["network={name: dynunet, filters: [8, 8]}"], ["network.filters", "3"]),
+        (["network={name: dynunet, filters: [8, 8, 8], heads: 2}"], ["network", "heads", "1 at most"]),
+        (["network={name: dynunet, filters: [8, 8, 8], heads: -1}"], ["network.heads", "-1"]),
+        (["network={name: mednext, blocks: [1, 1, 1]}"], ["network", "expansion", "blocks"]),
+        (["network={name: mednext, heads: 5}"], ["network", "heads", "4 at most"]),
+        (["network={name: mednext, kernel_size: 7}"], ["network.kernel_size", "3", "5"]),
+        (["network={name: unet, channels: [8]}"], ["network.channels", "2"]),
+        (["network={name: unet, blocks: 3}"], ["network.blocks is not known"]),
+        (["data.foreground_draw=both"], ["data.foreground_draw", "labels", "regions"]),
+        (["train.optimiser.schedule=step"], ["train.optimiser.schedule", "cosine", "poly"]),
+        (["train.ema_samples=0"], ["train.ema_samples", "0"]),
         (["train=3"], ["train", "3"]),
         (["train=[1, 2]"], ["train"]),
         (["train.epochs.more=3"], ["--set train.epochs.more=3", "epochs is a value"]),
@@ -142,7 +152,7 @@ def test_differences_are_those_that_make_another_run() -> None:
     assert "network.name: segresnet -> dynunet" in config.differences(one, load("demo", DYNUNET))
 
 
-@pytest.mark.parametrize(("name", "rate", "batch"), [("segresnet", 1e-4, 1), ("dynunet", 0.01, 2)])
+@pytest.mark.parametrize(("name", "rate", "batch"), [("segresnet", 1e-4, 1), ("dynunet", 3e-4, 4)])
 def test_the_learning_rate_is_for_the_batch(name: str, rate: float, batch: int) -> None:
     """The field's rate and batch, scaled by the square root: who changes one in a recipe must look at the other."""
     train = load(name).train

@@ -18,6 +18,9 @@ from raytrain_brats.learn.inference import probabilities
 NETWORKS: dict[str, dict[str, Any]] = {
     "segresnet": {"name": "segresnet", "init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]},
     "dynunet": {"name": "dynunet", "filters": [4, 8, 8]},
+    "heads": {"name": "dynunet", "filters": [4, 8, 8], "heads": 1},
+    "mednext": {"name": "mednext", "init_filters": 4, "blocks": [1, 1, 1], "expansion": [2, 3, 4], "heads": 2},
+    "unet": {"name": "unet", "channels": [4, 8, 8]},
 }
 RNG = np.random.RandomState(0)
 
@@ -62,15 +65,19 @@ def test_initial_weights_are_a_function_of_the_seed(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("training", [True, False])
 def test_network_does_not_couple_samples(name: str, training: bool) -> None:
-    """(b, 4, z, y, x) becomes (b, 3, z, y, x), and a sample's logits are the same alone and in a batch."""
+    """(b, 4, z, y, x) becomes (b, 3, z, y, x), and a sample's logits are the same alone and in a batch; heads beside
+    them at half the size each, in training only."""
     assert patch_divisor(config(name)) == 4
     network, batch = model.build_network(config(name)).train(training), torch.randn(3, 4, 8, 12, 16)
     batch[1] *= 50
     with torch.no_grad():
-        together = network(batch)
-        alone = torch.cat([network(batch[i : i + 1]) for i in range(3)])
-    assert together.shape == (3, 3, 8, 12, 16)
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+        together, *alone = (network(batch[i:j]) for i, j in ((0, 3), (0, 1), (1, 2), (2, 3)))
+    heads = NETWORKS[name].get("heads", 0) if training else 0
+    assert isinstance(together, list) == bool(heads)
+    outputs = [[made] if isinstance(made, torch.Tensor) else made for made in (together, *alone)]
+    assert [o.shape for o in outputs[0]] == [(3, 3, 8 >> n, 12 >> n, 16 >> n) for n in range(1 + heads)]
+    for whole, *parts in zip(*outputs, strict=True):
+        torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-5)
 
 
 def test_normalise_equals_monai() -> None:
@@ -163,6 +170,17 @@ def test_learning_rate_rises_then_falls_to_nothing(total: int, share: float) -> 
     assert (np.diff(rates[:warmup]) > 0).all() and (np.diff(rates[warmup:]) < 0).all()
     assert share == 1 or total == 1 or model.learning_rate(options, total, total) < 1e-9
     assert total < 1000 or share == 1 or rates[-1] < 1e-4 * options.learning_rate
+
+
+def test_the_other_schedules() -> None:
+    """Polynomial as nnU-Net's, by samples; constant after the warm-up."""
+    poly, constant = (Optimiser(schedule=name, warmup_share=0.1) for name in ("poly", "constant"))
+    for seen in (100, 300, 999):
+        done = (seen - 100) / 900
+        assert model.learning_rate(poly, seen, 1000) == pytest.approx(3e-4 * (1 - done) ** 0.9)
+        assert model.learning_rate(constant, seen, 1000) == 3e-4
+    assert model.learning_rate(poly, 1000, 1000) == 0
+    assert model.learning_rate(poly, 50, 1000) == model.learning_rate(constant, 50, 1000) < 1.6e-4
 
 
 class Identity(torch.nn.Module):

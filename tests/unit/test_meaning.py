@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raytrain_brats import config, prepare, storage, train
+from raytrain_brats import config, prepare, storage
 from raytrain_brats.cases import recipe as recipes
 from raytrain_brats.cases import scan
 from raytrain_brats.data import manifest as manifests
@@ -247,17 +247,20 @@ def test_an_object_changed_on_s3_is_noticed(msd: Path, s3_server: str) -> None:
         scan.open_manifest(known)
 
 
-def test_real_cases_need_a_named_recipe(
+def test_real_cases_have_a_recipe_of_their_own(
     msd: Path, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The demo's 4 mm are for phantoms: other data name a recipe, by option or by the cluster's environment."""
+    """The demo's 4 mm are for phantoms: other data get `dynunet`, which is told, or one that is named, by option or by
+    the cluster's environment."""
     monkeypatch.delenv("RAYTRAIN_BRATS_RECIPE")
     base = ["--data", str(msd), "--store", str(tmp_path / "store")]
-    for command, arguments in ((prepare, base), (train, ["--data", str(msd), "--run-dir", str(tmp_path / "run")])):
-        assert command.main(arguments) == 2
-        told = capsys.readouterr().err
-        assert "name a recipe with --recipe" in told and "dynunet: dynunet, 1 mm, patch 128^3" in told
-    assert not (tmp_path / "store").exists() and not (tmp_path / "run").exists()
+    assert prepare.main([*base[:3], str(tmp_path / "fine")]) == 0
+    told = capsys.readouterr()
+    assert "dynunet: dynunet, 1 mm, patch 128^3" in told.out
+    assert "no --recipe is given: dynunet, the default for real cases" in told.err
+    assert recipes.recipe_for("", str(msd), "") == recipes.recipe_for("", "", str(tmp_path / "fine")) == "dynunet"
+    assert recipes.recipe_for("segresnet", str(msd), "") == "segresnet" and recipes.recipe_for("", "", "") == "demo"
+    capsys.readouterr()
     assert prepare.main([*base, "--recipe", "demo"]) == 0
     told = capsys.readouterr()
     assert "demo: segresnet, 4 mm, patch 32^3, 36 epochs" in told.out

@@ -17,7 +17,7 @@ from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data import stream
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase, Volume
-from raytrain_brats.data.patch import Buffer, Patch, PatchSpec, bounding_boxes, decode, encode
+from raytrain_brats.data.patch import Buffer, Patch, PatchSpec, bounding_boxes, decode, encode, patch_origin
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.sampler import Sample, Sampler, draw
 from raytrain_brats.data.store import Source, put
@@ -362,3 +362,38 @@ def test_small_cases_share_rows_and_tasks_large_ones_do_only_with_many_ranks() -
     assert sizes(16, 9_000) == [(28, 2)] * 5
     assert sizes(32, 3_000_000) == [(1, 11), (1, 11), (2, 5), (4, 2), (8, 2)]
     assert sizes(128, 10_000_000, 2 * 160_000_000) == [(1, 4)] * 5
+
+
+REGIONS = ((1, 2, 3), (2, 3), (3,))
+"""WT, TC, ET of MSD."""
+
+
+def test_centres_among_regions_are_nnunets() -> None:
+    """A region as likely as another, then each of its voxels, so a label value's share follows from the volumes; a
+    region that the case lacks is left out, and a label value in none of them is never a centre."""
+    assert PREPARED.label_zyx is not None
+    volumes = np.bincount(PREPARED.label_zyx.reshape(-1), minlength=4)[1:]
+    assert PREPARED.label_voxels == tuple(volumes)
+
+    def values(regions: Any, prepared: Prepared = PREPARED) -> Any:
+        spec = PatchSpec((1, 1, 1), 1.0, regions)
+        boxes = (bounding_boxes(prepared, "", [Sample(i, 0, 0, i)], spec) for i in range(2000))
+        found = [box.label_zyx.item() for (box,) in boxes if box.label_zyx is not None]
+        return np.bincount(found, minlength=4)[1:] / len(found)
+
+    shares = [np.isin((1, 2, 3), region) * volumes for region in REGIONS]
+    expected = np.mean([share / share.sum() for share in shares], axis=0)
+    assert values(REGIONS) == pytest.approx(expected, abs=0.04)
+    assert values(((2,), (4,))) == pytest.approx([0, 1, 0])
+    uneven = dataclasses.replace(PREPARED, label_voxels=(8000, 1000, 1000))
+    assert values(((1, 2, 3),), uneven) == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+    assert values(()) == pytest.approx([1 / 3] * 3, abs=0.04)
+
+
+def test_regions_change_which_voxel_alone() -> None:
+    """Uniform patches stay where they were; a region of one value gives the very voxel that its value gives."""
+    for seed in range(50):
+        sample = Sample(0, 0, 0, seed)
+        assert patch_origin(PREPARED, sample, (8, 8, 8), 0.0, REGIONS) == patch_origin(PREPARED, sample, (8, 8, 8), 0.0)
+        one = dataclasses.replace(PREPARED, foreground_counts=PREPARED.foreground_counts[:1])
+        assert patch_origin(one, sample, (8, 8, 8), 1.0, REGIONS) == patch_origin(one, sample, (8, 8, 8), 1.0)

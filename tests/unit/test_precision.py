@@ -36,11 +36,11 @@ def monai(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_float32_is_bit_for_bit_monais(name: str) -> None:
-    """The same entries in a checkpoint, in the same order; the same logits and gradients to the bit."""
+    """The same entries in a checkpoint, in the same order, each once; the same logits and gradients to the bit."""
     ours, theirs, image = small(name), monai(name), torch.randn(2, 4, 16, 16, 16)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert list(ours.state_dict()) == [key for key in theirs.state_dict() if not key.startswith("skip_layers.")]
     assert [key for key, _ in ours.named_parameters()] == [key for key, _ in theirs.named_parameters()]
-    theirs.load_state_dict(ours.state_dict())
+    theirs.load_state_dict(ours.state_dict(), strict=False)  # MONAI's DynUNet has each layer by two names
     results = []
     for network in (ours, theirs):
         logits = network(image)
@@ -123,9 +123,9 @@ def kept(network: nn.Module, amp: bool) -> tuple[float, Counter[str]]:
         weights = {p.untyped_storage()._cdata for p in network.parameters()}
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=amp)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            logits = network(torch.empty(1, 4, 128, 128, 128))
+            outputs = network(torch.empty(1, 4, 128, 128, 128))
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
-        seen, todo = set(), [logits.grad_fn]
+        seen, todo = set(), [o.grad_fn for o in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
         while todo:
             if (node := todo.pop()) and node not in seen:
                 seen.add(node)

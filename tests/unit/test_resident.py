@@ -21,7 +21,7 @@ from tests.support.cases import write_msd_folder
 
 CPU = torch.device("cpu")
 SAMPLER = Sampler(seed=1, cases=5, global_batch=3, patches_per_case=2, epochs=2)
-PATCH_SPEC = PatchSpec((40, 14, 12), 0.5)  # wider than any case: padded
+PATCH_SPEC = PatchSpec((40, 14, 12), 0.5, ((1, 2, 3), (2, 3), (3,)))  # wider than any case: padded
 
 
 @pytest.fixture

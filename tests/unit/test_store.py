@@ -1,6 +1,7 @@
 """A prepared case comes back from the store as it went in, or is refused."""
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,17 @@ def test_an_object_of_another_format_is_refused(monkeypatch: pytest.MonkeyPatch)
             decode(sink.getvalue())
     with pytest.raises(InvalidCase, match="format"):
         decode(content)
+
+
+def test_an_object_of_before_label_voxels_is_read() -> None:
+    """Earlier versions did not store how many voxels a label value has: they are counted in the label."""
+    for prepared in VARIANTS.values():
+        table = store.to_table(prepared)
+        about = json.loads(table.column("about")[0].as_py())
+        del about["label_voxels"]
+        number = table.schema.get_field_index("about")
+        old = table.set_column(number, "about", store.pa.array([json.dumps(about)]))
+        assert store.from_table(old).label_voxels == prepared.label_voxels
 
 
 def test_an_object_is_told_by_its_name(folder: Path, tmp_path: Path) -> None:

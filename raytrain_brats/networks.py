@@ -1,0 +1,102 @@
+"""The networks that a recipe may name, and their options.
+
+In: a recipe's `network` section.
+Out: frozen options, checked; learn/model.py builds the network. `width` names the option that makes it smaller.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+
+class Frozen(BaseModel):
+    """A section of a recipe: unknown keys are refused, nothing in it changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SegResNetOptions(Frozen):
+    """MONAI SegResNet without its VAE branch (Myronenko 2018, arXiv 1810.11654); group norm."""
+
+    width: ClassVar = "init_filters"
+    name: Literal["segresnet"]
+    init_filters: PositiveInt = 16
+    blocks_down: tuple[PositiveInt, ...] = (1, 2, 2, 4)
+    blocks_up: tuple[PositiveInt, ...] = (1, 1, 1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SegResNetOptions":
+        if len(self.blocks_up) != len(self.blocks_down) - 1:
+            raise ValueError("blocks_up must have one entry less than blocks_down")
+        if self.init_filters % 8:
+            raise ValueError("init_filters must be a multiple of 8, for group norm")
+        return self
+
+    @property
+    def levels(self) -> int:
+        return len(self.blocks_down)
+
+
+class DynUNetOptions(Frozen):
+    """MONAI DynUNet, nnU-Net's network (Isensee et al. 2021, doi 10.1038/s41592-020-01008-z); instance norm."""
+
+    width: ClassVar = "filters"
+    name: Literal["dynunet"]
+    filters: Annotated[tuple[PositiveInt, ...], Field(min_length=3)] = (32, 64, 128, 256, 320)
+    heads: int = Field(default=0, ge=0)
+    """Deep supervision: outputs at 1/2, 1/4, ... of the resolution, in training only. Each weighs half as much as the
+    one above."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DynUNetOptions":
+        if self.heads > len(self.filters) - 2:
+            raise ValueError(f"heads must be {len(self.filters) - 2} at most: the deepest two levels have none")
+        return self
+
+    @property
+    def levels(self) -> int:
+        return len(self.filters)
+
+
+class MedNeXtOptions(Frozen):
+    """MONAI MedNeXt (Roy et al. 2023, arXiv 2303.09975); group norm. By default its size S."""
+
+    width: ClassVar = "init_filters"
+    name: Literal["mednext"]
+    init_filters: PositiveInt = 32
+    kernel_size: Literal[3, 5] = 3
+    blocks: Annotated[tuple[PositiveInt, ...], Field(min_length=2)] = (2, 2, 2, 2, 2)
+    """By level, the deepest last; the way up has as many. B has the same, L 3, 4, 8, 8, 8."""
+    expansion: tuple[PositiveInt, ...] = (2, 2, 2, 2, 2)
+    """Likewise. B has 2, 3, 4, 4, 4; L 3, 4, 8, 8, 8."""
+    heads: int = Field(default=0, ge=0)
+    """As DynUNet's."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MedNeXtOptions":
+        if len(self.expansion) != len(self.blocks):
+            raise ValueError("expansion must have as many entries as blocks")
+        if self.heads > len(self.blocks) - 1:
+            raise ValueError(f"heads must be {len(self.blocks) - 1} at most")
+        return self
+
+    @property
+    def levels(self) -> int:
+        return len(self.blocks)
+
+
+class UNetOptions(Frozen):
+    """MONAI UNet with residual units (Kerfoot et al. 2019, doi 10.1007/978-3-030-12029-0_40); instance norm."""
+
+    width: ClassVar = "channels"
+    name: Literal["unet"]
+    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=2)] = (16, 32, 64, 128, 256)
+    res_units: PositiveInt = 2
+
+    @property
+    def levels(self) -> int:
+        return len(self.channels)
+
+
+Network = Annotated[SegResNetOptions | DynUNetOptions | MedNeXtOptions | UNetOptions, Field(discriminator="name")]
+NAMES = ("segresnet", "dynunet", "mednext", "unet")
