@@ -43,7 +43,8 @@ class RunSpec:
 
     @property
     def patch_spec(self) -> PatchSpec:
-        return PatchSpec(self.config.data.patch_xyz, self.config.data.foreground_share)
+        moved = self.config.train.augment.kind == "full"
+        return PatchSpec(self.config.data.patch_xyz, self.config.data.foreground_share, moved)
 
     @property
     def held_bytes(self) -> int:

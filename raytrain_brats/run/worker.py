@@ -7,6 +7,7 @@ Out: checkpoints, rows, events. It may be killed at any moment and started again
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,7 +17,7 @@ import torch
 
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import draw, fingerprint
-from raytrain_brats.learn.batch import DRAWS, Batch, DeviceSample
+from raytrain_brats.learn.batch import Batch, DeviceSample
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint, journal
 from raytrain_brats.run.cadence import CHECKPOINT, VALIDATE
@@ -105,7 +106,8 @@ def batch_of(patches: list[Patch], samples_seen: int, device: torch.device) -> B
             mean_c=p.mean,
             std_c=p.std,
             weight=p.weight,
-            augment_draws=draw(p.seed, "augment", DRAWS),
+            draws=partial(draw, p.seed),
+            start_zyx=p.start_zyx,
         )
         for p in patches
     )

@@ -11,6 +11,7 @@ import torch
 from torch import distributed, multiprocessing, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from raytrain_brats.augmentation import Cut
 from raytrain_brats.data.patch import CaseBox, decode, encode
 from raytrain_brats.data.sampler import Sample
 from raytrain_brats.learn.step import TrainStep
@@ -82,9 +83,9 @@ def test_rows_come_to_the_device_as_they_were_sent() -> None:
         image, label = random.randint(-9, 99, (4, 9, 10, 11)).astype(dtype), random.randint(0, 4, (9, 10, 11))
         sample = Sample(number, 0, number, number)
         found = ((9, 10, 11), image, label.astype(np.uint8), (1.0,) * 4, (2.0,) * 4)
-        return CaseBox(f"case{number}", [(sample, (1, 2, 3))], "", *found)
+        return CaseBox(f"case{number}", [(sample, Cut((1, 2, 3), (EDGE,) * 3))], "", *found)
 
-    boxes = [box(0, np.int16), CaseBox("gone", [(Sample(1, 0, 1, 1), (0, 0, 0))], "missing: x"), box(2, np.float16)]
+    boxes = [box(0, np.int16), CaseBox("gone", [(Sample(1, 0, 1, 1), Cut((0, 0, 0), (EDGE,) * 3))], "missing: x"), box(2, np.float16)]
     table = encode(boxes, (EDGE, EDGE, EDGE), 3)
     until, here = decode(table)
     until_there, there = decode(table, Uploader(CPU))
