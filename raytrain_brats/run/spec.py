@@ -44,7 +44,7 @@ class RunSpec:
     @property
     def patch_spec(self) -> PatchSpec:
         moved = self.config.train.augment.kind == "full"
-        return PatchSpec(self.config.data.patch_xyz, self.config.data.foreground_share, moved)
+        return PatchSpec(self.config.data.patch_xyz, self.config.data.foreground_share, moved=moved)
 
     @property
     def held_bytes(self) -> int:
