@@ -73,11 +73,21 @@ class Optimiser(_Frozen):
 class Augment(_Frozen):
     """Drawn from each sample's own seed, applied on the training device."""
 
+    kind: Literal["off", "light", "full"] = "light"
+    """`light`: flips, scale, shift. `full`: nnU-Net's list (docs/augmentation.md), for 100,000 samples and more."""
     flip: bool = True
+    """Reverse each axis of half of the samples; also in `full`."""
     scale: float = Field(default=0.1, ge=0, lt=1)
-    """Intensities times 1 + U(-scale, scale), per modality."""
+    """Intensities times 1 + U(-scale, scale), per modality; in `light`."""
     shift: float = Field(default=0.1, ge=0)
-    """Intensities plus U(-shift, shift) standard deviations, per modality."""
+    """Intensities plus U(-shift, shift) standard deviations, per modality; in `light`."""
+
+    @model_validator(mode="after")
+    def _used(self) -> "Augment":
+        fields = type(self).model_fields
+        if self.kind == "full" and any(getattr(self, f) != fields[f].default for f in ("scale", "shift")):
+            raise ValueError("scale and shift belong to kind `light`; leave them out, or choose it")
+        return self
 
 
 class Train(_Frozen):

@@ -285,6 +285,7 @@ WHAT = {
     "data": "loading patches, against other libraries",
     "stream": "bytes and CPU time a patch at 1 to 64 ranks",
     "step": "a training step on one card, against other libraries",
+    "augment": "CPU time of augmentation, against other libraries",
     "scale": "a run of 48,884 tiny cases from a local S3 server",
     "prepare": "CPU seconds a case, size of the store",
 }
@@ -303,6 +304,10 @@ def main(argv: list[str] | None = None) -> int:
         from scripts.gpu_parts.bench_step import Step, step  # here: the others' driver does without torch
 
         return entry(Step, step, name, given[1:], common.PROGRAM)
+    if name == "augment":
+        from scripts import bench_augment  # here: the others' driver does without torch
+
+        return entry(bench_augment.Options, bench_augment.bench, name, given[1:], common.PROGRAM)
     if name == "scale":
         return entry(Scale, watch, name, given[1:], common.PROGRAM)
     return entry(preparing.Prepare, preparing.prepare, name, given[1:], common.PROGRAM)

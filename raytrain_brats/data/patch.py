@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raytrain_brats.augmentation import Cut, cut, rotation_and_scale
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.preprocess import Prepared, Triple, triple
@@ -38,6 +39,8 @@ class PatchSpec:
     foreground_share: float
     regions: Regions = ()
     """Regions among which centres are drawn evenly; none: evenly among label values."""
+    moved: bool = False
+    """Whether some patches are rotated and scaled, on the device, and need other voxels than their own."""
 
     @property
     def size_zyx(self) -> Triple:
@@ -50,7 +53,7 @@ class PatchSpec:
 
     @property
     def box_bytes(self) -> int:
-        """About what a case's box weighs (measured: 1.3 patches)."""
+        """About what a case's box weighs (measured: 1.3 patches of 128^3, 1.45 where some are moved)."""
         return 3 * self.patch_bytes // 2
 
 
@@ -58,7 +61,8 @@ class PatchSpec:
 class Patch:
     """One training sample. `weight` 0: padding, or an invalid case (then `reason` says why).
 
-    The voxels may be views into shared memory, read-only and not contiguous, or tensors on the training device.
+    The voxels are those of a `Cut`: the patch, or what one that is rotated or scaled needs. They may be views into
+    shared memory, read-only and not contiguous, or tensors on the training device.
     """
 
     position: int
@@ -71,14 +75,16 @@ class Patch:
     mean: Sequence[float]
     std: Sequence[float]
     """By modality, of the stored values other than zero."""
+    start_zyx: Triple = (0, 0, 0)
+    """Where the patch begins within the voxels (`Cut`)."""
 
 
 @dataclass(frozen=True)
 class CaseBox:
-    """Part of a case, and the patches in it as (sample, their origin within the part)."""
+    """Part of a case, and the patches in it as (sample, what it needs, counted from the part's first voxel)."""
 
     case_id: str
-    samples: list[tuple[Sample, Triple]]
+    samples: list[tuple[Sample, Cut]]
     reason: str = ""
     """Why there are no voxels: the patches have weight zero."""
     shape_zyx: Triple = (0, 0, 0)
@@ -133,6 +139,14 @@ def _centre(prepared: Prepared, regions: Regions, which: float, voxel: float) ->
     return int(prepared.foreground[sum(counts[:chosen]) + listed])
 
 
+def cut_of(prepared: Prepared, sample: Sample, patch_spec: PatchSpec) -> Cut:
+    """What the sample needs of the prepared box."""
+    size, case = patch_spec.size_zyx, prepared.image_czyx.shape[1:]
+    origin = patch_origin(prepared, sample, size, patch_spec.foreground_share, patch_spec.regions)
+    matrix = rotation_and_scale(partial(draw, sample.seed)) if patch_spec.moved else None
+    return cut(matrix, origin, size, triple(case))
+
+
 class Buffer:
     """Memory in which one table after the other is assembled: page faults of fresh memory cost more than copying."""
 
@@ -167,21 +181,19 @@ def case_boxes(source: Source, case: Case, samples: Sequence[Sample], patch_spec
         return bounding_boxes(source.load(case), case.id, samples, patch_spec)
     except InvalidCase as error:
         reason = f"{error.reason}: {error.detail}"
-        return [CaseBox(case.id, [(sample, (0, 0, 0)) for sample in samples], reason)]
+        return [CaseBox(case.id, [(sample, Cut((0, 0, 0), patch_spec.size_zyx)) for sample in samples], reason)]
 
 
 def bounding_boxes(prepared: Prepared, case_id: str, samples: Sequence[Sample], patch_spec: PatchSpec) -> list[CaseBox]:
-    """The bounding box of these patches of a case; a box for each where the common one would be larger than all."""
-    size, share = np.array(patch_spec.size_zyx), patch_spec.foreground_share
-    drawn = (patch_origin(prepared, sample, patch_spec.size_zyx, share, patch_spec.regions) for sample in samples)
-    origins = [np.array(origin) for origin in drawn]
-    separately = prod(size) * len(samples)
-    low, high = np.min(origins, axis=0), np.max(origins, axis=0) + size
+    """The bounding box of what these patches need of a case; a box for each where the common one would be larger."""
+    cuts = [cut_of(prepared, sample, patch_spec) for sample in samples]
+    lows, separately = np.array([c.low for c in cuts]), sum(prod(c.shape) for c in cuts)
+    low, high = lows.min(axis=0), (lows + [c.shape for c in cuts]).max(axis=0)
     if len(samples) > 1 and prod(np.minimum(high, prepared.image_czyx.shape[1:]) - low) > separately:
         return [box for sample in samples for box in bounding_boxes(prepared, case_id, [sample], patch_spec)]
     inside = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))  # NumPy clips it to the case
     assert prepared.label_zyx is not None, "training cases are labelled; the manifest saw to it"
-    within = [(sample, triple(origin - low)) for sample, origin in zip(samples, origins, strict=True)]
+    within = [(s, replace(c, low=triple(np.subtract(c.low, low)))) for s, c in zip(samples, cuts, strict=True)]
     image, label = prepared.image_czyx[(slice(None), *inside)], prepared.label_zyx[inside]
     return [CaseBox(case_id, within, "", triple(high - low), image, label, prepared.mean, prepared.std)]
 
@@ -203,7 +215,7 @@ def encode(boxes: Sequence[CaseBox], size_zyx: Triple, until: int, buffer: Buffe
     total = 0
     for box in boxes:
         about: dict[str, Any] = {"case_id": box.case_id, "reason": box.reason, "mean": box.mean, "std": box.std}
-        about["patches"] = [[sample.position, sample.seed, origin] for sample, origin in box.samples]
+        about["patches"] = [[s.position, s.seed, c.low, c.shape, c.start] for s, c in box.samples]
         if box.image_czyx is not None and box.label_zyx is not None:
             about |= {"dtype": box.image_czyx.dtype.name, "shape": (4, *box.shape_zyx), "at": total}
             for array in (*box.image_czyx, box.label_zyx):
@@ -230,14 +242,14 @@ def decode(
     for part in about["parts"]:
         name, reason = part["case_id"], part["reason"]
         if "at" not in part:
-            patches += [empty_patch(position, seed, name, reason, size) for position, seed, _ in part["patches"]]
+            patches += [empty_patch(position, seed, name, reason, size) for position, seed, *_ in part["patches"]]
             continue
         at, dtype, shape = part["at"], part["dtype"], part["shape"]
         image = view(at, dtype, shape)
         label = view(at + prod(shape) * np.dtype(dtype).itemsize, "uint8", shape[1:])
-        for position, seed, origin in part["patches"]:
-            cropped = crop(image, origin, size), crop(label, origin, size)
-            patches.append(Patch(position, seed, name, 1.0, "", *cropped, part["mean"], part["std"]))
+        for position, seed, low, extent, start in part["patches"]:
+            cropped = crop(image, low, extent), crop(label, low, extent)
+            patches.append(Patch(position, seed, name, 1.0, "", *cropped, part["mean"], part["std"], triple(start)))
     return about["until"], patches
 
 

@@ -24,9 +24,10 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
+from raytrain_brats.augmentation import Cut
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase
-from raytrain_brats.data.patch import CaseBox, Patch, ViewOf, crop, decode, empty_patch, encode, patch_origin
+from raytrain_brats.data.patch import CaseBox, Patch, ViewOf, crop, cut_of, decode, empty_patch, encode
 from raytrain_brats.data.preprocess import Prepared, triple
 from raytrain_brats.data.sampler import Sample
 from raytrain_brats.data.store import Source, from_table, to_table
@@ -103,7 +104,7 @@ class _Kept:
     label_zyx: Any = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    origin: Callable[[Sample], Any] | None = None
+    cut: Callable[[Sample], Cut] | None = None
 
 
 def resident_rows(
@@ -130,21 +131,19 @@ def _placed(spec: StreamSpec, case: Case, place: Callable[[Any], ViewOf]) -> _Ke
     assert prepared.label_zyx is not None, "training cases are labelled; the manifest saw to it"
     size = spec.patch_spec.size_zyx
     shape = triple(np.maximum(prepared.label_zyx.shape, size))
-    whole = (Sample(0, 0, 0, 0), (0, 0, 0))
+    whole = (Sample(0, 0, 0, 0), Cut((0, 0, 0), shape))
     box = CaseBox(case.id, [whole], "", shape, prepared.image_czyx, prepared.label_zyx, prepared.mean, prepared.std)
     _, (patch,) = decode(encode([box], shape, 0), place)
     nothing = np.broadcast_to(np.zeros(1, np.int16), prepared.image_czyx.shape)
     light = replace(prepared, image_czyx=nothing, label_zyx=None, native_label_xyz=None)
     light = replace(light, foreground=prepared.foreground.copy())  # no view, which would hold the whole case
-    share, regions = spec.patch_spec.foreground_share, spec.patch_spec.regions
-    origin = partial(patch_origin, light, size_zyx=size, foreground_share=share, regions=regions)
-    return _Kept("", patch.image_czyx, patch.label_zyx, prepared.mean, prepared.std, origin)
+    cut = partial(cut_of, light, patch_spec=spec.patch_spec)
+    return _Kept("", patch.image_czyx, patch.label_zyx, prepared.mean, prepared.std, cut)
 
 
 def _patch(kept: _Kept, case_id: str, sample: Sample, spec: StreamSpec) -> Patch:
-    size = spec.patch_spec.size_zyx
-    if kept.origin is None:
-        return empty_patch(sample.position, sample.seed, case_id, kept.reason, size)
-    origin = kept.origin(sample)
-    cropped = crop(kept.image_czyx, origin, size), crop(kept.label_zyx, origin, size)
-    return Patch(sample.position, sample.seed, case_id, 1.0, "", *cropped, kept.mean, kept.std)
+    if kept.cut is None:
+        return empty_patch(sample.position, sample.seed, case_id, kept.reason, spec.patch_spec.size_zyx)
+    cut = kept.cut(sample)
+    cropped = crop(kept.image_czyx, cut.low, cut.shape), crop(kept.label_zyx, cut.low, cut.shape)
+    return Patch(sample.position, sample.seed, case_id, 1.0, "", *cropped, kept.mean, kept.std, cut.start)

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raytrain_brats import augmentation
+from raytrain_brats.augmentation import Draws, Triple
 from raytrain_brats.config import Augment
+from raytrain_brats.learn.augment import augment as augment_fully
 
 DRAWS = 11
-"""Numbers in [0, 1) that one sample's augmentation uses: 3 flips, 4 scales, 4 shifts."""
+"""Numbers that a sample's `light` augmentation uses: 3 flips, 4 scales, 4 shifts."""
 _CHANNELS = 4
 _WIDTH = 2 * _CHANNELS + 1 + DRAWS
 
@@ -26,7 +29,8 @@ class DeviceSample:
     place: int
     """Index in the global step, from 0."""
     image_czyx: Tensor
-    """As stored: int16 or float16, depending on the case. On the device; a view of the case's box."""
+    """As stored: int16 or float16, depending on the case. On the device; a view of the case's box. The patch, or what
+    `augmentation.cut` says of one that is rotated or scaled."""
     label_zyx: Tensor
     """Label values of the run's convention. Likewise."""
     mean_c: Sequence[float]
@@ -34,8 +38,10 @@ class DeviceSample:
     """Of the case's own nonzero voxels, by modality."""
     weight: float
     """0 for padding and invalid cases: the sample adds nothing, and keeps the step's shape."""
-    augment_draws: list[float]
-    """Numbers in [0, 1) from the sample's own seed: the same on any rank."""
+    draws: Draws
+    """Numbers from the sample's own seed: the same on any rank."""
+    start_zyx: Triple = (0, 0, 0)
+    """Where the patch begins within the voxels, unless it is rotated or scaled."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Batch:
 
 def upload(sums: Sequence[float], samples: Sequence[DeviceSample], device: torch.device) -> tuple[Tensor, Tensor]:
     """(the sums in float64, float32 numbers of each sample), by one copy to the device."""
-    rows = [[*s.mean_c, *s.std_c, s.weight, *s.augment_draws] for s in samples]
+    rows = [[*s.mean_c, *s.std_c, s.weight, *s.draws("augment", DRAWS)] for s in samples]
     flat = [*sums, *(number for row in rows for number in row)]
     there = torch.tensor(flat, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     return there[: len(sums)], there[len(sums) :].view(-1, _WIDTH).float()
@@ -68,7 +74,7 @@ def to_host(there: Tensor) -> tuple[Tensor, Callable[[], None]]:
 def gather(samples: Sequence[DeviceSample], options: Augment) -> tuple[Tensor, Tensor]:
     """Float32 (b, 4, z, y, x) images as stored and (b, z, y, x) label values, cut out of the cases' boxes and flipped:
     the host knows both."""
-    axes = [flip(sample.augment_draws, options) for sample in samples]
+    axes = [flip(sample.draws("augment", DRAWS), options) for sample in samples]
     images = torch.stack([s.image_czyx.flip(a).float() for s, a in zip(samples, axes, strict=True)])
     labels = torch.stack([s.label_zyx.flip([axis - 1 for axis in a]) for s, a in zip(samples, axes, strict=True)])
     return images, labels
@@ -82,6 +88,38 @@ def finish(
     mean, std, weight, draws = numbers.split([_CHANNELS, _CHANNELS, 1, DRAWS], dim=1)
     image = augment(normalise(images, mean, std), draws, options)
     return image, to_regions(labels, table), weight[:, 0]
+
+
+def make(
+    samples: Sequence[DeviceSample],
+    numbers: Tensor,
+    table: Tensor,
+    options: Augment,
+    size: Triple,
+    finish: Callable[..., tuple[Tensor, Tensor, Tensor]] = finish,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 (b, 4, *size) images and (b, 3, *size) targets, (b,) weights. `numbers` are those of `upload`; `table` is
+    the convention's (3, 256); `finish` may be compiled.
+
+    `full` goes sample by sample: what happens to one, and the shapes, differ from what happens to the next, so there is
+    nothing to compile.
+    """
+    if options.kind != "full":
+        return finish(*gather(samples, options), numbers, table, options)
+    made = [fully_augmented(s, n, table, options, size) for s, n in zip(samples, numbers, strict=True)]
+    weights = numbers[:, 2 * _CHANNELS]
+    return torch.stack([image for image, _ in made]), torch.stack([regions for _, regions in made]), weights
+
+
+def fully_augmented(
+    sample: DeviceSample, numbers: Tensor, table: Tensor, options: Augment, size: Triple
+) -> tuple[Tensor, Tensor]:
+    """(4, *size) image and (3, *size) regions of a sample, by nnU-Net's list. One without weight is left as it is."""
+    mean, std = numbers[None, :_CHANNELS], numbers[None, _CHANNELS : 2 * _CHANNELS]
+    image, regions = normalise(sample.image_czyx[None], mean, std)[0], to_regions(sample.label_zyx[None], table)[0]
+    if not sample.weight:
+        return image, regions
+    return augment_fully(image, regions, augmentation.drawn(sample.draws, options.flip), size, sample.start_zyx)
 
 
 def normalise(image_bczyx: Tensor, mean_bc: Tensor, std_bc: Tensor) -> Tensor:
@@ -98,11 +136,14 @@ def to_regions(label_bzyx: Tensor, table: Tensor) -> Tensor:
 
 def flip(draws: list[float], options: Augment) -> list[int]:
     """The axes of a (c, z, y, x) sample that are reversed."""
-    return [axis for axis, u in zip((1, 2, 3), draws[:3], strict=True) if u < 0.5] if options.flip else []
+    flips = options.flip and options.kind != "off"
+    return [axis for axis, u in zip((1, 2, 3), draws[:3], strict=True) if u < 0.5] if flips else []
 
 
 def augment(image_bczyx: Tensor, draws_bn: Tensor, options: Augment) -> Tensor:
     """Scale and shift the intensities of each normalised sample by its own draws; zeros stay."""
+    if options.kind == "off":
+        return image_bczyx
     scale, shift = draws_bn[:, 3:7, None, None, None], draws_bn[:, 7:11, None, None, None]
     scale, shift = 1 + options.scale * (2 * scale - 1), options.shift * (2 * shift - 1)
     return torch.where(image_bczyx != 0, image_bczyx * scale + shift, image_bczyx)

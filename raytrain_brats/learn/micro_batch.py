@@ -14,8 +14,8 @@ from raytrain_brats.learn.step import TrainStep
 
 RESERVED = 0.35
 """Of a GPU's memory: a quarter for cases that stay there (`run.feed`), the rest for cuDNN and for what lies between."""
-WEIGHTS = 4
-"""Times the weights: gradients, DDP's copy of them, AdamW's two moments."""
+WEIGHTS = 5
+"""Times the weights: gradients, DDP's copy of them, AdamW's two moments, the running mean."""
 CPU_SAMPLES = 2
 """Without a GPU: more are not faster, and take more memory."""
 

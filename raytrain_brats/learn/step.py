@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raytrain_brats.config import Config
 from raytrain_brats.labels import region_table
 from raytrain_brats.learn import tree_reduce
-from raytrain_brats.learn.batch import Batch, DeviceSample, finish, gather, to_host, upload
+from raytrain_brats.learn.batch import Batch, DeviceSample, finish, make, to_host, upload
 from raytrain_brats.learn.inference import amp_dtype
 from raytrain_brats.learn.model import build_network, build_optimiser, ema_share, learning_rate, sample_losses
 
@@ -269,8 +269,9 @@ class TrainStep:
         """(sum of the weighted losses, to be differentiated; (weight, the same sum))."""
         enter("forward")
         began = self._now()
-        options = self.config.train.augment
-        image, regions, weights = self._finish(*gather(samples, options), numbers, self.table, options)
+        x, y, z = self.config.data.patch_xyz
+        augment = self.config.train.augment
+        image, regions, weights = make(samples, numbers, self.table, augment, (z, y, x), self._finish)
         with torch.autocast(self.device.type, self.precision) if self.precision else nullcontext():
             logits = self.parallel(image)
         total = (sample_losses(logits, regions, self.config.train.loss) * weights).sum()

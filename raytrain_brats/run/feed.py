@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -30,7 +31,7 @@ from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.patch import Patch, ViewOf, decode
 from raytrain_brats.data.sampler import draw, fingerprint
 from raytrain_brats.data.turns import StreamSpec, rank_rows, rank_steps, read_ahead, tables
-from raytrain_brats.learn.batch import DRAWS, Batch, DeviceSample
+from raytrain_brats.learn.batch import Batch, DeviceSample
 from raytrain_brats.run import journal
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.spec import RunSpec
@@ -164,7 +165,8 @@ def batch_of(patches: list[Patch], samples_seen: int, device: torch.device) -> B
             mean_c=p.mean,
             std_c=p.std,
             weight=p.weight,
-            augment_draws=draw(p.seed, "augment", DRAWS),
+            draws=partial(draw, p.seed),
+            start_zyx=p.start_zyx,
         )
         for p in patches
     )

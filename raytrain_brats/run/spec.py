@@ -42,9 +42,10 @@ class RunSpec:
 
     @property
     def patch_spec(self) -> PatchSpec:
-        data = self.config.data
+        config, data = self.config, self.config.data
         values = regions(self.source.convention) if data.foreground_draw == "regions" else {}
-        return PatchSpec(data.patch_xyz, data.foreground_share, tuple(values[r] for r in REGIONS if r in values))
+        drawn = tuple(values[r] for r in REGIONS if r in values)
+        return PatchSpec(data.patch_xyz, data.foreground_share, drawn, moved=config.train.augment.kind == "full")
 
     @property
     def held_bytes(self) -> int:

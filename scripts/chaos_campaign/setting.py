@@ -53,6 +53,7 @@ class Setting:
                 "epochs": -(-self._steps // epoch),
                 "global_batch": self._global_batch,
                 "reduction": self._reduction,
+                "augment": {"kind": ("light", "full")[seed % 2]},
             },
             "checkpoint": {"every_samples": 2 * self._global_batch},
             "run": {"compare_weights_steps": 8},

@@ -55,7 +55,7 @@ class Loop(ABC):
 class Ours(Loop):
     """`TrainStep` as a worker drives it: numbers are read one step late."""
 
-    augmentation = "flips, scales and shifts, on the device, in every step"
+    augmentation = "nnU-Net's list (kind full), on the device, in every step"
     fed = "int16 rows with labels, as Ray Data brings them; a thread places each by one copy"
 
     def __init__(self, recipe: str, edge: int, batch: int, device: torch.device, compiled: bool = False) -> None:

@@ -130,7 +130,7 @@ def compiled(setting: Setting) -> None:
     if not setting.gpu:
         setting.findings.tell("compiled batch", left_out="on a GPU only")
         return
-    settings = config("segresnet", setting.edge)
+    settings = config("segresnet", setting.edge, 4, "train.augment.kind=light")  # `full` is not compiled
     table = train_step(settings, setting.device).table
     batch = batch_of(patches(0, setting.edge, 4, setting.device), 0, setting.device)
     _, numbers = upload([], batch.samples, setting.device)

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from raytrain_brats.augmentation import Cut
 from raytrain_brats.config import Config, load
 from raytrain_brats.data.patch import CaseBox, Patch, decode, encode
+from raytrain_brats.data.preprocess import triple
 from raytrain_brats.data.sampler import Sample
 from raytrain_brats.learn.convolution_check import now
 from raytrain_brats.learn.step import TrainStep
@@ -112,7 +114,8 @@ def box(number: int, edge: int, batch: int) -> CaseBox:
     label = np.kron(blobs, np.ones((side // 4 + 1,) * 3, np.uint8))[:side, :side, :side]
     first = number * batch
     samples = [Sample(first + n, 0, number, 1000 + first + n) for n in range(batch)]
-    within = [(sample, tuple(random.randint(0, _MARGIN + 1, 3).tolist())) for sample in samples]
+    size = (edge, edge, edge)  # also of patches that are rotated: outside there are zeros
+    within = [(sample, Cut(triple(random.randint(0, _MARGIN + 1, 3)), size)) for sample in samples]
     return CaseBox(f"case{number}", within, "", label.shape, image, label, (450.0,) * 4, (260.0,) * 4)
 
 

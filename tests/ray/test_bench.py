@@ -94,7 +94,7 @@ def test_what_a_case_costs_to_prepare(tmp_path: Path) -> None:
         (["stream", "--workers", "0"], "--workers '0': write numbers of ranks"),
         (["stream", "--routes", "rwa"], "--routes rwa: not known; there are raw, store"),
         (["scale", "--cases", "1"], "--cases 1: 2 at least"),
-        (["speed"], "benchmark 'speed' is not known; there are data, stream, step, scale, prepare"),
+        (["speed"], "benchmark 'speed' is not known; there are data, stream, step, augment, scale, prepare"),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

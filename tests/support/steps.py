@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from raytrain_brats.augmentation import Odds
 from raytrain_brats.config import parse
 from raytrain_brats.data.patch import Patch, empty_patch
 from raytrain_brats.data.sampler import Sampler
@@ -20,6 +21,15 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "dynunet": {"name": "dynunet", "filters": [4, 4, 4], "heads": 1},
 }
 
+INTENSITY = ["noise", "blur", "brightness", "contrast", "low_resolution", "inverted_gamma", "gamma"]
+OPERATIONS = ["rotation", "scale", "mirror", *INTENSITY]
+
+
+def odds(chance: float, **others: float) -> Odds:
+    """Of nnU-Net's list, where each operation is as likely, but for the others."""
+    given: dict[str, Any] = dict.fromkeys(OPERATIONS, chance) | others
+    return Odds(**given)
+
 
 def spec(
     network: str = "segresnet",
@@ -27,11 +37,12 @@ def spec(
     optimiser: str = "sgd",
     clip_norm: float = 1e6,
     reduction: str = "fast",
+    augment: str = "light",
 ) -> RunSpec:
     """A job whose data are never opened. SGD by default: Adam's first step hides the gradient's size."""
     options = {"name": optimiser, "learning_rate": 0.01, "warmup_share": 0.0, "clip_norm": clip_norm}
     train = {"global_batch": 4, "micro_batch": micro_batch, "optimiser": options, "reduction": reduction}
-    train |= {"ema_samples": 40}
+    train |= {"ema_samples": 40, "augment": {"kind": augment}}
     data = {"patch_xyz": [EDGE] * 3}
     config = parse({"network": NETWORKS[network], "data": data, "train": train}, "test")
     sampler = Sampler(0, 10, 4, 4, 10)

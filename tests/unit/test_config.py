@@ -29,6 +29,15 @@ def test_yaml_round_trip(overrides: tuple[str, ...]) -> None:
     assert parse(yaml.safe_load(one.to_yaml()), "again") == one
 
 
+def test_a_run_begun_before_augmentation_had_kinds_goes_on_as_it_was() -> None:
+    """Its config.yaml has no `kind`: flips, scale and shift, as now by `light`."""
+    old = yaml.safe_load(load("demo").to_yaml())
+    del old["train"]["augment"]["kind"]
+    assert old["train"]["augment"] == {"flip": True, "scale": 0.1, "shift": 0.1}
+    assert not config.differences(parse(old, "old"), load("demo"))
+    assert config.differences(parse(old, "old"), load("demo", ("train.augment.kind=full",)))
+
+
 def test_config_is_frozen_and_hashable() -> None:
     """Nothing in it can be changed by those it is handed to."""
     one = load("demo")
@@ -56,6 +65,8 @@ def test_config_is_frozen_and_hashable() -> None:
         (["train.optimiser.learning_rate=.inf"], ["train.optimiser.learning_rate", "finite"]),
         (["train.optimiser.learning_rate=.nan"], ["train.optimiser.learning_rate"]),
         (["train.optimiser.name=adam"], ["train.optimiser.name", "adamw", "adam"]),
+        (["train.augment.kind=strong"], ["train.augment.kind", "'full'", "strong"]),
+        (["train.augment.kind=full", "train.augment.scale=0.3"], ["train.augment: ", "belong to kind `light`"]),
         (["data.patch_xyz=[32, 32]"], ["data.patch_xyz"]),
         (["data.patch_xyz=32"], ["data.patch_xyz", "32"]),
         (["data.fold=5"], ["data.fold", "5"]),

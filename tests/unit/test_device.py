@@ -11,12 +11,14 @@ import torch
 from torch import distributed, multiprocessing, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from raytrain_brats import augmentation
+from raytrain_brats.augmentation import Cut
 from raytrain_brats.data.patch import CaseBox, decode, encode
 from raytrain_brats.data.sampler import Sample
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run.feed import Uploader, batch_of
 from raytrain_brats.run.worker import train_step_of
-from tests.support.steps import CPU, EDGE, NETWORKS, empty, patch, spec
+from tests.support.steps import CPU, EDGE, NETWORKS, empty, odds, patch, spec
 
 META = torch.device("meta")
 
@@ -39,9 +41,14 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("micro_batch", [1, 4])
-def test_a_step_copies_once_to_the_device_and_never_waits_for_it(network: str, micro_batch: int) -> None:
-    """One copy for the numbers of all samples. The meta device has no values: whoever asks for one, fails."""
-    train_step = train_step_of(spec(network, micro_batch), 1, META)
+@pytest.mark.parametrize("augment", ["off", "light", "full"])
+def test_a_step_copies_once_to_the_device_and_never_waits_for_it(
+    network: str, micro_batch: int, augment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One copy for the numbers of all samples, also where all of nnU-Net's list happens to each. The meta device has no
+    values: whoever asks for one, fails."""
+    monkeypatch.setattr(augmentation, "NNUNET", odds(1))
+    train_step = train_step_of(spec(network, micro_batch, augment=augment), 1, META)
     train_step.optimiser.step = lambda: None  # type: ignore[assignment] # its one kernel does not know this device
     patches = [*(on_meta(number) for number in range(3)), empty(3, "missing: x")]
     for start in (0, 4):
@@ -82,9 +89,13 @@ def test_rows_come_to_the_device_as_they_were_sent() -> None:
         image, label = random.randint(-9, 99, (4, 9, 10, 11)).astype(dtype), random.randint(0, 4, (9, 10, 11))
         sample = Sample(number, 0, number, number)
         found = ((9, 10, 11), image, label.astype(np.uint8), (1.0,) * 4, (2.0,) * 4)
-        return CaseBox(f"case{number}", [(sample, (1, 2, 3))], "", *found)
+        return CaseBox(f"case{number}", [(sample, Cut((1, 2, 3), (EDGE,) * 3))], "", *found)
 
-    boxes = [box(0, np.int16), CaseBox("gone", [(Sample(1, 0, 1, 1), (0, 0, 0))], "missing: x"), box(2, np.float16)]
+    boxes = [
+        box(0, np.int16),
+        CaseBox("gone", [(Sample(1, 0, 1, 1), Cut((0, 0, 0), (EDGE,) * 3))], "missing: x"),
+        box(2, np.float16),
+    ]
     table = encode(boxes, (EDGE, EDGE, EDGE), 3)
     until, here = decode(table)
     until_there, there = decode(table, Uploader(CPU))

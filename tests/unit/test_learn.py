@@ -111,7 +111,7 @@ def _drawn(value: float) -> list[list[float]]:
 def made(image: torch.Tensor, label: torch.Tensor, draws: list[list[float]], options: Augment) -> Any:
     """Images and regions of a batch whose cases have mean 0 and deviation 1."""
     samples = [
-        DeviceSample(place, x, y, [0.0] * 4, [1.0] * 4, 1.0, mine)
+        DeviceSample(place, x, y, [0.0] * 4, [1.0] * 4, 1.0, lambda purpose, count, mine=mine: mine)
         for place, (x, y, mine) in enumerate(zip(image, label, draws, strict=True))
     ]
     _, numbers = upload([], samples, torch.device("cpu"))

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed, multiprocessing, nn
 
+from raytrain_brats import augmentation
 from raytrain_brats.learn import tree_reduce
 from raytrain_brats.learn.batch import Batch
 from raytrain_brats.learn.step import differing, weight_hash
 from raytrain_brats.run.feed import batch_of
 from raytrain_brats.run.worker import train_step_of
-from tests.support.steps import CPU, empty, patch, spec
+from tests.support.steps import CPU, empty, odds, patch, spec
 
 shapes = st.integers(1, 40).flatmap(
     lambda total: st.tuples(st.just(total), st.integers(1, total), st.integers(0, 100), st.integers(0, 10**6))
@@ -60,10 +61,11 @@ def test_few_partial_sums_wait(total: int) -> None:
         assert len(waiting) <= (total - 1).bit_length() + 1
 
 
-def _rank(rank: int, world_size: int, port: int, folder: str) -> None:
+def _rank(rank: int, world_size: int, port: int, folder: str, augment: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    train_step = train_step_of(spec("dynunet", optimiser="adamw", reduction="exact"), world_size, CPU)
+    run_spec = spec("dynunet", optimiser="adamw", reduction="exact", augment=augment)
+    train_step = train_step_of(run_spec, world_size, CPU)
     results = []
     for step in range(3):
         turn = (
@@ -91,17 +93,23 @@ def flip(network: nn.Module) -> None:
     weights.view(torch.int32)[3] ^= 1
 
 
-def test_weights_and_losses_are_the_same_bits_at_any_world_size(tmp_path: Path) -> None:
-    """AdamW on 1, 2 and 3 real ranks, one sample unreadable; then one flipped bit is found, and the rank named."""
+@pytest.mark.parametrize("augment", ["light", "full"])
+def test_weights_and_losses_are_the_same_bits_at_any_world_size(
+    tmp_path: Path, augment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW on 1, 2 and 3 real ranks, one sample unreadable; then one flipped bit is found, and the rank named. So with
+    nnU-Net's augmentation, of which half happens to each sample."""
+    monkeypatch.setattr(augmentation, "NNUNET", odds(0.5))  # ranks are forked
     torch.set_num_threads(1)
-    train_step = train_step_of(spec("dynunet", optimiser="adamw", reduction="exact"), 1, CPU)
+    train_step = train_step_of(spec("dynunet", optimiser="adamw", reduction="exact", augment=augment), 1, CPU)
     losses = [train_step.step(rows(step, range(4)), 4 * step).loss for step in range(3)]
     alone = train_step.state()[0]
     for world_size in (2, 3):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        multiprocessing.start_processes(_rank, (world_size, port, str(tmp_path)), world_size, start_method="fork")
+        given = (world_size, port, str(tmp_path), augment)
+        multiprocessing.start_processes(_rank, given, world_size, start_method="fork")
         for rank in range(world_size):
             state, found, agree, wrong = torch.load(tmp_path / f"{world_size}-{rank}.pt")
             assert found == losses and agree == []
