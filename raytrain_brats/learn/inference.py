@@ -1,8 +1,10 @@
-"""Whole-case inference by MONAI's sliding window. Runs in workers and predict tasks.
+"""Whole-case inference by MONAI's sliding window, mirrored where asked for. Runs in workers and predict tasks.
 
 In: a network, one prepared image and its statistics.
-Out: region probabilities on the prepared box.
+Out: region probabilities on the prepared box; region masks of probabilities.
 """
+
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,10 @@ from monai.inferers.utils import sliding_window_inference
 from torch import nn
 
 from raytrain_brats.learn.batch import normalise
+from raytrain_brats.learn.metrics import Masks
+
+MIRRORED = tuple(axes for number in (1, 2, 3) for axes in combinations((2, 3, 4), number))
+"""The axes (of b, c, z, y, x) of the seven mirror images; with the image itself they are eight."""
 
 
 def amp_dtype(device: torch.device, enabled: bool) -> torch.dtype | None:
@@ -30,16 +36,39 @@ def probabilities(
     overlap: float,
     device: torch.device,
     amp: bool = True,
+    *,
+    mirror: bool = False,
 ) -> npt.NDArray[np.float32]:
-    """(3, z, y, x) probabilities of WT, TC, ET on the box of the prepared image; the network is left in eval mode."""
+    """(3, z, y, x) probabilities of WT, TC, ET on the box of the prepared image; the network is left in eval mode.
+
+    `mirror`: the mean of the logits of the image and its seven mirror images, as nnU-Net takes it: eight times the work.
+    Logits rather than probabilities, so that a confident view outweighs doubtful ones, and both programs compare alike.
+    """
     network.eval()
     raw = torch.from_numpy(np.array(image_czyx)).to(device)[None]
     statistics = (torch.tensor([values], dtype=torch.float32, device=device) for values in (mean, std))
     image = normalise(raw, *statistics)
     dtype = amp_dtype(device, amp)
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        logits = sliding_window_inference(
-            image, tuple(reversed(patch_xyz)), sw_batch_size=2, predictor=network, overlap=overlap, mode="gaussian"
-        )
-    result: npt.NDArray[np.float32] = torch.sigmoid(logits[0].float()).cpu().numpy()
+    window_zyx = tuple(reversed(patch_xyz))
+
+    def logits_of(view: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            found: torch.Tensor = sliding_window_inference(view, window_zyx, 2, network, overlap, mode="gaussian")
+        return found.float()
+
+    logits = logits_of(image)
+    if mirror:
+        for axes in MIRRORED:  # one running sum: no eight results at a time
+            logits += logits_of(image.flip(axes)).flip(axes)
+        logits /= 1 + len(MIRRORED)
+    result: npt.NDArray[np.float32] = torch.sigmoid(logits[0]).cpu().numpy()
     return result
+
+
+def to_masks(probabilities_r: npt.NDArray[np.float32], thresholds: tuple[float, float, float] = (0.5, 0.5, 0.5)) -> Masks:
+    """Region masks of (3, x, y, z) probabilities, nested as label values are: ET in TC in WT. The only place that decides
+    which voxels a region has."""
+    masks: Masks = np.stack([p > np.float32(limit) for p, limit in zip(probabilities_r, thresholds, strict=True)])
+    masks[1] |= masks[2]
+    masks[0] |= masks[1]
+    return masks

@@ -19,7 +19,7 @@ from raytrain_brats.config import Config
 from raytrain_brats.data.preprocess import Prepared, restore
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS, to_regions
-from raytrain_brats.learn.inference import probabilities
+from raytrain_brats.learn.inference import probabilities, to_masks
 from raytrain_brats.learn.metrics import Masks, dice, hd95_mm
 from raytrain_brats.learn.model import build_network
 from raytrain_brats.learn.step import network_weights
@@ -56,15 +56,18 @@ def shared_network(reference: ray.ObjectRef[Any]) -> tuple[nn.Module, Config, to
     return network.to(device), settings, device
 
 
-def predict_masks(prepared: Prepared, network: nn.Module, config: Config, device: torch.device) -> Masks:
-    """(3, x, y, z) region masks on the native grid, nested as label values are: ET in TC in WT."""
+def predict_masks(
+    prepared: Prepared, network: nn.Module, config: Config, device: torch.device, *, mirror: bool | None = None
+) -> Masks:
+    """(3, x, y, z) region masks on the native grid, nested as label values are: ET in TC in WT.
+
+    `mirror`: average over mirror images; None as `validate.mirror` says.
+    """
+    mirror = config.validate_.mirror if mirror is None else mirror
     case = prepared.image_czyx, prepared.mean, prepared.std
     patch_xyz, overlap = config.data.patch_xyz, config.validate_.overlap
-    found = probabilities(network, *case, patch_xyz, overlap, device, config.train.amp)
-    masks: Masks = restore(found, prepared.geometry) > 0.5
-    masks[1] |= masks[2]
-    masks[0] |= masks[1]
-    return masks
+    found = probabilities(network, *case, patch_xyz, overlap, device, config.train.amp, mirror=mirror)
+    return to_masks(restore(found, prepared.geometry))
 
 
 def score(case_id: str, predicted: Masks, prepared: Prepared, convention: str) -> Score:
