@@ -220,10 +220,12 @@ def test_masks_are_nested_and_thresholds_are_per_region() -> None:
     """Above its own threshold a voxel is in; what is ET is TC and WT too."""
     found = np.array([[0.6, 0.4, 0.1, 0.1], [0.45, 0.1, 0.1, 0.1], [0.1, 0.1, 0.9, 0.5]], np.float32)
     found = found.reshape(3, 4, 1, 1)
-    assert to_masks(found)[..., 0, 0].tolist() == [[True, False, True, False], [False, False, True, False]] + [
-        [False, False, True, False]
+    assert to_masks(found)[..., 0, 0].astype(int).tolist() == [[1, 0, 1, 0], [0, 0, 1, 0], [0, 0, 1, 0]]
+    assert to_masks(found, (0.3, 0.4, 0.4))[..., 0, 0].astype(int).tolist() == [
+        [1, 1, 1, 1],
+        [1, 0, 1, 1],
+        [0, 0, 1, 1],
     ]
-    assert to_masks(found, (0.3, 0.4, 0.4))[..., 0, 0].astype(int).tolist() == [[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1]]
 
 
 def _masks(*boxes: tuple[slice, slice, slice] | None, shape: tuple[int, ...] = (8, 9, 10)) -> Any:
