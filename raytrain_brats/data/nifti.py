@@ -221,6 +221,21 @@ def decode(content: bytes, name: str) -> File:
     return File(voxels.reshape(shape, order="F"), affine, start[:348], scaled, name)
 
 
+def decode_label(content: bytes, name: str, allowed: tuple[int, ...]) -> File:
+    """Decode a label (x, y, z) alone, as uint8. Raises InvalidCase."""
+    file = decode(content, name)
+    with _about(name):
+        if file.array.ndim != 3:
+            raise InvalidCase("header", f"a label has shape {file.array.shape}, expected (x, y, z)")
+        return file._replace(array=_label(_nearly_whole(file.array) if file.scaled else file.array, allowed))
+
+
+def same_grid(file: File, shape: tuple[int, ...], affine: npt.NDArray[np.float64], other: str) -> None:
+    """Raises InvalidCase unless the file has this shape and, to a thousandth, this affine."""
+    with _about(file.name):
+        _same_grid(file, shape, affine, other)
+
+
 def label_file(label_xyz: npt.NDArray[np.uint8], header: bytes) -> bytes:
     """The .nii.gz of a label (x, y, z) on the grid of the scan whose `Volume.header` is given; always the same bytes.
 

@@ -5,6 +5,7 @@ Out: region probabilities on the prepared box; region masks of probabilities.
 """
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +42,8 @@ def probabilities(
 ) -> npt.NDArray[np.float32]:
     """(3, z, y, x) probabilities of WT, TC, ET on the box of the prepared image; the network is left in eval mode.
 
-    `mirror`: the mean of the logits of the image and its seven mirror images, as nnU-Net takes it: eight times the work.
-    Logits rather than probabilities, so that a confident view outweighs doubtful ones, and both programs compare alike.
+    `mirror`: the mean of the logits of the image and its seven mirror images, as nnU-Net takes it; eight times the
+    work. Logits rather than probabilities: a confident view outweighs doubtful ones, and both programs compare alike.
     """
     network.eval()
     raw = torch.from_numpy(np.array(image_czyx)).to(device)[None]
@@ -53,8 +54,8 @@ def probabilities(
 
     def logits_of(view: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            found: torch.Tensor = sliding_window_inference(view, window_zyx, 2, network, overlap, mode="gaussian")
-        return found.float()
+            found: Any = sliding_window_inference(view, window_zyx, 2, network, overlap, mode="gaussian")
+        return torch.as_tensor(found).float()
 
     logits = logits_of(image)
     if mirror:
@@ -65,9 +66,13 @@ def probabilities(
     return result
 
 
-def to_masks(probabilities_r: npt.NDArray[np.float32], thresholds: tuple[float, float, float] = (0.5, 0.5, 0.5)) -> Masks:
-    """Region masks of (3, x, y, z) probabilities, nested as label values are: ET in TC in WT. The only place that decides
-    which voxels a region has."""
+def to_masks(
+    probabilities_r: npt.NDArray[np.float32], thresholds: tuple[float, float, float] = (0.5, 0.5, 0.5)
+) -> Masks:
+    """Region masks of (3, x, y, z) probabilities, nested as label values are: ET in TC in WT.
+
+    The only place that decides which voxels a region has.
+    """
     masks: Masks = np.stack([p > np.float32(limit) for p, limit in zip(probabilities_r, thresholds, strict=True)])
     masks[1] |= masks[2]
     masks[0] |= masks[1]

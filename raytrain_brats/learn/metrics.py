@@ -1,4 +1,5 @@
-"""Dice and 95th-percentile Hausdorff distance of regions. Runs in workers and predict tasks.
+"""Dice and 95th-percentile Hausdorff distance of regions: all that a validation computes. Runs in workers and predict
+tasks. More, and by year: `case_scores`.
 
 In: predicted and true region masks on one grid.
 Out: one number per region, with the BraTS challenge's rules for empty regions.
@@ -19,22 +20,25 @@ Masks = npt.NDArray[np.bool_]
 
 def dice(predicted: Masks, truth: Masks) -> dict[str, float]:
     """{region: Dice} of (3, x, y, z) masks; 1 when both are empty."""
-    scores = {}
-    for region, p, t in zip(REGIONS, predicted, truth, strict=True):
-        size = int(p.sum()) + int(t.sum())
-        scores[region] = 1.0 if size == 0 else 2.0 * int((p & t).sum()) / size
-    return scores
+    return {region: dice_of(p, t) for region, p, t in zip(REGIONS, predicted, truth, strict=True)}
 
 
 def hd95_mm(predicted: Masks, truth: Masks, spacing_mm: tuple[float, ...]) -> dict[str, float]:
     """{region: HD95 in mm}; 0 when both are empty, MISSED_MM when one is."""
-    distances = {}
-    for region, p, t in zip(REGIONS, predicted, truth, strict=True):
-        if not p.any() or not t.any():
-            distances[region] = 0.0 if p.any() == t.any() else MISSED_MM
-            continue
-        box = tuple(slice(int(i.min()), int(i.max()) + 1) for i in np.nonzero(p | t))
-        p, t = np.pad(p[box], 1), np.pad(t[box], 1)  # MONAI finds no surface at the border of an array
-        first, second = (torch.from_numpy(mask)[None, None] for mask in (p, t))
-        distances[region] = float(compute_hausdorff_distance(first, second, percentile=95, spacing=list(spacing_mm)))
-    return distances
+    return {r: hd95_mm_of(p, t, spacing_mm) for r, p, t in zip(REGIONS, predicted, truth, strict=True)}
+
+
+def dice_of(p: Masks, t: Masks) -> float:
+    """Of one region; 1 when both masks are empty."""
+    size = int(p.sum()) + int(t.sum())
+    return 1.0 if size == 0 else 2.0 * int((p & t).sum()) / size
+
+
+def hd95_mm_of(p: Masks, t: Masks, spacing_mm: tuple[float, ...]) -> float:
+    """Of one region, (x, y, z) masks; by MONAI, from the centres of voxels at the edge."""
+    if not p.any() or not t.any():
+        return 0.0 if p.any() == t.any() else MISSED_MM
+    box = tuple(slice(int(i.min()), int(i.max()) + 1) for i in np.nonzero(p | t))
+    p, t = np.pad(p[box], 1), np.pad(t[box], 1)  # MONAI finds no surface at the border of an array
+    first, second = (torch.from_numpy(mask)[None, None] for mask in (p, t))
+    return float(compute_hausdorff_distance(first, second, percentile=95, spacing=list(spacing_mm)))

@@ -51,7 +51,7 @@ def done(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(cluster, name, fake)
     for module in (evaluate, predict):  # what it finds is no matter here, and takes seconds
         monkeypatch.setattr(
-            module, "predict_masks", lambda prepared, *_: np.zeros((3, *prepared.geometry.native_shape), bool)
+            module, "predict_masks", lambda prepared, *_, **__: np.zeros((3, *prepared.geometry.native_shape), bool)
         )
     monkeypatch.setattr(ray, "put", Box)
     monkeypatch.setattr(ray, "get", lambda box: box.value)

@@ -49,7 +49,7 @@ def itk_place(path: Path) -> Any:
     return [np.array(v) for v in (image.GetSize()[:3], image.GetSpacing()[:3], image.GetOrigin()[:3], direction)]
 
 
-def threshold(prepared: Prepared, *_: Any) -> npt.NDArray[np.bool_]:
+def threshold(prepared: Prepared, *_: Any, **__: Any) -> npt.NDArray[np.bool_]:
     """A network that has learned to see our images: region masks on the native grid."""
     return restore(prepared.image_czyx[:3].astype(np.float32), prepared.geometry) > 500
 
