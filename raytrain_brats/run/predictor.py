@@ -100,6 +100,7 @@ def native_probabilities(
         patch_xyz, overlap = config.data.patch_xyz, config.validate_.overlap
         found = probabilities(network, *case, patch_xyz, overlap, device, config.train.amp, mirror=mirrored)
         total, count = found if total is None else np.add(total, found, out=total), count + 1
+        del network, found  # before the next one is loaded
     assert total is not None, "no network"
     if count > 1:
         total /= np.float32(count)
