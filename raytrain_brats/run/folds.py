@@ -158,7 +158,7 @@ def _save(running: list[_Fold]) -> None:
 
 
 def end_with_parent() -> None:
-    """In the process of one fold: save and end when the command that started it is gone, killed or with its terminal."""
+    """In the process of one fold: save and end when the command that started it is gone, or its terminal with it."""
     parent = os.environ.get(PARENT, "")
     if not parent or os.getppid() != int(parent):
         return

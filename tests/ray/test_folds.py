@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,14 +22,18 @@ from raytrain_brats.run import folds
 import ray
 cluster.connect(4)
 plan = folds.Plan(("1", "1"), ray.get_runtime_context().gcs_address)
-folds.train((0, 1), lambda fold, workers: folds.command_line([*sys.argv[1:], "--workers", workers, "--fold", str(fold)]), plan)
+
+def command(fold, workers):
+    return folds.command_line([*sys.argv[1:], "--workers", workers, "--fold", str(fold)])
+
+folds.train((0, 1), command, plan)
 """
 
 
 @pytest.mark.campaign
 def test_folds_are_trained_resumed_and_answer_together(place: Path) -> None:
-    """`train --fold all` is stopped by SIGTERM, saves, goes on and ends; folds that are finished end at once; `evaluate`
-    scores each case once, `predict` takes all five."""
+    """`train --fold all` is stopped by SIGTERM, saves, goes on and ends; folds that are finished end at once;
+    `evaluate` scores each case once, `predict` takes all five."""
     write_set(str(place / "data"), cases=6, seed=2, grid=32, anatomy="procedural")
     sets = [word for value in SMALL for word in ("--set", value)]
     given = ["--data", str(place / "data"), "--run-dir", str(place / "run"), "--recipe", "demo", *sets]

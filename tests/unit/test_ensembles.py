@@ -16,7 +16,7 @@ import pytest
 import ray
 import torch
 
-from raytrain_brats import config, evaluate, outputs, predict
+from raytrain_brats import config, evaluate, outputs, predict, storage
 from raytrain_brats.cases import scan
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
@@ -225,3 +225,68 @@ def test_the_spread_is_that_of_the_folds_means() -> None:
     assert found["over_folds"]["sd"]["hd95_mm"]["WT"] == pytest.approx(2.8284, abs=1e-4)
     assert fold_scores.summary([row(0, 0.4)])["over_folds"]["sd"]["dice"]["WT"] is None
     assert fold_scores.lines([row(0, 0.4)])[-1][2:] == ["-"] * 6
+
+
+def test_a_case_that_fails_is_named_and_the_others_are_predicted(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged scan, and one for which memory is short: exit code 1, a line each; the same command tries them again.
+    Where the first ten all fail it is not the cases; a full disk ends the command at once."""
+
+    def mapped(
+        function: Callable[[Any], Any], items: Iterable[Any], on_gpus: bool, read: Any, failed: Any
+    ) -> Iterable[Any]:
+        for item in items:
+            try:
+                yield function(read(item))
+            except Exception as error:  # noqa: BLE001 - as `parallel_map` has it
+                yield failed(item, error)
+
+    monkeypatch.setattr(cluster, "parallel_map", mapped)
+    data = write_msd_folder(tmp_path / "data", 12, shape=(12, 12, 12))
+    damaged = data / "imagesTr/BRATS_003.nii.gz"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-200])
+    real, short = predict.native_probabilities, [5]
+
+    def tight(*arguments: Any, **options: Any) -> Any:
+        short[0] -= 1
+        if not short[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2.00 GiB")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(predict, "native_probabilities", tight)
+    words = ["--run-dir", made / "run/fold-0", "--images", data, "--no-mirror", "--out"]
+    command = [str(word) for word in (*words, tmp_path / "out")]
+    assert predict.main(command) == 1
+    printed = capsys.readouterr()
+    failed, refused, last = printed.err.splitlines()
+    assert failed.startswith(
+        "failed: case BRATS_008: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB;"
+    )
+    assert refused.startswith("refused: case BRATS_003: gzip_damaged")
+    assert last.startswith("failed: 2 of 12 cases have no prediction") and "10 label volumes in" in printed.out
+    assert "for 1,000 cases at this rate" in printed.out
+    damaged.write_bytes(whole)
+    assert predict.main(command) == 0
+    assert "2 label volumes made, 10 were there already" in capsys.readouterr().out
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ValueError("no kernel image")
+
+    monkeypatch.setattr(predict, "native_probabilities", broken)
+    assert predict.main([*map(str, words), str(tmp_path / "none")]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("failed: case") == 10
+    assert "the first 10 cases all failed, the last with case BRATS_003: ValueError: no kernel image" in printed.err
+    monkeypatch.setattr(predict, "native_probabilities", real)
+
+    def full(uri: str, content: bytes, write: Any = storage.write_bytes) -> None:
+        if uri.endswith(".nii.gz"):
+            raise OSError(28, "No space left on device", uri)
+        write(uri, content)
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    assert predict.main([*map(str, words), str(tmp_path / "full")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("failed: [Errno 28] No space left on device: ") and "full/BRATS_012.nii.gz" in line
