@@ -155,9 +155,10 @@ def _score_volumes(args: Args) -> None:
         cases = manifest.cases
     volumes = label_volumes.find(folder, cases)
     convention = args.convention or label_volumes.stated_convention(folder) or source.convention
+    read_as = described(convention)
     if not comparable(convention, source.convention):
         raise UserError(
-            f"--predictions {folder} are read as {described(convention)}, {manifest.root} holds "
+            f"--predictions {folder} are read as {read_as}, {manifest.root} holds "
             f"{described(source.convention)}: WT, TC and ET are other tissues there; say --convention"
         )
     challenge, scored = _challenge(args, source.convention, cases), [c for c in cases if c.id in volumes.files]
@@ -178,7 +179,7 @@ def _score_volumes(args: Args) -> None:
         out, "evaluate", dict.fromkeys(names, origin), settings={"volumes": settings}, protected=[*uris, *truths],
         overwrite=args.overwrite,
     )  # fmt: skip
-    print(f"label values of {folder}: {described(convention)}; labels: {described(source.convention)}")
+    print(f"label values of {folder}: {read_as}; labels: {described(source.convention)}")
     for what, left in (("no label volume for case", volumes.missing), ("not a case", volumes.extra)):
         for name in left:
             print(f"{what}: {name}", file=sys.stderr)
