@@ -110,10 +110,10 @@ def work(args: Args) -> None:
     found, refused = [r for r in results if not isinstance(r, str)], [r for r in results if isinstance(r, str)]
     rows = [row for row, _, _ in found]
     _tell_left_out(refused, len(cases))
-    seconds = {what: round(float(np.mean([s[what] for _, _, s in found])), 2) for what in ("segment", "score")}
+    seconds = {what: float(np.mean([s[what] for _, _, s in found])) for what in ("segment", "score")}
     views = "8 mirror images (--no-mirror: one)" if args.mirror else "one image"
     print(f"a case took {seconds['segment']:.1f} s to segment, as {views}, {seconds['score']:.1f} s to score")
-    summary = made_from | _summary(rows, source.convention, manifest.synthetic) | {"seconds_a_case": seconds}
+    summary = made_from | _summary(rows, source.convention, manifest.synthetic)
     pictures = {f"overlays/{row['case']}.png": picture for row, picture, _ in found if picture}
     _keep_earlier(run_dir, made_from)
     _write(RunDir(run_dir).evaluation, summary, pictures | _tables(rows))
