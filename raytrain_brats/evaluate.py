@@ -111,10 +111,10 @@ def work(args: Args) -> None:
     if by_fold := len(networks) > 1 and split == "val":
         fold_of = {case.id: case.fold for case in cases}
         rows = [{"case": row["case"], "fold": fold_of[row["case"]]} | row for row in rows]
-    seconds = {what: round(float(np.mean([s[what] for _, _, s in found])), 2) for what in ("segment", "score")}
+    seconds = {what: float(np.mean([s[what] for _, _, s in found])) for what in ("segment", "score")}
     views = "8 mirror images (--no-mirror: one)" if args.mirror else "one image"
     print(f"a case took {seconds['segment']:.1f} s to segment, as {views}, {seconds['score']:.1f} s to score")
-    summary = made_from | _summary(rows, source.convention, manifest.synthetic) | {"seconds_a_case": seconds}
+    summary = made_from | _summary(rows, source.convention, manifest.synthetic)
     summary |= folds.summary(rows) if by_fold else {}
     pictures = {f"overlays/{row['case']}.png": picture for row, picture, _ in found if picture}
     _keep_earlier(run_dir, made_from)
@@ -177,9 +177,10 @@ def _score_volumes(args: Args) -> None:
         cases = manifest.cases
     volumes = label_volumes.find(folder, cases)
     convention = args.convention or label_volumes.stated_convention(folder) or source.convention
+    read_as = described(convention)
     if not comparable(convention, source.convention):
         raise UserError(
-            f"--predictions {folder} are read as {described(convention)}, {manifest.root} holds "
+            f"--predictions {folder} are read as {read_as}, {manifest.root} holds "
             f"{described(source.convention)}: WT, TC and ET are other tissues there; say --convention"
         )
     challenge, scored = _challenge(args, source.convention, cases), [c for c in cases if c.id in volumes.files]
@@ -200,7 +201,7 @@ def _score_volumes(args: Args) -> None:
         out, "evaluate", dict.fromkeys(names, origin), settings={"volumes": settings}, protected=[*uris, *truths],
         overwrite=args.overwrite,
     )  # fmt: skip
-    print(f"label values of {folder}: {described(convention)}; labels: {described(source.convention)}")
+    print(f"label values of {folder}: {read_as}; labels: {described(source.convention)}")
     for what, left in (("no label volume for case", volumes.missing), ("not a case", volumes.extra)):
         for name in left:
             print(f"{what}: {name}", file=sys.stderr)

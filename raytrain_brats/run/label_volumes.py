@@ -33,7 +33,8 @@ class Found:
 
 def find(folder: str, cases: Sequence[Case]) -> Found:
     """Raises UserError when there is no such folder, or none of the cases in it."""
-    names = [name for name in storage.list_files(folder) if "/" not in name and name.endswith(ENDINGS)]
+    there = (name for name in storage.list_files(folder) if "/" not in name and name.endswith(ENDINGS))
+    names = [name for name in there if not name.endswith("_probabilities.nii.gz")]  # of `predict --save-probabilities`
     by_id: dict[str, list[str]] = {}
     for name in sorted(names):
         by_id.setdefault(name.removesuffix(".gz").removesuffix(".nii"), []).append(name)

@@ -217,6 +217,22 @@ def test_an_earlier_evaluation_is_kept_whole(made: Path, done: Call, monkeypatch
     assert {p.name: p.read_bytes() for p in kept.rglob("*") if p.is_file()} == first
 
 
+def test_mirroring_is_recorded_and_makes_another_result(made: Path, done: Call, refused: Call) -> None:
+    """By default with eight views, told and noted; without, what was there is kept."""
+    run, data = made / "run", made / "data"
+    assert "8 mirror images" in done("evaluate", "--run-dir", run, "--data", data, "--overlays", 0)
+    assert json.loads((run / "evaluation/summary.json").read_text())["mirror"] is True
+    assert "as one image" in done("evaluate", "--run-dir", run, "--data", data, "--no-mirror", "--overlays", 0)
+    (kept,) = (run / "evaluations").iterdir()
+    summaries = [json.loads((folder / "summary.json").read_text())["mirror"] for folder in (run / "evaluation", kept)]
+    assert summaries == [False, True]
+    ready = ("predict", "--run-dir", run, "--images", data, "--out", made / "out")
+    assert "as 8 mirror images each" in done(*ready)
+    (about,) = outputs.recorded(str(made / "out"))["makers"].values()
+    assert about["mirror"] is True and about["made_with"].endswith("labels msd, mirrored")
+    assert "was made from" in refused(*ready, "--no-mirror")
+
+
 def test_a_move_that_was_stopped_goes_on(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On S3 nothing can be renamed: killed at any request, each file is whole in the old place or in the new."""
     files = {"summary.json": b'{"checkpoint": "c", "split": "val", "identity": "0123456789"}', "cases.csv": b"a"}
