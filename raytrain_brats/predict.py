@@ -7,6 +7,7 @@ what the values mean. What was made earlier from the same files by the same chec
 """
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import ray
 
 from raytrain_brats import config, outputs, storage
 from raytrain_brats.cases import scan
-from raytrain_brats.cli import Pace, Uri, entry, progress, run_folder, show_skipped
+from raytrain_brats.cli import Pace, Uri, entry, progress, run_folder, show_skipped, span
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase, background_warning
@@ -128,6 +129,7 @@ def work(args: Args) -> None:
 def _predict(job: Job, items: list[tuple[Source, Case]]) -> int:
     """Predict all that can be; how many could not. Raises RunFailed where it is not the cases that are at fault."""
     rows = cluster.parallel_map(partial(_segment, job), items, on_gpus=True, read=_read, failed=_named)
+    began = time.monotonic()
     pace, count = Pace(cluster.at_once(on_gpus=True)), Counter[str]()
     for done, (kind, message) in enumerate(_shown(rows, pace, len(items)), 1):
         count[kind] += 1
@@ -135,9 +137,10 @@ def _predict(job: Job, items: list[tuple[Source, Case]]) -> int:
             print(f"{kind}: {message}", file=sys.stderr, flush=True)
         if count["failed"] == done == min(GIVE_UP, len(items)):
             raise RunFailed(f"the first {done} cases all failed, the last with {message}")
-    views = "8 mirror images a case (--no-mirror: one)" if job.mirror else "one image a case"
+    views = "as 8 mirror images each (--no-mirror: one)" if job.mirror else "as one image each"
+    print(f"{len(items)} cases in {span(time.monotonic() - began)}, {views}")
     if estimate := pace.estimate():
-        print(f"{views}; {estimate}")
+        print(estimate)
     return count["refused"] + count["failed"]
 
 

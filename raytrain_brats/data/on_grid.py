@@ -27,7 +27,7 @@ def probability_file(probabilities_rxyz: npt.NDArray[np.float32], header: bytes)
     """The .nii.gz of the regions' probabilities, (x, y, z, r) in the order WT, TC, ET, on the scan's grid.
 
     One byte a voxel and region, in steps of 1/255 by the header's slope, which any viewer applies: NIfTI-1 has no
-    float16, and float32 packs to ten times the size (32 MB, not 3). A half is rounded down, so that what is above 0.5 stays above.
+    float16, and float32 packs to ten times the size (32 MB). A half is rounded down: what is above 0.5 stays above.
     """
     steps = np.ceil(probabilities_rxyz * np.float32(255) - np.float32(0.5)).clip(0, 255)
     return _on_grid(np.moveaxis(steps.astype(np.uint8), 0, 3), header, 1 / 255)
