@@ -100,7 +100,7 @@ def work(args: Args) -> None:
     if run.convention != source.convention:
         print(f"the run learned {described(run.convention)}: compared by region")
     show_skipped(manifest.skipped)
-    cluster.connect()
+    cluster.connect(held_bytes=members.weight_bytes(networks))
     shared = members.by_fold([(m.fold, ray.put((m.run.config, m.weights))) for m in networks], split)
     drawn = {case.id for case in cases[: args.overlays]}
     one = partial(_one, shared, source, drawn, args.mirror, challenge)

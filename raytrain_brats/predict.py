@@ -115,7 +115,7 @@ def work(args: Args) -> None:
     if not items:
         print(f"0 label volumes made{already}, in {out}")
         return
-    cluster.connect()
+    cluster.connect(held_bytes=members.weight_bytes(networks))
     references = tuple(ray.put((member.run.config, member.weights)) for member in networks)
     del networks
     missing = _predict(Job(out, references, args.mirror, args.save_probabilities), items)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import ray
 import tyro
 
 from raytrain_brats import config, storage
@@ -124,7 +123,6 @@ def _held_out(args: Args) -> tuple[str, ...]:
 
 def _train_folds(args: Args, settings: config.Config, recipe: str, run_dir: str, data: str, store: str) -> None:
     """Five runs below the run folder. The cases are found and checksummed once, here."""
-    ray.shutdown()  # of the phantoms; nothing, where there is none
     first = spec.build(settings, spec.fold_run(run_dir, settings.data.fold), data, store, recipe)
     storage.check_writable(run_dir)
     if not store:

@@ -47,15 +47,19 @@ def plan(wanted: int, settings: Config, workers: str, held_bytes: int = 0, prepa
     `workers` as the user gave them, each fold's; by default the room is shared out. Starts a Ray to be shared where
     this machine has GPUs and no cluster is there. Raises UserError as `cluster.connect` does.
     """
+    if ray.is_initialized() and cluster.started_here():  # for phantoms
+        ray.shutdown()
     if not start_up.address() and not _gpus_here():
         return Plan((workers,))  # a CPU run takes all cores of its machine
+    joined = ray.is_initialized()
     cluster.connect(held_bytes=wanted * held_bytes, prepared=prepared)
     nodes = roles.part("train").nodes
     gpus = 0 if settings.run.gpus_per_worker == 0 else int(sum(node.get("GPU", 0) for node in nodes))
     plan = shared_out(gpus or sum(node.get("CPU", 0) > 0 for node in nodes), wanted, workers, settings)
     if cluster.started_here() and len(plan.workers) > 1:
         return Plan(plan.workers, ray.get_runtime_context().gcs_address)
-    ray.shutdown()
+    if not joined:
+        ray.shutdown()
     return plan
 
 

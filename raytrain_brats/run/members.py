@@ -96,6 +96,11 @@ def by_fold(networks: Sequence[tuple[int, Any]], split: str) -> list[tuple[Any, 
     return [tuple(network for held_out, network in networks if held_out == fold) for fold in range(FOLDS)]
 
 
+def weight_bytes(members: Iterable[Member]) -> int:
+    """What their weights take of the object store."""
+    return sum(tensor.nbytes for member in members for tensor in member.weights.values())
+
+
 def missing_folds(members: Iterable[Member]) -> list[int]:
     """Which of the five nobody held out."""
     return sorted(set(range(FOLDS)) - {member.fold for member in members})
