@@ -84,7 +84,41 @@ def progress(rows: Iterable[T], what: str, total: int) -> Iterator[T]:
         if now - printed_s >= LINE_S and number < total:
             printed_s = now
             left_s = (now - began) / number * (total - number)
-            print(f"{what}: {number:,} of {total:,}, about {left_s:,.0f} s left", flush=True)
+            print(f"{what}: {number:,} of {total:,}, about {span(left_s)} left", flush=True)
+
+
+def span(seconds: float) -> str:
+    """A time in words, of two digits at least: 45 s, 12 min, 3.2 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Pace:
+    """How long 1,000 cases take, from the first ten. Where several are done at once, the first of each process are left
+    out, which take its start along, and as many follow as are done at once, since those end together."""
+
+    def __init__(self, at_once: int) -> None:
+        self._at_once, self._due = at_once, at_once + max(10, at_once)
+        self._began, self._done, self._first_s = time.monotonic(), 0, 0.0
+
+    def add(self) -> str:
+        """One more case is done; the estimate, once, else ""."""
+        self._done += 1
+        if self._done == self._at_once:
+            self._first_s = time.monotonic()
+        return self.estimate() if self._done == self._due else ""
+
+    def estimate(self) -> str:
+        """By the cases done so far; "" where ten were not."""
+        if self._done < 10:
+            return ""
+        before = self._at_once if self._done >= self._due else 0
+        since = self._first_s if before else self._began
+        each_s = (time.monotonic() - since) / (self._done - before)
+        return (
+            f"about {span(1000 * each_s)} for 1,000 cases at this rate ({each_s:.1f} s a case, {self._at_once} at once)"
+        )
 
 
 def show_refused(refused: list[dict[str, str]]) -> None:

@@ -120,6 +120,9 @@ class Validate(_Frozen):
     max_cases: PositiveInt = 32
     overlap: float = Field(default=0.5, ge=0, lt=1)
     """Overlap of neighbouring windows of the sliding-window inference."""
+    mirror: bool = False
+    """Also average over the eight mirror images while a run trains: eight times the work. `evaluate` and `predict` do
+    it unless told not to."""
 
 
 class Checkpoint(_Frozen):

@@ -1,14 +1,16 @@
-"""Score a trained network: `raytrain-brats evaluate --run-dir URI --data URI`.
+"""Score a trained network, or any program's label volumes: `raytrain-brats evaluate --run-dir URI --data URI`.
 
-In: a run folder, labelled cases.
-Out: `evaluation/cases.csv`, `evaluation/overlays/<case>.png`, `evaluation/summary.json` in the run folder, put when all
-are scored. An earlier evaluation of another checkpoint, split or data is first moved to `evaluations/` beside it.
+In: a run folder or a folder of label volumes; labelled cases.
+Out: `cases.csv`, `statistics.csv`, `summary.json` and pictures. Of a run they go to `evaluation/` in its folder when
+all cases are scored; an earlier evaluation of another checkpoint, split or data is first moved to `evaluations/` beside
+it. Of label volumes they go to --out.
 """
 
 import itertools
 import json
 import re
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from raytrain_brats import config, outputs, storage
+from raytrain_brats.cases import scan
 from raytrain_brats.cli import Uri, cases_from, entry, run_folder, show, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
@@ -26,79 +29,251 @@ from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.preprocess import restore, to_ras
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.labels import REGIONS, comparable, described, to_regions
+from raytrain_brats.labels import (
+    REGIONS,
+    comparable,
+    described,
+    from_regions,
+    regions,
+    regions_of_network,
+    to_regions,
+)
+from raytrain_brats.learn import case_scores
+from raytrain_brats.learn.case_scores import Reading
+from raytrain_brats.learn.challenges import challenge_of
 from raytrain_brats.ray_ext import cluster
-from raytrain_brats.reporting import figures
-from raytrain_brats.run import spec
-from raytrain_brats.run.predictor import Score, means, newest_weights, predict_masks, score, shared_network, table
+from raytrain_brats.reporting import figures, folds, scores
+from raytrain_brats.run import label_volumes, members, spec
+from raytrain_brats.run.predictor import masks_of, native_probabilities, shared_networks
 from raytrain_brats.run.run_dir import RunDir
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Args:
-    """Dice and HD95 of whole cases on their native grid, by the newest checkpoint."""
+    """Scores of whole cases on their native grid: Dice, HD95, surface Dice, lesion-wise by year (docs/metrics.md)."""
 
     run_dir: Uri = ""
-    """The run; by default RAYTRAIN_BRATS_RUN_DIR."""
+    """The run, of whose newest checkpoint; by default RAYTRAIN_BRATS_RUN_DIR."""
     data: Uri = ""
     """Folder or manifest of the cases; by default RAYTRAIN_BRATS_DATA."""
     store: Uri = ""
     """Prepared store, instead of --data; by default RAYTRAIN_BRATS_STORE."""
-    split: Literal["val", "train", "all"] = "val"
-    """Which cases: held out by the run, trained on, or all."""
+    split: Literal["auto", "val", "train", "all"] = "auto"
+    """Which cases: held out by the run (auto), trained on, or all (auto for --predictions without --run-dir)."""
+    mirror: bool = True
+    """Average over the eight mirror images, as nnU-Net does; --no-mirror takes an eighth of the time."""
+    challenge: Literal["auto", "GLI", "SSA", "PED", "MEN", "MET"] = "auto"
+    """By whose numbers lesions are scored; auto by the label convention and the names of the cases."""
     overlays: int = 8
     """Cases to draw."""
+    predictions: Uri = ""
+    """Score the label volumes CASE.nii.gz of this folder, of any program, instead of a run's checkpoint."""
+    convention: str = ""
+    """What the values of --predictions mean; by default what the folder states, else as in the data's labels."""
+    out: Uri = ""
+    """Where the scores of --predictions go."""
+    overwrite: bool = False
+    """Also replace scores in --out of other predictions, or another program's files; never images or labels."""
 
 
 def work(args: Args) -> None:
+    if args.predictions:
+        _score_volumes(args)
+        return
+    if args.out or args.convention or args.overwrite:
+        raise UserError("--out, --convention and --overwrite go with --predictions; a run's scores are in its folder")
     run_dir = run_folder(args.run_dir)
-    run = spec.open_run(run_dir)
-    settings, convention = run.config, run.convention
-    manifest, source = spec.open_cases(settings, *cases_from(args.data, args.store), run_dir)
-    if not comparable(convention, source.convention):
+    manifest, source, split, cases = _of_run(args, run_dir)
+    networks = members.opened([run_dir])
+    run, challenge = networks[0].run, _challenge(args, source.convention, cases)
+    made_from = members.checkpoints(networks) | {
+        "split": split,
+        "data_root": outputs.place(manifest.root),
+        "identity": manifests.dataset_identity(manifest.cases, spec.preprocessing(run.config), source.convention),
+        "convention": source.convention,
+        "mirror": args.mirror,
+        "challenge": challenge,
+    }
+    print(f"{config.described('run', run.config)}; labels: {described(source.convention)}")
+    if run.convention != source.convention:
+        print(f"the run learned {described(run.convention)}: compared by region")
+    show_skipped(manifest.skipped)
+    cluster.connect(held_bytes=members.weight_bytes(networks))
+    shared = members.by_fold([(m.fold, ray.put((m.run.config, m.weights))) for m in networks], split)
+    drawn = {case.id for case in cases[: args.overlays]}
+    one = partial(_one, shared, source, drawn, args.mirror, challenge)
+    results = list(_progress(cluster.parallel_map(one, cases, on_gpus=True), len(cases)))
+    found, refused = [r for r in results if not isinstance(r, str)], [r for r in results if isinstance(r, str)]
+    rows = [row for row, _, _ in found]
+    _tell_left_out(refused, len(cases))
+    if by_fold := len(networks) > 1 and split == "val":
+        fold_of = {case.id: case.fold for case in cases}
+        rows = [{"case": row["case"], "fold": fold_of[row["case"]]} | row for row in rows]
+    seconds = {what: float(np.mean([s[what] for _, _, s in found])) for what in ("segment", "score")}
+    views = "8 mirror images (--no-mirror: one)" if args.mirror else "one image"
+    print(f"a case took {seconds['segment']:.1f} s to segment, as {views}, {seconds['score']:.1f} s to score")
+    summary = made_from | _summary(rows, source.convention, manifest.synthetic)
+    summary |= folds.summary(rows) if by_fold else {}
+    pictures = {f"overlays/{row['case']}.png": picture for row, picture, _ in found if picture}
+    _keep_earlier(run_dir, made_from)
+    _write(RunDir(run_dir).evaluation, summary, pictures | _tables(rows))
+    _show(rows, f"split {split}", manifest.synthetic)
+    if by_fold:
+        _show_folds(rows, members.missing_folds(networks))
+
+
+def _of_run(args: Args, run_dir: str) -> tuple[Manifest, Source, str, tuple[Case, ...]]:
+    """(cases there, where they come from, split, cases of it). Raises UserError where the run, or the runs of its
+    folds, do not say which cases were held out."""
+    split = "val" if args.split == "auto" else args.split
+    runs = {place: spec.open_run(place) for place in members.runs_of([run_dir])}
+    run = next(iter(runs.values()))
+    manifest, source = spec.open_cases(run.config, *cases_from(args.data, args.store), run_dir)
+    own = [_checked(place, one, manifest, source, split) for place, one in runs.items()]
+    if len(runs) > 1 and (split == "train" or (split == "all" and any(own))):
         raise UserError(
-            f"{run_dir} learned labels read as {described(convention)}, {manifest.root} holds "
+            f"{run_dir} holds {len(runs)} folds, and each case of --split {split} was trained on by some: leave --split"
+            " out, then each is scored by the network that has not seen it; or give one fold's run"
+        )
+    held_out = {run.config.data.fold for run in runs.values()}
+    parts = {"val": lambda c: c.fold in held_out, "train": lambda c: c.fold not in held_out, "all": lambda _: True}
+    cases = tuple(case for case in manifest.cases if parts[split](case))
+    if not cases:
+        raise UserError(f"{manifest.root} has no case in split {split!r}; choose another with --split")
+    return manifest, source, split, tuple(sorted(cases, key=lambda case: case.fold) if len(runs) > 1 else cases)
+
+
+def _checked(run_dir: str, run: spec.StoredRun, manifest: Manifest, source: Source, split: str) -> bool:
+    """Whether the cases are the run's own. Raises UserError where they must be, or mean something else."""
+    if not comparable(run.convention, source.convention):
+        raise UserError(
+            f"{run_dir} learned labels read as {described(run.convention)}, {manifest.root} holds "
             f"{described(source.convention)}: WT, TC and ET are other tissues there; evaluate on data of the run's own "
             "convention"
         )
-    preprocessing = spec.preprocessing(settings)
-    own = convention == source.convention and manifests.is_dataset_identity(
-        run.dataset_identity, manifest.cases, preprocessing, convention
+    meant = spec.preprocessing(run.config), run.convention
+    own = run.convention == source.convention and manifests.is_dataset_identity(
+        run.dataset_identity, manifest.cases, *meant
     )
-    if not own and args.split != "all":
+    if not own and split != "all":
         raise UserError(
             f"{manifest.root} is not what {run_dir} was trained on, so its folds do not say what was held out; "
             "give the run's own data, or --split all if none of these cases was trained on"
         )
-    cases = _chosen(manifest, settings.data.fold, args.split)
-    name, weights = newest_weights(run_dir)
+    return own
+
+
+def _score_volumes(args: Args) -> None:
+    """Label volumes of any program, by the same code; a run folder only says which cases were held out."""
+    folder, out = storage.normal(args.predictions), storage.normal(args.out)
+    if not args.out:
+        raise UserError("--predictions needs --out, a folder for the scores")
+    if args.run_dir:
+        manifest, source, split, cases = _of_run(args, storage.normal(args.run_dir))
+    else:
+        manifest, source, split = _labelled(args)
+        cases = manifest.cases
+    volumes = label_volumes.find(folder, cases)
+    convention = args.convention or label_volumes.stated_convention(folder) or source.convention
+    read_as = described(convention)
+    if not comparable(convention, source.convention):
+        raise UserError(
+            f"--predictions {folder} are read as {read_as}, {manifest.root} holds "
+            f"{described(source.convention)}: WT, TC and ET are other tissues there; say --convention"
+        )
+    challenge, scored = _challenge(args, source.convention, cases), [c for c in cases if c.id in volumes.files]
     made_from = {
-        "checkpoint": name,
-        "split": args.split,
+        "predictions": outputs.place(folder),
+        "split": split,
         "data_root": outputs.place(manifest.root),
-        "identity": manifests.dataset_identity(manifest.cases, preprocessing, source.convention),
         "convention": source.convention,
+        "predictions_convention": convention,
+        "challenge": challenge,
     }
-    print(f"{config.described('run', settings)}; labels: {described(source.convention)}")
-    if convention != source.convention:
-        print(f"the run learned {described(convention)}: compared by region")
-    show_skipped(manifest.skipped)
+    uris = [storage.join(folder, name) for name in volumes.files.values()]
+    truths = [storage.join(manifest.root, case.label) for case in scored if case.label and not case.object]
+    names = ("cases.csv", "statistics.csv", "distributions.png", "summary.json")
+    origin = ", ".join(f"{k} {v}" for k, v in made_from.items())
+    settings = {name: outputs.stamp(uri) for name, uri in zip(volumes.files.values(), uris, strict=True)}
+    outputs.claim(
+        out, "evaluate", dict.fromkeys(names, origin), settings={"volumes": settings}, protected=[*uris, *truths],
+        overwrite=args.overwrite,
+    )  # fmt: skip
+    print(f"label values of {folder}: {read_as}; labels: {described(source.convention)}")
+    for what, left in (("no label volume for case", volumes.missing), ("not a case", volumes.extra)):
+        for name in left:
+            print(f"{what}: {name}", file=sys.stderr)
     cluster.connect()
-    network = ray.put((settings, weights))
-    drawn = {case.id for case in cases[: args.overlays]}
-    found = cluster.parallel_map(partial(_one, network, source, drawn), cases, on_gpus=True)
-    results = list(track(found, "evaluating", len(cases), disable=not sys.stdout.isatty()))
-    scores = [r[0] for r in results if not isinstance(r, str)]
-    for message in (r for r in results if isinstance(r, str)):
+    only = regions_of_network(convention) if label_volumes.by_network(folder) else None
+    one = partial(_volume, folder, volumes.files, convention, only, source, challenge)
+    results = list(_progress(cluster.parallel_map(one, scored), len(scored)))
+    rows, refused = [r for r in results if not isinstance(r, str)], [r for r in results if isinstance(r, str)]
+    _tell_left_out(refused, len(scored))
+    summary = made_from | _summary(rows, source.convention, manifest.synthetic)
+    summary |= {"missing": list(volumes.missing), "extra": list(volumes.extra), "refused": refused}
+    pictures = {"distributions.png": figures.distributions(rows)}
+    for name, content in (_tables(rows) | pictures | {"summary.json": _json(summary)}).items():
+        storage.write_bytes(storage.join(out, name), content)
+    _show(rows, f"{len(rows)} of {len(cases)} cases", manifest.synthetic)
+    print(f"scores are in {out}")
+    if refused:
+        raise RunFailed(f"{len(refused)} of {len(scored)} label volumes could not be scored, as named above")
+
+
+def _labelled(args: Args) -> tuple[Manifest, Source, str]:
+    """Labelled cases without a run; their files are read here only where label values must say what they mean."""
+    data, store = cases_from(args.data, args.store)
+    if store or not data:
+        raise UserError("--predictions needs --data, or --run-dir with the run's --data or --store")
+    if args.split not in ("auto", "all"):
+        raise UserError(f"--split {args.split} needs --run-dir: a run says which cases it held out")
+    manifest = scan.open_manifest(data) if data.endswith(".jsonl") else scan.scan(data)
+    if not manifest.convention:
+        manifest = scan.open_manifest(data, spread=cluster.spread)
+    return manifest, Source(manifest.root, manifest.convention, 1.0), "all"
+
+
+def _challenge(args: Args, convention: str, cases: tuple[Case, ...]) -> str:
+    return challenge_of(convention, (c.id for c in cases)) if args.challenge == "auto" else args.challenge
+
+
+def _progress(results: Any, total: int) -> Any:
+    return track(results, "evaluating", total, disable=not sys.stdout.isatty())
+
+
+def _tell_left_out(refused: list[str], total: int) -> None:
+    """Raises RunFailed when nothing is left."""
+    for message in refused:
         print(f"left out: {message}", file=sys.stderr)
-    if not scores:
-        raise RunFailed(f"none of {len(cases)} cases could be scored")
-    phantoms = manifest.synthetic
-    summary = made_from | {"data": "phantom" if phantoms else "real", "cases": len(scores)} | means(scores)
-    pictures = {f"overlays/{r[0].case_id}.png": r[1] for r in results if not isinstance(r, str) and r[1]}
-    _keep_earlier(run_dir, made_from)
-    _write(RunDir(run_dir).evaluation, summary, pictures | {"cases.csv": table(scores)})
-    _show(scores, args.split, phantoms)
+    if len(refused) == total:
+        raise RunFailed(f"none of {total} cases could be scored")
+
+
+def _summary(rows: list[Row], convention: str, phantoms: bool) -> dict[str, Any]:
+    found = scores.by_column(rows)
+    three = {
+        what: {r: round(found[f"{name}_{r}{unit}"].mean, 4) for r in REGIONS}
+        for what, name, unit in (("dice", "dice", ""), ("hd95_mm", "hd95", "_mm"))
+    }
+    missing = [r for r in regions(convention) if f"dice_{r}" not in found]
+    return {
+        "data": "phantom" if phantoms else "real",
+        "cases": len(rows),
+        **three,
+        "not_predicted": missing,
+        "rules": case_scores.IMPLEMENTATIONS,
+        "columns": scores.summary(found),
+    }
+
+
+def _tables(rows: list[Row]) -> dict[str, bytes]:
+    return {"cases.csv": scores.cases_csv(rows), "statistics.csv": scores.statistics_csv(scores.by_column(rows))}
+
+
+def _json(summary: dict[str, Any]) -> bytes:
+    return json.dumps(summary, indent=1).encode()
 
 
 def _write(folder: str, summary: dict[str, Any], files: dict[str, bytes]) -> None:
@@ -107,10 +282,10 @@ def _write(folder: str, summary: dict[str, Any], files: dict[str, bytes]) -> Non
         storage.delete(storage.join(folder, name))
     for name, content in files.items():
         storage.write_bytes(storage.join(folder, name), content)
-    storage.write_bytes(storage.join(folder, "summary.json"), json.dumps(summary, indent=1).encode())
+    storage.write_bytes(storage.join(folder, "summary.json"), _json(summary))
 
 
-def _keep_earlier(run_dir: str, made_from: dict[str, str]) -> None:
+def _keep_earlier(run_dir: str, made_from: dict[str, Any]) -> None:
     """Move an evaluation of other inputs to `evaluations/`; if killed in between, the next call completes it."""
     folder = RunDir(run_dir).evaluation
     files = {name: storage.read_bytes(storage.join(folder, name)) for name in storage.list_files(folder)}
@@ -136,43 +311,84 @@ def _keep_earlier(run_dir: str, made_from: dict[str, str]) -> None:
     print(f"the evaluation that was there is in {kept}")
 
 
-def _chosen(manifest: Manifest, fold: int, split: str) -> tuple[Case, ...]:
-    train, held_out = manifest.split(fold)
-    cases = {"train": train, "val": held_out, "all": manifest.cases}[split]
-    if not cases:
-        raise UserError(f"{manifest.root} has no case in split {split!r}; choose another with --split")
-    return cases
-
-
-def _one(shared: ray.ObjectRef[Any], source: Source, drawn: set[str], case: Case) -> tuple[Score, bytes] | str:
-    """A case's score and its overlay, if it is to be drawn; or why it was left out."""
+def _one(
+    shared: list[tuple[Any, ...]], source: Source, drawn: set[str], mirror: bool, challenge: str, case: Case
+) -> tuple[Row, bytes, dict[str, float]] | str:
+    """A case's scores, its overlay if it is to be drawn, and what took how many seconds; or why it was left out."""
     try:
         prepared = source.load(case)
     except InvalidCase as error:
         return f"case {case.id}: {error.reason}, {error.detail}"
-    network, settings, device = shared_network(shared)
-    predicted = predict_masks(prepared, network, settings, device)
-    result = score(case.id, predicted, prepared, source.convention)
-    if case.id not in drawn:
-        return result, b""
-    way = prepared.geometry.axes, prepared.geometry.flips
-    truth = to_regions(to_ras(prepared.truth_xyz(), *way), source.convention)
-    image = to_ras(restore(prepared.image_czyx.astype(np.float32), prepared.geometry), *way)
-    return result, figures.overlay(case.id, image, truth, to_ras(predicted, *way), result.dice)
-
-
-def _show(scores: list[Score], split: str, phantoms: bool) -> None:
-    lines = Table(
-        "case", *(f"Dice {r}" for r in REGIONS), *(f"HD95 {r} mm" for r in REGIONS), title=f"scores of split {split}"
+    networks, truth = shared_networks(shared[case.fold]), prepared.truth_xyz()
+    began = time.perf_counter()
+    predicted = masks_of(native_probabilities(prepared, networks, networks.device, mirror=mirror))
+    segmented = time.perf_counter()
+    found = case_scores.columns(
+        case_scores.of_network(from_regions(predicted, source.convention), source.convention),
+        Reading(truth, source.convention),
+        _spacing(np.array(prepared.geometry.affine)),
+        challenge,
     )
-    for s in sorted(scores, key=lambda s: s.dice["WT"])[:20]:
-        lines.add_row(s.case_id, *(f"{s.dice[r]:.3f}" for r in REGIONS), *(f"{s.hd95_mm[r]:.1f}" for r in REGIONS))
-    mean = means(scores)
+    seconds = {"segment": segmented - began, "score": time.perf_counter() - segmented}
+    row = {"case": case.id} | found
+    if case.id not in drawn:
+        return row, b"", seconds
+    way = prepared.geometry.axes, prepared.geometry.flips
+    image = to_ras(restore(prepared.image_czyx.astype(np.float32), prepared.geometry), *way)
+    shown = to_regions(to_ras(truth, *way), source.convention), to_ras(predicted, *way)
+    dice = {r: found[f"dice_{r}"] for r in REGIONS}
+    return row, figures.overlay(case.id, image, *shown, dice), seconds
+
+
+def _volume(
+    folder: str, files: dict[str, str], convention: str, only: Any, source: Source, challenge: str, case: Case
+) -> Row | str:
+    """A case's scores by its label volume; or why it could not be scored."""
+    try:
+        truth, affine = label_volumes.truth_of(source, case)
+        label = label_volumes.read(folder, files[case.id], convention, truth, affine)
+    except InvalidCase as error:
+        return f"case {case.id}: {error.reason}, {error.detail}"
+    read = Reading(label, convention, only), Reading(truth, source.convention)
+    return {"case": case.id} | case_scores.columns(*read, _spacing(affine), challenge)
+
+
+def _spacing(affine: Any) -> list[float]:
+    edges: list[float] = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+    return edges
+
+
+def _show(rows: list[Row], title: str, phantoms: bool) -> None:
+    """The worst cases, then every region by metric."""
+    lines = Table("case", *(f"Dice {r}" for r in REGIONS), *(f"HD95 {r} mm" for r in REGIONS), title=f"scores, {title}")
+    for row in scores.worst_first(rows)[:20]:
+        lines.add_row(row["case"], *(f"{row[c]:.1f}" if "hd95" in c else f"{row[c]:.3f}" for c in scores.FIRST))
+    found = scores.by_column(rows)
     lines.add_section()
-    lines.add_row("mean", *(f"{mean[what][r]:.{p}f}" for what, p in (("dice", 3), ("hd95_mm", 1)) for r in REGIONS))
+    for name, which in (("mean", "mean"), ("mean, both empty left out", "mean_nonempty")):
+        values = [(column, getattr(found[column], which)) for column in scores.FIRST]
+        lines.add_row(name, *("-" if v is None else f"{v:.1f}" if "hd95" in c else f"{v:.3f}" for c, v in values))
+    lines.add_row("cases with both empty", *(str(found[column].both_empty) for column in scores.FIRST))
     show(lines)
+    kinds = ("nsd_1mm", "lesion_dice_2023", "lesion_dice_2024", "lesion_dice_2026", "lesion_f1_2026")
+    more = Table("region", "Dice", *kinds, "both empty", title="means of all regions (all columns: statistics.csv)")
+    for region in dict.fromkeys(each[1] for c in scores.columns_of(rows) if (each := scores.name_of(c))):
+        cells = [found.get(f"{kind}_{region}") for kind in ("dice", *kinds)]
+        absent = "not predicted" if cells[0] is None else "-"
+        count = str(cells[0].both_empty) if cells[0] else "-"
+        more.add_row(region, *(f"{cell.mean:.3f}" if cell else absent for cell in cells), count)
+    show(more)
     if phantoms:
         print("these are phantoms: their scores say nothing about patients")
+
+
+def _show_folds(rows: list[Row], missing: list[int]) -> None:
+    lines = Table("fold", "cases", *scores.FIRST, title="by fold, each case by the network that has not seen it")
+    for line in folds.lines(rows):
+        lines.add_row(*line)
+    show(lines)
+    if missing:
+        print(f"no run of fold {', '.join(map(str, missing))}: its cases are not in these scores", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

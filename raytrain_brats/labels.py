@@ -55,6 +55,7 @@ _KNOWN: dict[str, Convention] = {
     "msd": _convention(
         "MSD Task01_BrainTumour",
         {1: (EDEMA, "edema"), 2: (CORE, "non-enhancing tumor"), 3: (ENHANCING, "enhancing tumour")},
+        {"ED": (1,), "NET": (2,)},
     ),
     "brats2017_2021": _convention(
         "BraTS 2017 to 2021, FeTS, UCSF-PDGM, UPENN-GBM", {1: (CORE, "NCR"), 2: (EDEMA, "ED"), 4: (ENHANCING, "ET")}
@@ -62,7 +63,9 @@ _KNOWN: dict[str, Convention] = {
     "brats2023": _convention(
         "BraTS 2023 GLI, SSA, MET, MEN, PED; 2024 GoAT", {1: (CORE, "NCR"), 2: (EDEMA, "ED"), 3: (ENHANCING, "ET")}
     ),
-    "brats2024_gli": _convention("BraTS 2024 GLI, post-treatment", _POST_TREATMENT, {"RC": (4,)}),
+    "brats2024_gli": _convention(
+        "BraTS 2024 GLI, post-treatment", _POST_TREATMENT, {"NETC": (1,), "SNFH": (2,), "RC": (4,)}
+    ),
     "brats2024_met": _convention("BraTS MET from 2024 on", _POST_TREATMENT, {"RC": (4,)}),
     "brats2024_ped": _convention(
         "BraTS PED from 2024 on",
@@ -105,6 +108,20 @@ def regions(convention: str) -> dict[str, tuple[int, ...]]:
     tissue = known(convention).tissue
     three = {r: tuple(v for v, t in tissue.items() if t in within) for r, within in _IN_REGION.items()}
     return three | dict(known(convention).own)
+
+
+def regions_of_network(convention: str) -> tuple[str, ...]:
+    """The regions that masks of WT, TC and ET determine: not a cavity, which is none of them, nor a cyst, which they do
+    not tell from core."""
+    table = region_table(convention).T
+    kinds = {value: tuple(table[value]) for value in known(convention).tissue}
+    background = (False,) * len(REGIONS)
+
+    def determined(values: tuple[int, ...]) -> bool:
+        inside = {kinds[value] for value in values}
+        return background not in inside and inside.isdisjoint(kinds[v] for v in kinds if v not in values)
+
+    return tuple(region for region, values in regions(convention).items() if determined(values))
 
 
 def region_table(convention: str) -> npt.NDArray[np.bool_]:

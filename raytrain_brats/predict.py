@@ -1,126 +1,187 @@
 """Segment cases: `raytrain-brats predict --run-dir URI --images ... --out DIR`.
 
-In: a run folder; 4D NIfTI files, patients' 3D files or folders, data sets (docs/data.md); no labels needed.
+In: a run folder, or several; 4D NIfTI files, patients' 3D files or folders, data sets (docs/data.md); no labels needed.
 Out: `<out>/<case>.nii.gz`, uint8 labels of the run's convention on each case's own grid, with the scan's own geometry;
-`made-by.json` beside them: by which run and checkpoint, from which files, what the values mean. What was made
-earlier from the same files by the same checkpoint is not made again.
+on request `<case>_probabilities.nii.gz`; `made-by.json` beside them: by which runs and checkpoints, from which files,
+what the values mean. What was made earlier from the same files by the same checkpoints is not made again.
 """
 
-import hashlib
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
-from rich.progress import track
-from safetensors.torch import save as tensors_to_bytes
 
 from raytrain_brats import config, outputs, storage
 from raytrain_brats.cases import scan
-from raytrain_brats.cli import Uri, entry, run_folder, show_skipped
+from raytrain_brats.cli import Pace, Uri, entry, progress, run_folder, show_skipped, span
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.nifti import InvalidCase, background_warning, label_file
-from raytrain_brats.data.preprocess import preprocess
+from raytrain_brats.data.nifti import InvalidCase, background_warning
+from raytrain_brats.data.on_grid import label_file, probability_file
+from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.labels import MODALITIES, comparable, described, from_regions
+from raytrain_brats.labels import MODALITIES, REGIONS, comparable, described, from_regions
 from raytrain_brats.ray_ext import cluster
-from raytrain_brats.run import spec
-from raytrain_brats.run.predictor import newest_weights, predict_masks, shared_network
+from raytrain_brats.run import members
+from raytrain_brats.run.members import Member
+from raytrain_brats.run.predictor import masks_of, native_probabilities, shared_networks
 from raytrain_brats.run.run_dir import RunDir
+
+GIVE_UP = 10
+"""So many cases, the first of all, fail: then it is not the cases."""
+Found = list[tuple[str, Case]]
+"""(folder, case) of each case given."""
+Row = tuple[str, str]
+"""What became of a case: "", warning, refused (the files are at fault) or failed; and the message."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Write a label volume for every case given, by the run's newest checkpoint."""
+    """Write a label volume for every case given, by the newest checkpoint of a run, or of several together."""
 
     images: tuple[str, ...]
     """4D NIfTI files, the four files of a patient, or folders of these (local or s3://)."""
     out: Uri
     """Where the label volumes go (local or s3://)."""
-    run_dir: Uri = ""
-    """The run; by default RAYTRAIN_BRATS_RUN_DIR."""
+    run_dir: tuple[Uri, ...] = ()
+    """The run; of several, or of one with folds, the mean of the probabilities. By default RAYTRAIN_BRATS_RUN_DIR."""
     convention: str = ""
     """Write the label values of another convention, such as brats2023; by default those that the run learned."""
+    mirror: bool = True
+    """Average over the eight mirror images, as nnU-Net does; --no-mirror takes an eighth of the time."""
+    save_probabilities: bool = False
+    """Also write CASE_probabilities.nii.gz: WT, TC, ET as (x, y, z, 3), in steps of 1/255."""
     strict: bool = False
     """Refuse places of which anything would not be used."""
     overwrite: bool = False
     """Also replace label volumes in --out that another checkpoint or another program made; never images or labels."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is done with every case; it travels to the processes that do it."""
+
+    out: str
+    networks: tuple[Any, ...]
+    mirror: bool
+    save_probabilities: bool
+
+
+@dataclass(frozen=True)
+class Read:
+    """A case that is ready for the network."""
+
+    case_id: str
+    convention: str
+    prepared: Prepared
+    header: bytes
+    warning: str
+
+
 def work(args: Args) -> None:
-    run_dir, out = run_folder(args.run_dir), storage.normal(args.out)
-    run = spec.open_run(run_dir)
-    settings, learned = run.config, run.convention
+    out, networks = storage.normal(args.out), members.opened([run_folder(given) for given in args.run_dir or ("",)])
+    run, learned = networks[0].run, networks[0].run.convention
     convention = args.convention or learned
     if not comparable(convention, learned):
         raise UserError(
-            f"{run_dir} learned {described(learned)}, asked for is {described(convention)}, in which WT, TC and ET are "
-            "other tissues; leave --convention out"
+            f"{networks[0].run_dir} learned {described(learned)}, asked for is {described(convention)}, in which WT, "
+            "TC and ET are other tissues; leave --convention out"
         )
     if not args.images:
         raise UserError("no images given; name files or folders with --images")
     found, skipped = scan.scan_images(args.images)
     show_skipped(skipped, args.strict)
-    print(f"{config.described('run', settings)}; label values written: {described(convention)}")
+    what = f"the mean of {len(networks)} networks, the first: " if len(networks) > 1 else ""
+    print(f"{what}{config.described('run', run.config)}; label values written: {described(convention)}")
     if assumed := scan.unstated(found):
         print(
             f"4D images ({len(assumed)}, such as {assumed[0]}): no dataset.json says what their channels are; taken as "
             f"{', '.join(MODALITIES)}"
         )
-    checkpoint, weights = newest_weights(run_dir)
-    digest = hashlib.sha256(tensors_to_bytes(weights)).hexdigest()[:8]
-    made_with = f"checkpoint {checkpoint} ({digest}), labels {convention}"
-    there = _claimed(args, found, run_dir, made_with, convention)
+    there = _claimed(args, found, networks, convention)
     items = [
-        (Source(root, convention, settings.preprocess.spacing_mm), case)
+        (Source(root, convention, run.config.preprocess.spacing_mm), case)
         for root, case in found
-        if _name(case) not in there
+        if not there.issuperset(_names(case, args.save_probabilities))
     ]
-    already = f", {len(there)} were there already" if there else ""
+    already = f", {len(found) - len(items)} were there already" if len(items) < len(found) else ""
     if not items:
         print(f"0 label volumes made{already}, in {out}")
         return
-    cluster.connect()
-    network = ray.put((settings, weights))
-    written = cluster.parallel_map(partial(_one, network, out), items, on_gpus=True)
-    told_of = [row for row in track(written, "predicting", len(items), disable=not sys.stdout.isatty()) if row[1]]
-    for kind, message in told_of:
-        print(f"{kind}: {message}", file=sys.stderr)
-    refusals = [message for kind, message in told_of if kind == "refused"]
-    print(f"{len(items) - len(refusals)} label volumes{already and f' made{already},'} in {out}")
-    if refusals:
-        raise RunFailed(f"{len(refusals)} of {len(items)} cases could not be read")
+    cluster.connect(held_bytes=members.weight_bytes(networks))
+    references = tuple(ray.put((member.run.config, member.weights)) for member in networks)
+    del networks
+    missing = _predict(Job(out, references, args.mirror, args.save_probabilities), items)
+    print(f"{len(items) - missing} label volumes{already and f' made{already},'} in {out}")
+    if missing:
+        raise RunFailed(
+            f"{missing} of {len(items)} cases have no prediction, as named above; the same command tries them again"
+        )
 
 
-def _name(case: Case) -> str:
-    return f"{case.id}.nii.gz"
+def _predict(job: Job, items: list[tuple[Source, Case]]) -> int:
+    """Predict all that can be; how many could not. Raises RunFailed where it is not the cases that are at fault."""
+    rows = cluster.parallel_map(partial(_segment, job), items, on_gpus=True, read=_read, failed=_named)
+    began = time.monotonic()
+    pace, count = Pace(cluster.at_once(on_gpus=True)), Counter[str]()
+    for done, (kind, message) in enumerate(_shown(rows, pace, len(items)), 1):
+        count[kind] += 1
+        if message:
+            print(f"{kind}: {message}", file=sys.stderr, flush=True)
+        if count["failed"] == done == min(GIVE_UP, len(items)):
+            raise RunFailed(f"the first {done} cases all failed, the last with {message}")
+    views = "as 8 mirror images each (--no-mirror: one)" if job.mirror else "as one image each"
+    print(f"{len(items)} cases in {span(time.monotonic() - began)}, {views}")
+    if estimate := pace.estimate():
+        print(estimate)
+    return count["refused"] + count["failed"]
 
 
-def _claimed(args: Args, found: list[tuple[str, Case]], run_dir: str, made_with: str, convention: str) -> set[str]:
+def _shown(rows: Iterator[Row], pace: Pace, total: int) -> Iterator[Row]:
+    for row in progress(rows, "predicting", total):
+        if estimate := pace.add():
+            print(estimate, flush=True)
+        yield row
+
+
+def _names(case: Case, with_probabilities: bool) -> list[str]:
+    return [f"{case.id}.nii.gz"] + ([f"{case.id}_probabilities.nii.gz"] if with_probabilities else [])
+
+
+def _claimed(args: Args, found: Found, networks: list[Member], convention: str) -> set[str]:
     """Names of what need not be made again; notes down what the others are made from. Raises UserError."""
     out = storage.normal(args.out)
     images = [[storage.join(root, path) for path in case.images] for root, case in found]
     given = [uri for uris in images for uri in uris]
-    number = Counter(_name(case) for _, case in found)
+    names = [_names(case, args.save_probabilities) for _, case in found]
+    number = Counter(name for both in names for name in both)
     if twice := [name for name in number if number[name] > 1]:
         target = storage.join(out, twice[0])
         raise UserError(f"two images would be written to {target}; predict them into folders of their own")
-    _check_folder(out, {root: uris[0] for (root, _), uris in zip(found, images, strict=True)}, given, run_dir)
+    roots = {root: uris[0] for (root, _), uris in zip(found, images, strict=True)}
+    for member in networks:
+        _check_folder(out, roots, given, member.run_dir)
     with ThreadPoolExecutor(16) as pool:  # on S3 each is a request
         stamps = dict(zip(given, pool.map(outputs.stamp, given), strict=True))
+    made_with = f"{members.named(networks)}, labels {convention}{', mirrored' if args.mirror else ''}"
     origins = {
-        _name(case): f"{made_with}, " + ", ".join(f"{uri.rpartition('/')[2]} ({stamps[uri]})" for uri in uris)
-        for (_, case), uris in zip(found, images, strict=True)
+        name: f"{made_with}, " + ", ".join(f"{uri.rpartition('/')[2]} ({stamps[uri]})" for uri in uris)
+        for both, uris in zip(names, images, strict=True)
+        for name in both
     }
-    about = {
-        "run": outputs.place(run_dir),
-        "made_with": made_with,
-    } | manifests.meaning(convention)
+    about: dict[str, Any] = {"members": [member.about() for member in networks], "made_with": made_with}
+    if len(networks) == 1:
+        about["run"] = outputs.place(networks[0].run_dir)
+    about |= {"mirror": args.mirror} | manifests.meaning(convention)
+    if args.save_probabilities:
+        about["probabilities"] = f"of {', '.join(REGIONS)} along the fourth axis, in steps of 1/255"
     return outputs.claim(out, "predict", origins, settings=about, protected=given, overwrite=args.overwrite)
 
 
@@ -135,19 +196,38 @@ def _check_folder(out: str, roots: dict[str, str], images: list[str], run_dir: s
         raise UserError(f"--out {out} holds the run's own files; give another --out")
 
 
-def _one(shared: ray.ObjectRef[Any], out: str, item: tuple[Source, Case]) -> tuple[str, str]:
-    """(refused or warning, the message, if any)."""
+def _read(item: tuple[Source, Case]) -> Read:
+    """Raises InvalidCase."""
     source, case = item
+    volume = source.volume(case)
+    header, warning = volume.header, background_warning(volume)
+    return Read(case.id, source.convention, preprocess(volume, source.spacing_mm), header, warning)
+
+
+def _segment(job: Job, read: Read) -> Row:
+    networks = shared_networks(job.networks)
+    found = native_probabilities(read.prepared, networks, networks.device, mirror=job.mirror)
+    files = {f"{read.case_id}.nii.gz": label_file(from_regions(masks_of(found), read.convention), read.header)}
+    if job.save_probabilities:
+        files[f"{read.case_id}_probabilities.nii.gz"] = probability_file(found, read.header)
     try:
-        volume = source.volume(case)
-        header, warning, prepared = volume.header, background_warning(volume), preprocess(volume, source.spacing_mm)
-        del volume
-    except InvalidCase as error:
-        return "refused", f"case {case.id}: {error.reason}, {error.detail}"
-    network, settings, device = shared_network(shared)
-    label = from_regions(predict_masks(prepared, network, settings, device), source.convention)
-    storage.write_bytes(storage.join(out, f"{case.id}.nii.gz"), label_file(label, header))
-    return "warning", warning and f"case {case.id}: {warning}"
+        for name, content in files.items():
+            storage.write_bytes(storage.join(job.out, name), content)
+    except OSError as error:  # it would be the same with every case
+        raise RunFailed(str(error)) from error
+    return ("warning", f"case {read.case_id}: {read.warning}") if read.warning else ("", "")
+
+
+def _named(item: tuple[Source, Case], error: Exception) -> Row:
+    """The end of one case, not of the others; raises what concerns all."""
+    case = item[1].id
+    if isinstance(error, InvalidCase):
+        return "refused", f"case {case}: {error.reason}, {error.detail}"
+    if isinstance(error, RunFailed):
+        raise error
+    text = " ".join(str(error).split())[:300]
+    advice = "; a GPU with more memory, or --no-mirror, may do it" if "out of memory" in text.lower() else ""
+    return "failed", f"case {case}: {type(error).__name__}: {text}{advice}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,24 +1,29 @@
 """Train, or go on training: `raytrain-brats train --data URI --run-dir URI`.
 
 In: a folder of NIfTI cases or a prepared store; a recipe; a run folder.
-Out: the run folder: checkpoints, rows of steps, events, validation tables.
+Out: the run folder: checkpoints, rows of steps, events, validation tables; with `--fold` one for each fold below it.
 """
 
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from raytrain_brats import config, storage
 from raytrain_brats.cases import recipe as recipes
 from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry, run_folder, show_skipped
+from raytrain_brats.data import manifest as manifests
+from raytrain_brats.data.manifest import FOLDS
 from raytrain_brats.errors import UserError
 from raytrain_brats.monitoring import cost
 from raytrain_brats.monitoring.progress import Progress
 from raytrain_brats.monitoring.spilling import Spilling
 from raytrain_brats.ray_ext import cluster
-from raytrain_brats.run import checkpoint, driver, journal, lease, spec
+from raytrain_brats.run import checkpoint, driver, folds, journal, lease, spec
+from raytrain_brats.run.run_dir import RunDir
 
 HOME = "~/raytrain_brats"
 PHANTOM_CASES = 20
@@ -27,6 +32,7 @@ _LEFT_BY_A_START = re.compile(
 )
 """What may lie in a run folder before its config.yaml: a start of ours was killed, SageMaker's own files, the file into
 which a shell puts what this command prints."""
+_BESIDE_FOLDS = re.compile(rf"fold-\d/.*|manifest\.jsonl|evaluations?/.*|{_LEFT_BY_A_START.pattern}")
 
 
 @dataclass(frozen=True)
@@ -49,24 +55,34 @@ class Args:
     """Name of a recipe, or a YAML file; by default RAYTRAIN_BRATS_RECIPE, and `demo` for phantoms."""
     workers: Workers = ""
     """Training workers; the run goes on with any number in between."""
+    fold: Annotated[str, tyro.conf.arg(metavar="all|K", help_behavior_hint="")] = ""
+    """Train without fold K (0 to 4) into RUN_DIR/fold-K; `all`: the five, side by side as there is room."""
     set: Changes = ()
     """Change a setting of the recipe: key=value, such as train.epochs=20; may be given several times."""
 
 
 def work(args: Args) -> None:
+    folds.end_with_parent()
     overrides = args.set + ((f"run.workers={args.workers!r}",) if args.workers else ())
     data, store = cases_from(args.data, args.store)
     real = bool(data or store)
     recipe = recipes.recipe_for(default(args.recipe, "RECIPE") if real else args.recipe, data, store)
-    settings = config.load(recipe, overrides)
+    settings = config.load(recipe, overrides + _held_out(args))
     if real:
         run_dir = run_folder(args.run_dir)
     else:
         data, own = _demo_places()
-        run_dir = args.run_dir or own
-    _check_run_dir(run_dir)
+        run_dir = args.run_dir or (f"{own}-folds" if args.fold else own)
+    if args.fold:
+        _check_place_of_folds(run_dir)
+        run_dir = storage.normal(run_dir) if args.fold == "all" else spec.fold_run(run_dir, int(args.fold))
+    if args.fold != "all":
+        _check_run_dir(run_dir)
     if not real:
         _make_phantoms(data)
+    if args.fold == "all":
+        _train_folds(args, settings, recipe, run_dir, data, store)
+        return
     run_spec = spec.build(settings, run_dir, data, store, recipe)
     storage.check_writable(run_spec.run_dir)
     found, _ = checkpoint.newest_valid(run_spec.run_dir)
@@ -94,6 +110,51 @@ def work(args: Args) -> None:
     print(f"done: {run_spec.run_dir}")
 
 
+def _held_out(args: Args) -> tuple[str, ...]:
+    """--fold as a setting. Raises UserError for what is no fold."""
+    if not args.fold:
+        return ()
+    if args.fold not in ("all", *map(str, range(FOLDS))):
+        raise UserError(f"--fold {args.fold}: give 0 to {FOLDS - 1}, or all")
+    if stated := [change for change in args.set if change.startswith("data.fold=")]:
+        raise UserError(f"--fold {args.fold} and --set {stated[0]} say the same thing twice; leave one out")
+    return () if args.fold == "all" else (f"data.fold={args.fold}",)
+
+
+def _train_folds(args: Args, settings: config.Config, recipe: str, run_dir: str, data: str, store: str) -> None:
+    """Five runs below the run folder. The cases are found and checksummed once, here."""
+    first = spec.build(settings, spec.fold_run(run_dir, settings.data.fold), data, store, recipe)
+    storage.check_writable(run_dir)
+    if not store:
+        data = RunDir(run_dir).manifest
+        manifests.write(first.manifest, data)
+    there = sorted({case.fold for case in first.manifest.cases})
+    if len(there) < FOLDS:
+        print(f"the cases are in folds {', '.join(map(str, there))} alone: one run for each", file=sys.stderr)
+    plan = folds.plan(len(there), settings, args.workers, first.held_bytes, bool(store))
+    shares = sorted({f" with {share} workers each" for share in plan.workers if share}, reverse=True)
+    print(f"{len(there)} folds into {run_dir}, {len(plan.workers)} at a time{' or'.join(shares)}", flush=True)
+
+    def command(fold: int, workers: str) -> list[str]:
+        where = ["--store", store] if store else ["--data", data]
+        words = [*where, "--run-dir", run_dir, "--recipe", recipe, "--fold", str(fold)]
+        words += ["--workers", workers] if workers else []
+        return folds.command_line([*words, *(word for change in args.set for word in ("--set", change))])
+
+    folds.train(there, command, plan)
+    print(f"done: {len(there)} folds in {run_dir}; `raytrain-brats evaluate --run-dir {run_dir}` scores each case once")
+
+
+def _check_place_of_folds(run_dir: str) -> None:
+    """Raises UserError when the folder holds something else than runs of folds."""
+    if storage.exists(RunDir(run_dir).config):
+        raise UserError(
+            f"--run-dir {run_dir} holds a run of its own; the runs of --fold go into folders below it: give another one"
+        )
+    if strange := [name for name in storage.list_files(run_dir) if not _BESIDE_FOLDS.fullmatch(name)]:
+        raise UserError(f"--run-dir {run_dir} holds {strange[0]}, no run of a fold; give an empty or new folder")
+
+
 def _demo_places() -> tuple[str, str]:
     """(folder of phantoms, run folder): never the environment's own, which are for runs on real cases."""
     if beside := default("", "RUN_DIR").rstrip("/"):
@@ -111,6 +172,8 @@ def _check_run_dir(run_dir: str) -> None:
     except FileNotFoundError:
         pass
     strange = [name for name in storage.list_files(run_dir) if not _LEFT_BY_A_START.fullmatch(name)]
+    if strange and spec.folds_in(run_dir):
+        raise UserError(f"--run-dir {run_dir} holds the runs of folds; say --fold all or --fold K, or give another one")
     if strange:
         raise UserError(
             f"--run-dir {run_dir} holds {strange[0]} and no config.yaml of a run; give an empty or new folder, "

@@ -31,12 +31,16 @@ def dealt(manifest: Manifest, uri: str) -> Manifest:
     if missing := [case.id for case in manifest.cases if case.id not in fold_of]:
         raise UserError(f"--folds {uri}: {len(missing)} cases stand in none of its folds, such as {missing[0]}")
     cases = tuple(dataclasses.replace(case, fold=fold_of[case.id]) for case in manifest.cases)
-    sides = defaultdict(set)
+    sides, copies = defaultdict(set), defaultdict(set)
     for case in cases:
         sides[case.subject].add(case.fold)
+        copies[case.sha256].add(case.fold)
     if split := [subject for subject, folds in sides.items() if len(folds) > 1]:
         ids = ", ".join(case.id for case in cases if case.subject == split[0])
         raise UserError(f"--folds {uri}: {ids} are one patient in several folds ({len(split)} such); mend the file")
+    if split := [digest for digest, folds in copies.items() if digest and len(folds) > 1]:
+        ids = ", ".join(case.id for case in cases if case.sha256 == split[0])
+        raise UserError(f"--folds {uri}: {ids} are the same files in several folds ({len(split)} such); mend the file")
     return dataclasses.replace(manifest, cases=cases)
 
 

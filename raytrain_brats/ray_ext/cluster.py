@@ -255,32 +255,70 @@ def check_shared(written: dict[str, str], read: dict[str, str] | None = None) ->
             storage.delete(path)
 
 
-def parallel_map(function: Callable[[T], R], items: Iterable[T], on_gpus: bool = False) -> Iterator[R]:
+def at_once(on_gpus: bool = False) -> int:
+    """How many items `parallel_map` works on at a time."""
+    totals = ray.cluster_resources()
+    if on_gpus and (gpus := int(totals.get("GPU", 0))):
+        return gpus
+    return max(1, int(max(totals.get("CPU", 0), roles.part("data").largest_cpus)))
+
+
+def parallel_map(
+    function: Callable[[Any], R],
+    items: Iterable[T],
+    on_gpus: bool = False,
+    read: Callable[[T], Any] | None = None,
+    failed: Callable[[T, Exception], R] | None = None,
+) -> Iterator[R]:
     """`map` over the cluster's CPUs (or GPUs, when it has some), results in order, a bounded number in flight.
 
-    An exception of `function` is raised here as it was, without Ray's wrapping.
+    With `read` the function gets what that makes of an item: ahead of the GPUs, on CPUs. An exception of either is
+    raised here as it was, without Ray's wrapping; with `failed` its result stands for the item's instead, also where
+    the item has ended its process again and again.
     """
-    totals = ray.cluster_resources()
-    gpus = int(totals.get("GPU", 0)) if on_gpus else 0
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if on_gpus else 0
     where = roles.part("train" if gpus else "data")
-    options: Any = {"num_cpus": 1, "max_retries": 2}
-    if where.selector:
-        options["label_selector"] = where.selector
-    task: Any = ray.remote(**options)(lambda item: function(item))
-    width = 2 * max(1, int(max(totals.get("CPU", 0), where.largest_cpus)))
-    running: list[Any] = []
     try:
         if gpus:
-            yield from gpu_map.gpu_map(function, items, gpus, where.selector)
+            yield from gpu_map.gpu_map(function, items, gpus, where.selector, _ahead(read, gpus), failed)
             return
-        for item in items:
-            running.append(task.remote(item))
-            if len(running) >= width:
-                yield ray.get(running.pop(0))
-        while running:
-            yield ray.get(running.pop(0))
+        yield from _cpu_map(gpu_map.after(read, function) if read else function, items, where.selector, failed)
     except ray.exceptions.RayTaskError as error:
         raise error.cause or error from None
+
+
+def _ahead(read: Callable[[Any], Any] | None, gpus: int) -> gpu_map.Ahead | None:
+    """Where a map over GPUs reads: in tasks where its processes leave a CPU, else in these."""
+    if read is None:
+        return None
+    data, train = roles.part("data"), roles.part("train")
+    own = sum(node.get("CPU", 0.0) for node in data.nodes) - (0 if data.selector and train.selector else gpus)
+    return gpu_map.Ahead(read, data.selector, in_tasks=own >= 1)
+
+
+def _cpu_map(
+    function: Callable[[Any], R], items: Iterable[T], labels: dict[str, str], failed: Callable[[T, Exception], R] | None
+) -> Iterator[R]:
+    options: Any = {"num_cpus": 1, "max_retries": 2} | ({"label_selector": labels} if labels else {})
+    task: Any = ray.remote(**options)(lambda item: function(item))
+    width, running = 2 * at_once(), list[tuple[T, Any]]()
+
+    def result() -> R:
+        item, reference = running.pop(0)
+        try:
+            found: R = ray.get(reference)
+        except ray.exceptions.RayError as error:  # its own, or the end of its process
+            if failed is None:
+                raise
+            return failed(item, getattr(error, "cause", None) or error)
+        return found
+
+    for item in items:
+        running.append((item, task.remote(item)))
+        if len(running) >= width:
+            yield result()
+    while running:
+        yield result()
 
 
 def data_map(function: Callable[[dict[str, Any]], dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[Any]:

@@ -8,6 +8,7 @@ Shape letters: C modalities (FLAIR, T1w, T1gd, T2w), R regions (WT, TC, ET), X Y
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise, product
+from math import isfinite
 from typing import Any
 
 import matplotlib
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from raytrain_brats.reporting import scores
 from raytrain_brats.reporting.goodput import validation_span
 
 Row = Mapping[str, Any]
@@ -246,3 +248,39 @@ def overlay(
             figure.text(0.02 + 0.32 * place, 1 - 0.45 / total, text, color=colour, **look)
         figure.text(0.02, 0.12 / total, f"axial z = {z}, as stored (RAS): patient left is left, front is up", size=8)
         return _png(figure, dpi=120)
+
+
+_SHOWN = {  # metric: (title, the end of its axis; None where it is open)
+    "dice": ("Dice", 1.0),
+    "hd95": ("HD95, mm", None),
+    "nsd_1mm": ("Surface Dice at 1 mm", 1.0),
+    "lesion_dice_2023": ("Lesion-wise Dice, 2023", 1.0),
+    "lesion_dice_2024": ("Lesion-wise Dice, 2024", 1.0),
+}
+
+
+def distributions(rows: Sequence[Row], dark: bool = False) -> bytes:
+    """Every case as a point over a box from quartile to quartile, a panel a metric, a box a region."""
+    names = {c: name for c in scores.columns_of(rows) if (name := scores.name_of(c)) and name[0] in _SHOWN}
+    values = {c: [v for row in rows if (v := scores.number(row.get(c))) is not None and isfinite(v)] for c in names}
+    kinds = list(dict.fromkeys(names[c][0] for c, found in values.items() if found))
+    with matplotlib.rc_context(_theme(dark)):
+        figure = Figure(figsize=(2.1 * max(len(kinds), 1), 2.6), layout="constrained")
+        for place, kind in enumerate(kinds, 1):
+            title, end = _SHOWN[kind]
+            axes = figure.add_subplot(1, len(kinds), place, title=title)
+            shown = {names[c][1]: found for c, found in values.items() if names[c][0] == kind and found}
+            ink = {"color": matplotlib.rcParams["text.color"]}
+            axes.boxplot(
+                list(shown.values()), tick_labels=list(shown), widths=0.6, showfliers=False,
+                medianprops=ink, boxprops=ink, whiskerprops=ink, capprops=ink,
+            )  # fmt: skip
+            for number, (region, found) in enumerate(shown.items(), 1):
+                beside = number + np.linspace(-0.18, 0.18, len(found)) * (len(found) > 1)
+                axes.scatter(beside, found, s=9, alpha=0.6, lw=0, color=REGION_COLOURS.get(region, _GREY), zorder=3)
+            if end:
+                axes.set_ylim(-0.03, end + 0.03)
+            else:
+                axes.set_yscale("symlog", linthresh=10)
+            axes.tick_params("x", labelrotation=0 if len(shown) < 5 else 60)
+        return _png(figure)

@@ -5,9 +5,7 @@ Out: `report.html` beside it. A page of the same run is replaced, by its own wor
 """
 
 import base64
-import csv
 import hashlib
-import io
 import json
 import math
 from collections import Counter
@@ -20,7 +18,7 @@ import yaml
 
 from raytrain_brats import books, outputs, storage
 from raytrain_brats.errors import UserError
-from raytrain_brats.reporting import figures, goodput
+from raytrain_brats.reporting import figures, goodput, scores
 from raytrain_brats.reporting.goodput import Recovery, TimeBreakdown
 
 Row = dict[str, Any]
@@ -83,12 +81,13 @@ def _quarantined(events: Sequence[Row]) -> list[Row]:
 
 def _evaluation(run_dir: str, files: Mapping[str, int]) -> Row:
     """Summary, cases (worst mean Dice first) and overlays, as far as they are there."""
-    found: Row = {"summary": {}, "cases": [], "overlays": []}
+    found: Row = {"summary": {}, "cases": [], "overlays": [], "statistics": []}
     if "evaluation/summary.json" in files:
         found["summary"] = json.loads(storage.read_bytes(storage.join(run_dir, "evaluation/summary.json")))
     if "evaluation/cases.csv" in files:
         text = storage.read_bytes(storage.join(run_dir, "evaluation/cases.csv")).decode()
-        found["cases"] = sorted(csv.DictReader(io.StringIO(text)), key=_mean_dice)
+        found["cases"] = scores.worst_first(scores.read(text))
+    found["statistics"] = list(scores.by_column(found["cases"]).values())
     order = {case["case"]: rank for rank, case in enumerate(found["cases"])}
     pictures = [f for f in files if f.startswith("evaluation/overlays/") and f.endswith(".png")]
     names = {name: name.rsplit("/", 1)[1].removesuffix(".png") for name in pictures}
@@ -97,11 +96,6 @@ def _evaluation(run_dir: str, files: Mapping[str, int]) -> Row:
         found["overlays"].append({"case": names[name], "png": picture})
     found["num_overlays"] = len(pictures)
     return found
-
-
-def _mean_dice(case: Mapping[str, Any]) -> float:
-    known = [float(case[f"dice_{r}"]) for r in REGIONS if _number(case.get(f"dice_{r}")) != "–"]
-    return sum(known) / len(known) if known else math.inf
 
 
 def _headline(
@@ -215,6 +209,7 @@ def write_report(run_dir: str, out: str = "", overwrite: bool = False) -> str:
         "dice": _pair(figures.dice_curve, validations) if validations else None,
         "workers": _pair(figures.worker_timeline, rows, events),
         "split": _pair(figures.time_split, split.parts()),
+        "scores": _pair(figures.distributions, evaluation["cases"]) if evaluation["statistics"] else None,
     }
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raytrain_brats.reporting", "."),

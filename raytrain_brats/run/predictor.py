@@ -1,28 +1,34 @@
 """Segment and score whole cases on their native grid. Runs in a task (evaluate, predict) or in a worker (validation).
 
-In: a network's weights, prepared cases.
-Out: region masks; Dice and HD95 per region and case; their means and table.
+In: weights of one network, or of several whose probabilities are averaged; prepared cases.
+Out: region probabilities and masks; Dice and HD95 per region and case; their means and table.
 """
 
 import csv
 import io
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raytrain_brats.config import Config
 from raytrain_brats.data.preprocess import Prepared, restore
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS, to_regions
-from raytrain_brats.learn.inference import probabilities
+from raytrain_brats.learn.inference import probabilities, to_masks
 from raytrain_brats.learn.metrics import Masks, dice, hd95_mm
 from raytrain_brats.learn.model import build_network
 from raytrain_brats.learn.step import network_weights
 from raytrain_brats.run import checkpoint
+
+Network = tuple[nn.Module, Config]
+KEPT_BYTES = 1 << 30
+"""Weights that a process keeps from case to case: eight networks of nnU-Net's size. Others are loaded for each case."""
 
 
 @dataclass(frozen=True)
@@ -45,32 +51,81 @@ def newest_weights(run_dir: str) -> tuple[str, dict[str, torch.Tensor]]:
     return found.name, network_weights(checkpoint.load(run_dir, found.name)[0])
 
 
-@lru_cache(maxsize=1)
-def shared_network(reference: Any) -> tuple[nn.Module, Config, torch.device]:
-    """The network of a (config, weights) in the object store, on this process's GPU if any; kept for the next case."""
+class Networks:
+    """Several networks, one after the other, on one device: memory does not grow with their number."""
+
+    def __init__(self, references: tuple[Any, ...], device: torch.device) -> None:
+        """`references` to each network's (config, weights) in the object store."""
+        self._references, self.device = references, device
+        self._kept: dict[int, Network] = {}
+        self._room = KEPT_BYTES
+
+    def __iter__(self) -> Iterator[Network]:
+        """Each is valid until the next is asked for."""
+        for number, reference in enumerate(self._references):
+            network, config = self._kept.get(number) or _loaded(reference, self.device)
+            size = sum(tensor.nbytes for tensor in network.state_dict().values())
+            if number not in self._kept and size <= self._room:
+                self._kept[number], self._room = (network, config), self._room - size
+            yield network, config
+            del network  # before the next one is loaded
+
+
+def _loaded(reference: Any, device: torch.device) -> Network:
     import ray  # here: the process that scores beside the training does without
 
-    settings, weights = ray.get(reference)
-    network = build_network(settings)
+    config, weights = ray.get(reference)
+    network = build_network(config)
     network.load_state_dict(weights)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return network.to(device), settings, device
+    return network.to(device), config
 
 
-def predict_on_box(prepared: Prepared, network: nn.Module, config: Config, device: torch.device) -> torch.Tensor:
-    """(3, z, y, x) probabilities on the prepared box, on the device."""
-    case = prepared.image_czyx, prepared.mean, prepared.std
-    patch_xyz, overlap = config.data.patch_xyz, config.validate_.overlap
-    return probabilities(network, *case, patch_xyz, overlap, device, config.train.amp)
+@lru_cache(maxsize=1)
+def shared_networks(references: tuple[Any, ...]) -> Networks:
+    """Networks in the object store, on this process's GPU if any; kept for the next case."""
+    return Networks(references, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def predict_masks(prepared: Prepared, network: nn.Module, config: Config, device: torch.device) -> Masks:
-    """(3, x, y, z) region masks on the native grid, nested as label values are: ET in TC in WT."""
-    found = predict_on_box(prepared, network, config, device).cpu().numpy()
-    masks: Masks = restore(found, prepared.geometry) > 0.5
-    masks[1] |= masks[2]
-    masks[0] |= masks[1]
-    return masks
+def predict_on_box(
+    prepared: Prepared, network: nn.Module, config: Config, device: torch.device, *, mirror: bool | None = None
+) -> Tensor:
+    """(3, z, y, x) probabilities on the prepared box, on the device. `mirror`: average over mirror images; None as
+    `validate.mirror` says."""
+    case, settings = (prepared.image_czyx, prepared.mean, prepared.std), config.validate_
+    mirrored, window = settings.mirror if mirror is None else mirror, (config.data.patch_xyz, settings.overlap)
+    return probabilities(network, *case, *window, device, config.train.amp, mirror=mirrored)
+
+
+@torch.inference_mode()
+def native_probabilities(
+    prepared: Prepared, networks: Iterable[Network], device: torch.device, *, mirror: bool | None = None
+) -> npt.NDArray[np.float32]:
+    """(3, x, y, z) probabilities of WT, TC, ET on the native grid, 0 outside the prepared box: the mean over networks.
+
+    They are summed on the prepared box, so all must be of one spacing (`members.opened` sees to it).
+    """
+    count, total = 0, None
+    for network, config in networks:
+        found = predict_on_box(prepared, network, config, device, mirror=mirror)
+        total, count = found if total is None else total.add_(found), count + 1
+        del network, found  # before the next one is loaded
+    assert total is not None, "no network"
+    if count > 1:
+        total /= count
+    native: npt.NDArray[np.float32] = restore(total.cpu().numpy(), prepared.geometry)
+    return native
+
+
+def masks_of(probabilities_r: npt.NDArray[np.float32]) -> Masks:
+    """(3, x, y, z) region masks of `native_probabilities`, for every command that makes some."""
+    return to_masks(probabilities_r)
+
+
+def predict_masks(
+    prepared: Prepared, network: nn.Module, config: Config, device: torch.device, *, mirror: bool | None = None
+) -> Masks:
+    """(3, x, y, z) region masks on the native grid by one network, nested as label values are: ET in TC in WT."""
+    return masks_of(native_probabilities(prepared, [(network, config)], device, mirror=mirror))
 
 
 def score(

@@ -16,7 +16,7 @@ from raytrain_brats.cases.scan import ShowProgress
 from raytrain_brats.config import Config, differences, parse, patch_divisor
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
-from raytrain_brats.data.manifest import Case, Manifest
+from raytrain_brats.data.manifest import FOLDS, Case, Manifest
 from raytrain_brats.data.patch import PatchSpec
 from raytrain_brats.data.sampler import ORDER, Sampler
 from raytrain_brats.data.store import Source
@@ -204,9 +204,22 @@ def check_order(run_dir: str, begun: StoredRun) -> None:
         )
 
 
+def fold_run(folder: str, fold: int) -> str:
+    """The run folder of one fold, below that of all."""
+    return storage.join(storage.normal(folder), f"fold-{fold}")
+
+
+def folds_in(folder: str) -> list[str]:
+    """The runs of `train --fold` below a folder, in order."""
+    runs = [fold_run(folder, fold) for fold in range(FOLDS)]
+    return [run for run in runs if storage.exists(RunDir(run).config)]
+
+
 def open_run(run_dir: str) -> StoredRun:
     """As `read_config`, for commands that need a run. Raises UserError when there is none."""
     try:
         return read_config(run_dir)
     except FileNotFoundError as error:
+        if folds := folds_in(run_dir):
+            raise UserError(f"{run_dir} holds the runs of {len(folds)} folds; give one, such as {folds[0]}") from error
         raise UserError(f"{run_dir} is not a run folder (no config.yaml); train first") from error

@@ -21,7 +21,7 @@ from raytrain_brats import storage
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.preprocess import Prepared
-from raytrain_brats.learn.metrics import dice_of, overlap
+from raytrain_brats.learn.metrics import dice_by_counts, overlap
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import journal
 from raytrain_brats.run.predictor import Score, means, predict_masks, predict_on_box, table
@@ -119,6 +119,6 @@ def predicted(case_id: str, prepared: Prepared, train_step: TrainStep, conventio
         torch.from_numpy(np.array(values)).to(train_step.device)
         for values in (label, label if native_label is None else native_label)
     )
-    dice = dice_of(overlap(nested, on_device, whole, train_step.table))
+    dice = dice_by_counts(overlap(nested, on_device, whole, train_step.table))
     regions = nested.sum(0, dtype=torch.uint8).cpu().numpy()
     return Predicted(case_id, regions, True, light, convention, dice)

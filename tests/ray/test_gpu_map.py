@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from raytrain_brats.ray_ext import cluster
+from raytrain_brats.ray_ext import cluster, gpu_map
 
 ITEMS = range(12)
 
@@ -92,3 +92,91 @@ def test_a_gpu_in_use_is_not_waited_for(tmp_path: Path) -> None:
     assert [item for item, _, _ in found] == list(ITEMS) and len({gpus for _, _, gpus in found}) == 1
     assert list(cluster.parallel_map(function(tmp_path), [], on_gpus=True)) == []
     ray.kill(other)
+
+
+def reader(folder: Path) -> Callable[[int], Any]:
+    """What is done ahead: (item, process), and a file that tells when."""
+    place = str(folder)
+
+    def read(item: int) -> tuple[int, int]:
+        import os
+        import pathlib
+
+        pathlib.Path(place, f"read-{item}").touch()
+        if pathlib.Path(place, f"unreadable-{item}").exists():
+            raise LookupError(f"item {item} is damaged")
+        return item, os.getpid()
+
+    return read
+
+
+def taker(folder: Path) -> Callable[[tuple[int, int]], Any]:
+    """What is done on a GPU with what was read: (item, who read, who worked, how many were read before this ended)."""
+    work, place = function(folder), str(folder)
+
+    def take(was_read: tuple[int, int]) -> tuple[int, int, int, int]:
+        import os
+        import pathlib
+
+        work(was_read[0])
+        return *was_read, os.getpid(), len(list(pathlib.Path(place).glob("read-*")))
+
+    return take
+
+
+def named(item: int, error: Exception) -> Any:
+    return item, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def test_cpus_read_ahead_of_the_gpus(tmp_path: Path) -> None:
+    """By other processes, while the GPUs work; two items a GPU and no more lie ready, so memory does not grow."""
+    found = list(cluster.parallel_map(taker(tmp_path), ITEMS, on_gpus=True, read=reader(tmp_path)))
+    assert [item for item, *_ in found] == list(ITEMS)
+    readers, workers = {row[1] for row in found}, {row[2] for row in found}
+    assert len(workers) == 2 and not readers & workers
+    ahead = [row[3] - (place + 1) for place, row in enumerate(found[:-6])]
+    assert max(ahead) >= 1 and max(ahead) <= 2 * 2 + 2  # those of both GPUs, and what the other one works on
+
+
+def test_one_bad_item_ends_no_other(tmp_path: Path) -> None:
+    """Unreadable, raising, or the end of every process that gets it: its name stands in its place in the order."""
+    (tmp_path / "unreadable-2").touch()
+    (tmp_path / "raises-4").touch()
+    (tmp_path / "dies-7").write_text("always")
+    found = list(cluster.parallel_map(taker(tmp_path), ITEMS, on_gpus=True, read=reader(tmp_path), failed=named))
+    assert [row[0] for row in found] == list(ITEMS)
+    bad = {row[0]: row[1] for row in found if len(row) == 2}
+    assert bad.keys() == {2, 4, 7}
+    assert bad[2] == "LookupError: item 2 is damaged" and bad[4] == "LookupError: item 4"
+    assert bad[7].startswith("ActorDiedError")
+
+
+def test_without_gpus_too(tmp_path: Path) -> None:
+    """Tasks on CPUs read and work; what raises, and what ends its process, is named."""
+    (tmp_path / "unreadable-2").touch()
+    (tmp_path / "dies-7").write_text("always")
+    found = list(cluster.parallel_map(taker(tmp_path), ITEMS, read=reader(tmp_path), failed=named))
+    assert [row[0] for row in found] == list(ITEMS)
+    bad = {row[0]: row[1] for row in found if len(row) == 2}
+    assert bad.keys() == {2, 7} and bad[2] == "LookupError: item 2 is damaged"
+    assert bad[7].startswith("WorkerCrashedError")
+    with pytest.raises(LookupError, match="item 2 is damaged"):
+        list(cluster.parallel_map(taker(tmp_path), [1, 2], read=reader(tmp_path)))
+
+
+def test_what_failed_may_concern_all(tmp_path: Path) -> None:
+    """`failed` ends the map by raising: a full disk is no matter of one item."""
+    (tmp_path / "raises-4").touch()
+
+    def ends(item: int, error: Exception) -> Any:
+        raise ArithmeticError(f"{item}: {error}")
+
+    with pytest.raises(ArithmeticError, match="4: item 4"):
+        list(cluster.parallel_map(function(tmp_path), ITEMS, on_gpus=True, failed=ends))
+
+
+def test_gpus_without_a_cpu_to_spare_read_themselves(tmp_path: Path) -> None:
+    """Else they would wait for readers that never start."""
+    where = gpu_map.Ahead(reader(tmp_path), {}, in_tasks=False)
+    found = list(gpu_map.gpu_map(taker(tmp_path), range(4), 2, {}, where))
+    assert [row[0] for row in found] == [0, 1, 2, 3] and all(row[1] == row[2] for row in found)

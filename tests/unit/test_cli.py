@@ -71,6 +71,32 @@ def test_elsewhere_a_line_comes_now_and_then(
     ]
 
 
+def test_the_pace_is_known_after_ten_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time: ten after the first, whose process had to start. Three at once: thirteen, those three left out.
+    Fewer cases: what they took, at the end."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def said(count: int, at_once: int, start_s: float, each_s: float) -> tuple[list[tuple[int, str]], str]:
+        pace, told = cli.Pace(at_once), []
+        clock[0] += start_s
+        for number in range(1, count + 1):
+            clock[0] += each_s if (number - 1) % at_once == 0 else 0
+            if text := pace.add():
+                told.append((number, text))
+        return told, pace.estimate()
+
+    line = "about 3.2 h for 1,000 cases at this rate (11.5 s a case, 1 at once)"
+    assert said(40, 1, 100, 11.5) == ([(11, line)], line)
+    told, last = said(12, 3, 0, 30)
+    assert not told and last == "about 2.8 h for 1,000 cases at this rate (10.0 s a case, 3 at once)"
+    told, last = said(15, 3, 1000, 30)
+    assert [number for number, _ in told] == [13]
+    assert "10.0 s a case" in last
+    assert said(9, 1, 0, 5) == ([], "")
+    assert [cli.span(s) for s in (45, 119, 700, 11_500)] == ["45 s", "119 s", "12 min", "3.2 h"]
+
+
 def test_tables_are_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a terminal a long name stands whole in its line, however narrow a terminal would be."""
     case, file = "BraTS20_Training_355_renamed_by_hand", f"{'/data' * 30}/imagesTr/BraTS20_Training_355_t1ce.nii.gz"

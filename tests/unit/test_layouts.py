@@ -370,6 +370,15 @@ def test_folds_that_tear_a_patient_apart_are_refused(tmp_path: Path) -> None:
         folds.dealt(scan.open_manifest(str(tmp_path / "data")), str(tmp_path / "s.json"))
 
 
+def test_folds_that_part_copies_of_a_case_are_refused(tmp_path: Path) -> None:
+    """The same files under two patients' names: held out under one, trained on under the other."""
+    names = ("BraTS2021_00000", "BraTS2021_00001")
+    cases = tuple(Case(name, name, ("image",), "label", 1, sha256="same") for name in names)
+    (tmp_path / "s.json").write_text(json.dumps([{"val": [name]} for name in names]))
+    with pytest.raises(UserError, match="BraTS2021_00000, BraTS2021_00001 are the same files in several folds"):
+        folds.dealt(Manifest("/data", "brats", "brats2017_2021", cases), str(tmp_path / "s.json"))
+
+
 def image_ids(*uris: Path) -> list[str]:
     return [case.id for _, case in scan.scan_images([str(uri) for uri in uris])[0]]
 

@@ -13,7 +13,7 @@ from raytrain_brats import labels
 from raytrain_brats.config import Augment, Config, Optimiser, parse, patch_divisor
 from raytrain_brats.learn import metrics, model
 from raytrain_brats.learn.batch import DRAWS, DeviceSample, augment, finish, gather, normalise, to_regions, upload
-from raytrain_brats.learn.inference import probabilities
+from raytrain_brats.learn.inference import probabilities, to_masks
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "segresnet": {"name": "segresnet", "init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]},
@@ -206,6 +206,44 @@ def test_probabilities_stand_where_the_voxels_are(shape: tuple[int, ...], patch_
     expected = 1 / (1 + np.exp(-np.where(image[:3] != 0, centred, 0)))
     assert found.dtype == np.float32 and Identity.windows == {patch_xyz[::-1]}
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def _inferred(network: torch.nn.Module, image: Any, mirror: bool) -> Any:
+    statistics = (1.0, 2.0, 0.5, 0.0), (2.0, 1.0, 3.0, 1.0)
+    return probabilities(network, image, *statistics, (8, 8, 8), 0.5, torch.device("cpu"), mirror=mirror)
+
+
+def test_mirroring_is_the_mean_of_the_logits_of_eight_views() -> None:
+    """As eight runs of mirrored images, turned back, logits averaged; by a network that tells left from right."""
+    network, image = model.build_network(config("segresnet")), RNG.randint(0, 5, (4, 8, 10, 8)).astype(np.int16)
+    logits = []
+    for axes in ((), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3), (1, 2, 3)):
+        alone = np.flip(_inferred(network, np.flip(image, axes).copy(), mirror=False), axes).astype(np.float64)
+        logits.append(np.log(alone / (1 - alone)))
+    expected = 1 / (1 + np.exp(-np.mean(logits, axis=0)))
+    found = _inferred(network, image, mirror=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - _inferred(network, image, mirror=False)).max() > 1e-3
+
+
+def test_mirroring_changes_nothing_for_a_network_that_knows_no_sides() -> None:
+    """A network that is mirror-symmetric gives the same with and without."""
+    image = RNG.randint(0, 5, (4, 9, 17, 5)).astype(np.int16)
+    np.testing.assert_allclose(
+        _inferred(Identity(), image, mirror=True), _inferred(Identity(), image, mirror=False), atol=1e-6
+    )
+
+
+def test_masks_are_nested_and_thresholds_are_per_region() -> None:
+    """Above its own threshold a voxel is in; what is ET is TC and WT too."""
+    found = np.array([[0.6, 0.4, 0.1, 0.1], [0.45, 0.1, 0.1, 0.1], [0.1, 0.1, 0.9, 0.5]], np.float32)
+    found = found.reshape(3, 4, 1, 1)
+    assert to_masks(found)[..., 0, 0].astype(int).tolist() == [[1, 0, 1, 0], [0, 0, 1, 0], [0, 0, 1, 0]]
+    assert to_masks(found, (0.3, 0.4, 0.4))[..., 0, 0].astype(int).tolist() == [
+        [1, 1, 1, 1],
+        [1, 0, 1, 1],
+        [0, 0, 1, 1],
+    ]
 
 
 def _masks(*boxes: tuple[slice, slice, slice] | None, shape: tuple[int, ...] = (8, 9, 10)) -> Any:

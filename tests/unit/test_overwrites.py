@@ -45,14 +45,24 @@ class Box:
 def done(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Run a command in this process; what it printed. It must end with 0."""
 
-    def here(function: Callable[[Any], Any], items: Iterable[Any], on_gpus: bool = False) -> Iterable[Any]:
-        return map(function, items)
+    def here(
+        function: Callable[[Any], Any], items: Iterable[Any], on_gpus: bool = False, read: Any = None, **_: Any
+    ) -> Iterable[Any]:
+        return map(function, map(read, items) if read else items)
 
-    for name, fake in (("connect", lambda **_: None), ("check_shared", lambda *_: None), ("parallel_map", here)):
+    fakes = {
+        "connect": lambda **_: None,
+        "check_shared": lambda *_: None,
+        "parallel_map": here,
+        "at_once": lambda **_: 1,
+    }
+    for name, fake in fakes.items():
         monkeypatch.setattr(cluster, name, fake)
     for module in (evaluate, predict):  # what it finds is no matter here, and takes seconds
         monkeypatch.setattr(
-            module, "predict_masks", lambda prepared, *_: np.zeros((3, *prepared.geometry.native_shape), bool)
+            module,
+            "native_probabilities",
+            lambda prepared, *_, **__: np.zeros((3, *prepared.geometry.native_shape), "f4"),
         )
     monkeypatch.setattr(ray, "put", Box)
     monkeypatch.setattr(ray, "get", lambda box: box.value)
@@ -206,6 +216,22 @@ def test_an_earlier_evaluation_is_kept_whole(made: Path, done: Call, monkeypatch
     names = {path.name.rpartition("-")[0] for path in (run / "evaluations").iterdir()} - {""}
     assert {"000000000004-g0001-val", "000000000004-g0001-all", "000000000008-g0001-val"} <= names
     assert {p.name: p.read_bytes() for p in kept.rglob("*") if p.is_file()} == first
+
+
+def test_mirroring_is_recorded_and_makes_another_result(made: Path, done: Call, refused: Call) -> None:
+    """By default with eight views, told and noted; without, what was there is kept."""
+    run, data = made / "run", made / "data"
+    assert "8 mirror images" in done("evaluate", "--run-dir", run, "--data", data, "--overlays", 0)
+    assert json.loads((run / "evaluation/summary.json").read_text())["mirror"] is True
+    assert "as one image" in done("evaluate", "--run-dir", run, "--data", data, "--no-mirror", "--overlays", 0)
+    (kept,) = (run / "evaluations").iterdir()
+    summaries = [json.loads((folder / "summary.json").read_text())["mirror"] for folder in (run / "evaluation", kept)]
+    assert summaries == [False, True]
+    ready = ("predict", "--run-dir", run, "--images", data, "--out", made / "out")
+    assert "as 8 mirror images each" in done(*ready)
+    (about,) = outputs.recorded(str(made / "out"))["makers"].values()
+    assert about["mirror"] is True and about["made_with"].endswith("labels msd, mirrored")
+    assert "was made from" in refused(*ready, "--no-mirror")
 
 
 def test_a_move_that_was_stopped_goes_on(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:

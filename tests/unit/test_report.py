@@ -109,7 +109,7 @@ def test_report_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for forbidden in ("<script", "<img src=x", "<b>bold", 'src="http', "url(", "<link"):
         assert forbidden not in page, forbidden
     assert page.index("&lt;img src=x&gt;") < page.index(">good<") < page.index(">unknown<")
-    assert page.count("data:image/png;base64,") == 2 * 4 + 1
+    assert page.count("data:image/png;base64,") == 2 * 5 + 1
 
 
 def test_charts_draw_in_both_modes() -> None:

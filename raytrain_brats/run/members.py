@@ -1,0 +1,114 @@
+"""The runs whose networks answer together: one, several, or the folds of one. Runs in the driver.
+
+In: run folders; folders that hold a run for each fold.
+Out: `Member`s, each with its newest weights; or UserError where their answers cannot be averaged.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from safetensors.torch import save as tensors_to_bytes
+
+from raytrain_brats import outputs, storage
+from raytrain_brats.data.manifest import FOLDS
+from raytrain_brats.errors import UserError
+from raytrain_brats.labels import described
+from raytrain_brats.run import spec
+from raytrain_brats.run.predictor import newest_weights
+from raytrain_brats.run.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Member:
+    """One network: a run and its newest checkpoint."""
+
+    run_dir: str
+    run: spec.StoredRun
+    checkpoint: str
+    digest: str
+    """Of the weights."""
+    weights: dict[str, Any] = field(repr=False, compare=False)
+
+    @property
+    def fold(self) -> int:
+        """The one that it did not see."""
+        return self.run.config.data.fold
+
+    def about(self) -> dict[str, Any]:
+        """As records of outputs name it."""
+        where = {"run": outputs.place(self.run_dir), "fold": self.fold}
+        return where | {"checkpoint": self.checkpoint, "weights": self.digest}
+
+
+def runs_of(folders: Iterable[str]) -> list[str]:
+    """The run folders: each given one, or the runs of the folds that it holds."""
+    found = []
+    for folder in map(storage.normal, folders):
+        found += [folder] if storage.exists(RunDir(folder).config) else spec.folds_in(folder) or [folder]
+    return list(dict.fromkeys(found))
+
+
+def opened(folders: Sequence[str]) -> list[Member]:
+    """All that are to answer together. Raises UserError where one has no checkpoint, or where they do not agree."""
+    runs = [(run_dir, spec.open_run(run_dir)) for run_dir in runs_of(folders)]
+    _check_alike(runs)
+    members = []
+    for run_dir, run in runs:
+        name, weights = newest_weights(run_dir)
+        digest = hashlib.sha256(tensors_to_bytes(weights)).hexdigest()[:8]
+        members.append(Member(run_dir, run, name, digest, weights))
+    return members
+
+
+def _check_alike(runs: list[tuple[str, spec.StoredRun]]) -> None:
+    """Their networks, patches and training may differ; what a network is shown and what it answers may not."""
+    (first, one), *others = runs
+    for run_dir, run in others:
+        if run.convention != one.convention:
+            raise UserError(
+                f"{first} learned {described(one.convention)}, {run_dir} learned {described(run.convention)}: their "
+                "answers cannot be averaged; give runs of one convention"
+            )
+        ours, theirs = (spec.preprocessing(each.config) for each in (one, run))
+        if ours != theirs:
+            what = "; ".join(f"preprocess.{k} is {ours[k]} and {theirs[k]}" for k in ours if ours[k] != theirs.get(k))
+            raise UserError(
+                f"{first} and {run_dir} were trained on other voxels ({what}): their answers cannot be averaged; give "
+                "runs of one preprocessing"
+            )
+
+
+def checkpoints(members: Sequence[Member]) -> dict[str, Any]:
+    """Which they are, as an evaluation records it."""
+    if len(members) == 1:
+        return {"checkpoint": members[0].checkpoint}
+    return {"checkpoint": f"{len(members)} folds", "checkpoints": [member.about() for member in members]}
+
+
+def by_fold(networks: Sequence[tuple[int, Any]], split: str) -> list[tuple[Any, ...]]:
+    """The networks that answer for a case of fold 0, 1, ...: of several, given with the fold that they have not seen,
+    that one for a held-out case; else all."""
+    everyone = tuple(network for _, network in networks)
+    if len(networks) == 1 or split != "val":
+        return [everyone] * FOLDS
+    return [tuple(network for held_out, network in networks if held_out == fold) for fold in range(FOLDS)]
+
+
+def weight_bytes(members: Iterable[Member]) -> int:
+    """What their weights take of the object store."""
+    return sum(tensor.nbytes for member in members for tensor in member.weights.values())
+
+
+def missing_folds(members: Iterable[Member]) -> list[int]:
+    """Which of the five nobody held out."""
+    return sorted(set(range(FOLDS)) - {member.fold for member in members})
+
+
+def named(members: Sequence[Member]) -> str:
+    """What outputs were made with, in words: each run by its last names, its checkpoint, its weights."""
+    if len(members) == 1:
+        return f"checkpoint {members[0].checkpoint} ({members[0].digest})"
+    each = (f"{'/'.join(m.run_dir.split('/')[-2:])} {m.checkpoint} ({m.digest})" for m in members)
+    return f"the mean of {len(members)} networks: {', '.join(each)}"
