@@ -42,9 +42,9 @@ from raytrain_brats.learn import case_scores
 from raytrain_brats.learn.case_scores import Reading
 from raytrain_brats.learn.challenges import challenge_of
 from raytrain_brats.ray_ext import cluster
-from raytrain_brats.reporting import figures, scores
-from raytrain_brats.run import label_volumes, spec
-from raytrain_brats.run.predictor import newest_weights, predict_masks, shared_network
+from raytrain_brats.reporting import figures, folds, scores
+from raytrain_brats.run import label_volumes, members, spec
+from raytrain_brats.run.predictor import masks_of, native_probabilities, shared_networks
 from raytrain_brats.run.run_dir import RunDir
 
 Row = dict[str, Any]
@@ -85,45 +85,68 @@ def work(args: Args) -> None:
     if args.out or args.convention or args.overwrite:
         raise UserError("--out, --convention and --overwrite go with --predictions; a run's scores are in its folder")
     run_dir = run_folder(args.run_dir)
-    run, manifest, source, split = _of_run(args, run_dir)
-    settings, cases = run.config, _chosen(manifest, run.config.data.fold, split)
-    name, weights = newest_weights(run_dir)
-    challenge = _challenge(args, source.convention, cases)
-    made_from: dict[str, Any] = {
-        "checkpoint": name,
+    manifest, source, split, cases = _of_run(args, run_dir)
+    networks = members.opened([run_dir])
+    run, challenge = networks[0].run, _challenge(args, source.convention, cases)
+    made_from = members.checkpoints(networks) | {
         "split": split,
         "data_root": outputs.place(manifest.root),
-        "identity": manifests.dataset_identity(manifest.cases, spec.preprocessing(settings), source.convention),
+        "identity": manifests.dataset_identity(manifest.cases, spec.preprocessing(run.config), source.convention),
         "convention": source.convention,
         "mirror": args.mirror,
         "challenge": challenge,
     }
-    print(f"{config.described('run', settings)}; labels: {described(source.convention)}")
+    print(f"{config.described('run', run.config)}; labels: {described(source.convention)}")
     if run.convention != source.convention:
         print(f"the run learned {described(run.convention)}: compared by region")
     show_skipped(manifest.skipped)
     cluster.connect()
-    network = ray.put((settings, weights))
+    shared = members.by_fold([(m.fold, ray.put((m.run.config, m.weights))) for m in networks], split)
     drawn = {case.id for case in cases[: args.overlays]}
-    one = partial(_one, network, source, drawn, args.mirror, challenge)
+    one = partial(_one, shared, source, drawn, args.mirror, challenge)
     results = list(_progress(cluster.parallel_map(one, cases, on_gpus=True), len(cases)))
     found, refused = [r for r in results if not isinstance(r, str)], [r for r in results if isinstance(r, str)]
     rows = [row for row, _, _ in found]
     _tell_left_out(refused, len(cases))
+    if by_fold := len(networks) > 1 and split == "val":
+        fold_of = {case.id: case.fold for case in cases}
+        rows = [{"case": row["case"], "fold": fold_of[row["case"]]} | row for row in rows]
     seconds = {what: round(float(np.mean([s[what] for _, _, s in found])), 2) for what in ("segment", "score")}
     views = "8 mirror images (--no-mirror: one)" if args.mirror else "one image"
     print(f"a case took {seconds['segment']:.1f} s to segment, as {views}, {seconds['score']:.1f} s to score")
     summary = made_from | _summary(rows, source.convention, manifest.synthetic) | {"seconds_a_case": seconds}
+    summary |= folds.summary(rows) if by_fold else {}
     pictures = {f"overlays/{row['case']}.png": picture for row, picture, _ in found if picture}
     _keep_earlier(run_dir, made_from)
     _write(RunDir(run_dir).evaluation, summary, pictures | _tables(rows))
     _show(rows, f"split {split}", manifest.synthetic)
+    if by_fold:
+        _show_folds(rows, members.missing_folds(networks))
 
 
-def _of_run(args: Args, run_dir: str) -> tuple[spec.StoredRun, Manifest, Source, str]:
-    """(run, cases, where they come from, split). Raises UserError where the run's folds say nothing of these cases."""
-    run, split = spec.open_run(run_dir), "val" if args.split == "auto" else args.split
+def _of_run(args: Args, run_dir: str) -> tuple[Manifest, Source, str, tuple[Case, ...]]:
+    """(cases there, where they come from, split, cases of it). Raises UserError where the run, or the runs of its
+    folds, do not say which cases were held out."""
+    split = "val" if args.split == "auto" else args.split
+    runs = {place: spec.open_run(place) for place in members.runs_of([run_dir])}
+    run = next(iter(runs.values()))
     manifest, source = spec.open_cases(run.config, *cases_from(args.data, args.store), run_dir)
+    own = [_checked(place, one, manifest, source, split) for place, one in runs.items()]
+    if len(runs) > 1 and (split == "train" or (split == "all" and any(own))):
+        raise UserError(
+            f"{run_dir} holds {len(runs)} folds, and each case of --split {split} was trained on by some: leave --split"
+            " out, then each is scored by the network that has not seen it; or give one fold's run"
+        )
+    held_out = {run.config.data.fold for run in runs.values()}
+    parts = {"val": lambda c: c.fold in held_out, "train": lambda c: c.fold not in held_out, "all": lambda _: True}
+    cases = tuple(case for case in manifest.cases if parts[split](case))
+    if not cases:
+        raise UserError(f"{manifest.root} has no case in split {split!r}; choose another with --split")
+    return manifest, source, split, tuple(sorted(cases, key=lambda case: case.fold) if len(runs) > 1 else cases)
+
+
+def _checked(run_dir: str, run: spec.StoredRun, manifest: Manifest, source: Source, split: str) -> bool:
+    """Whether the cases are the run's own. Raises UserError where they must be, or mean something else."""
     if not comparable(run.convention, source.convention):
         raise UserError(
             f"{run_dir} learned labels read as {described(run.convention)}, {manifest.root} holds "
@@ -139,7 +162,7 @@ def _of_run(args: Args, run_dir: str) -> tuple[spec.StoredRun, Manifest, Source,
             f"{manifest.root} is not what {run_dir} was trained on, so its folds do not say what was held out; "
             "give the run's own data, or --split all if none of these cases was trained on"
         )
-    return run, manifest, source, split
+    return own
 
 
 def _score_volumes(args: Args) -> None:
@@ -148,8 +171,7 @@ def _score_volumes(args: Args) -> None:
     if not args.out:
         raise UserError("--predictions needs --out, a folder for the scores")
     if args.run_dir:
-        run, manifest, source, split = _of_run(args, storage.normal(args.run_dir))
-        cases = _chosen(manifest, run.config.data.fold, split)
+        manifest, source, split, cases = _of_run(args, storage.normal(args.run_dir))
     else:
         manifest, source, split = _labelled(args)
         cases = manifest.cases
@@ -288,25 +310,17 @@ def _keep_earlier(run_dir: str, made_from: dict[str, Any]) -> None:
     print(f"the evaluation that was there is in {kept}")
 
 
-def _chosen(manifest: Manifest, fold: int, split: str) -> tuple[Case, ...]:
-    train, held_out = manifest.split(fold)
-    cases = {"train": train, "val": held_out, "all": manifest.cases}[split]
-    if not cases:
-        raise UserError(f"{manifest.root} has no case in split {split!r}; choose another with --split")
-    return cases
-
-
 def _one(
-    shared: ray.ObjectRef[Any], source: Source, drawn: set[str], mirror: bool, challenge: str, case: Case
+    shared: list[tuple[Any, ...]], source: Source, drawn: set[str], mirror: bool, challenge: str, case: Case
 ) -> tuple[Row, bytes, dict[str, float]] | str:
     """A case's scores, its overlay if it is to be drawn, and what took how many seconds; or why it was left out."""
     try:
         prepared = source.load(case)
     except InvalidCase as error:
         return f"case {case.id}: {error.reason}, {error.detail}"
-    network, settings, device = shared_network(shared)
+    networks, truth = shared_networks(shared[case.fold]), prepared.truth_xyz()
     began = time.perf_counter()
-    predicted, truth = predict_masks(prepared, network, settings, device, mirror=mirror), prepared.truth_xyz()
+    predicted = masks_of(native_probabilities(prepared, networks, networks.device, mirror=mirror))
     segmented = time.perf_counter()
     found = case_scores.columns(
         case_scores.of_network(from_regions(predicted, source.convention), source.convention),
@@ -365,6 +379,15 @@ def _show(rows: list[Row], title: str, phantoms: bool) -> None:
     show(more)
     if phantoms:
         print("these are phantoms: their scores say nothing about patients")
+
+
+def _show_folds(rows: list[Row], missing: list[int]) -> None:
+    lines = Table("fold", "cases", *scores.FIRST, title="by fold, each case by the network that has not seen it")
+    for line in folds.lines(rows):
+        lines.add_row(*line)
+    show(lines)
+    if missing:
+        print(f"no run of fold {', '.join(map(str, missing))}: its cases are not in these scores", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

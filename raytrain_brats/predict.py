@@ -21,7 +21,8 @@ from raytrain_brats.cases import scan
 from raytrain_brats.cli import Pace, Uri, entry, progress, run_folder, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.nifti import InvalidCase, background_warning, label_file, probability_file
+from raytrain_brats.data.nifti import InvalidCase, background_warning
+from raytrain_brats.data.on_grid import label_file, probability_file
 from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
@@ -89,8 +90,8 @@ def work(args: Args) -> None:
     convention = args.convention or learned
     if not comparable(convention, learned):
         raise UserError(
-            f"{networks[0].run_dir} learned {described(learned)}, asked for is {described(convention)}, in which WT, TC "
-            "and ET are other tissues; leave --convention out"
+            f"{networks[0].run_dir} learned {described(learned)}, asked for is {described(convention)}, in which WT, "
+            "TC and ET are other tissues; leave --convention out"
         )
     if not args.images:
         raise UserError("no images given; name files or folders with --images")

@@ -1,4 +1,4 @@
-"""Decode and check a case's NIfTI files; encode a label on the same grid. Runs in data tasks, workers and the driver.
+"""Decode and check a case's NIfTI files. Runs in data tasks, workers and the driver.
 
 In: bytes of .nii or .nii.gz (NIfTI-1, https://nifti.nimh.nih.gov/nifti-1).
 Out: a `Volume`, or `InvalidCase` with a reason code (docs/refusals.md) and the file at fault. The check is strict,
@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import deflate
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
@@ -44,9 +43,6 @@ MAX_BYTES = 4 << 30
 _PLAUSIBLE_BYTES, _PLAUSIBLE_RATIO = 1 << 30, 100  # real images shrink 5 to 20 times, labels of a few MB 1,000 times
 _CHUNK = 1 << 15  # voxels worked on at a time, so that they stay in the processor's cache
 _NEARLY_WHOLE = 1e-3
-# The fields that define where voxels lie, by any of the standard's three methods
-_PLACE = ("dim_info", "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
-          "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")  # fmt: skip
 
 
 class InvalidCase(Exception):  # noqa: N818 - a property of a file, not an error of ours
@@ -76,7 +72,7 @@ class Volume:
 
     `image_cxyz`: (4, x, y, z), native dtype unless the header scales it; `label_xyz` uint8 or None;
     `affine`: 4x4 voxel-to-world, mm; `extent` of the image, where it is known already; `header`: the 348 bytes of the
-    first file's, for `label_file`; `files`: the names of those that hold MODALITIES. Both empty where there is no file.
+    first file's, for `on_grid`; `files`: the names of those that hold MODALITIES. Both empty where there is no file.
     """
 
     image_cxyz: npt.NDArray[Any]
@@ -234,36 +230,6 @@ def same_grid(file: File, shape: tuple[int, ...], affine: npt.NDArray[np.float64
     """Raises InvalidCase unless the file has this shape and, to a thousandth, this affine."""
     with _about(file.name):
         _same_grid(file, shape, affine, other)
-
-
-def label_file(label_xyz: npt.NDArray[np.uint8], header: bytes) -> bytes:
-    """The .nii.gz of a label (x, y, z) on the grid of the scan whose `Volume.header` is given; always the same bytes.
-
-    The scan's geometry is copied field by field, also codes of 0 and transforms that contradict each other, so that
-    any program overlays the label on the scan. Nothing else of the header is copied.
-    """
-    assert label_xyz.dtype == np.uint8, label_xyz.dtype
-    return _on_grid(label_xyz, header, 1)
-
-
-def probability_file(probabilities_rxyz: npt.NDArray[np.float32], header: bytes) -> bytes:
-    """The .nii.gz of the regions' probabilities, (x, y, z, r) in the order WT, TC, ET, on the scan's grid.
-
-    One byte a voxel and region, in steps of 1/255 by the header's slope, which any viewer applies: NIfTI-1 has no
-    float16, and float32 packs to thirty times the size. A half is rounded down, so that what is above 0.5 stays above.
-    """
-    steps = np.ceil(probabilities_rxyz * np.float32(255) - np.float32(0.5)).clip(0, 255)
-    return _on_grid(np.moveaxis(steps.astype(np.uint8), 0, 3), header, 1 / 255)
-
-
-def _on_grid(values: npt.NDArray[np.uint8], header: bytes, slope: float) -> bytes:
-    scan, ours = nib.Nifti1Header(header, check=False), nib.Nifti1Header(endianness="<")
-    ours.set_data_shape(values.shape)
-    ours.set_data_dtype(np.uint8)
-    for field in _PLACE:
-        ours[field] = scan[field]
-    ours["scl_slope"], ours["scl_inter"], ours["vox_offset"], ours["magic"] = slope, 0, 352, b"n+1"
-    return bytes(deflate.gzip_compress(ours.binaryblock + bytes(4) + values.tobytes("F"), 6))
 
 
 def intensity_range(image_cxyz: npt.NDArray[Any]) -> VolumeStats:

@@ -80,6 +80,22 @@ def _check_alike(runs: list[tuple[str, spec.StoredRun]]) -> None:
             )
 
 
+def checkpoints(members: Sequence[Member]) -> dict[str, Any]:
+    """Which they are, as an evaluation records it."""
+    if len(members) == 1:
+        return {"checkpoint": members[0].checkpoint}
+    return {"checkpoint": f"{len(members)} folds", "checkpoints": [member.about() for member in members]}
+
+
+def by_fold(networks: Sequence[tuple[int, Any]], split: str) -> list[tuple[Any, ...]]:
+    """The networks that answer for a case of fold 0, 1, ...: of several, given with the fold that they have not seen,
+    that one for a held-out case; else all."""
+    everyone = tuple(network for _, network in networks)
+    if len(networks) == 1 or split != "val":
+        return [everyone] * FOLDS
+    return [tuple(network for held_out, network in networks if held_out == fold) for fold in range(FOLDS)]
+
+
 def missing_folds(members: Iterable[Member]) -> list[int]:
     """Which of the five nobody held out."""
     return sorted(set(range(FOLDS)) - {member.fold for member in members})

@@ -44,14 +44,24 @@ class Box:
 def done(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Run a command in this process; what it printed. It must end with 0."""
 
-    def here(function: Callable[[Any], Any], items: Iterable[Any], on_gpus: bool = False) -> Iterable[Any]:
-        return map(function, items)
+    def here(
+        function: Callable[[Any], Any], items: Iterable[Any], on_gpus: bool = False, read: Any = None, **_: Any
+    ) -> Iterable[Any]:
+        return map(function, map(read, items) if read else items)
 
-    for name, fake in (("connect", lambda **_: None), ("check_shared", lambda *_: None), ("parallel_map", here)):
+    fakes = {
+        "connect": lambda **_: None,
+        "check_shared": lambda *_: None,
+        "parallel_map": here,
+        "at_once": lambda **_: 1,
+    }
+    for name, fake in fakes.items():
         monkeypatch.setattr(cluster, name, fake)
     for module in (evaluate, predict):  # what it finds is no matter here, and takes seconds
         monkeypatch.setattr(
-            module, "predict_masks", lambda prepared, *_, **__: np.zeros((3, *prepared.geometry.native_shape), bool)
+            module,
+            "native_probabilities",
+            lambda prepared, *_, **__: np.zeros((3, *prepared.geometry.native_shape), "f4"),
         )
     monkeypatch.setattr(ray, "put", Box)
     monkeypatch.setattr(ray, "get", lambda box: box.value)

@@ -14,7 +14,7 @@ import SimpleITK as sitk  # noqa: N813 (everybody's name for it)
 from raytrain_brats import predict
 from raytrain_brats.cases.scan import scan_images
 from raytrain_brats.data.manifest import Case
-from raytrain_brats.data.nifti import label_file
+from raytrain_brats.data.on_grid import label_file, probability_file
 from raytrain_brats.data.preprocess import Prepared, restore
 from raytrain_brats.data.store import Source
 from tests.support.cases import LPS, make_affine, nifti
@@ -49,18 +49,25 @@ def itk_place(path: Path) -> Any:
     return [np.array(v) for v in (image.GetSize()[:3], image.GetSpacing()[:3], image.GetOrigin()[:3], direction)]
 
 
-def threshold(prepared: Prepared, *_: Any, **__: Any) -> npt.NDArray[np.bool_]:
-    """A network that has learned to see our images: region masks on the native grid."""
-    return restore(prepared.image_czyx[:3].astype(np.float32), prepared.geometry) > 500
+def threshold(prepared: Prepared, *_: Any, **__: Any) -> npt.NDArray[np.float32]:
+    """A network that has learned to see our images: probabilities on the native grid."""
+    seen = restore(prepared.image_czyx[:3].astype(np.float32), prepared.geometry) > 500
+    return np.where(seen, np.float32(0.9), np.float32(0.1))
 
 
-def predicted(monkeypatch: pytest.MonkeyPatch, item: tuple[str, Case], out: Path, spacing_mm: float = 1.0) -> Path:
-    """The file that `predict` writes for a case, by its own function: all but the network is real."""
-    monkeypatch.setattr(predict, "shared_network", lambda _: (None, SimpleNamespace(), None))
-    monkeypatch.setattr(predict, "predict_masks", threshold)
+def predicted(
+    monkeypatch: pytest.MonkeyPatch,
+    item: tuple[str, Case],
+    out: Path,
+    spacing_mm: float = 1.0,
+    probabilities: bool = False,
+) -> Path:
+    """The file that `predict` writes for a case, by its own functions: all but the network is real."""
+    monkeypatch.setattr(predict, "shared_networks", lambda _: SimpleNamespace(device=None))
+    monkeypatch.setattr(predict, "native_probabilities", threshold)
     root, case = item
-    kind, _ = predict._one(None, str(out), (Source(root, "msd", spacing_mm), case))  # type: ignore[arg-type]
-    assert kind != "refused"
+    read = predict._read((Source(root, "msd", spacing_mm), case))
+    predict._segment(predict.Job(str(out), (), False, probabilities), read)
     return out / f"{case.id}.nii.gz"
 
 
@@ -115,6 +122,32 @@ def test_a_prediction_lies_where_its_scan_lies(
         for one, other in zip(expected, found, strict=True):
             assert np.array_equal(one, other)
         assert sitk.GetArrayFromImage(sitk.ReadImage(str(target))).T.tobytes() == np.asarray(ours.dataobj).tobytes()
+
+
+def test_probabilities_lie_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file a case, three regions along the fourth axis, on the scan's grid; nibabel and ITK read values of 0 to 1;
+    above a half in the file is what is above it in the network."""
+    source, item = scan(tmp_path / "in", "four files", AFFINES["oblique"], (1, 1))
+    target = predicted(monkeypatch, item, tmp_path / "out", probabilities=True)
+    made = nib.load(tmp_path / "out" / "A_1_probabilities.nii.gz")
+    assert made.shape == (*SHAPE, 3) and made.get_data_dtype() == np.uint8
+    assert np.array_equal(made.affine, nib.load(source).affine)
+    values, label = made.get_fdata(), np.asarray(nib.load(target).dataobj)
+    for region, least in enumerate((1, 2, 3)):  # values of MSD: WT is 1 to 3, TC 2 and 3, ET 3
+        assert np.array_equal(values[..., region] > 0.5, label >= least)
+    assert sorted({round(v, 1) for v in np.unique(values)}) == [0.1, 0.9]
+    theirs = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "A_1_probabilities.nii.gz")))
+    assert np.allclose(theirs.T, values, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.5, np.nextafter(np.float32(0.5), np.float32(1)), 0.501, 0.7, 1.0])
+def test_a_stored_probability_is_on_its_own_side_of_a_half(value: float) -> None:
+    """Within half a step of 1/255; 0.5 itself, which no mask contains, is not above it, and the next number is."""
+    found = np.full((3, 2, 2, 2), value, np.float32)
+    content = gzip.decompress(probability_file(found, nifti(IMAGE_XYZC)[:348]))
+    made = nib.Nifti1Image.from_bytes(content).get_fdata()
+    assert np.abs(made - np.float32(value)).max() <= 0.5 / 255 + 1e-6
+    assert (made > 0.5).all() == (np.float32(value) > 0.5)
 
 
 def test_itk_falls_back_and_refuses_in_the_cases_above(tmp_path: Path) -> None:
