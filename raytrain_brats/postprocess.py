@@ -39,7 +39,7 @@ Tables = list[npt.NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Args:
-    """Choose thresholds, smallest parts and smallest ET on held-out cases; keep what helps cases left out of the choice."""
+    """Choose thresholds, smallest parts and smallest ET on held-out cases; keep what helps others than taught it."""
 
     run_dir: Uri = ""
     """The run, or a folder with the runs of its folds; by default RAYTRAIN_BRATS_RUN_DIR."""
@@ -109,9 +109,7 @@ def _show(learned: Learned, cases: int) -> None:
         both = zip(learned.before[region], learned.after[region], strict=True)
         lines.add_row(region, *(f"{number:.3f}" for pair in both for number in pair))
     show(lines)
-    for line in learned.rules.in_words() or [
-        "no rule helped cases that had no part in choosing it: probability over 0.5"
-    ]:
+    for line in learned.rules.in_words() or ["no rule helped cases that had no part in choosing it"]:
         print(line)
 
 

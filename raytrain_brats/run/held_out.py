@@ -39,7 +39,7 @@ def _is_own(run_dir: str, run: spec.StoredRun, manifest: Manifest, source: Sourc
     if not comparable(run.convention, source.convention):
         raise UserError(
             f"{run_dir} learned labels read as {described(run.convention)}, {manifest.root} holds "
-            f"{described(source.convention)}: WT, TC and ET are other tissues there; give data of the run's own convention"
+            f"{described(source.convention)}: WT, TC and ET are other tissues; give data of the run's own convention"
         )
     meant = spec.preprocessing(run.config), run.convention
     own = run.convention == source.convention and manifests.is_dataset_identity(
