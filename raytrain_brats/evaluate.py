@@ -88,7 +88,7 @@ def work(args: Args) -> None:
     if args.out or args.convention or args.overwrite:
         raise UserError("--out, --convention and --overwrite go with --predictions; a run's scores are in its folder")
     run_dir = run_folder(args.run_dir)
-    split = "val" if args.split == "auto" else args.split
+    split: str = "val" if args.split == "auto" else args.split
     manifest, source, cases = held_out.cases_of_run(run_dir, *cases_from(args.data, args.store), split)
     networks = members.opened([run_dir])
     run, challenge = networks[0].run, _challenge(args, source.convention, cases)

@@ -40,7 +40,7 @@ class Rules:
     thresholds: Triple = (0.5, 0.5, 0.5)
     parts_mm3: Triple = (0.0, 0.0, 0.0)
     """Connected parts (26 neighbours) smaller than this are dropped from the region, and what lies in them from those
-    within it."""
+    within it; but never the largest, or a small tumour would vanish."""
     smallest_et_mm3: float = 0.0
     """Where a case has less ET than this, its ET counts as core."""
 
@@ -83,12 +83,13 @@ def masks_by(rules: Rules, probabilities: npt.NDArray[np.float32], voxel_mm3: fl
 
 
 def without_small_parts(mask: npt.NDArray[np.bool_], voxels: float) -> npt.NDArray[np.bool_]:
-    """The connected parts (26 neighbours) of at least so many voxels."""
+    """The connected parts (26 neighbours) of at least so many voxels, and the largest of all."""
     if voxels <= 1 or not mask.any():
         return mask
     parts, _ = ndimage.label(mask, np.ones((3, 3, 3)))
-    large = np.bincount(parts.ravel()) >= voxels
-    large[0] = False
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    large = sizes >= min(voxels, sizes.max())
     kept: npt.NDArray[np.bool_] = large[parts]
     return kept
 

@@ -52,7 +52,8 @@ def test_what_rules_make_stays_nested() -> None:
         assert not (et & ~tc).any() and not (tc & ~wt).any()
         for mask, limit in ((wt, parts[0]), (tc, parts[1]), (et, parts[2])):
             labelled, number = postprocess.ndimage.label(mask, np.ones((3, 3, 3)))
-            assert all((labelled == n).sum() >= limit for n in range(1, number + 1))
+            sizes = [int((labelled == n).sum()) for n in range(1, number + 1)]
+            assert all(size >= min(limit, max(sizes)) for size in sizes)
 
 
 def test_little_enhancing_tumour_is_core() -> None:
@@ -62,6 +63,12 @@ def test_little_enhancing_tumour_is_core() -> None:
     assert masks_by(Rules(smallest_et_mm3=volume), found, 2.0)[2].any()
     wt, tc, et = masks_by(Rules(smallest_et_mm3=volume + 1), found, 2.0)
     assert not et.any() and (tc[truth[2]]).all() and (wt == to_masks(found)[0]).all()
+
+
+def test_the_largest_part_stays_however_small() -> None:
+    """A tumour smaller than the limit is not lost."""
+    found, truth = case(0, false_part=3)
+    np.testing.assert_array_equal(masks_by(Rules(parts_mm3=(1e9, 1e9, 1e9)), found, 1.0), truth)
 
 
 def test_a_part_of_exactly_the_limit_stays() -> None:
