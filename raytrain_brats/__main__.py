@@ -25,6 +25,7 @@ COMMANDS = {
     "expand": "make many distinct volumes from each case",
     "train": "train; the same command again goes on",
     "evaluate": "Dice and HD95 of held-out cases",
+    "postprocess": "learn on held-out cases what to make of probabilities",
     "predict": "segment NIfTI cases",
     "verify": "prove that every sample was applied once, in order",
     "report": "one page: curves, overlays, time split",

@@ -41,10 +41,11 @@ from raytrain_brats.labels import (
 from raytrain_brats.learn import case_scores
 from raytrain_brats.learn.case_scores import Reading
 from raytrain_brats.learn.challenges import challenge_of
+from raytrain_brats.learn.postprocess import Rules, masks_by
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.reporting import figures, folds, scores
-from raytrain_brats.run import label_volumes, members, spec
-from raytrain_brats.run.predictor import masks_of, native_probabilities, shared_networks
+from raytrain_brats.run import held_out, label_volumes, members, spec
+from raytrain_brats.run.predictor import native_probabilities, shared_networks, voxel_mm3
 from raytrain_brats.run.run_dir import RunDir
 
 Row = dict[str, Any]
@@ -64,6 +65,8 @@ class Args:
     """Which cases: held out by the run (auto), trained on, or all (auto for --predictions without --run-dir)."""
     mirror: bool = True
     """Average over the eight mirror images, as nnU-Net does; --no-mirror takes an eighth of the time."""
+    postprocess: bool = True
+    """Apply what `raytrain-brats postprocess` learned, if it did: on these very cases, unless --split is another."""
     challenge: Literal["auto", "GLI", "SSA", "PED", "MEN", "MET"] = "auto"
     """By whose numbers lesions are scored; auto by the label convention and the names of the cases."""
     overlays: int = 8
@@ -85,25 +88,29 @@ def work(args: Args) -> None:
     if args.out or args.convention or args.overwrite:
         raise UserError("--out, --convention and --overwrite go with --predictions; a run's scores are in its folder")
     run_dir = run_folder(args.run_dir)
-    manifest, source, split, cases = _of_run(args, run_dir)
+    split: str = "val" if args.split == "auto" else args.split
+    manifest, source, cases = held_out.cases_of_run(run_dir, *cases_from(args.data, args.store), split)
     networks = members.opened([run_dir])
     run, challenge = networks[0].run, _challenge(args, source.convention, cases)
+    rules, said = members.rules_of([run_dir], networks) if args.postprocess else (Rules(), "no post-processing")
     made_from = members.checkpoints(networks) | {
         "split": split,
         "data_root": outputs.place(manifest.root),
         "identity": manifests.dataset_identity(manifest.cases, spec.preprocessing(run.config), source.convention),
         "convention": source.convention,
         "mirror": args.mirror,
+        "postprocessing": rules.to_json(),
         "challenge": challenge,
     }
     print(f"{config.described('run', run.config)}; labels: {described(source.convention)}")
     if run.convention != source.convention:
         print(f"the run learned {described(run.convention)}: compared by region")
+    print(said + (", learned on these cases: see its own figures" if split == "val" and rules != Rules() else ""))
     show_skipped(manifest.skipped)
     cluster.connect(held_bytes=members.weight_bytes(networks))
     shared = members.by_fold([(m.fold, ray.put((m.run.config, m.weights))) for m in networks], split)
     drawn = {case.id for case in cases[: args.overlays]}
-    one = partial(_one, shared, source, drawn, args.mirror, challenge)
+    one = partial(_one, shared, source, drawn, rules, args.mirror, challenge)
     results = list(_progress(cluster.parallel_map(one, cases, on_gpus=True), len(cases)))
     found, refused = [r for r in results if not isinstance(r, str)], [r for r in results if isinstance(r, str)]
     rows = [row for row, _, _ in found]
@@ -124,54 +131,15 @@ def work(args: Args) -> None:
         _show_folds(rows, members.missing_folds(networks))
 
 
-def _of_run(args: Args, run_dir: str) -> tuple[Manifest, Source, str, tuple[Case, ...]]:
-    """(cases there, where they come from, split, cases of it). Raises UserError where the run, or the runs of its
-    folds, do not say which cases were held out."""
-    split = "val" if args.split == "auto" else args.split
-    runs = {place: spec.open_run(place) for place in members.runs_of([run_dir])}
-    run = next(iter(runs.values()))
-    manifest, source = spec.open_cases(run.config, *cases_from(args.data, args.store), run_dir)
-    own = [_checked(place, one, manifest, source, split) for place, one in runs.items()]
-    if len(runs) > 1 and (split == "train" or (split == "all" and any(own))):
-        raise UserError(
-            f"{run_dir} holds {len(runs)} folds, and each case of --split {split} was trained on by some: leave --split"
-            " out, then each is scored by the network that has not seen it; or give one fold's run"
-        )
-    held_out = {run.config.data.fold for run in runs.values()}
-    parts = {"val": lambda c: c.fold in held_out, "train": lambda c: c.fold not in held_out, "all": lambda _: True}
-    cases = tuple(case for case in manifest.cases if parts[split](case))
-    if not cases:
-        raise UserError(f"{manifest.root} has no case in split {split!r}; choose another with --split")
-    return manifest, source, split, tuple(sorted(cases, key=lambda case: case.fold) if len(runs) > 1 else cases)
-
-
-def _checked(run_dir: str, run: spec.StoredRun, manifest: Manifest, source: Source, split: str) -> bool:
-    """Whether the cases are the run's own. Raises UserError where they must be, or mean something else."""
-    if not comparable(run.convention, source.convention):
-        raise UserError(
-            f"{run_dir} learned labels read as {described(run.convention)}, {manifest.root} holds "
-            f"{described(source.convention)}: WT, TC and ET are other tissues there; evaluate on data of the run's own "
-            "convention"
-        )
-    meant = spec.preprocessing(run.config), run.convention
-    own = run.convention == source.convention and manifests.is_dataset_identity(
-        run.dataset_identity, manifest.cases, *meant
-    )
-    if not own and split != "all":
-        raise UserError(
-            f"{manifest.root} is not what {run_dir} was trained on, so its folds do not say what was held out; "
-            "give the run's own data, or --split all if none of these cases was trained on"
-        )
-    return own
-
-
 def _score_volumes(args: Args) -> None:
     """Label volumes of any program, by the same code; a run folder only says which cases were held out."""
     folder, out = storage.normal(args.predictions), storage.normal(args.out)
     if not args.out:
         raise UserError("--predictions needs --out, a folder for the scores")
     if args.run_dir:
-        manifest, source, split, cases = _of_run(args, storage.normal(args.run_dir))
+        split: str = "val" if args.split == "auto" else args.split
+        given = storage.normal(args.run_dir), *cases_from(args.data, args.store)
+        manifest, source, cases = held_out.cases_of_run(*given, split)
     else:
         manifest, source, split = _labelled(args)
         cases = manifest.cases
@@ -312,7 +280,13 @@ def _keep_earlier(run_dir: str, made_from: dict[str, Any]) -> None:
 
 
 def _one(
-    shared: list[tuple[Any, ...]], source: Source, drawn: set[str], mirror: bool, challenge: str, case: Case
+    shared: list[tuple[Any, ...]],
+    source: Source,
+    drawn: set[str],
+    rules: Rules,
+    mirror: bool,
+    challenge: str,
+    case: Case,
 ) -> tuple[Row, bytes, dict[str, float]] | str:
     """A case's scores, its overlay if it is to be drawn, and what took how many seconds; or why it was left out."""
     try:
@@ -321,7 +295,8 @@ def _one(
         return f"case {case.id}: {error.reason}, {error.detail}"
     networks, truth = shared_networks(shared[case.fold]), prepared.truth_xyz()
     began = time.perf_counter()
-    predicted = masks_of(native_probabilities(prepared, networks, networks.device, mirror=mirror))
+    answer = native_probabilities(prepared, networks, networks.device, mirror=mirror)
+    predicted = masks_by(rules, answer, voxel_mm3(prepared))
     segmented = time.perf_counter()
     found = case_scores.columns(
         case_scores.of_network(from_regions(predicted, source.convention), source.convention),

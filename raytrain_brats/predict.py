@@ -28,10 +28,11 @@ from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import MODALITIES, REGIONS, comparable, described, from_regions
+from raytrain_brats.learn.postprocess import Rules, masks_by
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import members
 from raytrain_brats.run.members import Member
-from raytrain_brats.run.predictor import masks_of, native_probabilities, shared_networks
+from raytrain_brats.run.predictor import native_probabilities, shared_networks, voxel_mm3
 from raytrain_brats.run.run_dir import RunDir
 
 GIVE_UP = 10
@@ -56,6 +57,8 @@ class Args:
     """Write the label values of another convention, such as brats2023; by default those that the run learned."""
     mirror: bool = True
     """Average over the eight mirror images, as nnU-Net does; --no-mirror takes an eighth of the time."""
+    postprocess: bool = True
+    """Apply what `raytrain-brats postprocess` learned for these networks, if it did."""
     save_probabilities: bool = False
     """Also write CASE_probabilities.nii.gz: WT, TC, ET as (x, y, z, 3), in steps of 1/255."""
     strict: bool = False
@@ -70,6 +73,7 @@ class Job:
 
     out: str
     networks: tuple[Any, ...]
+    rules: Rules
     mirror: bool
     save_probabilities: bool
 
@@ -86,7 +90,9 @@ class Read:
 
 
 def work(args: Args) -> None:
-    out, networks = storage.normal(args.out), members.opened([run_folder(given) for given in args.run_dir or ("",)])
+    given = [run_folder(name) for name in args.run_dir or ("",)]
+    out, networks = storage.normal(args.out), members.opened(given)
+    rules, said = members.rules_of(given, networks) if args.postprocess else (Rules(), "no post-processing")
     run, learned = networks[0].run, networks[0].run.convention
     convention = args.convention or learned
     if not comparable(convention, learned):
@@ -100,12 +106,13 @@ def work(args: Args) -> None:
     show_skipped(skipped, args.strict)
     what = f"the mean of {len(networks)} networks, the first: " if len(networks) > 1 else ""
     print(f"{what}{config.described('run', run.config)}; label values written: {described(convention)}")
+    print(said)
     if assumed := scan.unstated(found):
         print(
             f"4D images ({len(assumed)}, such as {assumed[0]}): no dataset.json says what their channels are; taken as "
             f"{', '.join(MODALITIES)}"
         )
-    there = _claimed(args, found, networks, convention)
+    there = _claimed(args, found, networks, rules, convention)
     items = [
         (Source(root, convention, run.config.preprocess.spacing_mm), case)
         for root, case in found
@@ -118,7 +125,7 @@ def work(args: Args) -> None:
     cluster.connect(held_bytes=members.weight_bytes(networks))
     references = tuple(ray.put((member.run.config, member.weights)) for member in networks)
     del networks
-    missing = _predict(Job(out, references, args.mirror, args.save_probabilities), items)
+    missing = _predict(Job(out, references, rules, args.mirror, args.save_probabilities), items)
     print(f"{len(items) - missing} label volumes{already and f' made{already},'} in {out}")
     if missing:
         raise RunFailed(
@@ -155,7 +162,7 @@ def _names(case: Case, with_probabilities: bool) -> list[str]:
     return [f"{case.id}.nii.gz"] + ([f"{case.id}_probabilities.nii.gz"] if with_probabilities else [])
 
 
-def _claimed(args: Args, found: Found, networks: list[Member], convention: str) -> set[str]:
+def _claimed(args: Args, found: Found, networks: list[Member], rules: Rules, convention: str) -> set[str]:
     """Names of what need not be made again; notes down what the others are made from. Raises UserError."""
     out = storage.normal(args.out)
     images = [[storage.join(root, path) for path in case.images] for root, case in found]
@@ -171,6 +178,7 @@ def _claimed(args: Args, found: Found, networks: list[Member], convention: str) 
     with ThreadPoolExecutor(16) as pool:  # on S3 each is a request
         stamps = dict(zip(given, pool.map(outputs.stamp, given), strict=True))
     made_with = f"{members.named(networks)}, labels {convention}{', mirrored' if args.mirror else ''}"
+    made_with += "".join(f"; {line}" for line in rules.in_words())
     origins = {
         name: f"{made_with}, " + ", ".join(f"{uri.rpartition('/')[2]} ({stamps[uri]})" for uri in uris)
         for both, uris in zip(names, images, strict=True)
@@ -179,7 +187,7 @@ def _claimed(args: Args, found: Found, networks: list[Member], convention: str) 
     about: dict[str, Any] = {"members": [member.about() for member in networks], "made_with": made_with}
     if len(networks) == 1:
         about["run"] = outputs.place(networks[0].run_dir)
-    about |= {"mirror": args.mirror} | manifests.meaning(convention)
+    about |= {"mirror": args.mirror, "postprocessing": rules.to_json()} | manifests.meaning(convention)
     if args.save_probabilities:
         about["probabilities"] = f"of {', '.join(REGIONS)} along the fourth axis, in steps of 1/255"
     return outputs.claim(out, "predict", origins, settings=about, protected=given, overwrite=args.overwrite)
@@ -207,7 +215,8 @@ def _read(item: tuple[Source, Case]) -> Read:
 def _segment(job: Job, read: Read) -> Row:
     networks = shared_networks(job.networks)
     found = native_probabilities(read.prepared, networks, networks.device, mirror=job.mirror)
-    files = {f"{read.case_id}.nii.gz": label_file(from_regions(masks_of(found), read.convention), read.header)}
+    masks = masks_by(job.rules, found, voxel_mm3(read.prepared))
+    files = {f"{read.case_id}.nii.gz": label_file(from_regions(masks, read.convention), read.header)}
     if job.save_probabilities:
         files[f"{read.case_id}_probabilities.nii.gz"] = probability_file(found, read.header)
     try:

@@ -35,8 +35,8 @@ def dice_by_counts(counts: Sequence[Sequence[int]]) -> dict[str, float]:
 
 
 def overlap(masks: Tensor, label: Tensor, whole_label: Tensor, table: Tensor) -> list[list[int]]:
-    """Counts for `dice_by_counts`, with one readback: (3, z, y, x) masks against label values on the same grid, of which
-    `whole_label` also holds those beyond it. `table` is the convention's (3, 256)."""
+    """Counts for `dice_by_counts`, with one readback: (3, z, y, x) masks against label values on the same grid, of
+    which `whole_label` also holds those beyond it. `table` is the convention's (3, 256)."""
     both = [(mask & regions[label.long()]).sum() for mask, regions in zip(masks, table, strict=True)]
     voxels = torch.bincount(whole_label.flatten(), minlength=table.shape[1])
     counts = torch.stack([torch.stack(both), masks.flatten(1).sum(1), (table * voxels).sum(1)], dim=1)

@@ -5,6 +5,7 @@ Out: `Member`s, each with its newest weights; or UserError where their answers c
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from raytrain_brats import outputs, storage
 from raytrain_brats.data.manifest import FOLDS
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import described
+from raytrain_brats.learn.postprocess import Rules
 from raytrain_brats.run import spec
 from raytrain_brats.run.predictor import newest_weights
 from raytrain_brats.run.run_dir import RunDir
@@ -99,6 +101,29 @@ def by_fold(networks: Sequence[tuple[int, Any]], split: str) -> list[tuple[Any, 
 def weight_bytes(members: Iterable[Member]) -> int:
     """What their weights take of the object store."""
     return sum(tensor.nbytes for member in members for tensor in member.weights.values())
+
+
+def rules_of(folders: Sequence[str], members: Sequence[Member]) -> tuple[Rules, str]:
+    """(what held-out cases taught about these networks, why nothing was found or what it is, in words).
+
+    From the first `postprocessing.json` of the folders given whose networks include all of these: of the same weights.
+    """
+    said = "no post-processing was learned (`raytrain-brats postprocess` does)"
+    for folder in [*folders, *(member.run_dir for member in members)]:
+        uri = RunDir(folder).postprocessing
+        try:
+            found = json.loads(storage.read_bytes(uri))
+            rules, known = Rules.from_json(found["rules"]), {(m["fold"], m["weights"]) for m in found["members"]}
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{uri} is damaged ({error}); remove it, or run `raytrain-brats postprocess` again"
+            ) from error
+        if {(member.fold, member.digest) for member in members} <= known:
+            return rules, "post-processing: " + ("; ".join(rules.in_words()) or "none helped")
+        said = f"{uri} was learned for other weights and is not used; run `raytrain-brats postprocess` again"
+    return Rules(), said
 
 
 def missing_folds(members: Iterable[Member]) -> list[int]:

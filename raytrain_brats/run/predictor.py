@@ -116,16 +116,16 @@ def native_probabilities(
     return native
 
 
-def masks_of(probabilities_r: npt.NDArray[np.float32]) -> Masks:
-    """(3, x, y, z) region masks of `native_probabilities`, for every command that makes some."""
-    return to_masks(probabilities_r)
+def voxel_mm3(prepared: Prepared) -> float:
+    """The volume of a voxel of the native grid."""
+    return float(abs(np.linalg.det(np.array(prepared.geometry.affine)[:3, :3])))
 
 
 def predict_masks(
     prepared: Prepared, network: nn.Module, config: Config, device: torch.device, *, mirror: bool | None = None
 ) -> Masks:
     """(3, x, y, z) region masks on the native grid by one network, nested as label values are: ET in TC in WT."""
-    return masks_of(native_probabilities(prepared, [(network, config)], device, mirror=mirror))
+    return to_masks(native_probabilities(prepared, [(network, config)], device, mirror=mirror))
 
 
 def score(

@@ -56,6 +56,7 @@ class RunDir:
         self.report, self.evaluation = self.file("report.html"), self.file("evaluation")
         self.ray, self.checkpoints, self.groups = (self.file(name) for name in ("ray", "checkpoints", "groups"))
         self.lease, self.generation = Document(self.file("lease.json")), Document(self.file("generation.json"))
+        self.postprocessing = self.file("postprocessing.json")
         self.save_request = Document(self.file("save-request.json"))
 
     def file(self, *parts: str) -> str:
