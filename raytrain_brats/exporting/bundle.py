@@ -134,12 +134,13 @@ def _inference(config: Config, convention: str) -> dict[str, Any]:
     label = "torch.where(p[2:3] > 0.5, {2}, torch.where(p[1:2] > 0.5, {1}, torch.where(p[0:1] > 0.5, {0}, 0)))"
     preprocessing = [
         {"_target_": "LoadImaged", "ensure_channel_first": True} | image,
-        {"_target_": "Orientationd", "axcodes": "SAR", "labels": None} | image,  # our tensors are (c, z, y, x)
+        {"_target_": "Orientationd", "axcodes": "RAS", "labels": None} | image,
         {"_target_": "Spacingd", "pixdim": edges, "mode": "bilinear"} | image,
         # what resampling leaves beside the brain by rounding
         {"_target_": "Lambdad", "func": "$lambda x: torch.where(x.abs() <= 2.0**-25, torch.zeros_like(x), x)"} | image,
         {"_target_": "CropForegroundd", "source_key": "image", "select_fn": "$lambda x: x != 0"} | image,
         {"_target_": "NormalizeIntensityd", "nonzero": True, "channel_wise": True} | image,
+        {"_target_": "Orientationd", "axcodes": "SAR", "labels": None} | image,  # our tensors are (c, z, y, x)
     ]
     pred = {"keys": "pred"}
     postprocessing = [
@@ -151,7 +152,8 @@ def _inference(config: Config, convention: str) -> dict[str, Any]:
         {"_target_": "Lambdad", "func": f"$lambda p: {label.format(*values)}"} | pred,
         {
             "_target_": "SaveImaged", "output_dir": "@output_dir", "output_postfix": "", "output_dtype": "$np.uint8",
-            "resample": False, "separate_folder": False,
+            # To where it is already: without it MONAI 1.6 takes a volume for slices, and fails on turned axes.
+            "resample": True, "mode": "nearest", "separate_folder": False,
         } | pred,
     ]  # fmt: skip
     return {
