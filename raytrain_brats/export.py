@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from safetensors.torch import save as tensors_to_bytes
 
-from raytrain_brats import config, outputs, storage
+from raytrain_brats import __version__, config, outputs, storage
 from raytrain_brats.cli import Uri, entry, run_folder
 from raytrain_brats.config import patch_divisor
 from raytrain_brats.data import manifest as manifests
@@ -63,7 +63,7 @@ def work(args: Args) -> None:
     about = card.About(
         run.config, run.convention, run.dataset_identity, checkpoint,
         hashlib.sha256(tensors_to_bytes(weights)).hexdigest()[:8],
-        sum(parameter.numel() for parameter in network.parameters()), *_told(run_dir),
+        sum(parameter.numel() for parameter in network.parameters()), __version__, *_told(run_dir),
     )  # fmt: skip
     there = _claimed(args, about, run_dir)
     print(f"{config.described('run', run.config)}; {about.name}")
@@ -77,7 +77,7 @@ def work(args: Args) -> None:
         record = {"checkpoint": about.name, "onnx": check and check.record()}
         files[CHECKS] = json.dumps(record, indent=1).encode()
     if "bundle" in args.formats:
-        made = bundle.files(run.config, run.convention, network, card.bundle_readme(about), about.name)
+        made = bundle.files(run.config, run.convention, network, card.bundle_readme(about), about.name, __version__)
         files |= {f"bundle/{path}": content for path, content in made.items()}
     written = files.keys() - there
     for name in sorted(written):

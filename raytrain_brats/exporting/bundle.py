@@ -17,7 +17,6 @@ import yaml
 from monai.bundle.config_parser import ConfigParser
 from torch import nn
 
-from raytrain_brats import __version__
 from raytrain_brats.config import Config, patch_divisor
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import MODALITIES, REGIONS, from_regions
@@ -34,8 +33,8 @@ DIFFERENCES = """\
 - One pass of the sliding window, regions where their probability is over one half. What else a version of `predict`
   does (averages over mirrored copies, rules learned on validation cases, several networks) is not in the bundle.
 - CPUs compute in float32 in both; on a GPU `predict` uses mixed precision and the bundle does not."""
-_LICENSE = f"""\
-The configuration in this bundle was written by raytrain_brats {__version__} and is licensed under the Apache License,
+_LICENSE = """\
+The configuration in this bundle was written by raytrain_brats and is licensed under the Apache License,
 Version 2.0 (https://www.apache.org/licenses/LICENSE-2.0): on an "AS IS" basis, without warranties or conditions of any
 kind, either express or implied.
 
@@ -84,11 +83,12 @@ def plain_network(config: Config, network: nn.Module) -> nn.Module:
     return plain
 
 
-def files(config: Config, convention: str, network: nn.Module, card: str, name: str) -> dict[str, bytes]:
-    """{path in the bundle: content}. `network` as trained; `card` becomes docs/README.md; `name` says which weights."""
+def files(config: Config, convention: str, network: nn.Module, card: str, name: str, version: str) -> dict[str, bytes]:
+    """{path in the bundle: content}. `network` as trained; `card` becomes docs/README.md; `name` says which weights,
+    `version` is this package's."""
     weights = io.BytesIO()
     torch.save(plain_network(config, network).state_dict(), weights)
-    about = json.dumps(_metadata(config, name), indent=1)
+    about = json.dumps(_metadata(config, name, version), indent=1)
     inference = yaml.safe_dump(_inference(config, convention), sort_keys=False, width=120)
     texts = {"configs/metadata.json": about, "configs/inference.yaml": inference, "docs/README.md": card}
     return {path: text.encode() for path, text in (texts | {"LICENSE": _LICENSE}).items()} | {
@@ -96,7 +96,7 @@ def files(config: Config, convention: str, network: nn.Module, card: str, name: 
     }
 
 
-def _metadata(config: Config, name: str) -> dict[str, Any]:
+def _metadata(config: Config, name: str, version: str) -> dict[str, Any]:
     edges = [f"{patch_divisor(config)}*n"] * 3
     image = {
         "type": "image", "format": "magnitude", "modality": "MR", "num_channels": len(MODALITIES),
@@ -111,8 +111,8 @@ def _metadata(config: Config, name: str) -> dict[str, Any]:
     needed = {package: metadata.version(package) for package in ("nibabel",)}
     return {
         "schema": SCHEMA,
-        "version": __version__,
-        "changelog": {__version__: name},
+        "version": version,
+        "changelog": {version: name},
         "monai_version": metadata.version("monai"),
         "pytorch_version": metadata.version("torch").partition("+")[0],
         "numpy_version": metadata.version("numpy"),
@@ -127,12 +127,9 @@ def _metadata(config: Config, name: str) -> dict[str, Any]:
     }
 
 
-def _inference(config: Config, convention: str) -> dict[str, Any]:
+def _preprocessing(config: Config) -> list[dict[str, Any]]:
     edges, image = [config.preprocess.spacing_mm] * 3, {"keys": "image"}
-    # Label values, outermost region first: what is inside writes over it.
-    values = [int(from_regions(torch.eye(3, dtype=torch.bool).numpy()[:, [n]], convention)[0]) for n in range(3)]
-    label = "torch.where(p[2:3] > 0.5, {2}, torch.where(p[1:2] > 0.5, {1}, torch.where(p[0:1] > 0.5, {0}, 0)))"
-    preprocessing = [
+    return [
         {"_target_": "LoadImaged", "ensure_channel_first": True} | image,
         {"_target_": "Orientationd", "axcodes": "RAS", "labels": None} | image,
         {"_target_": "Spacingd", "pixdim": edges, "mode": "bilinear"} | image,
@@ -142,8 +139,14 @@ def _inference(config: Config, convention: str) -> dict[str, Any]:
         {"_target_": "NormalizeIntensityd", "nonzero": True, "channel_wise": True} | image,
         {"_target_": "Orientationd", "axcodes": "SAR", "labels": None} | image,  # our tensors are (c, z, y, x)
     ]
+
+
+def _postprocessing(convention: str) -> list[dict[str, Any]]:
     pred = {"keys": "pred"}
-    postprocessing = [
+    # Label values, outermost region first: what is inside writes over it.
+    values = [int(from_regions(torch.eye(3, dtype=torch.bool).numpy()[:, [n]], convention)[0]) for n in range(3)]
+    label = "torch.where(p[2:3] > 0.5, {2}, torch.where(p[1:2] > 0.5, {1}, torch.where(p[0:1] > 0.5, {0}, 0)))"
+    return [
         {"_target_": "Activationsd", "sigmoid": True} | pred,
         {
             "_target_": "Invertd", "transform": "@preprocessing", "orig_keys": "image", "nearest_interp": False,
@@ -156,6 +159,9 @@ def _inference(config: Config, convention: str) -> dict[str, Any]:
             "resample": True, "mode": "nearest", "separate_folder": False,
         } | pred,
     ]  # fmt: skip
+
+
+def _inference(config: Config, convention: str) -> dict[str, Any]:
     return {
         "imports": ["$import glob", "$import numpy as np", "$import torch"],
         "bundle_root": ".",
@@ -166,7 +172,7 @@ def _inference(config: Config, convention: str) -> dict[str, Any]:
         "datalist": "$[{'image': p} for p in sorted(glob.glob(@dataset_dir + '/*.nii.gz'))]",
         "network_def": definition(config),
         "network": "$@network_def.to(@device)",
-        "preprocessing": {"_target_": "Compose", "transforms": preprocessing},
+        "preprocessing": {"_target_": "Compose", "transforms": _preprocessing(config)},
         "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
         "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1},
         "inferer": {
@@ -176,7 +182,7 @@ def _inference(config: Config, convention: str) -> dict[str, Any]:
             "overlap": config.validate_.overlap,
             "mode": "gaussian",
         },
-        "postprocessing": {"_target_": "Compose", "transforms": postprocessing},
+        "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(convention)},
         "handlers": [
             {
                 "_target_": "CheckpointLoader",

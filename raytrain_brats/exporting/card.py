@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytrain_brats import __version__, config, labels
+from raytrain_brats import config, labels
 from raytrain_brats.config import Config, patch_divisor
 from raytrain_brats.exporting import bundle, onnx_file
 from raytrain_brats.labels import MODALITIES, REGIONS
@@ -35,6 +35,8 @@ class About:
     digest: str
     """Of the weights: the first 8 hex digits of their SHA-256."""
     parameters: int
+    version: str
+    """Of this package."""
     stored: Mapping[str, Any] = field(default_factory=dict)
     """The run folder's config.yaml."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class About:
 def facts(about: About) -> dict[str, str]:
     """What an ONNX file says of itself."""
     return {
-        "made_by": f"raytrain_brats {__version__}",
+        "made_by": f"raytrain_brats {about.version}",
         "checkpoint": about.name,
         "channels": ", ".join(MODALITIES),
         "outputs": f"logits of {', '.join(REGIONS)}; a sigmoid gives probabilities",
@@ -111,7 +113,7 @@ def _summary(about: About) -> str:
         "input": f"{', '.join(MODALITIES)}; RAS, {about.config.preprocess.spacing_mm:g} mm, normalised by channel",
         "label values": labels.described(about.convention),
         "regions": "; ".join(f"{r} = {', '.join(map(str, regions[r]))}" for r in REGIONS),
-        "made by": f"raytrain_brats {__version__}",
+        "made by": f"raytrain_brats {about.version}",
     }
     return _table(("", ""), list(rows.items()))
 

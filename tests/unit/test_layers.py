@@ -58,6 +58,7 @@ RULES = {  # layer: what of ours it may import, what of others it may not
     "synthetic": ({"leaf", "data", "cases", "synthetic"}, {"ray", "torch", "monai"}),
     "reporting": ({"leaf", "reporting"}, {"ray", "torch", "monai"}),
     "run": ({"leaf", "data", "cases", "learn", "ray_ext", "reporting", "run"}, set()),
+    "exporting": ({"leaf", "learn", "exporting"}, {"ray"}),
     "monitoring": ({"leaf", "ray_ext", "reporting", "run", "monitoring"}, {"torch", "monai"}),
 }
 
