@@ -46,7 +46,7 @@ decide how the weights may be used.
 def definition(config: Config) -> dict[str, Any]:
     """The network as a `_target_` of MONAI with its arguments. Raises UserError for one that MONAI has no class for."""
     options, channels = config.network, {"in_channels": len(MODALITIES), "out_channels": len(REGIONS)}
-    name, given = options.name, options.model_dump(mode="json")
+    name, given = str(options.name), options.model_dump(mode="json")
     three: dict[str, Any] = {"spatial_dims": 3} | channels
     if name == "segresnet":
         return {"_target_": "SegResNet"} | channels | {k: v for k, v in given.items() if k != "name"}
@@ -61,6 +61,23 @@ def definition(config: Config) -> dict[str, Any]:
             "act_name": ["leakyrelu", {"inplace": False, "negative_slope": 0.01}],
             "res_block": False,
         }  # fmt: skip
+    if name == "mednext":
+        *blocks, last_blocks = given["blocks"]
+        *expansion, last_expansion = given["expansion"]
+        return {"_target_": "MedNeXt"} | three | {
+            "init_filters": given["init_filters"],
+            "kernel_size": given["kernel_size"],
+            "encoder_expansion_ratio": expansion,
+            "decoder_expansion_ratio": expansion[::-1],
+            "bottleneck_expansion_ratio": last_expansion,
+            "use_residual_connection": True,
+            "blocks_down": blocks,
+            "blocks_bottleneck": last_blocks,
+            "blocks_up": blocks[::-1],
+        }  # fmt: skip
+    if name == "unet":
+        about = {"channels": given["channels"], "num_res_units": given["res_units"]}
+        return {"_target_": "UNet"} | three | about | {"strides": [2] * (len(given["channels"]) - 1)}
     raise UserError(f"--formats bundle: {name} cannot be told in a bundle yet; take --formats onnx")
 
 
