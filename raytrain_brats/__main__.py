@@ -29,6 +29,7 @@ COMMANDS = {
     "predict": "segment NIfTI cases",
     "verify": "prove that every sample was applied once, in order",
     "report": "one page: curves, overlays, time split",
+    "export": "the network as ONNX and MONAI Bundle, with a model card",
     "ec2": "clusters on EC2: list what is left that costs money",
     "spot": "on a spot machine: drain its Ray node when EC2 gives notice",
     "sagemaker": "the same run as a SageMaker job: launch, process, host",

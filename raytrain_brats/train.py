@@ -18,9 +18,10 @@ from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import FOLDS
 from raytrain_brats.errors import UserError
-from raytrain_brats.monitoring import cost
+from raytrain_brats.monitoring import cost, tracking
 from raytrain_brats.monitoring.progress import Progress
 from raytrain_brats.monitoring.spilling import Spilling
+from raytrain_brats.monitoring.tracking import Tracking
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import checkpoint, driver, folds, journal, lease, spec
 from raytrain_brats.run.run_dir import RunDir
@@ -97,6 +98,7 @@ def work(args: Args) -> None:
             print(warning, file=sys.stderr)
         show_skipped(run_spec.manifest.skipped)
         cost.prices()  # refused now, not amid the run
+        tracking.check(settings.run)
         cluster.connect(held_bytes=run_spec.held_bytes, prepared=run_spec.route == "store")
         needed = driver.check(run_spec)
         kind = "GPU" if needed.gpus else "CPU"
@@ -105,7 +107,7 @@ def work(args: Args) -> None:
             f"{len(run_spec.train_cases)} cases to train on, {len(run_spec.held_out_cases)} held out; "
             f"{needed.low} to {needed.high} {kind} workers; {run_spec.sampler.total:,} samples, {done}"
         )
-        with Progress(run_spec, lambda: held.trouble), Spilling(run_spec.run_dir):
+        with Progress(run_spec, lambda: held.trouble), Spilling(run_spec.run_dir), Tracking(run_spec):
             driver.train(run_spec, needed, held)
     print(f"done: {run_spec.run_dir}")
 

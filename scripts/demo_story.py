@@ -42,7 +42,7 @@ MADE = {RECORD, "data", "store", "run", "predictions", "manifest.jsonl", "summar
 _MADE_FILES = re.compile(
     r"data/(dataset\.json|write-probe|(imagesTr|labelsTr)/BRATS_\d{3,}\.nii\.gz)"
     r"|(store|run)/(.*/)?[^/]+\.(json|jsonl|parquet|yaml|safetensors|csv|png|html|log|txt|snapshot)|(store|run)/write-probe"
-    r"|run/ray/.*|predictions/([^/]+\.nii\.gz|write-probe|made-by\.json)|manifest\.jsonl|summary\.json|write-probe"
+    r"|run/(ray|tensorboard)/.*|predictions/([^/]+\.nii\.gz|write-probe|made-by\.json)|manifest\.jsonl|summary\.json|write-probe"
 )
 """What a demo makes: nothing else is deleted by --fresh."""
 

@@ -46,7 +46,8 @@ class RunDir:
     """The paths and documents of one run folder."""
 
     FOLDERS: ClassVar = (
-        "checkpoints", "validation", "evaluation", "evaluations", "ray", "groups", "stacks", books.ROWS, books.EVENTS
+        "checkpoints", "validation", "evaluation", "evaluations", "ray", "groups", "stacks", "tensorboard", books.ROWS,
+        books.EVENTS,
     )  # fmt: skip
 
     def __init__(self, uri: str) -> None:
@@ -54,6 +55,7 @@ class RunDir:
         self.config, self.manifest = self.file("config.yaml"), self.file("manifest.jsonl")
         self.metrics, self.events = self.file(books.ROWS), self.file(books.EVENTS)
         self.report, self.evaluation = self.file("report.html"), self.file("evaluation")
+        self.tensorboard = self.file("tensorboard")
         self.ray, self.checkpoints, self.groups = (self.file(name) for name in ("ray", "checkpoints", "groups"))
         self.lease, self.generation = Document(self.file("lease.json")), Document(self.file("generation.json"))
         self.postprocessing = self.file("postprocessing.json")

@@ -40,7 +40,18 @@ EVERY = sorted(
 )
 SHELL = {"source": ".venv/bin/activate", "export": "", "curl": "", "grep": "", "aws": "s3"}
 """Other programs that pages without a transcript may name, and what must stand behind them."""
-OF_A_RUN = {"metrics", "events", "checkpoints", "validation", "evaluation", "evaluations", "stacks", "groups", "ray"}
+OF_A_RUN = {
+    "metrics",
+    "events",
+    "checkpoints",
+    "validation",
+    "evaluation",
+    "evaluations",
+    "stacks",
+    "groups",
+    "ray",
+    "tensorboard",
+}
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

@@ -101,6 +101,8 @@ def test_everything_may_live_on_s3(one_ray: OneRay, s3_server: str, tmp_path: Pa
     assert "run/report.html" in made
     assert sum(name.startswith("out/") and name.endswith(".nii.gz") for name in made) == 6
     assert sum(name.endswith("MANIFEST.json") for name in made) == 2
+    curves = [name for name in made if name.startswith("run/tensorboard/steps/")]
+    assert max(curves).endswith("-000000000044") and any(n.startswith("run/tensorboard/validation/") for n in made)
 
 
 def test_a_run_is_the_same_wherever_its_cases_stay(one_ray: OneRay, tmp_path: Path) -> None:
