@@ -56,12 +56,13 @@ RULES = {  # layer: what of ours it may import, what of others it may not
     "learn": ({"leaf", "learn"}, {"ray"}),
     "ray_ext": ({"leaf", "ray_ext"}, {"torch", "monai"}),
     "synthetic": ({"leaf", "data", "cases", "synthetic"}, {"ray", "torch", "monai"}),
+    "planning": ({"leaf", "planning"}, {"ray", "torch", "monai"}),
     "reporting": ({"leaf", "reporting"}, {"ray", "torch", "monai"}),
     "run": ({"leaf", "data", "cases", "learn", "ray_ext", "reporting", "run"}, set()),
     "monitoring": ({"leaf", "ray_ext", "reporting", "run", "monitoring"}, {"torch", "monai"}),
 }
 
-PLACED = ("run", "monitoring", "ray_ext", "data", "cases", "learn")
+PLACED = ("planning", "run", "monitoring", "ray_ext", "data", "cases", "learn")
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if layer(name) in RULES])
