@@ -11,13 +11,14 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raytrain_brats.planning.demand import RARER, ROW_CASES, SEGMENT_TASKS, TASK_CASES, Demand, Fleet
+from raytrain_brats.planning.demand import PREFETCH, RARER, ROW_CASES, SEGMENT_TASKS, TASK_CASES, Demand, Fleet
 
 GPU = "GPU step"
 REMEDIES = {
     GPU: "more or faster GPUs, up to one for each sample of train.global_batch",
     "all-reduce": "a larger train.global_batch, or nodes with a faster network",
-    "data CPUs": "more data nodes, a store instead of raw files, or a larger data.patches_per_case",
+    "data tasks": "more data nodes, run.cpus_per_task=0.5 where cases come from S3, a store instead of raw files, or a "
+    "larger data.patches_per_case",
     "reading ranks": "a store instead of raw files; it is over once cases stay",
     "processors": "a GPU, or more CPUs",
     "S3 requests": "cases under more than one prefix, or a larger data.patches_per_case",
@@ -82,12 +83,14 @@ def limits(d: Demand, cold: bool = True) -> dict[str, float]:
     if not cold:
         return found
     if d.residency != "stream":
-        found["reading ranks"] = d.ranks * k / d.alone_case_s
+        found["reading ranks"] = _read_by_ranks(d)
         found["S3 requests"] = k * d.gets_per_s / d.case_gets
         found["network of a training node"] = d.nodes * d.train_node_mb_s * k / d.case_read_mb
         return found
-    # Between two executions of a dataset nothing is streamed, and where data limit, no rank has rows in reserve.
-    segment = SEGMENT_TASKS * TASK_CASES * k * d.coordinators
+    # Between two executions of a dataset nothing is streamed, nor before the next one's first row is complete. Where
+    # data limit, no rank has rows in reserve.
+    pause_s = d.pause_s + row_cases(d.ranks) * (d.case_wait_s + d.case_cpu_s)
+    segment = SEGMENT_TASKS * task_rows(d.ranks) * row_cases(d.ranks) * k * d.coordinators
     parts = {
         "S3 requests": k * d.gets_per_s / d.case_gets,
         "network of the data tasks": k * d.task_node_mb_s / max(d.case_read_mb, d.case_sent_mb),
@@ -97,8 +100,8 @@ def limits(d: Demand, cold: bool = True) -> dict[str, float]:
     if d.step_cpu_s:
         parts["processors"] = d.cpus / (d.case_cpu_s / k + d.step_cpu_s)
     else:
-        parts["data CPUs"] = d.cpus * k / d.case_cpu_s
-    return found | {name: rate / (1 + rate * d.pause_s / segment) for name, rate in parts.items() if rate < math.inf}
+        parts["data tasks"] = k * min(d.cpus / d.case_cpu_s, d.cpus / d.cpus_per_task / (d.case_cpu_s + d.case_wait_s))
+    return found | {name: rate / (1 + rate * pause_s / segment) for name, rate in parts.items() if rate < math.inf}
 
 
 def _arriving_mb(d: Demand) -> float:
@@ -106,8 +109,19 @@ def _arriving_mb(d: Demand) -> float:
     return max(1e-9, d.case_sent_mb * (1 - d.on_train / d.nodes) + d.case_read_mb * d.on_train)
 
 
+def _read_by_ranks(d: Demand) -> float:
+    """A rank reads few rows ahead, and has all of a step before it computes: the rest is not hidden."""
+    case_s, cases = d.alone_case_s + d.case_wait_s, d.global_batch / d.ranks / d.patches_per_case
+    return d.global_batch / max(cases * case_s, d.step_s + max(0.0, cases - PREFETCH) * case_s)
+
+
 def row_cases(ranks: int) -> int:
     return min(ROW_CASES, -(-ranks // 4))
+
+
+def task_rows(ranks: int) -> int:
+    cases = row_cases(ranks)
+    return TASK_CASES if cases == 1 else max(2, TASK_CASES // cases)
 
 
 def plan(d: Demand, fleet: Fleet) -> Plan:
@@ -138,7 +152,7 @@ def plan(d: Demand, fleet: Fleet) -> Plan:
         validations=validations,
         on_demand_s=on_demand_s,
         spot_s=spot_s,
-        interruptions=d.nodes * d.interruptions_per_s * spot_s,
+        interruptions=d.nodes * d.interruptions_per_s * (spot_s - d.start_s - d.prepare_s),
         on_demand_usd=_usd(fleet, d, on_demand_s, None),
         spot_usd=_spot_usd(fleet, d, spot_s),
         **lost,
@@ -146,11 +160,12 @@ def plan(d: Demand, fleet: Fleet) -> Plan:
 
 
 def _validations(d: Demand, steps_s: float) -> float:
-    """One an epoch, rarer where that took over 5 % of the time; one at the end."""
+    """After the first epoch and each other, rarer where that took over 5 % of the time; and at the end."""
     if not d.validation_s:
         return 0.0
-    epochs_apart = max(1, math.ceil(RARER * d.validation_s / (steps_s / d.epochs)))
-    return max(1.0, d.epochs / epochs_apart)
+    apart = max(1, math.ceil(RARER * d.validation_s / (steps_s / d.epochs)))
+    further = max(0, math.ceil(d.epochs) - 1)
+    return 1.0 + further // apart + (further % apart > 0)
 
 
 def _lost(d: Demand) -> dict[str, float]:

@@ -15,10 +15,13 @@ from raytrain_brats.planning.prices import Machine, near
 from raytrain_brats.planning.rates import FULL_EDGE, Rates
 
 GROUP_RANKS, TASK_CASES, SEGMENT_TASKS, ROW_CASES = 32, 4, 1024, 8
-"""As in `data/stream.py`, which this room does not import; a test compares them."""
+PREFETCH = 4
+"""As in `data/stream.py` and `ray_ext/cluster.py`, which this room does not import; a test compares them."""
 DEVICE_SHARE, HOST_SHARE, RARER = 0.25, 0.25, 19.0
 """As in `run/feed.py` (of shared memory half, which is half of a machine's) and `run/cadence.py`."""
 
+STORE_SHARE = 0.3 * 0.3
+"""Of a node's memory: the object store's, and of that what `data/stream.py` leaves to rows on their way."""
 _MEASURED_AT = 4
 """Patches a case when the coordinators were measured; their time is per row, and a row is of whole cases."""
 
@@ -61,7 +64,11 @@ class Demand:
     """Of a step's gradients between the ranks; not hidden behind the computation."""
     cpus: float
     """For data tasks, and where there is no GPU also for steps."""
+    cpus_per_task: float
+    """Logical: a task that waits for S3 keeps its own."""
     case_cpu_s: float
+    case_wait_s: float
+    """For S3, while the task or the rank that reads does nothing else."""
     step_cpu_s: float
     """CPU seconds of a sample that compete with data tasks; 0 with GPUs."""
     case_read_mb: float
@@ -78,6 +85,8 @@ class Demand:
     """Of all coordinators together, a patch."""
     coordinators: int
     pause_s: float
+    store_mb: float
+    """Object store of all nodes, for rows that no rank has taken yet."""
     residency: str
     """`stream`: Ray Data brings cases anew each epoch; else they stay after the first."""
     alone_case_s: float
@@ -124,7 +133,7 @@ def demand(config: Config, recipe: str, cases: int, fleet: Fleet, rates: Rates, 
     used_nodes = -(-ranks // fleet.train.gpus)
     full = rates.of("network.share") * 125.0  # MB/s of a Gb/s
     idle = max(0, fleet.train.vcpus - fleet.train.gpus) * used_nodes
-    case_mb = rates.of("data.case_mb")
+    case_mb, read_mb, gets = rates.of("data.case_mb"), rates.of(f"data.{route}_mb"), 2 if route == "raw" else 1
     cpus = float(fleet.data_nodes * fleet.data.vcpus + idle)
     files = config.validate_.max_cases if held_out else 0
     rounds = -(-min(files, held_out) // ranks)
@@ -141,10 +150,12 @@ def demand(config: Config, recipe: str, cases: int, fleet: Fleet, rates: Rates, 
         compute_s=compute,
         reduce_s=_reduce_s(fleet.train, used_nodes, network, rates),
         cpus=cpus,
+        cpus_per_task=config.run.cpus_per_task or 1.0,
+        case_wait_s=gets * rates.of("s3.latency") + read_mb / rates.of("s3.stream"),
         case_cpu_s=rates.of(f"data.{route}") / 1e3 / cpu,
         step_cpu_s=0.0,
-        case_read_mb=rates.of(f"data.{route}_mb"),
-        case_gets=2 if route == "raw" else 1,
+        case_read_mb=read_mb,
+        case_gets=gets,
         case_sent_mb=min(case_mb, rates.between("box", k) * patch),
         gets_per_s=rates.of("s3.gets"),
         on_train=idle / cpus if cpus else 0.0,
@@ -153,6 +164,7 @@ def demand(config: Config, recipe: str, cases: int, fleet: Fleet, rates: Rates, 
         deal_s=rates.between("deal", ranks) * _MEASURED_AT / k / 1e3 / cpu,
         coordinators=-(-ranks // GROUP_RANKS),
         pause_s=rates.of("pause.execution"),
+        store_mb=STORE_SHARE * 1e3 * (fleet.data_nodes * fleet.data.memory_gb + used_nodes * fleet.train.memory_gb),
         residency=_residency(data.residency, fleet.train, 1.25 * (cases - held_out) * case_mb),
         alone_case_s=rates.of(f"data.{route}_alone") / 1e3 / cpu,
         checkpoint_s=config.checkpoint.every_s,

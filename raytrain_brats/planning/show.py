@@ -26,13 +26,33 @@ ROWS = (
 )  # fmt: skip
 
 
-def table(request: str, plan: Plan, runner_up: Plan | None) -> Table:
+def table(request: str, plan: Plan, runner_up: Plan | None, simulated: dict[str, Any] | None = None) -> Table:
     title = f"{request}\nprices of {prices.table('ec2')['date']}, {prices.table('ec2')['region']}"
-    made = Table("", "the plan", *(["the runner-up"] if runner_up else []), title=title, title_justify="left")
-    columns = [_column(each) for each in (plan, runner_up) if each]
+    columns = {"the plan": _column(plan)} | ({"simulated": _simulated(plan, simulated)} if simulated else {})
+    columns |= {"the runner-up": _column(runner_up)} if runner_up else {}
+    made = Table("", *columns, title=title, title_justify="left")
     for name in ROWS:
-        made.add_row(name, *(column[name] for column in columns))
+        made.add_row(name, *(column.get(name, "") for column in columns.values()))
     return made
+
+
+def _simulated(plan: Plan, found: dict[str, Any]) -> dict[str, str]:
+    """Beside the closed form's; what is more than a tenth apart says so."""
+
+    def against(value: float, closed: float) -> str:
+        apart = value / closed - 1
+        return f"{apart:+.1%}{', MORE THAN A TENTH APART' if abs(apart) > 0.1 else ''}"
+
+    first, later, seconds = (found[name] for name in ("first_samples_per_s", "samples_per_s", "seconds"))
+    market = "spot" if plan.fleet.spot else "demand"
+    spread = f", {_time(found['low_s'])} to {_time(found['high_s'])}" if plan.fleet.spot else ""
+    return {
+        "samples/s, first epoch": f"{first:,.0f} ({against(first, plan.first_samples_per_s)})",
+        "samples/s, later": f"{later:,.0f} ({against(later, plan.samples_per_s)})",
+        "waiting for data": f"{found['data_wait']:.1%} of the first epoch",
+        f"in all, on {market}": f"{_time(seconds)} ({against(seconds, plan.seconds)}){spread}",
+        "goodput on spot": f"{found['interruptions']:,.1f} interruptions" if plan.fleet.spot else "",
+    }
 
 
 def _column(plan: Plan) -> dict[str, str]:
