@@ -87,7 +87,7 @@ def look(edge: int = 64) -> dict[str, Any]:
     import resource
 
     names = ("ray", "torch", "monai", "numpy", "raytrain_brats")
-    versions = {name: found for name in names if (found := _version(name))}
+    versions = {name: version for name in names if (version := _version(name))}
     shared = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0  # noqa: S108
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

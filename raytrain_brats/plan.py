@@ -95,7 +95,7 @@ def work(args: Args) -> None:
         from raytrain_brats.planning import simulation
 
         simulated = simulation.simulate(chosen.demand, args.seed)
-    cli.show(show.table(request, chosen, runner_up, simulated and vars(simulated)))
+    cli.show(show.table(request, chosen, runner_up, vars(simulated) if simulated else None))
     cli.show(show.used(rates.used))
     made = _made(args)
     if args.json:

@@ -9,7 +9,7 @@ with checkpoints, validations, kills and joins.
 
 import heapq
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -97,7 +97,8 @@ class _Stream:
             for rank in range(self.d.ranks):
                 self.env.process(self.alone(rank))
         trained = self.env.process(self.train())
-        return tuple(self.env.run(trained))  # type: ignore[return-value]
+        samples_per_s, waited = self.env.run(trained)
+        return float(samples_per_s), float(waited)
 
     def execution(self, ranks: list[int]) -> Iterator[Any]:
         """One dataset: its tasks in order, as the object store has room; rows are dealt in order, too."""
@@ -160,7 +161,7 @@ class _Stream:
             yield self.env.timeout(self.d.alone_case_s * self.draw.uniform(1 - SPREAD, 1 + SPREAD))
             yield self.feeds[rank].put(1)
 
-    def train(self) -> Iterator[Any]:
+    def train(self) -> Generator[Any, Any, tuple[float, float]]:
         """The second half counts of a stream: what lies between is filled by then. Cases that stay are read once."""
         self.held = [0.0] * self.d.ranks
         wanted, waited, began = self.d.global_batch / self.d.ranks, 0.0, 0.0
