@@ -23,6 +23,8 @@ COMMANDS = {
     "index": "find and checksum the cases of a folder",
     "prepare": "preprocess all cases once, into a store",
     "expand": "make many distinct volumes from each case",
+    "plan": "what a run will take and cost, and what limits it",
+    "doctor": "check this machine, or the cluster, before a run",
     "train": "train; the same command again goes on",
     "evaluate": "Dice and HD95 of held-out cases",
     "postprocess": "learn on held-out cases what to make of probabilities",

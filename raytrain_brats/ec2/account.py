@@ -18,6 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from raytrain_brats import config as recipes
 from raytrain_brats.ec2 import network
 from raytrain_brats.errors import UserError
+from raytrain_brats.planning import prices
 from raytrain_brats.ray_ext.internals import core
 
 T = TypeVar("T")
@@ -76,6 +77,8 @@ def fill(config: dict[str, Any], path: str = "") -> None:
         lines = "\n".join(f"  {number}. {line}" for number, line in enumerate(missing, 1))
         raise UserError(f"not ready, and nothing was launched:\n{lines}\ndocs/ec2.md has the steps.")
     provider |= {"region": region, "availability_zone": place.zone}
+    costs = given(provider, "dollars_per_hour") or prices.by_role(config["available_node_types"])
+    provider["dollars_per_hour"] = costs  # what a run's cost is counted by, and `ask` asks about
     network.fill(session.client("ec2"), config, place, ssh_from)
     _places(config, values, region)
     if not (token := Path("~/.ray/auth_token").expanduser()).exists():
@@ -233,7 +236,7 @@ def _places(config: dict[str, Any], values: dict[str, str], region: str) -> None
         "RAYTRAIN_BRATS_LOGS": f"{runs}/logs/{config['cluster_name']}",
         "RAYTRAIN_BRATS_RECIPE": values["recipe"],
         "RAYTRAIN_BRATS_FSX": values["fsx"],
-        "RAYTRAIN_BRATS_DOLLARS_PER_HOUR": config["provider"].get("dollars_per_hour", ""),
+        "RAYTRAIN_BRATS_DOLLARS_PER_HOUR": config["provider"]["dollars_per_hour"],
     }
     file = Path("~/.ray").expanduser() / f"{config['cluster_name']}.env"
     file.parent.mkdir(exist_ok=True)

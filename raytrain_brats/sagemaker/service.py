@@ -12,18 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from importlib import resources
 from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import botocore.session
-import yaml
 from botocore import exceptions as aws
 
 from raytrain_brats import storage
 from raytrain_brats.cli import Changes
 from raytrain_brats.errors import RunFailed, UserError
+from raytrain_brats.planning import prices
 from raytrain_brats.sagemaker import rules
 from raytrain_brats.sagemaker.rules import Instances
 
@@ -119,7 +118,7 @@ def _known_types(kind: str) -> list[str]:
 
 def cost(groups: Instances, spot: bool = False) -> str:
     """One line: USD an hour, and as of when."""
-    table = yaml.safe_load((resources.files("raytrain_brats.sagemaker") / "prices.yaml").read_bytes())
+    table = prices.table("sagemaker")
     unknown = sorted({kind for kind, _ in groups if kind not in table["instances"]})
     total = sum(table["instances"].get(kind, 0) * number for kind, number in groups)
     parts = " + ".join(f"{number} x {kind}" for kind, number in groups)

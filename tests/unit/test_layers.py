@@ -57,6 +57,7 @@ RULES = {  # layer: what of ours it may import, what of others it may not
     "learn": ({"leaf", "learn"}, {"ray"}),
     "ray_ext": ({"leaf", "ray_ext"}, {"torch", "monai"}),
     "synthetic": ({"leaf", "data", "cases", "synthetic"}, {"ray", "torch", "monai"}),
+    "planning": ({"leaf", "planning"}, {"ray", "torch", "monai"}),
     "reporting": ({"leaf", "reporting"}, {"ray", "torch", "monai"}),
     "run": ({"leaf", "data", "cases", "learn", "ray_ext", "reporting", "run"}, set()),
     "exporting": ({"leaf", "learn", "exporting"}, {"ray"}),
@@ -67,7 +68,7 @@ _WITHOUT_RAY = "data.turns data.resident run.feed run.saver run.spec"
 WITHOUT_RAY = {f"raytrain_brats.{name}" for name in _WITHOUT_RAY.split()}
 """What brings voxels to the device, saves, and says what a run is: `scripts/gpu_check` uses them where Ray is not."""
 
-PLACED = ("run", "monitoring", "ray_ext", "data", "cases", "learn")
+PLACED = ("planning", "run", "monitoring", "ray_ext", "data", "cases", "learn")
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if layer(name) in RULES])

@@ -18,6 +18,7 @@ import yaml
 
 from raytrain_brats import sagemaker
 from raytrain_brats.monitoring import progress
+from raytrain_brats.planning import prices
 from raytrain_brats.sagemaker import host, launch, service
 
 ROLE = "arn:aws:iam::123456789012:role/brats"
@@ -393,7 +394,7 @@ def test_the_curves_are_found_in_what_the_trainer_prints() -> None:
 
 
 def test_prices_are_dated_and_of_types_that_exist() -> None:
-    table = yaml.safe_load((resources.files("raytrain_brats.sagemaker") / "prices.yaml").read_bytes())
+    table = prices.table("sagemaker")
     for name in table["instances"]:
         assert service.instances(name, "x") == (name, 1)
     assert re.fullmatch(r"\d{4}-\d{2}", str(table["date"]))
