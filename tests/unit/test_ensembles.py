@@ -21,11 +21,12 @@ from raytrain_brats.cases import scan
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS
+from raytrain_brats.learn.inference import to_masks
 from raytrain_brats.learn.metrics import dice
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.reporting import folds as fold_scores
 from raytrain_brats.run import checkpoint, members, predictor, spec
-from raytrain_brats.run.predictor import Networks, masks_of, native_probabilities
+from raytrain_brats.run.predictor import Networks, native_probabilities
 from raytrain_brats.run.worker import train_step_of
 from tests.support.cases import write_msd_folder
 
@@ -128,7 +129,7 @@ def test_predict_writes_the_mean_and_names_all_members(made: Path, tmp_path: Pat
     expected = native_probabilities(Source(manifest.root, "msd", 1.0).load(manifest.cases[0]), both, both.device)
     assert np.abs(np.moveaxis(probabilities, 3, 0) - expected).max() <= 0.5 / 255 + 1e-6
     label = np.asarray(nib.load(out / "BRATS_001.nii.gz").dataobj)
-    assert np.array_equal(label > 0, masks_of(expected)[0])
+    assert np.array_equal(label > 0, to_masks(expected)[0])
 
     record = json.loads((out / outputs.RECORD).read_text())
     (about,) = record["makers"].values()
@@ -178,7 +179,7 @@ def test_each_case_is_scored_once_by_the_network_that_has_not_seen_it(
         prepared = source.load(case)
         truth = np.stack([prepared.truth_xyz() >= least for least in (1, 2, 3)])
         own, other = (
-            dice(masks_of(native_probabilities(prepared, [both[fold]], torch.device("cpu"))), truth)
+            dice(to_masks(native_probabilities(prepared, [both[fold]], torch.device("cpu"))), truth)
             for fold in (case.fold, 1 - case.fold)
         )
         assert int(row["fold"]) == case.fold
@@ -206,7 +207,7 @@ def test_cases_that_none_has_seen_are_scored_by_all_together(made: Path, tmp_pat
     for row, case in zip(rows, manifest.cases, strict=True):
         prepared = Source(manifest.root, "msd", 1.0).load(case)
         truth = np.stack([prepared.truth_xyz() >= least for least in (1, 2, 3)])
-        found = dice(masks_of(native_probabilities(prepared, both, both.device)), truth)
+        found = dice(to_masks(native_probabilities(prepared, both, both.device)), truth)
         assert [float(row[f"dice_{r}"]) for r in REGIONS] == pytest.approx([found[r] for r in REGIONS], abs=1e-4)
     assert "fold" not in rows[0]
 

@@ -17,6 +17,7 @@ from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.on_grid import label_file, probability_file
 from raytrain_brats.data.preprocess import Prepared, restore
 from raytrain_brats.data.store import Source
+from raytrain_brats.learn.postprocess import Rules
 from tests.support.cases import LPS, make_affine, nifti
 
 SHAPE = (13, 11, 9)
@@ -67,7 +68,7 @@ def predicted(
     monkeypatch.setattr(predict, "native_probabilities", threshold)
     root, case = item
     read = predict._read((Source(root, "msd", spacing_mm), case))
-    predict._segment(predict.Job(str(out), (), False, probabilities), read)
+    predict._segment(predict.Job(str(out), (), Rules(), False, probabilities), read)
     return out / f"{case.id}.nii.gz"
 
 
