@@ -130,7 +130,7 @@ def train(order: Order) -> dict[str, Any]:
     import numpy as np
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-    from nnunetv2.utilities.find_objects_in_folder import recursive_find_trainer_class_by_name
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     if order.device == "cpu":
         os.environ["nnUNet_n_proc_DA"] = "0"  # augment in this process: one core for all, as planning wanted 1
