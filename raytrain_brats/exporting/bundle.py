@@ -28,7 +28,8 @@ DIFFERENCES = """\
 - Voxels are float32 from the file on; `predict` keeps 16 bits each, exact for whole numbers. A voxel whose probability
   is within 0.001 of one half may change.
 - `predict` leaves the grid as it is where edges differ by less than 0.001 mm from those wanted; MONAI resamples for any
-  difference. Oblique grids may come back half a voxel aside.
+  difference. Where it resamples an oblique grid, the foreground's box may be a voxel larger, so that windows lie
+  elsewhere.
 - `predict` checks each file (shape, grid, NaN, an empty scan) and refuses it with a reason; the bundle reads on.
 - One pass of the sliding window, regions where their probability is over one half. What else a version of `predict`
   does (averages over mirrored copies, rules learned on validation cases, several networks) is not in the bundle.

@@ -130,7 +130,6 @@ def train(order: Order) -> dict[str, Any]:
     import numpy as np
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-    from nnunetv2.utilities.find_objects_in_folder import recursive_find_trainer_class_by_name
 
     if order.device == "cpu":
         os.environ["nnUNet_n_proc_DA"] = "0"  # augment in this process: one core for all, as planning wanted 1
@@ -141,6 +140,9 @@ def train(order: Order) -> dict[str, Any]:
     plans = json.loads((base / "nnUNetPlans.json").read_text()) | {"continue_training": False}
     about = json.loads((base / "dataset.json").read_text())
     if order.trainer:
+        # Looks through all trainers, one of which needs torchvision, of the same build as torch.
+        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
         kind, configuration = recursive_find_trainer_class_by_name(order.trainer), OWN
     else:
         configuration = configured(order, plans)
