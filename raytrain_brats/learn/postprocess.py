@@ -45,7 +45,7 @@ class Rules:
     """Where a case has less ET than this, its ET counts as core."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Rules":

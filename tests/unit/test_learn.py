@@ -210,7 +210,7 @@ def test_probabilities_stand_where_the_voxels_are(shape: tuple[int, ...], patch_
 
 def _inferred(network: torch.nn.Module, image: Any, mirror: bool) -> Any:
     statistics = (1.0, 2.0, 0.5, 0.0), (2.0, 1.0, 3.0, 1.0)
-    return probabilities(network, image, *statistics, (8, 8, 8), 0.5, torch.device("cpu"), mirror=mirror)
+    return probabilities(network, image, *statistics, (8, 8, 8), 0.5, torch.device("cpu"), mirror=mirror).numpy()
 
 
 def test_mirroring_is_the_mean_of_the_logits_of_eight_views() -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from raytrain_brats import config, plan
-from raytrain_brats.data import stream
+from raytrain_brats.data import stream, turns
 from raytrain_brats.errors import UserError
 from raytrain_brats.planning import closed_form, demand, prices, rates, search
 from raytrain_brats.planning.closed_form import Plan
@@ -35,9 +35,9 @@ def planned(cases: int, machines: Fleet, route: str = "store", *changes: str) ->
 def test_the_numbers_are_those_of_the_code_that_runs() -> None:
     """This room imports none of it, so what it repeats is compared here."""
     assert (demand.GROUP_RANKS, demand.SEGMENT_TASKS, demand.ROW_CASES) == (
-        stream.GROUP_RANKS, stream.SEGMENT_TASKS, stream.ROW_CASES,
+        stream.GROUP_RANKS, turns.SEGMENT_TASKS, turns.ROW_CASES,
     )  # fmt: skip
-    assert stream.TASK_CASES[0] == demand.TASK_CASES
+    assert turns.TASK_CASES[0] == demand.TASK_CASES
     assert (demand.DEVICE_SHARE, 2 * demand.HOST_SHARE, demand.RARER) == (
         feed.DEVICE_SHARE, feed.HOST_SHARE, cadence.RARER,
     )  # fmt: skip

@@ -46,7 +46,7 @@ class Intensities(torch.nn.Module):
 
 CONFIG = parse({"network": NETWORKS["segresnet"], "data": {"patch_xyz": [8, 8, 8]}}, "test")
 STEP: Any = SimpleNamespace(
-    network=Intensities(), config=CONFIG, device=CPU, table=torch.from_numpy(region_table("msd"))
+    averaged=Intensities(), config=CONFIG, device=CPU, table=torch.from_numpy(region_table("msd"))
 )
 KINDS = {
     "plain": (np.eye(4), {}),
@@ -72,7 +72,7 @@ def test_scores_are_those_of_masks_on_the_native_grid(kind: str) -> None:
     case = prepared_case(kind)
     assert (case.native_label_xyz is not None) == (kind in ("resampled", "label beyond the brain"))
     found = predicted("case", case, STEP, "msd")
-    expected = score("case", predict_masks(case, STEP.network, CONFIG, CPU), case, "msd")
+    expected = score("case", predict_masks(case, STEP.averaged, CONFIG, CPU), case, "msd")
     assert found.scored() == expected
     assert found.dice == (None if kind == "resampled" else expected.dice)
     assert 0 < expected.dice["WT"] < 1 and expected.hd95_mm["WT"] > 0
