@@ -17,7 +17,8 @@ RESERVED = 0.35
 WEIGHTS = 5
 """Times the weights: gradients, DDP's copy of them, AdamW's two moments, the running mean."""
 CPU_SAMPLES = 2
-"""Without a GPU: more are not faster, and take more memory."""
+"""Without a GPU: 4 to 7 times as fast as one by one, since oneDNN then takes over (measured with the demo's recipes); 4
+are faster by another 1 to 7 %, for twice the memory."""
 
 
 def choose(train_step: TrainStep) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Dice is counted where the network's answer lies. On a GPU the rest is scored by 
 predicted, then while training goes on, so the scores arrive some steps later.
 """
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -71,10 +72,7 @@ class Validation:
     def gather(self) -> Any:
         """Wait for the scores; rank 0 writes `validation/<seen>.csv` and gets the means. None on other ranks, and when
         no case could be scored."""
-        scores, seen = [], self._seen
-        for score in self._scores:
-            scores.append(score.result())
-            self._enter("validate")
+        scores, seen = [self._wait(score) for score in self._scores], self._seen
         self._scores, self._seen = [], None
         self._enter("gather")
         gathered: list[Any] = [scores]
@@ -89,6 +87,14 @@ class Validation:
         except OSError as error:  # a full disk costs the table, not the run
             journal.warn(self._spec.run_dir, f"the table of the validation at sample {seen:,} is not written: {error}")
         return means(scores) | {"cases": len(scores)}
+
+    def _wait(self, score: "Future[Score]") -> Score:
+        """A process that scores may have to start first: for a minute no rank that waits for it is taken for hung."""
+        for _ in range(12):
+            self._enter("validate")
+            with contextlib.suppress(TimeoutError):
+                return score.result(timeout=5)
+        return score.result()
 
     def _predicted(self, case: Case, train_step: TrainStep) -> Predicted | None:
         try:

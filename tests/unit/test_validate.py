@@ -5,6 +5,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -227,7 +228,9 @@ def test_no_checkpoint_goes_past_a_validation_that_is_not_written(held: Any) -> 
         recorder._saver.wait()
         recorder.validate(4, train_step)
         step(recorder, 4)
-        scores.release()
+        recorder.timer.enter("data")
+        recorder.timer.enter("save")
+        threading.Timer(0.3, scores.release).start()
         recorder.checkpoint(8, train_step, 1)
         recorder._saver.wait()
         scores.submit = soon
@@ -236,6 +239,8 @@ def test_no_checkpoint_goes_past_a_validation_that_is_not_written(held: Any) -> 
         recorder.gather_scores()
         recorder.gather_scores()
     assert told(recorder) == ["checkpoint 4", "validation 4", "checkpoint 8", "validation 12"]
+    saved = [e for e in journal.read_events(recorder.spec.run_dir) if e["event"] == "checkpoint"]
+    assert saved[1]["spent"]["validation_s"] >= 0.25  # the wait for scores is no saving
     names = sorted(path.name for path in (Path(recorder.spec.run_dir) / "validation").iterdir())
     assert len(names) == 2
     assert checkpoint.newest_valid(recorder.spec.run_dir)[0].samples_seen == 8
