@@ -36,6 +36,8 @@ from scripts.chaos_campaign.outcome import machine
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 PEERS = ("monai", "nnunet")
+SEEDS = 4000
+"""Samples of which it is counted what they read."""
 CASE = (138, 169, 138)
 """Voxels of a Task01 case around its brain, for patches of 128; other patches are cut from a case of this shape."""
 
@@ -328,7 +330,7 @@ def measure(edge: int, seconds: float, peers: list[str]) -> dict[str, Any]:
     if "nnunet" in peers:
         torch.manual_seed(0)
         lists["nnunet"] = cpu_ms(nnunet(case), 6 * seconds)
-    read = sum(math.prod(case.cut(seed).shape) for seed in range(4000)) / 4000 / edge**3
-    moved = sum(rotation_and_scale(partial(draw, seed)) is not None for seed in range(4000)) / 4000
+    read = sum(math.prod(case.cut(seed).shape) for seed in range(SEEDS)) / SEEDS / edge**3
+    moved = sum(rotation_and_scale(partial(draw, seed)) is not None for seed in range(SEEDS)) / SEEDS
     source = {"ours": round(read, 2), "nnunet": round((loaded_edge(edge) / edge) ** 3, 2), "moved": round(moved, 2)}
     return {"operations": rows, "lists_ms": lists, "read": source, "device": traffic(case)}

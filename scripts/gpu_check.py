@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from scripts.gpu_parts import counts, feeding, precision, saving
+from scripts.gpu_parts import augmenting, counts, feeding, precision, saving
 from scripts.gpu_parts.setting import CPU, Findings, Setting, stamp
 
 PARTS: dict[str, Callable[[Setting], None]] = {
@@ -40,6 +40,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "kept_for_backward": counts.kept_for_backward,
     "fp16_ranks": precision.fp16_ranks,
     "compiled": precision.compiled,
+    "augmentation": augmenting.augmentation,
 }
 """What most depends on the card comes first: time may run out."""
 

@@ -114,11 +114,9 @@ def make(
 def fully_augmented(
     sample: DeviceSample, numbers: Tensor, table: Tensor, options: Augment, size: Triple
 ) -> tuple[Tensor, Tensor]:
-    """(4, *size) image and (3, *size) regions of a sample, by nnU-Net's list. One without weight is left as it is."""
+    """(4, *size) image and (3, *size) regions of a sample, by nnU-Net's list."""
     mean, std = numbers[None, :_CHANNELS], numbers[None, _CHANNELS : 2 * _CHANNELS]
     image, regions = normalise(sample.image_czyx[None], mean, std)[0], to_regions(sample.label_zyx[None], table)[0]
-    if not sample.weight:
-        return image, regions
     return augment_fully(image, regions, augmentation.drawn(sample.draws, options.flip), size, sample.start_zyx)
 
 

@@ -59,6 +59,8 @@ def test_the_same_patches_come_wherever_cases_stay(
             rows = resident_rows(spec, "x", Rank(rank, world_size, CPU), kind, tmp_path)
             kept = steps(spec, rows, rank, world_size)
             assert any(patch.reason.startswith("changed") for mine in streamed for patch in mine) or world_size > 1
+            shapes = {tuple(patch.label_zyx.shape) for mine in kept for patch in mine}
+            assert moved == (len(shapes) > 1)
             for ours, theirs in zip(kept, streamed, strict=True):
                 assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
 
