@@ -95,31 +95,33 @@ def test_a_gpu_in_use_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def reader(folder: Path) -> Callable[[int], Any]:
-    """What is done ahead: (item, process), and a file that tells when."""
+    """What is done ahead: (item, process, how many were read then and not yet worked on to the end)."""
     place = str(folder)
 
-    def read(item: int) -> tuple[int, int]:
+    def read(item: int) -> tuple[int, int, int]:
         import os
         import pathlib
 
         pathlib.Path(place, f"read-{item}").touch()
         if pathlib.Path(place, f"unreadable-{item}").exists():
             raise LookupError(f"item {item} is damaged")
-        return item, os.getpid()
+        begun, ended = (len(list(pathlib.Path(place).glob(f"{what}-*"))) for what in ("read", "worked"))
+        return item, os.getpid(), begun - ended
 
     return read
 
 
-def taker(folder: Path) -> Callable[[tuple[int, int]], Any]:
-    """What is done on a GPU with what was read: (item, who read, who worked, how many were read before this ended)."""
+def taker(folder: Path) -> Callable[[tuple[int, int, int]], Any]:
+    """What is done on a GPU with what was read: (item, who read, how many were ahead, who worked)."""
     work, place = function(folder), str(folder)
 
-    def take(was_read: tuple[int, int]) -> tuple[int, int, int, int]:
+    def take(was_read: tuple[int, int, int]) -> tuple[int, int, int, int]:
         import os
         import pathlib
 
         work(was_read[0])
-        return *was_read, os.getpid(), len(list(pathlib.Path(place).glob("read-*")))
+        pathlib.Path(place, f"worked-{was_read[0]}").touch()
+        return *was_read, os.getpid()
 
     return take
 
@@ -132,10 +134,10 @@ def test_cpus_read_ahead_of_the_gpus(tmp_path: Path) -> None:
     """By other processes, while the GPUs work; two items a GPU and no more lie ready, so memory does not grow."""
     found = list(cluster.parallel_map(taker(tmp_path), ITEMS, on_gpus=True, read=reader(tmp_path)))
     assert [item for item, *_ in found] == list(ITEMS)
-    readers, workers = {row[1] for row in found}, {row[2] for row in found}
+    readers, workers = {row[1] for row in found}, {row[3] for row in found}
     assert len(workers) == 2 and not readers & workers
-    ahead = [row[3] - (place + 1) for place, row in enumerate(found[:-6])]
-    assert max(ahead) >= 1 and max(ahead) <= 2 * 2 + 2  # those of both GPUs, and what the other one works on
+    ahead = [row[2] for row in found]
+    assert 2 < max(ahead) <= 2 * (gpu_map.AHEAD + 1)  # those that lie ready, and those in work
 
 
 def test_one_bad_item_ends_no_other(tmp_path: Path) -> None:
@@ -179,4 +181,4 @@ def test_gpus_without_a_cpu_to_spare_read_themselves(tmp_path: Path) -> None:
     """Else they would wait for readers that never start."""
     where = gpu_map.Ahead(reader(tmp_path), {}, in_tasks=False)
     found = list(gpu_map.gpu_map(taker(tmp_path), range(4), 2, {}, where))
-    assert [row[0] for row in found] == [0, 1, 2, 3] and all(row[1] == row[2] for row in found)
+    assert [row[0] for row in found] == [0, 1, 2, 3] and all(row[1] == row[3] for row in found)
