@@ -36,8 +36,8 @@ class Args:
 
     cases: int
     """Labelled cases of the data set; a fifth of them is held out."""
-    recipe: str = "segresnet"
-    """A recipe, or a YAML file."""
+    recipe: str = ""
+    """A recipe, or a YAML file; by default RAYTRAIN_BRATS_RECIPE, else segresnet."""
     set: Changes = ()
     """Change a setting of the recipe: KEY=VALUE, such as train.global_batch=64; may be given several times."""
     route: Literal["store", "raw"] = "store"
@@ -71,12 +71,13 @@ class Args:
 
 
 def work(args: Args) -> None:
-    config, rates = _config(args), rates_files.load(args.rates)
+    recipe = default(args.recipe, "RECIPE") or "segresnet"
+    config, rates = _config(args, recipe), rates_files.load(args.rates)
     head, data = prices.machine(HEAD), prices.machine(DATA)
     spot = args.spot
 
     def plan_of(fleet: Fleet) -> Plan:
-        return closed_form.plan(demand(config, args.recipe, args.cases, fleet, rates, args.route), fleet)
+        return closed_form.plan(demand(config, recipe, args.cases, fleet, rates, args.route), fleet)
 
     runner_up: Plan | None = None
     if args.deadline or args.budget:
@@ -89,17 +90,16 @@ def work(args: Args) -> None:
     _check_files(args)
     rates.used.clear()
     chosen = plan_of(chosen.fleet)  # notes the rates of this one alone
-    request = f"{args.cases:,} cases, {args.route}; {recipes.described(args.recipe, config)}"
+    request = f"{args.cases:,} cases, {args.route}; {recipes.described(recipe, config)}"
     simulated = None
     if args.simulate:
         from raytrain_brats.planning import simulation
 
         simulated = simulation.simulate(chosen.demand, args.seed)
-    cli.show(show.table(request, chosen, runner_up, vars(simulated) if simulated else None))
-    cli.show(show.used(rates.used))
+    notes = dict(rates.used)
     made = _made(args)
     if args.json:
-        used = {name: vars(rate) for name, rate in rates.used.items()}
+        used = {name: vars(rate) for name, rate in notes.items()}
         facts: dict[str, Any] = {"plan": chosen.facts(), "runner_up": runner_up and runner_up.facts(), "rates": used}
         facts |= {
             "simulated": simulated and vars(simulated),
@@ -109,6 +109,8 @@ def work(args: Args) -> None:
     if args.picture:
         drawn = [plan_of(fleet) for fleet in _drawn(chosen.fleet, config.train.global_batch)]
         storage.write_bytes(args.picture, show.picture(request, drawn, chosen))
+    cli.show(show.table(request, chosen, runner_up, vars(simulated) if simulated else None))
+    cli.show(show.used(notes))
 
 
 def _drawn(fleet: Fleet, batch: int) -> list[Fleet]:
@@ -118,9 +120,9 @@ def _drawn(fleet: Fleet, batch: int) -> list[Fleet]:
     return parts + [replace(fleet, nodes=n) for n in DRAWN if (n - 1) * kind.gpus < most]
 
 
-def _config(args: Args) -> Config:
+def _config(args: Args, recipe: str) -> Config:
     changes = (*args.set, *([f"train.epochs={args.epochs}"] if args.epochs else []))
-    config = recipes.load(default(args.recipe, "RECIPE"), changes)
+    config = recipes.load(recipe, changes)
     if args.cases < 2:
         raise UserError(f"--cases {args.cases}: 2 at least, one to train on and one held out")
     if args.epochs < 0 or args.deadline < 0 or args.budget < 0:

@@ -21,6 +21,7 @@ from raytrain_brats.labels import REGIONS
 from raytrain_brats.monitoring import cost
 from raytrain_brats.monitoring.run_gauges import set_run
 from raytrain_brats.ray_ext import roles
+from raytrain_brats.reporting import planned
 from raytrain_brats.run.gauges import Gauges
 from raytrain_brats.run.spec import RunSpec
 
@@ -41,6 +42,7 @@ class Progress:
         self._gauges, self._prices = Gauges(spec.run_dir), cost.prices()
         self._cost = cost.Cost(spec.run_dir, self._prices)
         self._next_measure = 0.0
+        self._planned: str | None = None
 
     def __enter__(self) -> "Progress":
         self._thread.start()
@@ -77,8 +79,11 @@ class Progress:
             self._measure(rows)
         except (OSError, ValueError, UserError, RayError) as error:  # the run goes on; the next update tries again
             return [], f"run folder cannot be read just now: {error}"
+        if self._planned is None:
+            plan = planned.read(self._spec.run_dir)
+            self._planned = f" | planned: {plan}" if plan else ""
         price = f" | ${self._cost.rate:,.2f}/h, ${self._cost.total:,.2f} so far" if self._cost.rate is not None else ""
-        return rows, describe(rows, events, self._spec.sampler.total, self._trouble()) + price
+        return rows, describe(rows, events, self._spec.sampler.total, self._trouble()) + price + self._planned
 
     def _show_messages(self, events: list[dict[str, Any]], show: Callable[[str], None]) -> None:
         """Show each new message once; about saving, when it begins to fail and when it works again."""

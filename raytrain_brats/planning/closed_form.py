@@ -97,10 +97,9 @@ def limits(d: Demand, cold: bool = True) -> dict[str, float]:
         "coordinator": d.coordinators / d.deal_s if d.deal_s else math.inf,
         "network of a training node": d.nodes * d.train_node_mb_s * k / _arriving_mb(d),
     }
+    parts["data tasks"] = k * min(d.cpus / d.case_cpu_s, d.cpus / d.cpus_per_task / (d.case_cpu_s + d.case_wait_s))
     if d.step_cpu_s:
         parts["processors"] = d.cpus / (d.case_cpu_s / k + d.step_cpu_s)
-    else:
-        parts["data tasks"] = k * min(d.cpus / d.case_cpu_s, d.cpus / d.cpus_per_task / (d.case_cpu_s + d.case_wait_s))
     return found | {name: rate / (1 + rate * pause_s / segment) for name, rate in parts.items() if rate < math.inf}
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from raytrain_brats import books, outputs, storage
 from raytrain_brats.errors import UserError
-from raytrain_brats.reporting import figures, goodput, scores
+from raytrain_brats.reporting import figures, goodput, planned, scores
 from raytrain_brats.reporting.goodput import Recovery, TimeBreakdown
 
 Row = dict[str, Any]
@@ -99,7 +99,7 @@ def _evaluation(run_dir: str, files: Mapping[str, int]) -> Row:
 
 
 def _headline(
-    rows: Sequence[Row], events: Sequence[Row], split: TimeBreakdown, num_groups: int
+    rows: Sequence[Row], events: Sequence[Row], split: TimeBreakdown, num_groups: int, plan: planned.Planned | None
 ) -> list[tuple[str, ...]]:
     """(name, value, note) of every number at the top."""
     last = rows[-1]
@@ -130,6 +130,7 @@ def _headline(
              *(stall / active_s if active_s else 0.0 for stall in stalls))),
         ("wall time", _duration(split.wall_s), f"{_duration(split.stopped_s)} of it stopped"),
         *_cost(events),
+        *([("planned", f"{_number(plan.samples_per_s, 2)} samples / s", str(plan))] if plan else []),
     ]  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def write_report(run_dir: str, out: str = "", overwrite: bool = False) -> str:
         generator=GENERATOR, run=run, run_dir=run_dir, ending=_ending(events),
         began=datetime.fromtimestamp(origin, UTC), ended=datetime.fromtimestamp(end, UTC),
         launch=next((e for e in events if e["event"] == "launch"), {}),
-        headline=_headline(rows, events, split, len(groups)), dice=dice, dice_source=dice_source,
+        headline=_headline(rows, events, split, len(groups), planned.read(run_dir)), dice=dice, dice_source=dice_source,
         phantom=_on_phantoms(evaluation["summary"], yaml.safe_load(config)), figures=drawn, split=split,
         validations=validations, evaluation=evaluation, quarantined=_quarantined(events), groups=groups,
         recoveries=_recoveries(recoveries), steps=goodput.STEPS,

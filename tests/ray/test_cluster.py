@@ -110,6 +110,21 @@ print(manifest == scan.open_manifest(sys.argv[1]), used)
     assert done.stdout == "True [False]\n", done.stdout + done.stderr
 
 
+def test_the_doctor_looks_at_every_machine(shared: Cluster) -> None:
+    """Each node tells its versions, limits and clock; then what workers and data tasks would get."""
+    if not shared.nodes:
+        shared.add()
+    environment = shared.environment | {"RAY_ADDRESS": f"127.0.0.1:{shared.port}"}
+    command = [sys.executable, "-m", "raytrain_brats.doctor", "--run-dir", str(shared.place)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    nodes = 1 + len(shared.nodes)
+    for about in (": Python 3.", "/dev/shm has", "open files allowed", ": clock "):
+        assert done.stdout.count(about) == nodes, done.stdout + done.stderr
+    assert "clock" not in "".join(line for line in done.stdout.splitlines() if line.startswith("wrong"))
+    assert re.search(r"^ok +cluster: 1 to \d+ workers", done.stdout, re.M), done.stdout + done.stderr
+    assert done.returncode == int("wrong " in done.stdout)
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("allowed", ["auto", "false"])
 def test_data_tasks_use_cpus_that_workers_leave_of_training_nodes(place: Path, allowed: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from scripts import bench, gpu_check
+from raytrain_brats.planning import closed_form
+from scripts import bench, check_plan, gpu_check
 from scripts.gpu_parts import steps
 
 ROOT = Path(gpu_check.__file__).parent.parent
@@ -106,3 +107,25 @@ def test_flops_of_the_recipes_and_peaks_of_cards() -> None:
     assert steps.tflop_of("dynunet", 128) == pytest.approx(2.88, rel=0.02)
     assert steps.peak_of("NVIDIA H100 80GB HBM3") == 989 and steps.peak_of("NVIDIA H100 PCIe") == 756
     assert steps.peak_of("Tesla V100-SXM2-16GB") == 125 and steps.peak_of("a card of tomorrow") is None
+
+
+def test_check_plan_compares_runs_that_differ_in_what_limits_them() -> None:
+    """By bench's processes and a step's time: data tasks where steps are short, steps or processors where they are long;
+    a kill has its own checkpoints."""
+    spent = {
+        "ReadCases": 19.0,
+        "IDLE": 2.0,
+        "raylet": 1.0,
+        "SplitCoordinator": 2.0,
+        "RayTrainWorker": 2.0,
+        "other": 1.0,
+    }
+    loaded = {"runs": [{"patches": 1000, "cpu_s": spent}]}
+    short, long, two = (
+        check_plan.demand(check_plan.RUNS[name], loaded, step_s)
+        for name, step_s in (("full-data-1", 0.001), ("full-step-1", 1.0), ("kill", 1.0))
+    )
+    assert short.case_cpu_s == pytest.approx(4 * 0.022) and short.step_cpu_s == pytest.approx(0.006)
+    slowest = [min(found, key=lambda name: found[name]) for found in map(closed_form.limits, (short, long, two))]
+    assert slowest[:2] == ["data tasks", "GPU step"] and slowest[2] in ("GPU step", "processors")
+    assert (long.checkpoint_s, two.checkpoint_s) == (60, check_plan.KILL_CHECKPOINT_S)

@@ -133,6 +133,11 @@ def test_a_deadline_takes_the_cheapest_and_a_budget_the_fastest() -> None:
         search.best(every, plan_of, 1, None)
 
 
+@pytest.fixture(autouse=True)
+def _no_recipe_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAYTRAIN_BRATS_RECIPE", raising=False)
+
+
 def command(*words: str) -> int:
     return plan.main(list(words))
 
@@ -252,3 +257,15 @@ def test_a_clusters_dollars_follow_from_its_machines() -> None:
     for kind in ("p4d.24xlarge", "p3dn.24xlarge"):
         (row,) = [line for line in page.splitlines() if line.startswith("| `cluster/") and kind in line]
         assert f"| {prices.machine(kind).on_demand:.2f} (" in row
+
+
+def test_the_example_of_the_docs_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/plan.md: the command typed there, row by row; rates or prices that change must change the page."""
+    page = (ROOT / "docs/plan.md").read_text()
+    assert command("--cases", "10000", "--deadline", "12", "--spot") == 0
+    told = {
+        cells[1].strip(): cells[2:4] for line in capsys.readouterr().out.splitlines() if (cells := line.split("│"))[1:]
+    }
+    shown = {cells[1].strip(): cells[2:4] for line in page.splitlines() if len(cells := line.split("|")) == 5}
+    for name in ("nodes", "waiting for data", "in all, on spot", "USD on demand", "USD on spot", "next limit"):
+        assert [cell.strip() for cell in told[name]] == [cell.strip() for cell in shown[name]], name

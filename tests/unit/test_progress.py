@@ -169,3 +169,14 @@ def test_what_a_person_should_know_is_told_once(tmp_path: Path, capsys: pytest.C
     ):
         assert lines.count(told) == 1, lines
     assert not [line for line in lines if "earlier" in line]
+
+
+def test_what_was_planned_stands_beside_what_happens(tmp_path: Path) -> None:
+    """With plan.json in the run folder; without it, or with a damaged one, there is no word of a plan."""
+    plan = {"samples_per_s": 320.4, "data_wait": 0.02, "seconds": 9000, "usd": 59.5}
+    for content, words in ((json.dumps({"plan": plan}), True), ("{", False), ('{"plan": {}}', False)):
+        (tmp_path / "plan.json").write_text(content)
+        spec: Any = SimpleNamespace(run_dir=str(tmp_path), sampler=SimpleNamespace(total=4000))
+        line = progress.Progress(spec)._update()[1]
+        told = " | planned: 320.4 samples/s, 2% waiting for data, 2.5 h in all, $59.50"
+        assert line.endswith(told) is words and ("planned" in line) is words

@@ -90,6 +90,8 @@ def test_report_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Headline numbers, tables and figures are there, nothing is fetched, and hostile names stay text."""
     run = write_run(tmp_path / "run")
     (run / "config.yaml").write_text("synthetic: true\nname: '<b>bold</b>'\n")
+    plan = {"samples_per_s": 320.4, "data_wait": 0.02, "seconds": 9000, "usd": 59.5}
+    (run / "plan.json").write_text(json.dumps({"plan": plan}))
     (run / "evaluation" / "overlays").mkdir(parents=True)
     header = "case,dice_WT,dice_TC,dice_ET,hd95_WT_mm,hd95_TC_mm,hd95_ET_mm\n"
     lines = 'good,0.9,0.9,0.9,1,1,1\nunknown,nan,nan,nan,nan,,\n"<img src=x>",0.1,0.2,0.3,9,inf,9\n'
@@ -103,7 +105,7 @@ def test_report_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     page = out.read_text()
     for expected in (
         "phantom scores say nothing about patients", "<b>0.875</b>", "1–2", "finished", "cut &amp; short",
-        "<b>0.62</b>", "of the time within steps", "none: from scratch", "∞",
+        "<b>0.62</b>", "of the time within steps", "2.5 h in all, $59.50", "none: from scratch", "∞",
     ):  # fmt: skip
         assert expected in page, expected
     for forbidden in ("<script", "<img src=x", "<b>bold", 'src="http', "url(", "<link"):

@@ -1,0 +1,308 @@
+"""Real runs on this machine against `plan`'s closed form and its simulation: the error, run by run.
+
+In: which runs. Out: a table; with --json every figure; exit code 1 when an error is above a tenth.
+
+Rates are measured here first, apart from the runs: loading by `scripts/bench data` (all processes counted), a step by
+the package's own loop in this process, with one thread as a worker has. Then each run trains by the command, and the
+pace of its later steps counts. On these CPUs networks are small; what a GPU does cannot be checked here.
+"""
+
+import sys
+
+from raytrain_brats import home, interrupt
+
+if __name__ == "__main__":
+    interrupt.install()
+    home.provide()
+
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from raytrain_brats import books, storage
+from raytrain_brats.cli import entry, show
+from raytrain_brats.config import Config
+from raytrain_brats.errors import RunFailed, UserError
+from raytrain_brats.planning import closed_form, rates, simulation
+from raytrain_brats.planning.demand import Demand
+from scripts.gpu_parts.loops import Ours
+from scripts.gpu_parts.setting import CPU
+from scripts.gpu_parts.setting import config as small_config
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH, CASES, ALLOWED = 4, 8, 0.1
+WORKER_RECOVERY_S = 10.4
+"""Of a killed worker, docs/benchmarks/chaos.md; another machine's."""
+KILL_CHECKPOINT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. `edge`: of a patch; below 64 the network is small."""
+
+    grid: int
+    edge: int
+    route: str
+    workers: int
+    killed: bool = False
+
+
+RUNS = {
+    "tiny-step-1": Case(60, 32, "store", 1),
+    "tiny-step-2": Case(60, 32, "store", 2),
+    "tiny-data-1": Case(60, 16, "raw", 1),
+    "full-data-1": Case(240, 16, "raw", 1),
+    "full-data-2": Case(240, 16, "raw", 2),
+    "full-step-1": Case(240, 48, "store", 1),
+    "full-step-2": Case(240, 48, "store", 2),
+    "kill": Case(60, 32, "store", 2, killed=True),
+}
+"""Data-bound where patches are tiny and cases are not; step-bound where it is the other way round."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train for real on this machine, and compare with what `plan` would say: pace, waiting, a kill."""
+
+    runs: str = ",".join(RUNS)
+    """Comma-separated."""
+    seconds: float = 90.0
+    """About how long each run trains; a quarter of it is left out, while the stream reads ahead."""
+    work: str = ""
+    """Folder for cases, kept for the next time; by default one that is removed."""
+    json: str = ""
+    """File for the figures; of this script, or new."""
+
+
+def work(args: Args) -> None:
+    names = [name for name in args.runs.split(",") if name]
+    if unknown := [name for name in names if name not in RUNS]:
+        raise UserError(f"--runs {unknown[0]}: not known; there are {', '.join(RUNS)}")
+    if args.json and Path(args.json).exists() and '"made_by": "scripts/check_plan"' not in Path(args.json).read_text():
+        raise UserError(f"--json {args.json}: is there, and is not of this script; give another name")
+    rows: list[dict[str, Any]] = []
+    loading: dict[tuple[int, int], dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="plan") as folder:
+        for name in names:
+            case = RUNS[name]
+            place = Path(args.work or folder).absolute() / f"grid{case.grid}"
+            if (case.grid, case.edge) not in loading:
+                loading[case.grid, case.edge] = bench(place, case)
+            d = demand(case, loading[case.grid, case.edge]["pipelines"][case.route], step_seconds(case))
+            rows.append({"run": name} | compare(case, d, place, Path(folder) / name, args.seconds))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    table(rows)
+    if args.json:
+        about = {
+            "made_by": "scripts/check_plan",
+            "date": time.strftime("%Y-%m-%d"),
+            "cpus": os.cpu_count(),
+            "rows": rows,
+        }
+        storage.write_bytes(args.json, (json.dumps(about, indent=1) + "\n").encode())
+    if wrong := [row["run"] for row in rows if abs(row["error"]) > ALLOWED]:
+        raise RunFailed(f"the simulation is more than a tenth off: {', '.join(wrong)}")
+
+
+def bench(place: Path, case: Case) -> dict[str, Any]:
+    """What `scripts/bench data` measures of both routes; it leaves the cases and a store of them at the place."""
+    place.mkdir(parents=True, exist_ok=True)
+    out = place.parent / f"bench-{case.grid}-{case.edge}.json"
+    out.unlink(missing_ok=True)
+    words = ["data", "--peers", "", "--rounds", "2", "--cases", CASES, "--grid", case.grid, "--patch", case.edge]
+    words += ["--patches", "2048", "--warm", "256", "--seconds", "12", "--work", place, "--json", out]
+    run([sys.executable, "-P", "-m", "scripts.bench", *map(str, words)])
+    return dict(json.loads(out.read_text()))
+
+
+def run(command: list[str]) -> None:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunFailed(f"{' '.join(command[2:6])} ended with {done.returncode}: {done.stderr[-600:]}")
+
+
+def settings(case: Case) -> Config:
+    changes = [f"preprocess.spacing_mm={240 / case.grid}", "train.epochs=100000", "validate.every_samples=1000000000"]
+    changes += [
+        f"checkpoint.every_s={KILL_CHECKPOINT_S if case.killed else 60}",
+        "train.optimiser.learning_rate=0.0001",
+    ]
+    return small_config("segresnet", case.edge, BATCH, *changes)
+
+
+def step_seconds(case: Case) -> float:
+    """CPU seconds of a sample: our own loop with one thread, on the share of a batch that a worker has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        share = BATCH // case.workers
+        loop = Ours("segresnet", case.edge, share, CPU)
+        batches, times = loop.feed(), []
+        for _ in range(25 if case.edge < 48 else 8):
+            batch, began = next(batches), time.thread_time()
+            loop.step(batch)
+            times.append(time.thread_time() - began)
+        return statistics.median(times[2:]) / share
+    finally:
+        torch.set_num_threads(before)
+
+
+def demand(case: Case, loaded: dict[str, Any], step_s: float) -> Demand:
+    """As `planning.demand`, for a machine that trains on the CPUs on which it reads."""
+    ours = rates.load()
+    cpus = os.cpu_count() or 1
+    tasks = max(1, int(cpus - 0.5 * case.workers)) if cpus <= 4 else cpus  # as ray_ext/cluster.py:measure
+    per_patch = {"task": 0.0, "deal": 0.0, "worker": 0.0, "other": 0.0}
+    of = {"ReadCases": "task", "IDLE": "task", "raylet": "task", "SplitCoordinator": "deal", "RayTrainWorker": "worker"}
+    for one in loaded["runs"]:
+        for process, seconds in one["cpu_s"].items():
+            per_patch[of.get(process, "other")] += seconds / one["patches"] / len(loaded["runs"])
+    sample_s = step_s + per_patch["worker"]
+    samples = 10**9
+    return Demand(
+        samples=samples,
+        epoch_samples=samples,
+        global_batch=BATCH,
+        patches_per_case=4,
+        ranks=case.workers,
+        nodes=1,
+        compute_s=BATCH / case.workers * sample_s,
+        reduce_s=0.0,
+        cpus=float(cpus),
+        cpus_per_task=cpus / tasks,
+        case_cpu_s=4 * per_patch["task"],
+        case_wait_s=0.0,
+        step_cpu_s=sample_s + per_patch["deal"] + per_patch["other"],
+        case_read_mb=1.0,
+        case_gets=1,
+        case_sent_mb=9 * case.edge**3 / 1e6,
+        gets_per_s=1e9,
+        task_node_mb_s=1e9,
+        on_train=1.0,
+        store_mb=80.0 * cpus,
+        train_node_mb_s=1e9,
+        deal_s=per_patch["deal"],
+        coordinators=1,
+        pause_s=ours.of("pause.execution"),
+        residency="stream",
+        alone_case_s=0.0,
+        checkpoint_s=settings(case).checkpoint.every_s,
+        checkpoint_stall_s=ours.of("checkpoint.stall"),
+        validation_s=0.0,
+        start_s=0.0,
+        prepare_s=0.0,
+        recover_s=WORKER_RECOVERY_S,
+        join_s=0.0,
+        interruptions_per_s=0.0,
+        replacement_s=0.0,
+    )
+
+
+def compare(case: Case, d: Demand, place: Path, run_dir: Path, seconds: float) -> dict[str, Any]:
+    limits = closed_form.limits(d)
+    closed = min(limits.values())
+    simulated, wait = simulation.pace(d, True, 0)
+    rows = train(case, place, run_dir, seconds)
+    counted = [row for row in rows if row["time"] >= rows[0]["time"] + 0.25 * (rows[-1]["time"] - rows[0]["time"])]
+    first, last = counted[0], counted[-1]
+    real = (last["samples_seen"] - first["samples_seen"]) / (last["time"] - first["time"])
+    if case.killed:  # the stretch holds one kill: recovery, and on average half a checkpoint interval again
+        lost = d.recover_s + d.checkpoint_s / 2
+        spent = last["time"] - first["time"]
+        closed, simulated = closed * (1 - lost / spent), simulated * (1 - lost / spent)
+    steps = sum(row["step_s"] for row in counted)
+    return {
+        "limit": min(limits, key=lambda name: limits[name]),
+        "closed": round(closed, 2),
+        "simulated": round(simulated, 2),
+        "real": round(real, 2),
+        "error": round(simulated / real - 1, 4),
+        "wait_simulated": round(wait, 3),
+        "wait_real": round(sum(row["wait_s"] for row in counted) / max(1e-9, steps), 3),
+        "steps": len(counted),
+        "load": round(os.getloadavg()[0], 1),
+        "demand": dataclasses.asdict(d),
+    }
+
+
+def train(case: Case, place: Path, run_dir: Path, seconds: float) -> list[dict[str, Any]]:
+    """The rows of a real run of so many seconds from its first step; rank 0 is killed amid it where that is asked."""
+    recipe = run_dir.with_suffix(".yaml")
+    recipe.write_text(settings(case).to_yaml())
+    cases = ["--store", str(place / "store")] if case.route == "store" else ["--data", str(place / "source")]
+    command = [sys.executable, "-P", "-m", "raytrain_brats.train", *cases, "--recipe", str(recipe)]
+    command += ["--run-dir", str(run_dir), "--workers", str(case.workers)]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with Path(f"{run_dir}.log").open("w") as log:
+        driver = subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": path, "RAY_ADDRESS": "local"}, stdout=log, stderr=log
+        )
+        try:
+            kills, began, until = int(case.killed), 0.0, time.monotonic() + 300
+            while time.monotonic() < until and driver.poll() is None:
+                time.sleep(1)
+                if not began and run_dir.exists() and books.read_rows(str(run_dir)):
+                    began = time.monotonic()
+                    until = began + seconds
+                if kills and began and time.monotonic() > began + 0.6 * seconds:
+                    kills = 0
+                    kill_worker(driver.pid)
+        finally:
+            if driver.poll() is None:
+                driver.send_signal(signal.SIGINT)  # the group saves, so that all rows are there
+            driver.wait(120)
+    rows = [dict(row) for row in books.read_rows(str(run_dir))] if run_dir.exists() else []
+    if len(rows) < 20:
+        raise RunFailed(f"{run_dir.name}: only {len(rows)} steps in {seconds:g} s; its log ends: {tail(run_dir)}")
+    return rows
+
+
+def tail(run_dir: Path) -> str:
+    return Path(f"{run_dir}.log").read_text()[-600:]
+
+
+def kill_worker(driver: int) -> None:
+    """One training worker of the run that this script started."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, _, rest = status.read_text().rpartition(")")
+            parents[int(status.parent.name)] = (int(rest.split()[1]), (status.parent / "cmdline").read_bytes())
+        except OSError:
+            continue
+    for pid, (parent, words) in parents.items():
+        above = parent
+        while above in parents and above != driver:
+            above = parents[above][0]
+        if above == driver and b"RayTrainWorker" in words:
+            os.kill(pid, signal.SIGKILL)
+            return
+    raise RunFailed("found no training worker to kill")
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    columns = ("run", "limit", "closed", "simulated", "real", "error", "wait_simulated", "wait_real", "steps", "load")
+    shown = Table(*columns, title="samples a second")
+    for row in rows:
+        shown.add_row(*(f"{row[name]:+.1%}" if name == "error" else str(row[name]) for name in columns))
+    show(shown)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return entry(Args, work, "", argv, "scripts/check_plan")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
