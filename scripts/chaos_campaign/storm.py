@@ -102,7 +102,8 @@ class Storm:
         until = time.monotonic() + 120
         while not group.over() and time.monotonic() < until:
             own = [r for r in journal.recent(run_spec.run_dir)[0] if r["generation"] == group.generation.number]
-            if len(own) >= steps:
+            # a group whose status does not say yet that it trains cannot be asked: a thread writes it, rows come first
+            if len(own) >= steps and checkpoint_request.training(run_spec.run_dir):
                 break
             time.sleep(0.005)
         saved = not graceful or checkpoint_request.request(run_spec.run_dir, checkpoint_request.HOLD)
