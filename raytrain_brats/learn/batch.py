@@ -115,8 +115,10 @@ def fully_augmented(
     sample: DeviceSample, numbers: Tensor, table: Tensor, options: Augment, size: Triple
 ) -> tuple[Tensor, Tensor]:
     """(4, *size) image and (3, *size) regions of a sample, by nnU-Net's list."""
-    mean, std = numbers[None, :_CHANNELS], numbers[None, _CHANNELS : 2 * _CHANNELS]
-    image, regions = normalise(sample.image_czyx[None], mean, std)[0], to_regions(sample.label_zyx[None], table)[0]
+    mean, std = (v[:, None, None, None] for v in (numbers[:_CHANNELS], numbers[_CHANNELS : 2 * _CHANNELS]))
+    image, regions = sample.image_czyx.float(), to_regions(sample.label_zyx[None], table)[0]
+    outside = image == 0
+    image = image.sub(mean).div_(std).masked_fill_(outside, 0.0)  # `normalise`, in less than half of its time on CPUs
     return augment_fully(image, regions, augmentation.drawn(sample.draws, options.flip), size, sample.start_zyx)
 
 

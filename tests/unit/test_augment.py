@@ -293,6 +293,18 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_where_nothing_happens_the_patch_is_normalised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit as without augmentation; also float16, of which `float` makes a copy."""
+    with_odds(monkeypatch, odds(0))
+    one, table = sample(3), torch.from_numpy(labels.region_table("msd"))
+    for stored in (one.image_czyx, one.image_czyx.half(), one.image_czyx.float()):
+        before = stored.clone()
+        given = [dataclasses.replace(one, image_czyx=stored)]
+        _, numbers = upload([], given, CPU)
+        full, off = (make(given, numbers, table, Augment(kind=kind), (12, 12, 12)) for kind in ("full", "off"))
+        assert all(torch.equal(a, b) for a, b in zip(full, off, strict=True)) and torch.equal(stored, before)
+
+
 def test_background_stays_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside the brain nothing appears, whatever happens; of padding and bad cases zeros come, and no NaN."""
     with_odds(monkeypatch, odds(1, rotation=0.0, scale=0.0, mirror=0.0))
