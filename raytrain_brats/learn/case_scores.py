@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raytrain_brats.labels import REGIONS, known, regions, regions_of_network
+from raytrain_brats.labels import known, regions, regions_of_network
 from raytrain_brats.learn import lesions, surfaces
 from raytrain_brats.learn.challenges import Rule, large_2026_mm3, rule_2023, rule_2024, tissue_of
 from raytrain_brats.learn.lesions import LesionScores
@@ -131,8 +131,3 @@ def _listed(year: str, scores: LesionScores, nsd: bool = True) -> dict[str, Valu
             found["lesion_nsd_2026" if year == "2026" else f"lesion_nsd_{tolerance_mm:g}mm_{year}"] = value
     counts: dict[str, Any] = {"tp": scores.found, "fp": scores.made_up, "fn": scores.missed}
     return found | {f"lesion_{name}_{year}": count for name, count in counts.items()}
-
-
-def three(found: Mapping[str, Value], name: str, unit: str = "") -> dict[str, float]:
-    """{region: number} of WT, TC and ET."""
-    return {region: float(found[f"{name}_{region}{unit}"] or 0.0) for region in REGIONS}
