@@ -118,8 +118,8 @@ def test_flops_of_the_recipes_and_peaks_of_cards() -> None:
 
 
 def test_check_plan_compares_runs_that_differ_in_what_limits_them() -> None:
-    """By bench's processes and a step's time: data tasks where steps are short, steps or processors where they are long;
-    a kill has its own checkpoints."""
+    """By bench's processes and a step's time: data tasks where steps are short, steps or processors where they are
+    long; a kill has its own checkpoints."""
     spent = {
         "ReadCases": 19.0,
         "IDLE": 2.0,
