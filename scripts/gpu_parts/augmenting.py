@@ -7,7 +7,7 @@ import torch
 
 from raytrain_brats.learn.augment import normal
 from raytrain_brats.learn.batch import make, upload
-from raytrain_brats.run.worker import batch_of
+from raytrain_brats.run.feed import batch_of
 from scripts.gpu_parts.setting import CPU, Setting, config, patches, train_step
 
 SAMPLES = 16
