@@ -73,7 +73,7 @@ class Row:
                 "data_wait_share": round(median(once.data_wait_share for once in rounds), 4),
                 "host_waits_per_step": rounds[-1].host_waits_per_step,
                 "peak_gb": rounds[-1].peak_gb,
-                "share_of_peak_flops": round(rate * tflop / peak_tflops, 4) if peak_tflops else None,
+                "share_of_peak_flops": float(f"{rate * tflop / peak_tflops:.3g}") if peak_tflops else None,
                 "rounds": [asdict(once) for once in rounds],
             }
         facts["fed_over_null"] = round(facts["fed"]["img_per_s"] / facts["null"]["img_per_s"], 4)
