@@ -317,7 +317,7 @@ def _one(
     way = prepared.geometry.axes, prepared.geometry.flips
     image = prepared.image_czyx[list(overlays.CHANNELS)].astype(np.float32)
     shown = to_ras(restore(image, prepared.geometry), *way), to_regions(to_ras(truth, *way), source.convention)
-    edges_mm = prepared.geometry.native_mm
+    edges_mm = prepared.geometry.native_mm.tolist()
     return row, overlays.cut(case.id, *shown, to_ras(predicted, *way), edges_mm), seconds
 
 

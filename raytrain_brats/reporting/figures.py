@@ -95,14 +95,17 @@ def loss_curve(rows: Sequence[Row], dark: bool = False) -> bytes:
         return png(figure)
 
 
-def dice_curve(validations: Sequence[Row], dark: bool = False) -> bytes:
-    """Validation Dice of WT, TC and ET over samples seen, named at their last value."""
+def dice_curve(validations: Sequence[Row], earlier: Sequence[Row] = (), dark: bool = False) -> bytes:
+    """Validation Dice of WT, TC and ET over samples seen, named at their last value; of an earlier run dotted."""
     seen = [row["samples_seen"] for row in validations]
     curves = {r: np.array([row["dice"].get(r) for row in validations], dtype=float) for r in REGION_COLOURS}
     ends = {r: float(known[-1]) for r, curve in curves.items() if len(known := curve[np.isfinite(curve)])}
     with matplotlib.rc_context(theme(dark)):
         figure, axes = _samples_axes("Validation Dice" if ends else "Validation Dice: none yet")
         axes.set_ylim(-0.02, 1.02)
+        for region, colour in REGION_COLOURS.items() if earlier else ():
+            before = np.array([row["dice"].get(region) for row in earlier], dtype=float)
+            axes.plot([row["samples_seen"] for row in earlier], before, ":", color=colour, lw=1.6, alpha=0.8)
         label_y = -1.0
         for region, end in sorted(ends.items(), key=lambda item: item[1]):
             axes.plot(seen, curves[region], "o-", color=REGION_COLOURS[region], lw=2, ms=4.5)
