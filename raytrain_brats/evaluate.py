@@ -43,12 +43,15 @@ from raytrain_brats.learn.case_scores import Reading
 from raytrain_brats.learn.challenges import challenge_of
 from raytrain_brats.learn.postprocess import Rules, masks_by
 from raytrain_brats.ray_ext import cluster
-from raytrain_brats.reporting import figures, folds, scores
+from raytrain_brats.reporting import figures, folds, overlays, scores
+from raytrain_brats.reporting.overlays import Slices
 from raytrain_brats.run import held_out, label_volumes, members, spec
 from raytrain_brats.run.predictor import native_probabilities, shared_networks, voxel_mm3
 from raytrain_brats.run.run_dir import RunDir
 
 Row = dict[str, Any]
+Result = tuple[Row, Slices | None, dict[str, float]]
+"""A case's scores, what may be drawn of it, seconds of its parts."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Args:
     challenge: Literal["auto", "GLI", "SSA", "PED", "MEN", "MET"] = "auto"
     """By whose numbers lesions are scored; auto by the label convention and the names of the cases."""
     overlays: int = 8
-    """Cases to draw."""
+    """How many cases to draw: the worst."""
     predictions: Uri = ""
     """Score the label volumes CASE.nii.gz of this folder, of any program, instead of a run's checkpoint."""
     convention: str = ""
@@ -109,21 +112,24 @@ def work(args: Args) -> None:
     show_skipped(manifest.skipped)
     cluster.connect(held_bytes=members.weight_bytes(networks))
     shared = members.by_fold([(m.fold, ray.put((m.run.config, m.weights))) for m in networks], split)
-    drawn = {case.id for case in cases[: args.overlays]}
-    one = partial(_one, shared, source, drawn, rules, args.mirror, challenge)
-    results = list(_progress(cluster.parallel_map(one, cases, on_gpus=True), len(cases)))
+    one = partial(_one, shared, source, args.overlays > 0, rules, args.mirror, challenge)
+    worst = overlays.Worst(args.overlays)
+    results = []
+    for result in _progress(cluster.parallel_map(one, cases, on_gpus=True), len(cases)):
+        results.append(result if isinstance(result, str) else (worst.seen(result[0], result[1]), result[2]))
     found, refused = [r for r in results if not isinstance(r, str)], [r for r in results if isinstance(r, str)]
-    rows = [row for row, _, _ in found]
+    rows = [row for row, _ in found]
     _tell_left_out(refused, len(cases))
     if by_fold := len(networks) > 1 and split == "val":
         fold_of = {case.id: case.fold for case in cases}
         rows = [{"case": row["case"], "fold": fold_of[row["case"]]} | row for row in rows]
-    seconds = {what: float(np.mean([s[what] for _, _, s in found])) for what in ("segment", "score")}
+    seconds = {what: float(np.mean([s[what] for _, s in found])) for what in ("segment", "score")}
     views = "8 mirror images (--no-mirror: one)" if args.mirror else "one image"
     print(f"a case took {seconds['segment']:.1f} s to segment, as {views}, {seconds['score']:.1f} s to score")
     summary = made_from | _summary(rows, source.convention, manifest.synthetic)
+    summary |= {"postprocessing_in_words": rules.in_words(), "held_out": len(cases), "left_out": refused}
     summary |= folds.summary(rows) if by_fold else {}
-    pictures = {f"overlays/{row['case']}.png": picture for row, picture, _ in found if picture}
+    pictures = {f"overlays/{name}.png": picture for name, picture in worst.drawn().items()}
     _keep_earlier(run_dir, made_from)
     _write(RunDir(run_dir).evaluation, summary, pictures | _tables(rows))
     _show(rows, f"split {split}", manifest.synthetic)
@@ -282,13 +288,13 @@ def _keep_earlier(run_dir: str, made_from: dict[str, Any]) -> None:
 def _one(
     shared: list[tuple[Any, ...]],
     source: Source,
-    drawn: set[str],
+    drawn: bool,
     rules: Rules,
     mirror: bool,
     challenge: str,
     case: Case,
-) -> tuple[Row, bytes, dict[str, float]] | str:
-    """A case's scores, its overlay if it is to be drawn, and what took how many seconds; or why it was left out."""
+) -> Result | str:
+    """A case's scores, what may be drawn of it, and what took how many seconds; or why it was left out."""
     try:
         prepared = source.load(case)
     except InvalidCase as error:
@@ -306,13 +312,13 @@ def _one(
     )
     seconds = {"segment": segmented - began, "score": time.perf_counter() - segmented}
     row = {"case": case.id} | found
-    if case.id not in drawn:
-        return row, b"", seconds
+    if not drawn:
+        return row, None, seconds
     way = prepared.geometry.axes, prepared.geometry.flips
-    image = to_ras(restore(prepared.image_czyx.astype(np.float32), prepared.geometry), *way)
-    shown = to_regions(to_ras(truth, *way), source.convention), to_ras(predicted, *way)
-    dice = {r: found[f"dice_{r}"] for r in REGIONS}
-    return row, figures.overlay(case.id, image, *shown, dice), seconds
+    image = prepared.image_czyx[list(overlays.CHANNELS)].astype(np.float32)
+    shown = to_ras(restore(image, prepared.geometry), *way), to_regions(to_ras(truth, *way), source.convention)
+    edges_mm = prepared.geometry.native_mm.tolist()
+    return row, overlays.cut(case.id, *shown, to_ras(predicted, *way), edges_mm), seconds
 
 
 def _volume(

@@ -2,8 +2,9 @@
 
 In: a run folder, or several; 4D NIfTI files, patients' 3D files or folders, data sets (docs/data.md); no labels needed.
 Out: `<out>/<case>.nii.gz`, uint8 labels of the run's convention on each case's own grid, with the scan's own geometry;
-on request `<case>_probabilities.nii.gz`; `made-by.json` beside them: by which runs and checkpoints, from which files,
-what the values mean. What was made earlier from the same files by the same checkpoints is not made again.
+on request `<case>_probabilities.nii.gz` and pictures, `overlays/<case>.png`; `made-by.json` beside them: by which runs
+and checkpoints, from which files, what the values mean. What was made earlier from the same files by the same
+checkpoints is not made again.
 """
 
 import sys
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import ray
 
 from raytrain_brats import config, outputs, storage
@@ -24,12 +26,14 @@ from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase, background_warning
 from raytrain_brats.data.on_grid import label_file, probability_file
-from raytrain_brats.data.preprocess import Prepared, preprocess
+from raytrain_brats.data.preprocess import Prepared, preprocess, restore, to_ras
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import MODALITIES, REGIONS, comparable, described, from_regions
+from raytrain_brats.learn.metrics import Masks
 from raytrain_brats.learn.postprocess import Rules, masks_by
 from raytrain_brats.ray_ext import cluster
+from raytrain_brats.reporting import overlays
 from raytrain_brats.run import members
 from raytrain_brats.run.members import Member
 from raytrain_brats.run.predictor import native_probabilities, shared_networks, voxel_mm3
@@ -61,6 +65,8 @@ class Args:
     """Apply what `raytrain-brats postprocess` learned for these networks, if it did."""
     save_probabilities: bool = False
     """Also write CASE_probabilities.nii.gz: WT, TC, ET as (x, y, z, 3), in steps of 1/255."""
+    overlays: int = 0
+    """Also draw so many cases, the first given: overlays/CASE.png, three planes with outlines and volumes."""
     strict: bool = False
     """Refuse places of which anything would not be used."""
     overwrite: bool = False
@@ -76,6 +82,8 @@ class Job:
     rules: Rules
     mirror: bool
     save_probabilities: bool
+    drawn: frozenset[str]
+    """Cases of which a picture is made."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +120,12 @@ def work(args: Args) -> None:
             f"4D images ({len(assumed)}, such as {assumed[0]}): no dataset.json says what their channels are; taken as "
             f"{', '.join(MODALITIES)}"
         )
-    there = _claimed(args, found, networks, rules, convention)
+    drawn = frozenset(case.id for _, case in found[: max(args.overlays, 0)])
+    there = _claimed(args, found, networks, rules, convention, drawn)
     items = [
         (Source(root, convention, run.config.preprocess.spacing_mm), case)
         for root, case in found
-        if not there.issuperset(_names(case, args.save_probabilities))
+        if not there.issuperset(_names(case, args.save_probabilities, drawn))
     ]
     already = f", {len(found) - len(items)} were there already" if len(items) < len(found) else ""
     if not items:
@@ -125,7 +134,7 @@ def work(args: Args) -> None:
     cluster.connect(held_bytes=members.weight_bytes(networks))
     references = tuple(ray.put((member.run.config, member.weights)) for member in networks)
     del networks
-    missing = _predict(Job(out, references, rules, args.mirror, args.save_probabilities), items)
+    missing = _predict(Job(out, references, rules, args.mirror, args.save_probabilities, drawn), items)
     print(f"{len(items) - missing} label volumes{already and f' made{already},'} in {out}")
     if missing:
         raise RunFailed(
@@ -158,16 +167,19 @@ def _shown(rows: Iterator[Row], pace: Pace, total: int) -> Iterator[Row]:
         yield row
 
 
-def _names(case: Case, with_probabilities: bool) -> list[str]:
-    return [f"{case.id}.nii.gz"] + ([f"{case.id}_probabilities.nii.gz"] if with_probabilities else [])
+def _names(case: Case, with_probabilities: bool, drawn: frozenset[str]) -> list[str]:
+    names = [f"{case.id}.nii.gz"] + ([f"{case.id}_probabilities.nii.gz"] if with_probabilities else [])
+    return names + ([f"overlays/{case.id}.png"] if case.id in drawn else [])
 
 
-def _claimed(args: Args, found: Found, networks: list[Member], rules: Rules, convention: str) -> set[str]:
+def _claimed(
+    args: Args, found: Found, networks: list[Member], rules: Rules, convention: str, drawn: frozenset[str]
+) -> set[str]:
     """Names of what need not be made again; notes down what the others are made from. Raises UserError."""
     out = storage.normal(args.out)
     images = [[storage.join(root, path) for path in case.images] for root, case in found]
     given = [uri for uris in images for uri in uris]
-    names = [_names(case, args.save_probabilities) for _, case in found]
+    names = [_names(case, args.save_probabilities, drawn) for _, case in found]
     number = Counter(name for both in names for name in both)
     if twice := [name for name in number if number[name] > 1]:
         target = storage.join(out, twice[0])
@@ -219,12 +231,20 @@ def _segment(job: Job, read: Read) -> Row:
     files = {f"{read.case_id}.nii.gz": label_file(from_regions(masks, read.convention), read.header)}
     if job.save_probabilities:
         files[f"{read.case_id}_probabilities.nii.gz"] = probability_file(found, read.header)
+    if read.case_id in job.drawn:
+        files[f"overlays/{read.case_id}.png"] = _picture(read, masks)
     try:
         for name, content in files.items():
             storage.write_bytes(storage.join(job.out, name), content)
     except OSError as error:  # it would be the same with every case
         raise RunFailed(str(error)) from error
     return ("warning", f"case {read.case_id}: {read.warning}") if read.warning else ("", "")
+
+
+def _picture(read: Read, masks: Masks) -> bytes:
+    geometry, image = read.prepared.geometry, read.prepared.image_czyx[list(overlays.CHANNELS)].astype(np.float32)
+    shown, found = (to_ras(each, geometry.axes, geometry.flips) for each in (restore(image, geometry), masks))
+    return overlays.draw(overlays.cut(read.case_id, shown, None, found, geometry.native_mm.tolist()), {})
 
 
 def _named(item: tuple[Source, Case], error: Exception) -> Row:

@@ -23,6 +23,7 @@ Label = npt.NDArray[np.uint8]
 Value = float | int | str | None
 NOT_PREDICTED = "not predicted"
 NSD_MM = 1.0
+VOLUME = "volume_"
 IMPLEMENTATIONS = {
     "hd95": "MONAI, voxels at the edge, the larger of two 95th percentiles; one empty 373.13, both 0",
     "hd95_2023": "surfels as DeepMind's surface-distance; one empty 374, both 0",
@@ -78,6 +79,8 @@ def _edges(spacing_mm: Sequence[float]) -> Spacing:
 
 
 def _column(name: str, region: str) -> str:
+    if name.startswith(VOLUME):  # not a score: its name ends in no region
+        return f"volume_{region}_{name.removeprefix(VOLUME)}_ml"
     return f"{name}_{region}_mm" if "hd95" in name else f"{name}_{region}"
 
 
@@ -97,7 +100,12 @@ def _region(region: str, predicted: Reading, truth: Reading, spacing_mm: Spacing
     last = lesions.one_to_one(ours, true, spacing_mm, large_2026_mm3(challenge))
     found |= _listed("2026", last) | {"lesion_f1_2026": lesions.f1(last)}
     empty = {(False, False): "both", (False, True): "prediction", (True, False): "truth"}
-    return found | {"empty": empty.get((bool(ours.any()), bool(true.any())), "")}
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    volumes: dict[str, Value] = {
+        f"{VOLUME}truth": float(true.sum()) * voxel_ml,
+        f"{VOLUME}prediction": float(ours.sum()) * voxel_ml,
+    }
+    return found | {"empty": empty.get((bool(ours.any()), bool(true.any())), "")} | volumes
 
 
 def _whole(ours: Mask, true: Mask, spacing_mm: Spacing, missed_mm: Mapping[int, float]) -> dict[str, Value]:

@@ -1,13 +1,12 @@
-"""Every picture of a run, drawn in memory.
+"""Every chart of a run, drawn in memory.
 
-In: rows and events of a run, seconds by kind, or one case's image and masks.
-Out: PNG bytes. Charts have a transparent ground and a light and a dark variant; overlays are always dark.
-Shape letters: C modalities (FLAIR, T1w, T1gd, T2w), R regions (WT, TC, ET), X Y Z voxels on a RAS grid.
+In: rows and events of a run, seconds by kind, scores of cases.
+Out: PNG bytes, with a transparent ground, in a light and a dark variant. Pictures of cases: `overlays`.
 """
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise, product
+from itertools import pairwise
 from math import isfinite
 from typing import Any
 
@@ -47,7 +46,7 @@ _LANES = {  # event kind: (name, marker, colour)
 }
 
 
-def _theme(dark: bool) -> dict[Any, Any]:
+def theme(dark: bool) -> dict[Any, Any]:
     ink, faint = ("#c9d1da", "#3a424d") if dark else ("#3d4650", "#d5dae0")
     inks = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), ink)
     lines = dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), faint)
@@ -57,7 +56,7 @@ def _theme(dark: bool) -> dict[Any, Any]:
     return {**inks, **lines, **ground, **look, **axes, "axes.titlesize": 10}
 
 
-def _png(figure: Figure, dpi: int = 150) -> bytes:
+def png(figure: Figure, dpi: int = 150) -> bytes:
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": None})
     return target.getvalue()
@@ -82,7 +81,7 @@ def loss_curve(rows: Sequence[Row], dark: bool = False) -> bytes:
     seen, loss = np.array([(row["samples_seen"], row["loss"]) for row in rows], dtype=float).T
     window = min(max(1, len(rows) // 25), 500) | 1
     restarts = [after for before, after in pairwise(rows) if before["generation"] != after["generation"]]
-    with matplotlib.rc_context(_theme(dark)):
+    with matplotlib.rc_context(theme(dark)):
         figure, axes = _samples_axes("Training loss")
         axes.plot(seen, loss, color=_GREY, lw=0.8, alpha=0.7, label="each step")
         mean, label = _running_mean(loss, window), f"mean of {window} steps" if window > 1 else None
@@ -93,24 +92,27 @@ def loss_curve(rows: Sequence[Row], dark: bool = False) -> bytes:
             look: dict[str, Any] = {"color": TIME_COLOURS["recovery"], "size": 7.5, "rotation": 90, "va": "top"}
             axes.annotate(name, (start, 1), (3, 0), axes.get_xaxis_transform(), "offset points", **look)
         axes.legend(loc="best" if len(rows) < 2000 else "upper right")
-        return _png(figure)
+        return png(figure)
 
 
-def dice_curve(validations: Sequence[Row], dark: bool = False) -> bytes:
-    """Validation Dice of WT, TC and ET over samples seen, named at their last value."""
+def dice_curve(validations: Sequence[Row], earlier: Sequence[Row] = (), dark: bool = False) -> bytes:
+    """Validation Dice of WT, TC and ET over samples seen, named at their last value; of an earlier run dotted."""
     seen = [row["samples_seen"] for row in validations]
     curves = {r: np.array([row["dice"].get(r) for row in validations], dtype=float) for r in REGION_COLOURS}
     ends = {r: float(known[-1]) for r, curve in curves.items() if len(known := curve[np.isfinite(curve)])}
-    with matplotlib.rc_context(_theme(dark)):
+    with matplotlib.rc_context(theme(dark)):
         figure, axes = _samples_axes("Validation Dice" if ends else "Validation Dice: none yet")
         axes.set_ylim(-0.02, 1.02)
+        for region, colour in REGION_COLOURS.items() if earlier else ():
+            before = np.array([row["dice"].get(region) for row in earlier], dtype=float)
+            axes.plot([row["samples_seen"] for row in earlier], before, ":", color=colour, lw=1.6, alpha=0.8)
         label_y = -1.0
         for region, end in sorted(ends.items(), key=lambda item: item[1]):
             axes.plot(seen, curves[region], "o-", color=REGION_COLOURS[region], lw=2, ms=4.5)
             label_y = max(end, label_y + 0.075)  # labels keep a distance, whatever the scores
             look: dict[str, Any] = {"va": "center", "color": REGION_COLOURS[region], "fontweight": "bold"}
             axes.text(1.02, label_y, f"{region} {end:.2f}", transform=axes.get_yaxis_transform(), **look)
-        return _png(figure)
+        return png(figure)
 
 
 def wall_span(rows: Sequence[Row], events: Sequence[Row]) -> tuple[float, float]:
@@ -158,7 +160,7 @@ def worker_timeline(rows: Sequence[Row], events: Sequence[Row], dark: bool = Fal
     lanes = {kind: lane for kind, lane in _LANES.items() if any(e["event"] == kind for e in events)}
     top = max(row["world_size"] for row in rows)
     labels = {"productive": "training", "recovery": "start-up, recovery, redone"}  # rows do not tell them apart
-    with matplotlib.rc_context(_theme(dark)):
+    with matplotlib.rc_context(theme(dark)):
         figure = Figure(figsize=(10.6, 2.6 + 0.22 * len(lanes)), layout="constrained")
         axes, marks = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, 0.12 + 0.22 * len(lanes)])
         for name, spans in _areas(rows, events, top).items():
@@ -184,13 +186,13 @@ def worker_timeline(rows: Sequence[Row], events: Sequence[Row], dark: bool = Fal
             marks.scatter(times, [lane] * len(times), s=32, marker=marker, color=colour, lw=0, clip_on=False)
         marks.set_yticks(range(len(lanes)), [name for name, _, _ in lanes.values()])
         marks.set(xlim=(0, (end - origin) / unit_s or 1), ylim=(len(lanes) - 0.4, -0.6), xlabel=f"{unit} since launch")
-        return _png(figure)
+        return png(figure)
 
 
 def time_split(seconds: Mapping[str, float], dark: bool = False) -> bytes:
     """One stacked bar of the wall time; `seconds` by cause."""
     total, left = sum(seconds.values()) or 1.0, 0.0
-    with matplotlib.rc_context(_theme(dark)):
+    with matplotlib.rc_context(theme(dark)):
         figure = Figure(figsize=(10.6, 0.5))
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(-0.5, 0.5), frame_on=False)
         for name, part in seconds.items():
@@ -200,54 +202,7 @@ def time_split(seconds: Mapping[str, float], dark: bool = False) -> bytes:
             ink = "white" if name in ("productive", "checkpoint", "recovery", "redone", "other") else "#1c2127"
             axes.text(left + share / 2, 0, label, ha="center", va="center_baseline", color=ink, weight="bold")
             left += share
-        return _png(figure)
-
-
-def _box(inside_xy: Array) -> tuple[slice, slice]:
-    """The bounding box of what is inside, with a margin; everything if nothing is."""
-    x, y = (np.flatnonzero(inside_xy.any(axis=axis)) if inside_xy.any() else [0, 10**6] for axis in (1, 0))
-    return slice(max(x[0] - 2, 0), x[-1] + 3), slice(max(y[0] - 2, 0), y[-1] + 3)
-
-
-def _panel(axes: Axes, plane_xy: Array, inside_xy: Array, regions_rxy: Array) -> None:
-    low, high = np.nanpercentile(plane_xy[inside_xy] if inside_xy.any() else plane_xy, [1, 99.5])
-    shown = np.nan_to_num(np.where(inside_xy, plane_xy, low), nan=low)
-    axes.imshow(shown.T, cmap="gray", origin="lower", interpolation="bilinear", vmin=low, vmax=max(high, low + 1e-6))
-    for mask, colour, width in zip(regions_rxy, REGION_COLOURS.values(), (1.5, 2.6, 1.1), strict=True):
-        if mask.any():  # padded, so that a mask at the border is closed, and a full one has an outline
-            x, y = (np.arange(-1, n + 1) for n in mask.shape)
-            axes.contour(x, y, np.pad(mask, 1).T.astype(float), levels=[0.5], colors=[colour], linewidths=width)
-    axes.axis("off")
-
-
-def overlay(
-    case_id: str, image_cxyz: Array, truth_regions: Array | None, predicted_regions: Array, dice: Mapping[str, Any]
-) -> bytes:
-    """FLAIR and T1gd of the axial slice with the largest tumour: true outlines above, predicted below."""
-    masks = {name: m for name, m in (("truth", truth_regions), ("prediction", predicted_regions)) if m is not None}
-    areas_z = next((m[0].sum(axis=(0, 1)) for m in masks.values() if m[0].any()), None)
-    z = predicted_regions.shape[3] // 2 if areas_z is None else int(areas_z.argmax())
-    planes = {"FLAIR": image_cxyz[0, :, :, z], "T1gd": image_cxyz[2, :, :, z]}
-    inside = (planes["FLAIR"] != image_cxyz[0, 0, 0, 0]) | (planes["T1gd"] != image_cxyz[2, 0, 0, 0])
-    box = _box(inside | np.any([regions[0, :, :, z] for regions in masks.values()], axis=0))
-    side, strip, head, foot = 2.4, 0.22, 0.66, 0.3  # inches
-    total = head + (side + strip) * len(masks) + foot
-    with matplotlib.rc_context({**_theme(dark=True), "figure.facecolor": "black"}):
-        figure = Figure(figsize=(2 * side, total))
-        for place, (name, modality) in enumerate(product(masks, planes)):
-            left, bottom = place % 2 / 2 + 0.01, total - head - (side + strip) * (place // 2 + 1)
-            axes = figure.add_axes((left, bottom / total, 0.48, side / total))
-            _panel(axes, planes[modality][box], inside[box], masks[name][:, *box, z])
-            label = f"{modality}, {name}{'' if masks[name][0].any() else ': no tumour'}"
-            figure.text(left + 0.01, (bottom + side + 0.04) / total, label, alpha=0.9)
-        look: dict[str, Any] = {"va": "center", "fontweight": "bold"}
-        figure.text(0.02, 1 - 0.2 / total, f"{case_id:.46}", fontsize=11.5, parse_math=False, **look)
-        for place, (region, colour) in enumerate(REGION_COLOURS.items()):
-            score = "" if truth_regions is None else f"  Dice {np.array(dice.get(region), dtype=float):.3f}"
-            text = f"━ {region}{score}".replace("nan", "–")
-            figure.text(0.02 + 0.32 * place, 1 - 0.45 / total, text, color=colour, **look)
-        figure.text(0.02, 0.12 / total, f"axial z = {z}, as stored (RAS): patient left is left, front is up", size=8)
-        return _png(figure, dpi=120)
+        return png(figure)
 
 
 _SHOWN = {  # metric: (title, the end of its axis; None where it is open)
@@ -264,7 +219,7 @@ def distributions(rows: Sequence[Row], dark: bool = False) -> bytes:
     names = {c: name for c in scores.columns_of(rows) if (name := scores.name_of(c)) and name[0] in _SHOWN}
     values = {c: [v for row in rows if (v := scores.number(row.get(c))) is not None and isfinite(v)] for c in names}
     kinds = list(dict.fromkeys(names[c][0] for c, found in values.items() if found))
-    with matplotlib.rc_context(_theme(dark)):
+    with matplotlib.rc_context(theme(dark)):
         figure = Figure(figsize=(2.1 * max(len(kinds), 1), 2.6), layout="constrained")
         for place, kind in enumerate(kinds, 1):
             title, end = _SHOWN[kind]
@@ -283,4 +238,4 @@ def distributions(rows: Sequence[Row], dark: bool = False) -> bytes:
             else:
                 axes.set_yscale("symlog", linthresh=10)
             axes.tick_params("x", labelrotation=0 if len(shown) < 5 else 60)
-        return _png(figure)
+        return png(figure)

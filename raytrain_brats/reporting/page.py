@@ -1,6 +1,6 @@
 """One self-contained page about a run: scores, curves, workers, where the time went.
 
-In: a run folder (local or s3://); only rows of steps must be there.
+In: a run folder (local or s3://), of which only rows of steps must be there; perhaps an earlier run to stand beside it.
 Out: `report.html` beside it. A page of the same run is replaced, by its own word (a meta tag); any other file is not.
 """
 
@@ -10,7 +10,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -18,30 +19,82 @@ import yaml
 
 from raytrain_brats import books, outputs, storage
 from raytrain_brats.errors import UserError
-from raytrain_brats.reporting import figures, goodput, planned, scores
+from raytrain_brats.reporting import beside, evaluated, facts, figures, goodput, planned
+from raytrain_brats.reporting.evaluated import Evaluated
+from raytrain_brats.reporting.facts import duration, number, signed
 from raytrain_brats.reporting.goodput import Recovery, TimeBreakdown
 
 Row = dict[str, Any]
 REGIONS = tuple(figures.REGION_COLOURS)
 REPORT, GENERATOR, HEAD_BYTES = "report.html", f"{outputs.PROGRAM} report", 2000
 MOST_CASES, MOST_OVERLAYS, MOST_LINES, MOST_RECOVERIES = 50, 12, 200, 20
+OPEN_OVERLAYS = 3
+"""Overlays that stand open on the page; the others are folded."""
 
 
-def _number(value: Any, digits: int = 3) -> str:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, jinja2.UndefinedError):
-        return "–"
-    return "–" if math.isnan(number) else "∞" if math.isinf(number) else f"{number:,.{digits}f}"
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says."""
+
+    run_dir: str
+    files: Mapping[str, int]
+    rows: list[Row]
+    events: list[Row]
+    """By time."""
+    torn: int
+    config: str
+    """config.yaml, as it is."""
+    evaluated: Evaluated
+    split: TimeBreakdown
+    recoveries: list[Recovery] = field(repr=False)
+
+    @cached_property
+    def about(self) -> Row:
+        """What config.yaml holds; nothing where it is no YAML of ours."""
+        try:
+            found = yaml.safe_load(self.config)
+        except yaml.YAMLError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def settings(self) -> Row:
+        found = self.about.get("config")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def launch(self) -> Row:
+        """The first."""
+        return next((e for e in self.events if e["event"] == "launch"), {})
+
+    @property
+    def validations(self) -> list[Row]:
+        return [event for event in self.events if event["event"] == "validation"]
+
+    @property
+    def identity(self) -> str:
+        """Which run it is, wherever its folder is."""
+        return hashlib.sha256(json.dumps((self.events or self.rows)[0]).encode()).hexdigest()[:16]
 
 
-def _duration(seconds: float) -> str:
-    if math.isnan(seconds):
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+def _read(run_dir: str) -> Run:
+    """Raises UserError when there is no run, or one without a step."""
+    run_dir = storage.normal(run_dir)
+    files = storage.list_files(run_dir)
+    if not files:
+        raise UserError(f"{run_dir}: no such run folder, or an empty one; name the folder that `train` wrote")
+    torn: list[str] = []
+    rows, events = books.read_rows(run_dir, torn=torn), books.read_events(run_dir, torn)
+    if not rows:
+        raise UserError(f"{run_dir}: metrics/ is missing or empty; report after the run's first step")
+    config = storage.read_bytes(storage.join(run_dir, "config.yaml")).decode() if "config.yaml" in files else ""
+    split, recoveries = (
+        goodput.time_breakdown(events, rows),
+        goodput.recoveries(events),
+    )  # the books' order is the true one
+    known = sorted((e for e in events if "event" in e and "time" in e), key=lambda event: float(event["time"]))
+    found = evaluated.read(run_dir, files)
+    return Run(run_dir, files, rows, known, len(torn), config, found, split, list(recoveries))
 
 
 def _groups(rows: Sequence[Row], events: Sequence[Row], origin: float) -> list[Row]:
@@ -79,23 +132,39 @@ def _quarantined(events: Sequence[Row]) -> list[Row]:
     return [{"case": c, "reason": r, "detail": d, "count": n} for (c, r, d), n in sorted(times.items())]
 
 
-def _evaluation(run_dir: str, files: Mapping[str, int]) -> Row:
-    """Summary, cases (worst mean Dice first) and overlays, as far as they are there."""
-    found: Row = {"summary": {}, "cases": [], "overlays": [], "statistics": []}
-    if "evaluation/summary.json" in files:
-        found["summary"] = json.loads(storage.read_bytes(storage.join(run_dir, "evaluation/summary.json")))
-    if "evaluation/cases.csv" in files:
-        text = storage.read_bytes(storage.join(run_dir, "evaluation/cases.csv")).decode()
-        found["cases"] = scores.worst_first(scores.read(text))
-    found["statistics"] = list(scores.by_column(found["cases"]).values())
-    order = {case["case"]: rank for rank, case in enumerate(found["cases"])}
-    pictures = [f for f in files if f.startswith("evaluation/overlays/") and f.endswith(".png")]
+def _overlays(run: Run) -> tuple[list[dict[str, str]], int]:
+    """Pictures of the worst cases, worst first, and how many there are."""
+    order = {str(case["case"]): rank for rank, case in enumerate(run.evaluated.cases)}
+    pictures = [f for f in run.files if f.startswith("evaluation/overlays/") and f.endswith(".png")]
     names = {name: name.rsplit("/", 1)[1].removesuffix(".png") for name in pictures}
-    for name in sorted(pictures, key=lambda f: (order.get(names[f], len(order)), f))[:MOST_OVERLAYS]:
-        picture = _base64(storage.read_bytes(storage.join(run_dir, name)))
-        found["overlays"].append({"case": names[name], "png": picture})
-    found["num_overlays"] = len(pictures)
-    return found
+    chosen = sorted(pictures, key=lambda f: (order.get(names[f], len(order)), f))[:MOST_OVERLAYS]
+    contents = {name: _base64(storage.read_bytes(storage.join(run.run_dir, name))) for name in chosen}
+    return [{"case": names[name], "png": content} for name, content in contents.items()], len(pictures)
+
+
+def _side(run: Run) -> beside.Side:
+    samples = run.rows[-1]["samples_seen"]
+    active_s = run.split.wall_s - run.split.stopped_s
+    costs = [e["dollars"] for e in run.events if e["event"] == "cost"]
+    losses = [row["loss"] for row in run.rows[-20:] if row["loss"] is not None]
+    done = sum(row["positions"][1] - row["positions"][0] for row in run.rows)
+    speed = {
+        "samples seen": float(samples),
+        "final loss": sum(losses) / len(losses) if losses else math.nan,
+        "samples / s": done / active_s if active_s else math.nan,
+        "goodput": run.split.goodput,
+        "wall time, h": run.split.wall_s / 3600,
+    } | ({"cost, $": sum(costs)} if costs else {})
+    return beside.Side(run.run_dir, run.evaluated, run.about, speed)
+
+
+def _beside(run: Run, earlier: Run) -> Row:
+    """What the page shows of both."""
+    here, there = _side(run), _side(earlier)
+    return {
+        "run_dir": earlier.run_dir, "lines": beside.lines(here, there), "paired": beside.paired(here, there),
+        "cautions": beside.cautions(here, there), "settings": beside.settings(here, there),
+    }  # fmt: skip
 
 
 def _headline(
@@ -116,36 +185,27 @@ def _headline(
     stay = {"device": "cases stay on the GPU", "host": "cases stay in shared memory"}.get(where, "cases are streamed")
     share = "–" if math.isnan(split.goodput) else f"{split.goodput:.1%}"
     return [
-        ("final loss", _number(sum(tail) / len(tail), 4), f"mean of the last {len(tail)} steps"),
+        ("final loss", number(sum(tail) / len(tail), 4), f"mean of the last {len(tail)} steps"),
         ("samples seen", f"{last['samples_seen']:,}", done),
         ("steps", f"{len(rows):,}", f"{bad:,} samples could not be read" if bad else "every sample was read"),
         ("workers", "–".join(str(w) for w in dict.fromkeys((worlds[0], worlds[-1]))),
          f"{restarts} restart{'s' * (restarts != 1)} of the group"),
         ("goodput", share, "time in steps that were kept / time the run was up"),
-        ("samples / s", _number(samples / active_s if active_s else math.nan, 2),
-         f"{_number(samples / in_steps_s if in_steps_s else math.nan, 2)} within steps"),
+        ("samples / s", number(samples / active_s if active_s else math.nan, 2),
+         f"{number(samples / in_steps_s if in_steps_s else math.nan, 2)} within steps"),
         ("data wait", f"{wait_s / in_steps_s:.1%}" if in_steps_s else "–", f"of the time within steps; {stay}"),
         ("stood still", f"{sum(stalls) / active_s:.1%}" if active_s else "–",
          "of the time the run was up: {:.1%} waiting for data, {:.1%} saving, {:.1%} validating".format(
              *(stall / active_s if active_s else 0.0 for stall in stalls))),
-        ("wall time", _duration(split.wall_s), f"{_duration(split.stopped_s)} of it stopped"),
-        *_cost(events),
-        *([("planned", f"{_number(plan.samples_per_s, 2)} samples / s", str(plan))] if plan else []),
+        ("wall time", duration(split.wall_s), f"{duration(split.stopped_s)} of it stopped"),
+        *facts.cost(events),
+        *([("planned", f"{number(plan.samples_per_s, 2)} samples / s", str(plan))] if plan else []),
     ]  # fmt: skip
 
 
-def _cost(events: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Nothing where no prices were given."""
-    costs = [event for event in events if event["event"] == "cost"]
-    if not costs:
-        return []
-    note = f"${costs[-1]['dollars_per_hour']:,.2f} an hour at last; while a driver ran, by the prices given"
-    return [("cost", f"${sum(event['dollars'] for event in costs):,.2f}", note)]
-
-
-def _scores(evaluation: Row, validations: Sequence[Row]) -> tuple[dict[str, Any], str]:
+def _scores(found: Evaluated, validations: Sequence[Row]) -> tuple[dict[str, Any], str]:
     """Dice by region and where it comes from: the evaluation, else the last validation."""
-    if summary := evaluation["summary"]:
+    if summary := found.summary:
         note = f"{summary.get('split', 'held-out')} split, {summary.get('cases', '?')} cases"
         return summary.get("dice", {}), f"{note}, {summary.get('checkpoint', 'checkpoint unknown')}"
     if validations:
@@ -183,52 +243,59 @@ def _target(run_dir: str, out: str, files: Mapping[str, int], run: str, overwrit
     return target
 
 
-def write_report(run_dir: str, out: str = "", overwrite: bool = False) -> str:
-    """Write the page and return its URI. Raises UserError when there is no run to report, or a file that is no report
-    of it stands there."""
-    run_dir = storage.normal(run_dir)
-    files = storage.list_files(run_dir)
-    if not files:
-        raise UserError(f"{run_dir}: no such run folder, or an empty one; name the folder that `train` wrote")
-    torn: list[str] = []
-    rows, events = books.read_rows(run_dir, torn=torn), books.read_events(run_dir, torn)
-    if not rows:
-        raise UserError(f"{run_dir}: metrics/ is missing or empty; report after the run's first step")
-    run = hashlib.sha256(json.dumps((events or rows)[0]).encode()).hexdigest()[:16]
-    target = _target(run_dir, out, files, run, overwrite)
-    config = storage.read_bytes(storage.join(run_dir, "config.yaml")).decode() if "config.yaml" in files else ""
-    split, recoveries = (
-        goodput.time_breakdown(events, rows),
-        goodput.recoveries(events),
-    )  # the books' order is the true one
-    events = sorted((e for e in events if "event" in e and "time" in e), key=lambda event: float(event["time"]))
-    validations = [event for event in events if event["event"] == "validation"]
-    evaluation, (origin, end) = _evaluation(run_dir, files), figures.wall_span(rows, events)
-    groups, (dice, dice_source) = _groups(rows, events, origin), _scores(evaluation, validations)
-    drawn = {
-        "loss": _pair(figures.loss_curve, rows),
-        "dice": _pair(figures.dice_curve, validations) if validations else None,
-        "workers": _pair(figures.worker_timeline, rows, events),
-        "split": _pair(figures.time_split, split.parts()),
-        "scores": _pair(figures.distributions, evaluation["cases"]) if evaluation["statistics"] else None,
-    }
+def write_report(run_dir: str, out: str = "", overwrite: bool = False, *, earlier: str = "", title: str = "") -> str:
+    """Write the page and return its URI; `earlier`: a run to stand beside it.
+
+    Raises UserError when there is no run to report, or a file that is no report of it stands there.
+    """
+    run = _read(run_dir)
+    other = _read(earlier) if earlier else None
+    if other and outputs.same(other.run_dir, run.run_dir):
+        raise UserError(f"--beside {earlier} is the run itself; name an earlier one")
+    target = _target(run.run_dir, out, run.files, run.identity, overwrite)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raytrain_brats.reporting", "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "duration": _duration}
-    page = environment.get_template("report.html.j2").render(
-        generator=GENERATOR, run=run, run_dir=run_dir, ending=_ending(events),
-        began=datetime.fromtimestamp(origin, UTC), ended=datetime.fromtimestamp(end, UTC),
-        launch=next((e for e in events if e["event"] == "launch"), {}),
-        headline=_headline(rows, events, split, len(groups), planned.read(run_dir)), dice=dice, dice_source=dice_source,
-        phantom=_on_phantoms(evaluation["summary"], yaml.safe_load(config)), figures=drawn, split=split,
-        validations=validations, evaluation=evaluation, quarantined=_quarantined(events), groups=groups,
-        recoveries=_recoveries(recoveries), steps=goodput.STEPS,
-        config=config, torn=len(torn), origin=origin, regions=figures.REGION_COLOURS,
-        time_colours=figures.TIME_COLOURS, most_cases=MOST_CASES, most_lines=MOST_LINES,
-    )  # fmt: skip
+    environment.filters |= {"number": number, "duration": duration, "signed": signed}
+    page = environment.get_template("report.html.j2").render(_shown(run, other, title))
     storage.write_bytes(target, page.encode())
     return target
+
+
+def _shown(run: Run, other: Run | None, title: str) -> Row:
+    """Everything that the template names."""
+    validations, found = run.validations, run.evaluated
+    origin, end = figures.wall_span(run.rows, run.events)
+    groups, (dice, dice_source) = _groups(run.rows, run.events, origin), _scores(found, validations)
+    pictures, num_pictures = _overlays(run)
+    why = evaluated.why_others(validations, found, run.settings, run.launch)
+    return {
+        "generator": GENERATOR, "run": run.identity, "run_dir": run.run_dir,
+        "title": title or facts.title(run.about, run.launch),
+        "facts": facts.facts(run.run_dir, run.about, run.events, (origin, end), run.split.wall_s),
+        "ending": _ending(run.events), "launch": run.launch,
+        "headline": _headline(run.rows, run.events, run.split, len(groups), planned.read(run.run_dir)),
+        "dice": dice, "dice_source": dice_source, "phantom": _on_phantoms(found.summary, run.about),
+        "figures": _figures(run, other), "split": run.split, "validations": validations, "evaluated": found,
+        "how": evaluated.how(found), "why": why, "lesion_year": evaluated.YEAR, "overlays": pictures,
+        "num_overlays": num_pictures, "open_overlays": OPEN_OVERLAYS, "beside": _beside(run, other) if other else None,
+        "quarantined": _quarantined(run.events), "groups": groups, "recoveries": _recoveries(run.recoveries),
+        "steps": goodput.STEPS, "config": run.config, "torn": run.torn, "origin": origin,
+        "regions": figures.REGION_COLOURS, "time_colours": figures.TIME_COLOURS, "most_cases": MOST_CASES,
+        "most_lines": MOST_LINES,
+    }  # fmt: skip
+
+
+def _figures(run: Run, other: Run | None) -> dict[str, dict[str, str] | None]:
+    validations, before = run.validations, other.validations if other else []
+    scored = bool(run.evaluated.statistics)
+    return {
+        "loss": _pair(figures.loss_curve, run.rows),
+        "dice": _pair(figures.dice_curve, validations, before) if validations else None,
+        "workers": _pair(figures.worker_timeline, run.rows, run.events),
+        "split": _pair(figures.time_split, run.split.parts()),
+        "scores": _pair(figures.distributions, run.evaluated.cases) if scored else None,
+    }

@@ -19,6 +19,8 @@ _COLUMN = re.compile(r"(?P<metric>.+?)_(?P<region>[A-Z]+)(?P<unit>_mm)?")
 _HIGHER_IS_WORSE = ("hd95", "lesion_hd95", "lesion_fp", "lesion_fn")
 FIRST = tuple(f"dice_{r}" for r in REGIONS) + tuple(f"hd95_{r}_mm" for r in REGIONS)
 """Columns that every evaluation has, in the order in which they stand."""
+FEWEST = 5
+"""Cases that tell an outlier: quartiles of fewer say nothing."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,28 @@ def by_column(rows: Sequence[Row]) -> dict[str, Statistics]:
     return found
 
 
+def mean_dice(row: Row) -> float:
+    """Of WT, TC and ET; infinite without any."""
+    known = [value for r in REGIONS if (value := number(row.get(f"dice_{r}"))) is not None]
+    return sum(known) / len(known) if known else float("inf")
+
+
 def worst_first(rows: Sequence[Row]) -> list[Row]:
     """By the mean Dice of WT, TC and ET; cases without any last."""
-
-    def mean_dice(row: Row) -> float:
-        known = [value for r in REGIONS if (value := number(row.get(f"dice_{r}"))) is not None]
-        return sum(known) / len(known) if known else float("inf")
-
     return sorted(rows, key=mean_dice)
+
+
+def outliers(rows: Sequence[Row], found: Mapping[str, Statistics]) -> set[tuple[str, str]]:
+    """(case, column) of what is worse than the nearer quartile by over 1.5 times their distance (Tukey's fences);
+    nothing of a column of fewer than FEWEST cases."""
+    marked = set()
+    for column, about in found.items():
+        sign = 1 if about.metric.startswith(_HIGHER_IS_WORSE) else -1
+        fence = 1.5 * (about.q3 - about.q1) + sign * (about.q3 if sign > 0 else about.q1)
+        if about.cases >= FEWEST:
+            values = ((str(row["case"]), number(row.get(column))) for row in rows)
+            marked |= {(case, column) for case, value in values if value is not None and sign * value > fence}
+    return marked
 
 
 def read(text: str) -> list[Row]:

@@ -146,6 +146,13 @@ def test_predict_writes_the_mean_and_names_all_members(made: Path, tmp_path: Pat
     assert predict.main([str(w) for w in ("--run-dir", run, *words)]) == 0
     assert (out / "BRATS_001_probabilities.nii.gz").exists()
 
+    drawn = [str(w) for w in ("--run-dir", run, *words, "--overlays", 1)]
+    assert predict.main(drawn) == 0
+    picture = out / "overlays" / "BRATS_001.png"
+    assert "overlays/BRATS_001.png" in json.loads((out / outputs.RECORD).read_text())["files"]
+    before = picture.stat().st_mtime_ns
+    assert predict.main(drawn) == 0 and picture.stat().st_mtime_ns == before
+
 
 def test_runs_that_do_not_agree_are_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Other voxels, other meaning of labels, a folder of folds among those without a checkpoint: by name."""
@@ -167,7 +174,8 @@ def test_each_case_is_scored_once_by_the_network_that_has_not_seen_it(
 ) -> None:
     """cases.csv of a folder of folds has the held-out cases of each; Dice is that of the fold's own network, others
     would give another; the summary has each fold's means and their spread; folds without a run are named."""
-    assert evaluate.main(["--run-dir", str(made / "run"), "--data", str(made / "data"), "--no-mirror"]) == 0
+    words = ["--run-dir", made / "run", "--data", made / "data", "--no-mirror", "--overlays", 1]
+    assert evaluate.main([str(word) for word in words]) == 0
     printed = capsys.readouterr()
     rows = list(csv.DictReader((made / "run/evaluation/cases.csv").read_text().splitlines()))
     manifest = scan.open_manifest(str(made / "data"))
@@ -185,7 +193,12 @@ def test_each_case_is_scored_once_by_the_network_that_has_not_seen_it(
         assert int(row["fold"]) == case.fold
         assert [float(row[f"dice_{r}"]) for r in REGIONS] == pytest.approx([own[r] for r in REGIONS], abs=1e-4)
         others.append(own != other)
+        voxel_ml = abs(np.linalg.det(np.array(prepared.geometry.affine)[:3, :3])) / 1000
+        volumes = [float(row[f"volume_{r}_truth_ml"]) for r in REGIONS]
+        assert volumes == pytest.approx([mask.sum() * voxel_ml for mask in truth], abs=1e-3)
     assert any(others)
+    (picture,) = (made / "run/evaluation/overlays").iterdir()
+    assert picture.stem == min(rows, key=lambda row: np.mean([float(row[f"dice_{r}"]) for r in REGIONS]))["case"]
     summary = json.loads((made / "run/evaluation/summary.json").read_text())
     assert set(summary["folds"]) == {"0", "1"} and summary["cases"] == len(rows)
     assert summary["over_folds"]["sd"]["dice"]["WT"] is not None

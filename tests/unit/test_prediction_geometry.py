@@ -62,13 +62,14 @@ def predicted(
     out: Path,
     spacing_mm: float = 1.0,
     probabilities: bool = False,
+    drawn: frozenset[str] = frozenset(),
 ) -> Path:
     """The file that `predict` writes for a case, by its own functions: all but the network is real."""
     monkeypatch.setattr(predict, "shared_networks", lambda _: SimpleNamespace(device=None))
     monkeypatch.setattr(predict, "native_probabilities", threshold)
     root, case = item
     read = predict._read((Source(root, "msd", spacing_mm), case))
-    predict._segment(predict.Job(str(out), (), Rules(), False, probabilities), read)
+    predict._segment(predict.Job(str(out), (), Rules(), False, probabilities, drawn), read)
     return out / f"{case.id}.nii.gz"
 
 
@@ -227,3 +228,21 @@ def test_a_label_file_needs_labels() -> None:
     """Numbers that are no labels do not go by as if they were."""
     with pytest.raises(AssertionError):
         label_file(LABEL.astype(np.int16), nifti(IMAGE_XYZC)[:348])
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_pictures_show_the_patients_right_on_the_left(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order of the scan's axes: what is drawn is the prediction turned to R, A, S, with its volume."""
+    _, item = scan(tmp_path / "in", "4D", AFFINES[name], (1, 1))
+    shown: list[Any] = []
+    real = predict.overlays.cut
+    monkeypatch.setattr(predict.overlays, "cut", lambda *given: shown.append(given) or real(*given))
+    target = predicted(monkeypatch, item, tmp_path / "out", drawn=frozenset([item[1].id]))
+    assert (tmp_path / "out" / "overlays" / f"{item[1].id}.png").read_bytes().startswith(b"\x89PNG")
+    ((case, image, truth, masks, edges_mm),) = shown
+    turned = nib.as_closest_canonical(nib.load(target))
+    assert case == item[1].id and truth is None
+    assert np.array_equal(masks[0], np.asarray(turned.dataobj) > 0) and image.shape == (2, *turned.shape)
+    assert np.allclose(edges_mm, turned.header.get_zooms(), atol=1e-4)

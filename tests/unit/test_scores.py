@@ -8,10 +8,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from monai.metrics.meandice import compute_dice
 
 from raytrain_brats import evaluate, labels, outputs
 from raytrain_brats.labels import regions_of_network
 from raytrain_brats.learn.case_scores import Reading, columns, of_network
+from raytrain_brats.learn.metrics import dice
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.reporting import figures, scores
 from tests.support.cases import make_affine, save, write_msd_folder
@@ -54,6 +57,16 @@ def test_a_region_that_is_not_predicted_is_not_scored_as_zero() -> None:
     assert list(network) == list(other)
     elsewhere = columns(Reading(volume(), "brats2023"), truth, MM, "GLI")
     assert elsewhere["dice_RC"] == "not predicted" and elsewhere["dice_WT"] == 0.0
+
+
+def test_dice_is_that_of_monai() -> None:
+    """By the same rules, also where one or both are empty; ours counts whole numbers and copies no volume to floats."""
+    rng = np.random.default_rng(0)
+    predicted, truth = rng.random((2, 3, 16, 14, 12)) > 0.7
+    for empty in ((), (0,), (1,), (0, 1)):
+        pair = [np.zeros_like(masks) if number in empty else masks for number, masks in enumerate((predicted, truth))]
+        theirs = compute_dice(*(torch.from_numpy(masks)[None] for masks in pair), ignore_empty=False)
+        assert list(dice(pair[0], pair[1]).values()) == pytest.approx(theirs[0].tolist(), abs=1e-6)
 
 
 def test_empty_regions_by_each_year() -> None:
