@@ -122,7 +122,7 @@ def work(args: Args) -> None:
     if not items:
         print(f"0 label volumes made{already}, in {out}")
         return
-    cluster.connect(held_bytes=members.weight_bytes(networks))
+    cluster.connect(held_bytes=members.weight_bytes(networks), own=members.parts_of(networks))
     references = tuple(ray.put((member.run.config, member.weights)) for member in networks)
     del networks
     missing = _predict(Job(out, references, rules, args.mirror, args.save_probabilities), items)
@@ -232,7 +232,7 @@ def _named(item: tuple[Source, Case], error: Exception) -> Row:
     case = item[1].id
     if isinstance(error, InvalidCase):
         return "refused", f"case {case}: {error.reason}, {error.detail}"
-    if isinstance(error, RunFailed):
+    if isinstance(error, RunFailed | UserError):
         raise error
     text = " ".join(str(error).split())[:300]
     advice = "; a GPU with more memory, or --no-mirror, may do it" if "out of memory" in text.lower() else ""
