@@ -9,7 +9,7 @@ import itertools
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -357,11 +357,16 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
         known.append(key)
-        kind: Any = field.annotation
-        for part in getattr(kind, "__args__", (kind,)):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                known += _known_keys(part, f"{key}.")
+        for part in _models(field.annotation):
+            known += _known_keys(part, f"{key}.")
     return known
+
+
+def _models(kind: Any) -> list[type[BaseModel]]:
+    """The sections that a value may be, within unions too."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [kind]
+    return [model for part in get_args(kind) for model in _models(part)]
 
 
 def _near(word: str, known: list[str]) -> str:

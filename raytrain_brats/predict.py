@@ -89,7 +89,8 @@ class Read:
     warning: str
 
 
-def work(args: Args) -> None:
+def work(args: Args) -> list[str]:
+    """Paths of the label volumes of all cases given. Raises UserError, and RunFailed when one is missing."""
     given = [run_folder(name) for name in args.run_dir or ("",)]
     out, networks = storage.normal(args.out), members.opened(given)
     rules, said = members.rules_of(given, networks) if args.postprocess else (Rules(), "no post-processing")
@@ -118,10 +119,11 @@ def work(args: Args) -> None:
         for root, case in found
         if not there.issuperset(_names(case, args.save_probabilities))
     ]
+    made = [storage.join(out, _names(case, False)[0]) for _, case in found]
     already = f", {len(found) - len(items)} were there already" if len(items) < len(found) else ""
     if not items:
         print(f"0 label volumes made{already}, in {out}")
-        return
+        return made
     cluster.connect(held_bytes=members.weight_bytes(networks), own=members.parts_of(networks))
     references = tuple(ray.put((member.run.config, member.weights)) for member in networks)
     del networks
@@ -131,6 +133,7 @@ def work(args: Args) -> None:
         raise RunFailed(
             f"{missing} of {len(items)} cases have no prediction, as named above; the same command tries them again"
         )
+    return made
 
 
 def _predict(job: Job, items: list[tuple[Source, Case]]) -> int:
