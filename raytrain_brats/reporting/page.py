@@ -18,7 +18,7 @@ import yaml
 
 from raytrain_brats import books, outputs, storage
 from raytrain_brats.errors import UserError
-from raytrain_brats.reporting import figures, goodput, planned, scores
+from raytrain_brats.reporting import figures, goodput, planned, provenance, scores
 from raytrain_brats.reporting.goodput import Recovery, TimeBreakdown
 
 Row = dict[str, Any]
@@ -153,6 +153,12 @@ def _scores(evaluation: Row, validations: Sequence[Row]) -> tuple[dict[str, Any]
     return {}, ""
 
 
+def _mapping(config: str) -> Row:
+    """config.yaml's content; {} where there is none, or something else."""
+    found = yaml.safe_load(config)
+    return found if isinstance(found, dict) else {}
+
+
 def _on_phantoms(summary: Row, config: Any) -> bool:
     """By the evaluation's word, else by the configuration's `synthetic`."""
     if "data" in summary:
@@ -227,6 +233,7 @@ def write_report(run_dir: str, out: str = "", overwrite: bool = False) -> str:
         phantom=_on_phantoms(evaluation["summary"], yaml.safe_load(config)), figures=drawn, split=split,
         validations=validations, evaluation=evaluation, quarantined=_quarantined(events), groups=groups,
         recoveries=_recoveries(recoveries), steps=goodput.STEPS,
+        made_by=provenance.table(events, rows, _mapping(config), split.wall_s - split.stopped_s),
         config=config, torn=len(torn), origin=origin, regions=figures.REGION_COLOURS,
         time_colours=figures.TIME_COLOURS, most_cases=MOST_CASES, most_lines=MOST_LINES,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-from raytrain_brats import interrupt, storage
+from raytrain_brats import interrupt, provenance, storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster, elastic, roles, warm_pool
@@ -55,6 +55,7 @@ def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
     facts: dict[str, Any] = {"workers": f"{needed.low}:{needed.high}", "route": spec.route}
     facts |= {"cases_train": len(spec.train_cases), "cases_val": len(spec.held_out_cases)}
     facts |= {"total_samples": spec.sampler.total, "dataset_identity": spec.dataset_identity}
+    facts |= {"recipe": spec.recipe, "seed": spec.config.train.seed} | provenance.of_launch()
     journal.event(spec.run_dir, "launch", **facts)
     began, before = time.perf_counter(), journal.current(spec.run_dir)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"

@@ -39,6 +39,10 @@ class Member:
         """The one that it did not see."""
         return self.run.config.data.fold
 
+    def made_of(self) -> dict[str, Any]:
+        """`about`, with the seed and the data that it learned from: for the records of its predictions."""
+        return self.about() | {"seed": self.run.config.train.seed, "data": self.run.dataset_identity}
+
     def about(self) -> dict[str, Any]:
         """As records of outputs name it."""
         where = {"run": outputs.place(self.run_dir), "fold": self.fold}
