@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from raytrain_brats import __version__, config, outputs, provenance, storage
+from raytrain_brats import config, outputs, provenance, storage
 from raytrain_brats.cases import scan
 from raytrain_brats.cli import Pace, Uri, entry, progress, run_folder, show_skipped, span
 from raytrain_brats.data import manifest as manifests
@@ -190,7 +190,7 @@ def _claimed(args: Args, found: Found, networks: list[Member], rules: Rules, con
     about: dict[str, Any] = {"members": [member.made_of() for member in networks], "made_with": made_with}
     if len(networks) == 1:
         about["run"] = outputs.place(networks[0].run_dir)
-    about |= {"program": {"version": __version__, **provenance.commits()}}
+    about |= {"program": {"version": provenance.version(), **provenance.commits()}}
     about |= {"mirror": args.mirror, "postprocessing": rules.to_json()} | manifests.meaning(convention)
     if args.save_probabilities:
         about["probabilities"] = f"of {', '.join(REGIONS)} along the fourth axis, in steps of 1/255"

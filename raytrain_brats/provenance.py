@@ -16,8 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from raytrain_brats import __version__
-
 LIBRARIES = ("ray", "torch", "monai", "numpy")
 _GIT_S = 5.0
 """A checkout on a network disk may be slow; then nothing is said of it."""
@@ -26,7 +24,7 @@ _SECRET = re.compile(r"(?<=//)[^/@\s]+@")
 
 def of_launch() -> dict[str, Any]:
     """Command, package, commits, versions and machine of this process."""
-    return {"command": command(), "version": __version__, **commits(), "versions": versions(), "machine": machine()}
+    return {"command": command(), "version": version(), **commits(), "versions": versions(), "machine": machine()}
 
 
 def command() -> str:
@@ -41,6 +39,11 @@ def command() -> str:
     elif "/raytrain_brats/" in arguments[0] and name.endswith(".py"):
         name = f"raytrain-brats {name.removesuffix('.py')}"
     return _SECRET.sub("...@", f"{name} {shlex.join(arguments[1:])}".strip())
+
+
+def version() -> str:
+    """Of this package."""
+    return str(getattr(sys.modules[__package__ or ""], "__version__", ""))
 
 
 @lru_cache(maxsize=1)
