@@ -174,7 +174,7 @@ def choose(program: str, kind: str, given: list[str], choices: dict[str, str]) -
 
 def entry(
     options: type[Options],
-    work: Callable[[Options], None],
+    work: Callable[[Options], object],
     name: str,
     argv: list[str] | None,
     program: str = "raytrain-brats",

@@ -9,24 +9,29 @@ import itertools
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
+    Discriminator,
     Field,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from raytrain_brats import parts
 from raytrain_brats.errors import UserError
-from raytrain_brats.networks import NAMES, Network
+from raytrain_brats.networks import NAMES, OURS, OWN, Network, OwnNetwork, whose
 from raytrain_brats.networks import Frozen as _Frozen
+from raytrain_brats.parts import OwnPart
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Loss = Annotated[Annotated[Literal["dice_bce", "dice"], Tag(OURS)] | Annotated[OwnPart, Tag(OWN)], Discriminator(whose)]
 
 
 class Preprocess(_Frozen):
@@ -81,6 +86,8 @@ class Augment(_Frozen):
     """Intensities times 1 + U(-scale, scale), per modality; in `light`."""
     shift: float = Field(default=0.1, ge=0)
     """Intensities plus U(-shift, shift) standard deviations, per modality; in `light`."""
+    own: OwnPart | None = None
+    """`package.module:function` of one's own, after `kind` (docs/own-parts.md)."""
 
     @model_validator(mode="after")
     def _used(self) -> "Augment":
@@ -100,8 +107,9 @@ class Train(_Frozen):
     on it but for rounding. `exact` takes them one by one."""
     reduction: Literal["fast", "exact"] = "fast"
     """`fast`: DDP, the same at any world size but for float rounding. `exact`: the same bits on one kind of CPU."""
-    loss: Literal["dice_bce", "dice"] = "dice_bce"
-    """Soft Dice of each region, and binary cross-entropy beside it."""
+    loss: Loss = "dice_bce"
+    """Soft Dice of each region, and binary cross-entropy beside it; or `package.module:function` of one's own
+    (docs/own-parts.md)."""
     optimiser: Optimiser = Optimiser()
     ema_samples: PositiveInt | None = None
     """Score and predict by a running mean of the weights over about so many samples; by default by the last weights."""
@@ -246,12 +254,12 @@ def load(recipe: str, overrides: tuple[str, ...] = ()) -> Config:
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{where} holds no `key: value` lines")
-    for override in overrides:
+    for override in sorted(overrides, key=lambda o: not o.startswith("network.name=")):  # it may begin the section anew
         _apply(values, override)
     return parse(values, where)
 
 
-_BRANCHES = (*NAMES, "constrained-int", "literal['auto']")
+_BRANCHES = (*NAMES, OURS, OWN, "constrained-int", "literal['auto']")
 """What Pydantic adds to a key where a value may be of several kinds."""
 
 
@@ -267,6 +275,12 @@ def parse(values: dict[str, Any], where: str) -> Config:
             known = _known_keys(Config)
             raise UserError(f"{where}: key {key} is not known{_near(key, known)}") from error
         raise UserError(f"{where}: {key or 'config'}: {message} (got {first['input']!r})") from error
+
+
+def own_parts(config: Config) -> dict[str, OwnPart]:
+    """{key: part} of all that is no part of this package."""
+    wanted = {"network": config.network, "train.loss": config.train.loss, "train.augment.own": config.train.augment.own}
+    return {key: part for key, part in wanted.items() if isinstance(part, OwnPart)}
 
 
 _FREE: dict[str, Any] = {
@@ -306,7 +320,10 @@ def _read_yaml(text: str | bytes) -> Any:
 
 
 def patch_divisor(config: Config) -> int:
-    """Patch edges must be multiples of this: the network halves them at every level."""
+    """Patch edges must be multiples of this: the network halves them at every level. Raises UserError for one's own
+    network that is not there."""
+    if isinstance(config.network, OwnNetwork):
+        return parts.divisor(config.network)
     return int(2 ** (config.network.levels - 1))
 
 
@@ -321,6 +338,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise UserError(f"--set {override}: {part} is a value, not a section")
     try:
+        if key == "network.name" and ":" in text:
+            place.clear()  # options of the recipe's network are none of this one
         place[last] = _read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not YAML") from error
@@ -338,11 +357,16 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
         known.append(key)
-        kind: Any = field.annotation
-        for part in getattr(kind, "__args__", (kind,)):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                known += _known_keys(part, f"{key}.")
+        for part in _models(field.annotation):
+            known += _known_keys(part, f"{key}.")
     return known
+
+
+def _models(kind: Any) -> list[type[BaseModel]]:
+    """The sections that a value may be, within unions too."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [kind]
+    return [model for part in get_args(kind) for model in _models(part)]
 
 
 def _near(word: str, known: list[str]) -> str:

@@ -110,7 +110,7 @@ def work(args: Args) -> None:
         print(f"the run learned {described(run.convention)}: compared by region")
     print(said + (", learned on these cases: see its own figures" if split == "val" and rules != Rules() else ""))
     show_skipped(manifest.skipped)
-    cluster.connect(held_bytes=members.weight_bytes(networks))
+    cluster.connect(held_bytes=members.weight_bytes(networks), own=members.parts_of(networks))
     shared = members.by_fold([(m.fold, ray.put((m.run.config, m.weights))) for m in networks], split)
     one = partial(_one, shared, source, args.overlays > 0, rules, args.mirror, challenge)
     worst = overlays.Worst(args.overlays)

@@ -22,7 +22,7 @@ from raytrain_brats.data import manifest as manifests
 from raytrain_brats.errors import UserError
 from raytrain_brats.exporting import bundle, card, onnx_file
 from raytrain_brats.learn.model import build_network
-from raytrain_brats.run import spec
+from raytrain_brats.run import own_parts, spec
 from raytrain_brats.run.predictor import newest_weights
 from raytrain_brats.run.run_dir import RunDir
 
@@ -58,6 +58,7 @@ def work(args: Args) -> None:
     if "bundle" in args.formats:
         bundle.definition(run.config)
     checkpoint, weights = newest_weights(run_dir)
+    own_parts.check_weights(run_dir, run, weights)
     network = build_network(run.config)
     network.load_state_dict(weights)
     about = card.About(

@@ -4,9 +4,11 @@ In: a recipe's `network` section.
 Out: frozen options, checked; learn/model.py builds the network. `width` names the option that makes it smaller.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
+
+from raytrain_brats.parts import OwnPart
 
 
 class Frozen(BaseModel):
@@ -98,5 +100,23 @@ class UNetOptions(Frozen):
         return len(self.channels)
 
 
-Network = Annotated[SegResNetOptions | DynUNetOptions | MedNeXtOptions | UNetOptions, Field(discriminator="name")]
+class OwnNetwork(OwnPart):
+    """A class of one's own, or of a library, as `package.module:Class` (docs/own-parts.md); options beside the name are
+    the class's own."""
+
+    width: ClassVar = "name"
+
+
+OURS, OWN = "(ours)", "(own)"
+"""What Pydantic puts into the place of an error; no keys of a recipe."""
+
+
+def whose(value: Any) -> str:
+    """Whether a value of a recipe names a part of this package, or another's."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", value)
+    return OWN if isinstance(name, str) and ":" in name else OURS
+
+
+_Ours = Annotated[SegResNetOptions | DynUNetOptions | MedNeXtOptions | UNetOptions, Field(discriminator="name")]
+Network = Annotated[Annotated[_Ours, Tag(OURS)] | Annotated[OwnNetwork, Tag(OWN)], Discriminator(whose)]
 NAMES = ("segresnet", "dynunet", "mednext", "unet")

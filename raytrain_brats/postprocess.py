@@ -56,7 +56,7 @@ def work(args: Args) -> None:
     manifest, source, cases = held_out.cases_of_run(run_dir, *cases_from(args.data, args.store), "val")
     networks = members.opened([run_dir])
     show_skipped(manifest.skipped)
-    cluster.connect(held_bytes=members.weight_bytes(networks))
+    cluster.connect(held_bytes=members.weight_bytes(networks), own=members.parts_of(networks))
     shared = members.by_fold([(m.fold, ray.put((m.run.config, m.weights))) for m in networks], "val")
     challenge = challenge_of(source.convention, (case.id for case in cases))
     one = partial(_one, shared, source, args.mirror, challenge)

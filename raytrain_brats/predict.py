@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from raytrain_brats import config, outputs, storage
+from raytrain_brats import config, outputs, provenance, storage
 from raytrain_brats.cases import scan
 from raytrain_brats.cli import Pace, Uri, entry, progress, run_folder, show_skipped, span
 from raytrain_brats.data import manifest as manifests
@@ -97,7 +97,8 @@ class Read:
     warning: str
 
 
-def work(args: Args) -> None:
+def work(args: Args) -> list[str]:
+    """Paths of the label volumes of all cases given. Raises UserError, and RunFailed when one is missing."""
     given = [run_folder(name) for name in args.run_dir or ("",)]
     out, networks = storage.normal(args.out), members.opened(given)
     rules, said = members.rules_of(given, networks) if args.postprocess else (Rules(), "no post-processing")
@@ -127,11 +128,12 @@ def work(args: Args) -> None:
         for root, case in found
         if not there.issuperset(_names(case, args.save_probabilities, drawn))
     ]
+    made = [storage.join(out, _names(case, False, frozenset())[0]) for _, case in found]
     already = f", {len(found) - len(items)} were there already" if len(items) < len(found) else ""
     if not items:
         print(f"0 label volumes made{already}, in {out}")
-        return
-    cluster.connect(held_bytes=members.weight_bytes(networks))
+        return made
+    cluster.connect(held_bytes=members.weight_bytes(networks), own=members.parts_of(networks))
     references = tuple(ray.put((member.run.config, member.weights)) for member in networks)
     del networks
     missing = _predict(Job(out, references, rules, args.mirror, args.save_probabilities, drawn), items)
@@ -140,6 +142,7 @@ def work(args: Args) -> None:
         raise RunFailed(
             f"{missing} of {len(items)} cases have no prediction, as named above; the same command tries them again"
         )
+    return made
 
 
 def _predict(job: Job, items: list[tuple[Source, Case]]) -> int:
@@ -196,9 +199,10 @@ def _claimed(
         for both, uris in zip(names, images, strict=True)
         for name in both
     }
-    about: dict[str, Any] = {"members": [member.about() for member in networks], "made_with": made_with}
+    about: dict[str, Any] = {"members": [member.made_of() for member in networks], "made_with": made_with}
     if len(networks) == 1:
         about["run"] = outputs.place(networks[0].run_dir)
+    about |= {"program": {"version": provenance.version(), **provenance.commits()}}
     about |= {"mirror": args.mirror, "postprocessing": rules.to_json()} | manifests.meaning(convention)
     if args.save_probabilities:
         about["probabilities"] = f"of {', '.join(REGIONS)} along the fourth axis, in steps of 1/255"
@@ -252,7 +256,7 @@ def _named(item: tuple[Source, Case], error: Exception) -> Row:
     case = item[1].id
     if isinstance(error, InvalidCase):
         return "refused", f"case {case}: {error.reason}, {error.detail}"
-    if isinstance(error, RunFailed):
+    if isinstance(error, RunFailed | UserError):
         raise error
     text = " ".join(str(error).split())[:300]
     advice = "; a GPU with more memory, or --no-mirror, may do it" if "out of memory" in text.lower() else ""

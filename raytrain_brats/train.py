@@ -23,7 +23,7 @@ from raytrain_brats.monitoring.progress import Progress
 from raytrain_brats.monitoring.spilling import Spilling
 from raytrain_brats.monitoring.tracking import Tracking
 from raytrain_brats.ray_ext import cluster
-from raytrain_brats.run import checkpoint, driver, folds, journal, lease, spec
+from raytrain_brats.run import checkpoint, driver, folds, journal, lease, own_parts, spec
 from raytrain_brats.run.run_dir import RunDir
 
 HOME = "~/raytrain_brats"
@@ -99,7 +99,10 @@ def work(args: Args) -> None:
         show_skipped(run_spec.manifest.skipped)
         cost.prices()  # refused now, not amid the run
         tracking.check(settings.run)
-        cluster.connect(held_bytes=run_spec.held_bytes, prepared=run_spec.route == "store")
+        for line in own_parts.check(settings, run_spec.run_dir):
+            print(line, flush=True)
+        parts = config.own_parts(settings).values()
+        cluster.connect(held_bytes=run_spec.held_bytes, prepared=run_spec.route == "store", own=parts)
         needed = driver.check(run_spec)
         kind = "GPU" if needed.gpus else "CPU"
         done = f"{found.samples_seen:,} of them done" if found else "a new run"

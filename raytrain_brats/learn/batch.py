@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raytrain_brats import augmentation
+from raytrain_brats import augmentation, parts
 from raytrain_brats.augmentation import Draws, Triple
 from raytrain_brats.config import Augment
 from raytrain_brats.learn.augment import augment as augment_fully
+from raytrain_brats.parts import OwnPart
 
 DRAWS = 11
 """Numbers that a sample's `light` augmentation uses: 3 flips, 4 scales, 4 shifts."""
@@ -102,13 +103,31 @@ def make(
     the convention's (3, 256); `finish` may be compiled.
 
     `full` goes sample by sample: what happens to one, and the shapes, differ from what happens to the next, so there is
-    nothing to compile.
+    nothing to compile. So does an augmentation of one's own, which follows.
     """
-    if options.kind != "full":
-        return finish(*gather(samples, options), numbers, table, options)
-    made = [fully_augmented(s, n, table, options, size) for s, n in zip(samples, numbers, strict=True)]
     weights = numbers[:, 2 * _CHANNELS]
+    if options.kind == "full":
+        made = [fully_augmented(s, n, table, options, size) for s, n in zip(samples, numbers, strict=True)]
+    else:
+        images, targets, weights = finish(*gather(samples, options), numbers, table, options)
+        if options.own is None:
+            return images, targets, weights
+        made = list(zip(images, targets, strict=True))
+    if options.own is not None:
+        made = [augment_by_own(options.own, *pair, s) for pair, s in zip(made, samples, strict=True)]
     return torch.stack([image for image, _ in made]), torch.stack([regions for _, regions in made]), weights
+
+
+def augment_by_own(
+    part: OwnPart, image_czyx: Tensor, regions_rzyx: Tensor, sample: DeviceSample
+) -> tuple[Tensor, Tensor]:
+    """One's own augmentation of one sample, from the sample's own numbers."""
+
+    def draws(purpose: str, count: int) -> list[float]:
+        return sample.draws(f"own/{purpose}", count)  # so that no name meets one of ours
+
+    image, regions = parts.function(part, "train.augment.own", 3)(image_czyx, regions_rzyx, draws)
+    return image, regions
 
 
 def fully_augmented(

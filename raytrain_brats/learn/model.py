@@ -23,9 +23,12 @@ from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 from torch.nn import functional
 
+from raytrain_brats import parts
 from raytrain_brats.config import Config, Optimiser
+from raytrain_brats.errors import UserError
 from raytrain_brats.labels import MODALITIES, REGIONS
-from raytrain_brats.networks import DynUNetOptions, MedNeXtOptions, Network, SegResNetOptions
+from raytrain_brats.networks import DynUNetOptions, MedNeXtOptions, Network, OwnNetwork, SegResNetOptions
+from raytrain_brats.parts import OwnPart
 
 torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 """Else every buffer that is about to be written is filled first in `exact` mode; nothing here reads one before that."""
@@ -36,16 +39,20 @@ _IN, _OUT = len(MODALITIES), len(REGIONS)
 def build_network(config: Config) -> nn.Module:
     """(b, 4, z, y, x) -> (b, 3, z, y, x) logits of WT, TC, ET; the same initial weights for the same seed.
 
-    In training a network with heads gives a list: these logits, then those at 1/2, 1/4, ... of the resolution.
+    In training a network with heads gives a list: these logits, then those at 1/2, 1/4, ... of the resolution. Raises
+    UserError for a network of one's own that is not there or cannot be made.
     """
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU; the GPUs' states are not ours to read
         torch.default_generator.manual_seed(config.train.seed)
         network = _network(config.network)
-    _keep_precision(network)
+    if not isinstance(config.network, OwnNetwork):  # one's own may use its layers otherwise
+        _keep_precision(network)
     return network
 
 
 def _network(options: Network) -> nn.Module:
+    if isinstance(options, OwnNetwork):
+        return _own_network(options)
     if isinstance(options, DynUNetOptions):
         return _DynUNet(options)
     if isinstance(options, MedNeXtOptions):
@@ -60,6 +67,18 @@ def _network(options: Network) -> nn.Module:
         )
     strides = [2] * (options.levels - 1)
     return UNet(3, _IN, _OUT, options.channels, strides, num_res_units=options.res_units)
+
+
+def _own_network(part: OwnNetwork) -> nn.Module:
+    found, given, named = parts.arguments(part, "network.name")
+    try:
+        made = found(*given, **named)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"network.name {part.name} cannot be made with these options ({text})") from error
+    if not isinstance(made, nn.Module):
+        raise UserError(f"network.name {part.name} makes a {type(made).__name__}; it must be a torch.nn.Module")
+    return made
 
 
 class _DynUNet(DynUNet):
@@ -178,9 +197,9 @@ def _keep_precision(network: nn.Module) -> None:
 _dice = DiceLoss(sigmoid=True, squared_pred=True, smooth_nr=1e-5, smooth_dr=1e-5, reduction="none", batch=False)
 
 
-def sample_losses(outputs: Tensor | Sequence[Tensor], regions: Tensor, loss: str = "dice_bce") -> Tensor:
+def sample_losses(outputs: Tensor | Sequence[Tensor], regions: Tensor, loss: str | OwnPart = "dice_bce") -> Tensor:
     """(b,) soft Dice, and binary cross-entropy beside it unless `loss` is "dice", each averaged over the three regions,
-    in float32.
+    in float32; or what a loss of one's own makes of float32 logits and regions, averaged over all but the first axis.
 
     Of a network with heads the weighted sum over its outputs, by 8/15, 4/15, 2/15, 1/15 with three heads, each against
     the regions at its own resolution (nnU-Net's deep supervision). Never MONAI's DiceCELoss: of three channels it takes
@@ -195,8 +214,14 @@ def sample_losses(outputs: Tensor | Sequence[Tensor], regions: Tensor, loss: str
     return torch.stack(losses).sum(0)
 
 
-def _losses(logits: Tensor, regions: Tensor, loss: str) -> Tensor:
+def _losses(logits: Tensor, regions: Tensor, loss: str | OwnPart) -> Tensor:
     logits, regions = logits.float(), regions.float()
+    if isinstance(loss, OwnPart):
+        function = parts.function(loss, "train.loss", 2)
+        if isinstance(function, nn.Module):
+            function.to(logits.device)
+        own: Tensor = function(logits, regions)
+        return own.flatten(1).mean(1) if own.dim() > 1 else own
     dice: Tensor = _dice(logits, regions).flatten(1).mean(1)
     if loss == "dice":
         return dice

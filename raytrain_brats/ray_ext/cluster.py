@@ -21,7 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytrain_brats import interrupt, storage
 from raytrain_brats.config import Run
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.ray_ext import gpu_map, roles, start_up
+from raytrain_brats.parts import OwnPart
+from raytrain_brats.ray_ext import gpu_map, importable, roles, start_up
 from raytrain_brats.ray_ext.internals import core
 from raytrain_brats.ray_ext.internals import data as ray_data
 
@@ -77,16 +78,22 @@ class Resources:
         return roles.Workers(self.high, self.cpus, self.gpus)
 
 
-def connect(local_cpus: int | None = None, held_bytes: int = 0, prepared: bool = False) -> None:
+def connect(
+    local_cpus: int | None = None, held_bytes: int = 0, prepared: bool = False, own: Iterable[OwnPart] = ()
+) -> None:
     """Join the cluster of RAY_ADDRESS or of `ray start` on this machine; else start one inside this process.
 
     `local_cpus`: logical CPUs of a started one (by default the machine's, 2 at least); `held_bytes`: what
     the cases of a step will hold of its object store, which is then twice as large at least; `prepared`: whether they
-    come from a store.
-    Raises UserError when nothing answers at RAY_ADDRESS, or when Ray cannot run from here.
+    come from a store; `own`: what all nodes must be able to import.
+    Raises UserError when nothing answers at RAY_ADDRESS, when Ray cannot run from here, or when a node lacks a part.
     """
-    if ray.is_initialized():
-        return
+    if not ray.is_initialized():
+        _begin(local_cpus, held_bytes, prepared)
+    importable.check(own)
+
+
+def _begin(local_cpus: int | None, held_bytes: int, prepared: bool) -> None:
     start_up.check_folder()
     logging.getLogger(core.TOKEN_LOGGER).setLevel(logging.ERROR)  # it reports at every start that tokens are used
     with interrupt.gracefully(0):  # nothing has to be saved yet, and Ray's start may block the main thread for long

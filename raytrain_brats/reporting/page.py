@@ -19,7 +19,7 @@ import yaml
 
 from raytrain_brats import books, outputs, storage
 from raytrain_brats.errors import UserError
-from raytrain_brats.reporting import beside, evaluated, facts, figures, goodput, planned
+from raytrain_brats.reporting import beside, evaluated, facts, figures, goodput, planned, provenance
 from raytrain_brats.reporting.evaluated import Evaluated
 from raytrain_brats.reporting.facts import duration, number, signed
 from raytrain_brats.reporting.goodput import Recovery, TimeBreakdown
@@ -213,6 +213,12 @@ def _scores(found: Evaluated, validations: Sequence[Row]) -> tuple[dict[str, Any
     return {}, ""
 
 
+def _mapping(config: str) -> Row:
+    """config.yaml's content; {} where there is none, or something else."""
+    found = yaml.safe_load(config)
+    return found if isinstance(found, dict) else {}
+
+
 def _on_phantoms(summary: Row, config: Any) -> bool:
     """By the evaluation's word, else by the configuration's `synthetic`."""
     if "data" in summary:
@@ -283,6 +289,7 @@ def _shown(run: Run, other: Run | None, title: str) -> Row:
         "how": evaluated.how(found), "why": why, "lesion_year": evaluated.YEAR, "overlays": pictures,
         "num_overlays": num_pictures, "open_overlays": OPEN_OVERLAYS, "beside": _beside(run, other) if other else None,
         "quarantined": _quarantined(run.events), "groups": groups, "recoveries": _recoveries(run.recoveries),
+        "made_by": provenance.table(run.events, run.rows, run.about, run.split.wall_s - run.split.stopped_s),
         "steps": goodput.STEPS, "config": run.config, "torn": run.torn, "origin": origin,
         "regions": figures.REGION_COLOURS, "time_colours": figures.TIME_COLOURS, "most_cases": MOST_CASES,
         "most_lines": MOST_LINES,

@@ -4,10 +4,12 @@ In: a `RunSpec`, a connected cluster.
 Out: the finished run folder; or RunFailed with the cause.
 """
 
+import contextlib
 import signal
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-from raytrain_brats import interrupt, storage
+from raytrain_brats import interrupt, provenance, storage
 from raytrain_brats.data import stream
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster, elastic, roles, warm_pool
@@ -53,12 +55,11 @@ def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
     facts: dict[str, Any] = {"workers": f"{needed.low}:{needed.high}", "route": spec.route}
     facts |= {"cases_train": len(spec.train_cases), "cases_val": len(spec.held_out_cases)}
     facts |= {"total_samples": spec.sampler.total, "dataset_identity": spec.dataset_identity}
+    facts |= {"recipe": spec.recipe, "seed": spec.config.train.seed} | provenance.of_launch()
     journal.event(spec.run_dir, "launch", **facts)
-    if threading.current_thread() is threading.main_thread() and not interrupt.installed():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # from `ray job stop` and schedulers: as Ctrl-C
     began, before = time.perf_counter(), journal.current(spec.run_dir)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    with HangDetector(spec.run_dir, run_id, spec.config.run.hang_timeout_s):
+    with _sigterm_as_interrupt(), HangDetector(spec.run_dir, run_id, spec.config.run.hang_timeout_s):
         problem = _fit(spec, needed, lease, run_id)
     found, _ = checkpoint.newest_valid(spec.run_dir)
     if problem or found is None or found.samples_seen < spec.sampler.total:
@@ -70,6 +71,20 @@ def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
     journal.event(
         spec.run_dir, "finish", samples_seen=spec.sampler.total, seconds=round(time.perf_counter() - began, 1)
     )
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM, from `ray job stop` and schedulers, saves as Ctrl-C does. Afterwards it is the caller's again, who may
+    have a handler of his own."""
+    if interrupt.installed() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _fit(spec: RunSpec, needed: cluster.Resources, lease: Lease, run_id: str) -> str:

@@ -12,12 +12,13 @@ from typing import Any
 
 from safetensors.torch import save as tensors_to_bytes
 
-from raytrain_brats import outputs, storage
+from raytrain_brats import config, outputs, storage
 from raytrain_brats.data.manifest import FOLDS
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import described
 from raytrain_brats.learn.postprocess import Rules
-from raytrain_brats.run import spec
+from raytrain_brats.parts import OwnPart
+from raytrain_brats.run import own_parts, spec
 from raytrain_brats.run.predictor import newest_weights
 from raytrain_brats.run.run_dir import RunDir
 
@@ -38,6 +39,10 @@ class Member:
         """The one that it did not see."""
         return self.run.config.data.fold
 
+    def made_of(self) -> dict[str, Any]:
+        """`about`, with the seed and the data that it learned from: for the records of its predictions."""
+        return self.about() | {"seed": self.run.config.train.seed, "data": self.run.dataset_identity}
+
     def about(self) -> dict[str, Any]:
         """As records of outputs name it."""
         where = {"run": outputs.place(self.run_dir), "fold": self.fold}
@@ -53,12 +58,14 @@ def runs_of(folders: Iterable[str]) -> list[str]:
 
 
 def opened(folders: Sequence[str]) -> list[Member]:
-    """All that are to answer together. Raises UserError where one has no checkpoint, or where they do not agree."""
+    """All that are to answer together. Raises UserError where one has no checkpoint, where they do not agree, or where
+    a network of one's own is gone."""
     runs = [(run_dir, spec.open_run(run_dir)) for run_dir in runs_of(folders)]
     _check_alike(runs)
     members = []
     for run_dir, run in runs:
         name, weights = newest_weights(run_dir)
+        own_parts.check_weights(run_dir, run, weights)
         digest = hashlib.sha256(tensors_to_bytes(weights)).hexdigest()[:8]
         members.append(Member(run_dir, run, name, digest, weights))
     return members
@@ -101,6 +108,12 @@ def by_fold(networks: Sequence[tuple[int, Any]], split: str) -> list[tuple[Any, 
 def weight_bytes(members: Iterable[Member]) -> int:
     """What their weights take of the object store."""
     return sum(tensor.nbytes for member in members for tensor in member.weights.values())
+
+
+def parts_of(members: Iterable[Member]) -> list[OwnPart]:
+    """Their networks that are of one's own: nodes must have them."""
+    networks = (config.own_parts(member.run.config).get("network") for member in members)
+    return [network for network in networks if network]
 
 
 def rules_of(folders: Sequence[str], members: Sequence[Member]) -> tuple[Rules, str]:

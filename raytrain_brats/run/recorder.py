@@ -22,7 +22,7 @@ from raytrain_brats.errors import UserError
 from raytrain_brats.learn.step import Launched, StepResult, TrainStep, differing
 from raytrain_brats.ray_ext import warm_pool
 from raytrain_brats.reporting import goodput
-from raytrain_brats.run import events, journal
+from raytrain_brats.run import events, hardware, journal
 from raytrain_brats.run.cadence import CHECKPOINT, SCORED, Cadence, due, may_be_due
 from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, SAVE, RequestPoller
 from raytrain_brats.run.control import StatusWriter
@@ -84,7 +84,7 @@ class RunRecorder:
             if kind is None and self._first:
                 self._saver.wait()
                 self._log.flush()
-                self.event("closed", **self.timer.cut())
+                self.event("closed", **self.timer.cut(), **hardware.peak(self.rank.device))
         finally:
             self._validation.close()
             self._saver.close()
@@ -138,6 +138,7 @@ class RunRecorder:
         self._ready_at = time.time()
         mine = {"rank": self.rank.number, "node": ray.util.get_node_ip_address(), "device": self._device}
         mine |= {"time": self._ready_at, "host": socket.gethostname(), "pid": os.getpid()}
+        mine |= hardware.facts(self.rank.device)
         ranks = [(mine, validate)] * self.rank.world_size
         if self.rank.world_size > 1:
             distributed.all_gather_object(ranks, (mine, validate))
@@ -290,6 +291,7 @@ class RunRecorder:
         if asked and self._requests:
             facts |= {"request": self._requests.answered, "hold": asked == HOLD}
             answer = {"answered": self._requests.answered} | ({"holds_since": time.time()} if asked == HOLD else {})
+        facts |= hardware.peak(self.rank.device)
         facts |= {"stall_s": round(time.perf_counter() - began, 4)} | self.timer.cut()
         self._saver.save(Save(seen, tensors, state, facts, answer))
         train_step.before_update = self._saver.copied

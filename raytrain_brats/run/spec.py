@@ -5,15 +5,16 @@ Out: a `RunSpec`: config, cases, sampler, source, identity; UserError when the r
 """
 
 import contextlib
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
 
-from raytrain_brats import storage
+from raytrain_brats import parts, storage
 from raytrain_brats.cases import scan
 from raytrain_brats.cases.scan import ShowProgress
-from raytrain_brats.config import Config, differences, parse, patch_divisor
+from raytrain_brats.config import Config, differences, own_parts, parse, patch_divisor
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.manifest import FOLDS, Case, Manifest
@@ -22,6 +23,7 @@ from raytrain_brats.data.sampler import ORDER, Sampler
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS, described, regions
+from raytrain_brats.parts import OwnPart
 from raytrain_brats.run.run_dir import RunDir
 
 
@@ -162,6 +164,8 @@ def write_config(spec: RunSpec) -> None:
         "order": ORDER,
         "config": yaml.safe_load(spec.config.to_yaml()),
     }
+    if own := own_parts(spec.config):
+        about["own_parts"] = parts.sources(own.values())
     storage.write_bytes(RunDir(spec.run_dir).config, yaml.safe_dump(about, sort_keys=False).encode())
     manifests.write(spec.manifest, RunDir(spec.run_dir).manifest)
 
@@ -175,6 +179,15 @@ class StoredRun:
     dataset_identity: str
     order: str
     """Name of the sampler's order; "" before orders had names."""
+    own_parts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """{name: {"file", "sha256"}} of each network, loss or augmentation of one's own, when the run was started last."""
+
+    def changed_parts(self, run_dir: str, needed: Iterable[OwnPart]) -> list[str]:
+        """Which files of those needed were changed since. Raises UserError when one is not there any more."""
+        try:
+            return parts.changes(self.own_parts, parts.sources(needed))
+        except UserError as error:
+            raise UserError(f"{run_dir} was trained with a part of one's own: {error}") from error
 
 
 def read_config(run_dir: str) -> StoredRun:
@@ -186,7 +199,8 @@ def read_config(run_dir: str) -> StoredRun:
         if not order:
             stored["config"]["data"].pop("window_cases", None)  # of the order that had no name
         config = parse(stored["config"], where)
-        return StoredRun(config, str(stored["convention"]), str(stored["identity"]), order)
+        own = dict(stored.get("own_parts") or {})
+        return StoredRun(config, str(stored["convention"]), str(stored["identity"]), order, own)
     except FileNotFoundError:
         raise
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -15,7 +15,8 @@ SOURCES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
-_LEAVES = "augmentation books config errors home interrupt labels messages networks outputs s3 shadow storage"
+_LEAVES = """augmentation books config errors home interrupt labels messages networks outputs parts provenance s3 shadow
+storage"""
 LEAVES = {f"raytrain_brats.{name}" for name in _LEAVES.split()}
 ENTRIES = {
     name
@@ -118,7 +119,7 @@ def test_nothing_decides_by_what_events_tell() -> None:
         if isinstance(node, ast.Attribute) and node.attr in books
     }
     # recorder: the times of the event `recovered`; controller: the text of the last failure
-    shown = {"verify", "reporting.page", "monitoring.progress", "monitoring.tracking"}
+    shown = {"api", "verify", "reporting.page", "monitoring.progress", "monitoring.tracking"}
     assert readers == shown | {"run.recorder", "run.controller"}
 
 
