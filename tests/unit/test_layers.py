@@ -145,7 +145,7 @@ def test_every_command_helps(command: str, capsys: pytest.CaptureFixture[str]) -
 
 
 TESTS = {str(path.relative_to(ROOT.parent)): path for path in sorted((ROOT.parent / "tests").rglob("*.py"))}
-ABOUT_SCRIPTS = {"unit/test_gpu_scripts", "unit/test_overwrites", "ray/test_bench"} | {
+ABOUT_SCRIPTS = {"unit/test_gpu_scripts", "unit/test_bench_augment", "unit/test_overwrites", "ray/test_bench"} | {
     f"faults/test_{name}" for name in ("chaos", "fuzz", "nodes", "s3_faults")
 }
 
