@@ -14,7 +14,8 @@
 # In: RAYTRAIN_BRATS_DATA or _STORE, RAYTRAIN_BRATS_RUN_DIR (a folder that all nodes see, or s3://), RAYTRAIN_BRATS_RECIPE;
 # the environment with raytrain-brats on the PATH of all nodes; RAY_HEAD_IP, where the first node has several networks.
 # Out: the run folder; train's exit code. Three minutes before the time is over, or when Slurm wants the nodes back
-# (--signal), the run saves and the job is queued again, where it goes on; RAYTRAIN_BRATS_REQUEUE=no leaves that out.
+# (--signal), the run saves and the job is queued again, where it goes on; RAYTRAIN_BRATS_REQUEUE=no leaves that out, and
+# so does `scancel --signal=INT --batch JOB`, which saves and ends.
 set -uo pipefail
 ulimit -n "$(ulimit -Hn)"
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -40,7 +41,8 @@ for node in "${nodes[@]:1}"; do on "$node" ray start "--address=$ip:$port" "${op
 told=no
 RAY_ADDRESS=$ip:$port raytrain-brats train "$@" &
 driver=$!
-trap 'told=yes; kill -TERM $driver 2> /dev/null' TERM INT
+trap 'told=yes; kill -TERM $driver 2> /dev/null' TERM
+trap 'kill -TERM $driver 2> /dev/null' INT # by a person: it saves and is not queued again
 wait $driver
 while kill -0 $driver 2> /dev/null; do wait $driver; done # a signal ends `wait`, not the driver: it saves now
 wait $driver # bash still knows how it ended

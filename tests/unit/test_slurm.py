@@ -72,20 +72,25 @@ def test_the_head_first_then_a_step_for_each_node(slurm: dict[str, str]) -> None
     assert not [line for line in log if "requeue" in line]
 
 
-@pytest.mark.parametrize("requeue", ["yes", "no"])
-def test_a_job_that_is_told_to_end_saves_and_is_queued_again(slurm: dict[str, str], requeue: str) -> None:
-    """SIGTERM reaches `train` alone, Ray stays up until it has saved; then Slurm is asked for another turn."""
+@pytest.mark.parametrize(
+    ("sent", "requeue", "again"), [(signal.SIGTERM, "yes", 1), (signal.SIGTERM, "no", 0), (signal.SIGINT, "yes", 0)]
+)
+def test_a_job_that_is_told_to_end_saves_and_is_queued_again(
+    slurm: dict[str, str], sent: signal.Signals, requeue: str, again: int
+) -> None:
+    """SIGTERM reaches `train` alone, Ray stays up until it has saved; then Slurm is asked for another turn. Not where
+    nobody wants it, nor after SIGINT, which is a person's."""
     environment = slurm | {"STEPS": "300", "RAYTRAIN_BRATS_REQUEUE": requeue}
     job = subprocess.Popen(["sbatch", SCRIPT], env=environment)
     until = time.monotonic() + 30
     while time.monotonic() < until and not any(line.startswith("train") for line in lines(slurm)):
         time.sleep(0.1)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(sent)
     assert job.wait(timeout=30) == 130
     log = lines(slurm)
     assert log.index("saved") < min(n for n, line in enumerate(log) if line.endswith(" ended"))
     asked = f"scontrol requeue {slurm['SLURM_JOB_ID']}"
-    assert log.count(asked) == (1 if requeue == "yes" else 0)
+    assert log.count(asked) == again
 
 
 def test_slurm_is_asked_for_what_the_page_says() -> None:
