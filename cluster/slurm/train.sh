@@ -33,10 +33,16 @@ on() { # NODE COMMAND...: one step a node, so that a node that fails ends no oth
   local node=$1
   shift
   srun --nodes=1 --ntasks=1 --nodelist="$node" --no-kill "$@" &
+  steps+=($!)
 }
+steps=()
 on "${nodes[0]}" ray start --head "--node-ip-address=$ip" "--port=$port" "--temp-dir=/tmp/ray-$SLURM_JOB_ID" "${options[@]}"
 for _ in {1..240}; do (exec 3<> "/dev/tcp/$ip/$port") 2> /dev/null && break; sleep 0.5; done
 for node in "${nodes[@]:1}"; do on "$node" ray start "--address=$ip:$port" "${options[@]}"; done
+for _ in {1..60}; do # those that come later are used, too; but `train` counts what is there
+  [ "$(ray status "--address=$ip:$port" 2> /dev/null | grep -c '^ 1 node_')" -ge ${#nodes[@]} ] && break
+  sleep 1
+done
 
 told=no
 RAY_ADDRESS=$ip:$port raytrain-brats train "$@" &
@@ -48,8 +54,9 @@ while kill -0 $driver 2> /dev/null; do wait $driver; done # a signal ends `wait`
 wait $driver # bash still knows how it ended
 code=$?
 trap '' TERM INT
-kill $(jobs -p) 2> /dev/null
-wait
+for part in "${steps[*]:1}" "${steps[0]}"; do # the head last: the others say goodbye to it
+  [ -z "$part" ] || { kill $part; wait $part; } 2> /dev/null
+done
 if [ $told = yes ] && [ $code -ne 0 ] && [ "${RAYTRAIN_BRATS_REQUEUE:-yes}" = yes ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
