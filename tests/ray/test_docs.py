@@ -38,7 +38,8 @@ GROUPS = {name: importlib.import_module(f"raytrain_brats.{name}").STEPS for name
 EVERY = sorted(
     {name for name in COMMANDS if name not in GROUPS} | {f"{g} {step}" for g in GROUPS for step in GROUPS[g]}
 )
-SHELL = {"source": ".venv/bin/activate", "export": "", "curl": "", "grep": "", "aws": "s3"}
+SHELL = {"source": ".venv/bin/activate", "export": "", "curl": "", "grep": "", "aws": "s3", "docker": ""}
+SHELL |= {"sbatch": "cluster/slurm/train.sh", "scancel": "--batch"}
 """Other programs that pages without a transcript may name, and what must stand behind them."""
 OF_A_RUN = {
     "metrics",

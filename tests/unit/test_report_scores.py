@@ -135,6 +135,10 @@ def test_an_earlier_evaluation_is_still_shown(tmp_path: Path) -> None:
     (run / "evaluation" / "summary.json").write_text(json.dumps({"split": "val", "cases": 6, "dice": {"WT": 0.8}}))
     page = Path(write_report(str(run))).read_text()
     assert "WT ml</th>" not in page and "lesions found" not in page and "are not recorded" in page
+    for row in rows:
+        row["dice_ET"] = float("nan")
+    (run / "evaluation" / "cases.csv").write_bytes(scores.cases_csv(rows))
+    assert "<td>–</td>" in Path(write_report(str(run))).read_text()
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium here")
