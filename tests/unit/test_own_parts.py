@@ -16,6 +16,7 @@ from raytrain_brats.errors import UserError
 from raytrain_brats.learn import batch, model, own_check
 from raytrain_brats.networks import OwnNetwork
 from raytrain_brats.parts import OwnPart
+from raytrain_brats.ray_ext import importable
 from raytrain_brats.run import own_parts, spec
 from tests.support import ROOT
 
@@ -182,6 +183,14 @@ def test_a_module_that_fails_is_told_in_one_line(folder: Path) -> None:
         sys.modules.pop("broken", None)
         with pytest.raises(UserError, match=fragment):
             parts.find("broken:Net")
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_node_says_what_it_lacks_and_which_file_it_has() -> None:
+    """As the driver asks each: in words, or file and checksum."""
+    missing, _ = importable._there([OwnPart(name="bad:Base"), OwnPart(name="nowhere_to_be_seen:Net")])
+    assert missing.startswith("nowhere_to_be_seen:Net: there is no module")
+    assert importable._there([OwnPart(name="bad:Base")]) == ("", parts.sources([OwnPart(name="bad:Base")]))
 
 
 @pytest.mark.usefixtures("folder")
