@@ -118,7 +118,8 @@ class Evaluation:
     summary: Row = field(repr=False)
     """Means and what they are of: {"dice": {WT, TC, ET}, "hd95_mm": {...}, "cases", "checkpoint", "columns", ...}."""
     rows: list[Row] = field(repr=False)
-    """A row for each case: {"case": "BRATS_001", "dice_WT": 0.91, ...}; None where a metric has no value."""
+    """A row for each case: {"case": "BRATS_001", "dice_WT": 0.91, ...}; a metric without a value is
+    None, and which of both is empty is a word."""
 
 
 def _told(function: Callable[P, T]) -> Callable[P, T]:
@@ -284,9 +285,11 @@ def _evaluation(path: str) -> Evaluation | None:
 
 
 def _number(column: str, text: str) -> Any:
-    if column == "case":
-        return text
-    return float(text) if text else None
+    if column == "case" or not text:
+        return text or None
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text
 
 
 def _several(places: Place | Sequence[Place]) -> tuple[str, ...]:

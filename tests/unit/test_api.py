@@ -76,10 +76,10 @@ def test_an_evaluation_is_numbers(run_dir: Path) -> None:
     """A row for each case; a metric without a value is None."""
     (run_dir / "evaluation").mkdir()
     (run_dir / "evaluation/summary.json").write_text('{"dice": {"WT": 0.5}}')
-    (run_dir / "evaluation/cases.csv").write_text("case,dice_WT,hd95_WT_mm\n007,0.5,\n")
+    (run_dir / "evaluation/cases.csv").write_text("case,dice_WT,hd95_WT_mm,empty_WT\n007,0.5,,prediction\n")
     found = api.load_run(run_dir).evaluation
     assert found and found.summary["dice"]["WT"] == 0.5
-    assert found.rows == [{"case": "007", "dice_WT": 0.5, "hd95_WT_mm": None}]
+    assert found.rows == [{"case": "007", "dice_WT": 0.5, "hd95_WT_mm": None, "empty_WT": "prediction"}]
 
 
 def test_mistakes_are_raised_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

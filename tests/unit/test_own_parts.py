@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
-from raytrain_brats import config, parts
+from raytrain_brats import books, config, parts
 from raytrain_brats.augmentation import Draws
 from raytrain_brats.config import Augment, Config
+from raytrain_brats.data.sampler import ORDER
 from raytrain_brats.errors import UserError
 from raytrain_brats.learn import batch, model, own_check
 from raytrain_brats.networks import OwnNetwork
 from raytrain_brats.parts import OwnPart
+from raytrain_brats.ray_ext import importable
 from raytrain_brats.run import own_parts, spec
 from tests.support import ROOT
 
@@ -185,6 +188,14 @@ def test_a_module_that_fails_is_told_in_one_line(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("folder")
+def test_a_node_says_what_it_lacks_and_which_file_it_has() -> None:
+    """As the driver asks each: in words, or file and checksum."""
+    missing, _ = importable._there([OwnPart(name="bad:Base"), OwnPart(name="nowhere_to_be_seen:Net")])
+    assert missing.startswith("nowhere_to_be_seen:Net: there is no module")
+    assert importable._there([OwnPart(name="bad:Base")]) == ("", parts.sources([OwnPart(name="bad:Base")]))
+
+
+@pytest.mark.usefixtures("folder")
 def test_dropout_is_told_and_refused_where_bits_are_promised() -> None:
     """It depends on chance in each process."""
     assert any("draws random numbers" in line for line in own_check.check(of("network=bad:Dropping")))
@@ -277,3 +288,20 @@ def test_a_changed_file_is_told_on_resume_and_a_missing_one_named(
     _forget()
     with pytest.raises(UserError, match="run was trained with a part of one's own: my_parts:Small: there is no module"):
         own_parts.check_weights("run", run, weights)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_run_goes_on_by_changed_code_and_says_so(tmp_path: Path, folder: Path) -> None:
+    """A line at the start and an event; nothing where nothing changed, or where there is no part of one's own."""
+    own = of("network=my_parts:Small")
+    about = {"identity": "abc", "convention": "msd", "order": ORDER, "config": yaml.safe_load(own.to_yaml())}
+    about["own_parts"] = parts.sources(config.own_parts(own).values())
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(about))
+    assert not [line for line in own_parts.check(own, str(run)) if "warning" in line]
+    assert own_parts.check(of(), str(run)) == [] and not books.read_events(str(run))
+    (folder / "my_parts.py").write_text((folder / "my_parts.py").read_text() + "\n# changed\n")
+    told = own_parts.check(own, str(run))[-1]
+    assert told.startswith("warning: ") and "was changed since" in told and told.endswith("by the new code")
+    assert [e["event"] for e in books.read_events(str(run))] == ["own_part_changed"]

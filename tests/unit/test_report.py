@@ -106,6 +106,7 @@ def test_report_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for expected in (
         "phantom scores say nothing about patients", "<b>0.875</b>", "1–2", "finished", "cut &amp; short",
         "<b>0.62</b>", "of the time within steps", "2.5 h in all, $59.50", "none: from scratch", "∞",
+        "Made by", "worker hours within steps",
     ):  # fmt: skip
         assert expected in page, expected
     for forbidden in ("<script", "<img src=x", "<b>bold", 'src="http', "url(", "<link"):
