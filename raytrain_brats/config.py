@@ -118,6 +118,9 @@ class Validate(_Frozen):
     every_samples: PositiveInt | None = None
     """Validate after so many samples; by default after each epoch, and rarer where that took over 5 % of the time."""
     max_cases: PositiveInt = 32
+    """Held-out cases that are scored while a run trains: the first ones."""
+    patience_samples: PositiveInt | None = None
+    """End the run once the mean Dice of the held-out cases was not exceeded for so many samples; by default never."""
     overlap: float = Field(default=0.5, ge=0, lt=1)
     """Overlap of neighbouring windows of the sliding-window inference."""
     mirror: bool = False
@@ -132,6 +135,8 @@ class Checkpoint(_Frozen):
     """Save after so many samples instead, whatever the time."""
     keep: int = Field(default=2, ge=2)
     """Newest valid checkpoints kept; two at least, so that a damaged one never is the only one."""
+    best: bool = False
+    """Save before each validation, and also keep the checkpoint with the best mean Dice of all (`predict --best`)."""
 
 
 class Run(_Frozen):
@@ -279,8 +284,10 @@ _FREE: dict[str, Any] = {
 """What may change from one start of a run to the next: it does not alter which updates are applied."""
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """`key: old -> new` of every setting that may not change within a run."""
+def differences(old: Config, new: Config, longer: bool = False) -> list[str]:
+    """`key: old -> new` of every setting that may not change within a run; `longer`: more epochs are no difference."""
+    if longer and new.train.epochs > old.train.epochs:
+        old = old.model_copy(update={"train": old.train.model_copy(update={"epochs": new.train.epochs})})
     before, after = (_flat(c.model_dump(mode="json", by_alias=True, exclude=_FREE)) for c in (old, new))
     keys = sorted(before.keys() | after.keys())
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]

@@ -11,10 +11,10 @@ up, in its first k - 1 steps, and while it ends, some places show no case: paddi
 Rank r of W owns the dealt cases n = r mod W. A step's G cases have successive numbers, so each rank owns G / W of them,
 rounded up or down, at any world size from 1 to G, and a case travels to one rank only, for all its k patches.
 
-A run that was lengthened is one list all the same: its first part is the list of the shorter run, to that one's end with
-its padding, and the next part follows as a run does that begins there, with the epochs that come next. So no position
-changes by it, wherever the run stood, and each case is shown k times in each epoch. Dealt numbers go on behind a gap in
-which no case is dealt, the shortest with which the next case first shows once the part before has ended.
+A run that was lengthened is one list all the same: its first part is the list of the shorter run, to its end, padding
+included, and the next part follows as a run does that begins there, with the epochs that come next. So no position
+changes by it, wherever the run stood, and each epoch shows each case k times. Dealt numbers go on behind a gap in which
+no case is dealt, the shortest after which a case first shows when the part before has ended.
 
 Everything here is a pure function of (seed, position): a resume needs one number, `samples_seen`, and no state of a
 generator; any process computes any position without those before it. The idea is MosaicML Streaming's (`partition/`);
@@ -120,7 +120,7 @@ class Sampler:
             end = first + self.cases * epochs - before
             parts.append(_Part(first, end, before, self.start(end - 1) + self.patches_per_case, epochs))
             before = self.cases * epochs
-            first = -(-parts[-1].steps * self.global_batch // self.patches_per_case)  # the first n with start(n) >= steps
+            first = -(-parts[-1].steps * self.global_batch // self.patches_per_case)  # start(n) >= steps
         return tuple(parts)
 
     @property

@@ -32,7 +32,8 @@ from raytrain_brats.labels import region_table
 from raytrain_brats.learn import tree_reduce
 from raytrain_brats.learn.batch import Batch, DeviceSample, finish, make, to_host, upload
 from raytrain_brats.learn.inference import amp_dtype
-from raytrain_brats.learn.model import build_network, build_optimiser, ema_share, learning_rate, sample_losses
+from raytrain_brats.learn.model import build_network, build_optimiser, ema_share, sample_losses
+from raytrain_brats.schedule import learning_rate
 
 
 @dataclass(frozen=True)
