@@ -42,6 +42,8 @@ class Args:
     """The run; by default RAYTRAIN_BRATS_RUN_DIR."""
     formats: tuple[Literal["onnx", "bundle"], ...] = ("onnx", "bundle")
     """Which of the two."""
+    best: bool = False
+    """The checkpoint with the best mean validation Dice, instead of the newest."""
     overwrite: bool = False
     """Also replace files in --out that came of another checkpoint or evaluation, or from another program."""
 
@@ -57,13 +59,13 @@ def work(args: Args) -> None:
         onnx_file.check_installed()
     if "bundle" in args.formats:
         bundle.definition(run.config)
-    checkpoint, weights = newest_weights(run_dir)
+    checkpoint, weights = newest_weights(run_dir, args.best)
     network = build_network(run.config)
     network.load_state_dict(weights)
     about = card.About(
         run.config, run.convention, run.dataset_identity, checkpoint,
         hashlib.sha256(tensors_to_bytes(weights)).hexdigest()[:8],
-        sum(parameter.numel() for parameter in network.parameters()), __version__, *_told(run_dir),
+        sum(parameter.numel() for parameter in network.parameters()), __version__, *told(run_dir),
     )  # fmt: skip
     there = _claimed(args, about, run_dir)
     print(f"{config.described('run', run.config)}; {about.name}")
@@ -87,7 +89,7 @@ def work(args: Args) -> None:
         print("trained on phantoms: scores say nothing about patients")
 
 
-def _told(run_dir: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def told(run_dir: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What config.yaml and the manifest, and the newest evaluation say; {} without an evaluation."""
     stored = dict(yaml.safe_load(storage.read_bytes(RunDir(run_dir).config)))
     with contextlib.suppress(UserError, FileNotFoundError):  # copied without it

@@ -308,6 +308,12 @@ class TrainStep:
             tensors |= {f"ema/{name}": tensor for name, tensor in self.averaged.state_dict().items()}
         return tensors, {"param_groups": optimiser["param_groups"], "scaler": self.scaler.state_dict()}
 
+    def begin_with(self, weights: dict[str, Tensor]) -> None:
+        """Take weights of another run, as far as it has them; all else begins as it does without."""
+        self.network.load_state_dict(weights, strict=False)
+        if self.averaged is not self.network:
+            self.averaged.load_state_dict(self.network.state_dict())
+
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Load what `state` returned, at any number of workers. A running mean that was not kept yet begins anew."""
         self.network.load_state_dict(_entries(tensors, "network"))

@@ -139,10 +139,15 @@ def newest_valid(run_dir: str) -> tuple[Checkpoint | None, list[tuple[str, str]]
     return None, damaged
 
 
+def is_name(text: str) -> bool:
+    """Whether it is the name of a checkpoint."""
+    return bool(_NAME.match(text))
+
+
 def valid(run_dir: str, name: str) -> Checkpoint | None:
     """The checkpoint of this name, if every byte is as committed."""
     try:
-        return _verified(run_dir, name) if _NAME.match(name) else None
+        return _verified(run_dir, name) if is_name(name) else None
     except ValueError:
         return None
 

@@ -1,23 +1,20 @@
 """The runs whose networks answer together: one, several, or the folds of one. Runs in the driver.
 
-In: run folders; folders that hold a run for each fold.
-Out: `Member`s, each with its newest weights; or UserError where their answers cannot be averaged.
+In: run folders; folders that hold a run for each fold; files made by `share`.
+Out: `Member`s, each with its newest or best weights; or UserError where their answers cannot be averaged.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from safetensors.torch import save as tensors_to_bytes
 
 from raytrain_brats import outputs, storage
 from raytrain_brats.data.manifest import FOLDS
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import described
 from raytrain_brats.learn.postprocess import Rules
-from raytrain_brats.run import spec
+from raytrain_brats.run import shared_file, spec
 from raytrain_brats.run.predictor import newest_weights
 from raytrain_brats.run.run_dir import RunDir
 
@@ -52,15 +49,22 @@ def runs_of(folders: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def opened(folders: Sequence[str]) -> list[Member]:
-    """All that are to answer together. Raises UserError where one has no checkpoint, or where they do not agree."""
-    runs = [(run_dir, spec.open_run(run_dir)) for run_dir in runs_of(folders)]
-    _check_alike(runs)
+def opened(folders: Sequence[str], best: bool = False) -> list[Member]:
+    """All that are to answer together, each by its newest checkpoint, or its best; of a file made by `share` all that
+    it holds. Raises UserError where one has no checkpoint, or where they do not agree."""
+    files = [folder for folder in map(storage.normal, folders) if shared_file.is_named(folder)]
+    runs = [
+        (run_dir, spec.open_run(run_dir)) for run_dir in runs_of(f for f in folders if storage.normal(f) not in files)
+    ]
+    shared = [(file, network) for file in dict.fromkeys(files) for network in shared_file.read(file)]
+    told = [(f, spec.StoredRun(n.config, n.convention, n.dataset_identity, "")) for f, n in shared]
+    _check_alike(runs + told)
     members = []
     for run_dir, run in runs:
-        name, weights = newest_weights(run_dir)
-        digest = hashlib.sha256(tensors_to_bytes(weights)).hexdigest()[:8]
-        members.append(Member(run_dir, run, name, digest, weights))
+        name, weights = newest_weights(run_dir, best)
+        members.append(Member(run_dir, run, name, shared_file.digest(weights)[:8], weights))
+    for (file, run), (_, network) in zip(told, shared, strict=True):
+        members.append(Member(file, run, network.checkpoint, shared_file.digest(network.weights)[:8], network.weights))
     return members
 
 
@@ -110,9 +114,12 @@ def rules_of(folders: Sequence[str], members: Sequence[Member]) -> tuple[Rules, 
     """
     said = "no post-processing was learned (`raytrain-brats postprocess` does)"
     for folder in [*folders, *(member.run_dir for member in members)]:
-        uri = RunDir(folder).postprocessing
+        in_file = shared_file.is_named(storage.normal(folder))
+        uri = folder if in_file else RunDir(folder).postprocessing
         try:
-            found = json.loads(storage.read_bytes(uri))
+            found = shared_file.postprocessing(uri) if in_file else json.loads(storage.read_bytes(uri))
+            if found is None:
+                continue
             rules, known = Rules.from_json(found["rules"]), {(m["fold"], m["weights"]) for m in found["members"]}
         except FileNotFoundError:
             continue

@@ -18,7 +18,7 @@ from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.stream import open_shard
 from raytrain_brats.learn import micro_batch
 from raytrain_brats.learn.step import TrainStep
-from raytrain_brats.run import checkpoint, journal
+from raytrain_brats.run import checkpoint, initial, journal
 from raytrain_brats.run.cadence import CHECKPOINT, END, VALIDATE
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
 from raytrain_brats.run.feed import batch_of, open_steps
@@ -61,6 +61,8 @@ def train_rank(
             tensors, state = checkpoint.load(spec.run_dir, generation.checkpoint)
             train_step.restore(tensors, state["learner"])
             recorder.resume(state)
+        elif spec.initial:
+            train_step.begin_with(initial.load(spec.run_dir, spec.initial))
         if spec.config.train.micro_batch == "auto":
             recorder.chosen("micro_batch", micro_batch.choose(train_step))
         if recorder.ready():
