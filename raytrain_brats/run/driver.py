@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import Future, wait
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,7 @@ def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
     facts: dict[str, Any] = {"workers": f"{needed.low}:{needed.high}", "route": spec.route}
     facts |= {"cases_train": len(spec.train_cases), "cases_val": len(spec.held_out_cases)}
     facts |= {"total_samples": spec.sampler.total, "dataset_identity": spec.dataset_identity}
+    facts |= {"initial": asdict(spec.initial)} if spec.initial else {}
     journal.event(spec.run_dir, "launch", **facts)
     if threading.current_thread() is threading.main_thread() and not interrupt.installed():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # from `ray job stop` and schedulers: as Ctrl-C

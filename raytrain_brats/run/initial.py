@@ -9,7 +9,7 @@ A copy, since the other run may train on, or be gone, when this one starts again
 
 import hashlib
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raytrain_brats import config as configs
 from raytrain_brats import outputs, storage
@@ -137,8 +137,3 @@ def _lines(run_spec: RunSpec, run: StoredRun, initial: Initial) -> list[str]:
             "will be too good"
         )
     return lines
-
-
-def event(initial: Initial) -> dict[str, Any]:
-    """What the run's events tell of it."""
-    return {"run": initial.run, "checkpoint": initial.checkpoint, "left_out": list(initial.left_out)}

@@ -4,12 +4,16 @@ In: run folders; folders that hold a run for each fold; files made by `share`.
 Out: `Member`s, each with its newest or best weights; or UserError where their answers cannot be averaged.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 from raytrain_brats import outputs, storage
+from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import FOLDS
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import described
@@ -144,3 +148,18 @@ def named(members: Sequence[Member]) -> str:
         return f"checkpoint {members[0].checkpoint} ({members[0].digest})"
     each = (f"{'/'.join(m.run_dir.split('/')[-2:])} {m.checkpoint} ({m.digest})" for m in members)
     return f"the mean of {len(members)} networks: {', '.join(each)}"
+
+
+def told(run_dir: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.yaml and the manifest, and the newest evaluation say; {} without an evaluation."""
+    stored = dict(yaml.safe_load(storage.read_bytes(RunDir(run_dir).config)))
+    with contextlib.suppress(UserError, FileNotFoundError):  # copied without it
+        train, held_out = manifests.read(RunDir(run_dir).manifest).split(stored["config"]["data"]["fold"])
+        stored["cases"] = f"{len(train)}, {len(held_out)}"
+    where = storage.join(RunDir(run_dir).evaluation, "summary.json")
+    try:
+        return stored, dict(json.loads(storage.read_bytes(where)))
+    except FileNotFoundError:
+        return stored, {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where} is damaged ({error}); run `evaluate` again") from error
