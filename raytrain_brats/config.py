@@ -8,7 +8,6 @@ import difflib
 import itertools
 import re
 from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -22,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from raytrain_brats import storage
 from raytrain_brats.errors import UserError
 from raytrain_brats.networks import NAMES, Network
 from raytrain_brats.networks import Frozen as _Frozen
@@ -60,14 +60,18 @@ class Data(_Frozen):
 
 class Optimiser(_Frozen):
     name: Literal["adamw", "sgd"] = "adamw"
+    """`sgd`: with Nesterov momentum of 0.99, as nnU-Net."""
     learning_rate: PositiveFloat = 3e-4
+    """After the warm-up."""
     weight_decay: float = Field(default=1e-5, ge=0)
+    """Of AdamW's own kind, decoupled, for `adamw`; an L2 penalty for `sgd`."""
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
     """How the learning rate falls with the samples, after it rose: to zero along a cosine; to zero as
     (1 - share done)^0.9, nnU-Net's for SGD; not at all."""
     warmup_share: Share = 0.03
     """Share of all samples over which the learning rate rises."""
     clip_norm: PositiveFloat = 12.0
+    """Gradients of a greater norm are shortened to it."""
 
 
 class Augment(_Frozen):
@@ -92,7 +96,9 @@ class Augment(_Frozen):
 
 class Train(_Frozen):
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Initial weights, the order of cases, crops and augmentation follow from it."""
     epochs: PositiveInt = 100
+    """How often each case is dealt. May become more from one start of a run to the next: it is lengthened."""
     global_batch: PositiveInt = 8
     """Samples per step over all workers, whatever their number."""
     micro_batch: PositiveInt | Literal["auto"] = "auto"
@@ -210,7 +216,7 @@ def recipe_names() -> list[str]:
 def recipe_text(recipe: str) -> str:
     """The text of a recipe that `load` takes: a name or a YAML file."""
     if recipe.endswith((".yaml", ".yml")):
-        return Path(recipe).read_text()
+        return storage.read_bytes(recipe).decode()
     return (resources.files("raytrain_brats") / "recipes" / f"{recipe}.yaml").read_text()
 
 
@@ -236,9 +242,10 @@ def load(recipe: str, overrides: tuple[str, ...] = ()) -> Config:
     Raises UserError naming the key that is wrong and the nearest ones that exist.
     """
     if recipe.endswith((".yaml", ".yml")):
-        if not Path(recipe).is_file():
-            raise UserError(f"recipe file {recipe} does not exist")
-        content, where = Path(recipe).read_bytes(), recipe
+        try:
+            content, where = storage.read_bytes(recipe), recipe
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise UserError(f"recipe file {recipe} does not exist") from error
     else:
         names = recipe_names()
         if recipe not in names:
@@ -251,6 +258,8 @@ def load(recipe: str, overrides: tuple[str, ...] = ()) -> Config:
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{where} holds no `key: value` lines")
+    if {"config", "identity"} <= values.keys() and isinstance(values["config"], dict):
+        values = values["config"]  # the config.yaml of a run folder
     for override in overrides:
         _apply(values, override)
     return parse(values, where)
@@ -288,7 +297,7 @@ def differences(old: Config, new: Config, longer: bool = False) -> list[str]:
     """`key: old -> new` of every setting that may not change within a run; `longer`: more epochs are no difference."""
     if longer and new.train.epochs > old.train.epochs:
         old = old.model_copy(update={"train": old.train.model_copy(update={"epochs": new.train.epochs})})
-    before, after = (_flat(c.model_dump(mode="json", by_alias=True, exclude=_FREE)) for c in (old, new))
+    before, after = (flat(c.model_dump(mode="json", by_alias=True, exclude=_FREE)) for c in (old, new))
     keys = sorted(before.keys() | after.keys())
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
 
@@ -333,10 +342,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: the value is not YAML") from error
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested sections."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -54,7 +54,7 @@ def work(args: Args) -> None:
     storage.write_bytes(out, content)
     print(f"{config.described('run', networks[0].run.config)}; {members.named(networks)}; {said}")
     print(
-        f"{len(content) / 1e6:,.0f} MB in {out}; elsewhere: raytrain-brats predict --run-dir {out} --images ... --out ..."
+        f"{len(content) / 1e6:,.1f} MB in {out}; elsewhere: raytrain-brats predict --run-dir FILE --images ... --out ..."
     )
     if about.phantoms:
         print("trained on phantoms: it segments no real scan")

@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from raytrain_brats import config, storage
+from raytrain_brats import config, ending, storage
 from raytrain_brats.cases import recipe as recipes
 from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry, run_folder, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import FOLDS
 from raytrain_brats.errors import UserError
-from raytrain_brats.monitoring import cost, ending, tracking
+from raytrain_brats.monitoring import cost, tracking
 from raytrain_brats.monitoring.progress import Progress
 from raytrain_brats.monitoring.spilling import Spilling
 from raytrain_brats.monitoring.tracking import Tracking
@@ -29,7 +29,8 @@ from raytrain_brats.run.run_dir import RunDir
 HOME = "~/raytrain_brats"
 PHANTOM_CASES = 20
 _LEFT_BY_A_START = re.compile(
-    r"lease\.json|generation\.json|initial\.safetensors|write-probe|probe-[0-9a-f]{32}|(ray-logs|sagemaker)/.*|[^/]+\.(log|out|err|txt)"
+    r"lease\.json|generation\.json|initial\.safetensors|write-probe|probe-[0-9a-f]{32}|(ray-logs|sagemaker)/.*|"
+    r"[^/]+\.(log|out|err|txt)"
 )
 """What may lie in a run folder before its config.yaml: a start of ours was killed, SageMaker's own files, the file into
 which a shell puts what this command prints."""
@@ -59,7 +60,7 @@ class Args:
     fold: Annotated[str, tyro.conf.arg(metavar="all|K", help_behavior_hint="")] = ""
     """Train without fold K (0 to 4) into RUN_DIR/fold-K; `all`: the five, side by side as there is room."""
     init_from: Annotated[Uri, tyro.conf.arg(metavar="RUN[/CHECKPOINT]", help_behavior_hint="")] = ""
-    """Begin with the weights of another run (its newest checkpoint; RUN/best, RUN/CHECKPOINT), or of a file by `share`."""
+    """Begin with another run's weights: of its newest checkpoint, RUN/best, RUN/CHECKPOINT, or a file by `share`."""
     set: Changes = ()
     """Change a setting of the recipe: key=value, such as train.epochs=20; may be given several times."""
 

@@ -133,7 +133,7 @@ def _lines(run_spec: RunSpec, run: StoredRun, initial: Initial) -> list[str]:
         lines.append(f"that run saw voxels of {was:g} mm, this one sees {now:g} mm")
     if run.dataset_identity == run_spec.dataset_identity and run.config.data.fold != run_spec.config.data.fold:
         lines.append(
-            f"warning: that run trained on the cases that this one holds out (fold {run_spec.config.data.fold}): scores "
-            "will be too good"
+            f"warning: that run trained on the cases that this one holds out (fold {run_spec.config.data.fold}): "
+            "scores will be too good"
         )
     return lines

@@ -5,8 +5,9 @@ Out: a `Lease` on it, renewed while it is held; or UserError that names the driv
 
 `lease.json` holds its driver's token and a counter that the driver increments every few seconds. A second driver takes
 the lease when the first is known to be dead (same machine), or when the counter did not change for `ttl_s` by the
-second's own clock, so hosts' clocks are not compared. On one machine it is refused at once, by the clock since boot. A driver that was merely suspended may resume after that: its
-`Lease.lost` is set, and the journal rejects its token.
+second's own clock, so hosts' clocks are not compared. On the first one's machine it is refused at once, by the clock
+since boot. A driver that was merely suspended may resume after it was replaced: its `Lease.lost` is set, and the
+journal rejects its token.
 """
 
 import contextlib
