@@ -144,9 +144,7 @@ def _caveats(runs: list[Compared]) -> list[str]:
     """What makes scores of these runs hard to compare."""
     lines = []
     if len({run.run.dataset_identity for run in runs}) > 1:
-        lines.append(
-            "these runs are of other data, preprocessing or label conventions: their scores are of other cases"
-        )
+        lines.append("these runs are of other data, preprocessing or labels: their scores are of other cases")
     elif len({run.run.config.data.fold for run in runs}) > 1:
         lines.append("these runs hold out other folds: their scores are of other cases")
     elif len({run.run.config.validate_.max_cases for run in runs}) > 1:

@@ -344,10 +344,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a.b": value} of nested sections."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -53,9 +53,7 @@ def work(args: Args) -> None:
     outputs.claim_file(out, lambda before: _same_networks(before, content), overwrite=args.overwrite)
     storage.write_bytes(out, content)
     print(f"{config.described('run', networks[0].run.config)}; {members.named(networks)}; {said}")
-    print(
-        f"{len(content) / 1e6:,.1f} MB in {out}; elsewhere: raytrain-brats predict --run-dir FILE --images ... --out ..."
-    )
+    print(f"{len(content) / 1e6:,.1f} MB in {out}; elsewhere: raytrain-brats predict --run-dir FILE --images ...")
     if about.phantoms:
         print("trained on phantoms: it segments no real scan")
 

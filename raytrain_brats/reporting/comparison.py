@@ -43,7 +43,12 @@ def differing(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list
 
 def picture(curves: Sequence[Curve]) -> bytes:
     """PNG: the running mean of the loss, and the mean Dice of held-out cases, over samples seen."""
-    look = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#d5dae0"}
+    look: dict[Any, Any] = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#d5dae0",
+    }
     with matplotlib.rc_context({**look, "font.size": 9.5, "legend.frameon": False, "axes.titlelocation": "left"}):
         figure = Figure(figsize=(10.6, 3.8), layout="constrained")
         loss, dice = figure.subplots(1, 2)
