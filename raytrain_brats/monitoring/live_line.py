@@ -1,6 +1,6 @@
 """How a run stands, as a line: whole for a log file, and as much as fits for a terminal. Runs in the driver.
 
-In: the last rows and events of a run, when this driver began, the width of the terminal.
+In: the last rows and events of a run, the worker groups before this launch, the width of the terminal.
 Out: a `Standing`; its line.
 """
 
@@ -42,17 +42,17 @@ class Standing:
 
 
 def standing(
-    rows: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], total: int, trouble: str = "", since: float = 0.0
+    rows: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], total: int, trouble: str = "", before: int = 0
 ) -> Standing:
-    """`since`: when this driver began. What was measured before says nothing about now: speed and time left least."""
+    """`before`: the newest worker group of an earlier launch. What it did says nothing about speed and time left now."""
     failure = unsaved(events, trouble)
     warning = f"not saved since sample {failure[0]:,}: {failure[1]}" if failure else ""
     groups = [e for e in events if e["event"] == "group"]
-    begun = groups and groups[-1]["time"] >= since
+    begun = groups and groups[-1]["generation"] > before
     if not rows:
         text = f"sample 0 of {total:,}: workers are starting" if begun else "starting"
         return Standing(0, total, text, warning)
-    recent = [row for row in rows[-_RECENT:] if row["time"] >= since]
+    recent = [row for row in rows[-_RECENT:] if row.get("generation", before + 1) > before]
     seen = rows[-1]["samples_seen"]
     if not recent or (begun and groups[-1]["time"] > recent[-1]["time"]):
         number = f"worker group {groups[-1]['generation']} is starting" if begun else "starting"

@@ -4,6 +4,7 @@ In: the run folder, as it fills.
 Out: a live line on a terminal; a plain line every few seconds elsewhere; metrics of rows and events through Ray.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -16,12 +17,13 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from raytrain_brats import books, storage
-from raytrain_brats.errors import UserError
+from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.monitoring import cost
 from raytrain_brats.monitoring.live_line import Standing, fitted, standing, unsaved, whole
 from raytrain_brats.monitoring.run_gauges import set_run
 from raytrain_brats.ray_ext import roles
 from raytrain_brats.reporting import planned
+from raytrain_brats.run import control
 from raytrain_brats.run.gauges import Gauges
 from raytrain_brats.run.spec import RunSpec
 
@@ -48,8 +50,12 @@ class Progress:
         self._cost = cost.Cost(spec.run_dir, self._prices)
         self._next_measure = 0.0
         self._planned: str | None = None
+        self._before = 0
+        """The newest worker group of earlier launches."""
 
     def __enter__(self) -> "Progress":
+        with contextlib.suppress(OSError, UserError, RunFailed):
+            self._before = ((now := control.current(self._spec.run_dir)) and now.number) or 0
         self._thread.start()
         return self
 
@@ -93,7 +99,7 @@ class Progress:
             plan = planned.read(self._spec.run_dir)
             self._planned = f"planned: {plan}" if plan else ""
         price = f"${self._cost.rate:,.2f}/h, ${self._cost.total:,.2f} so far" if self._cost.rate is not None else ""
-        now = standing(rows, events, self._spec.sampler.total, self._trouble(), self._since)
+        now = standing(rows, events, self._spec.sampler.total, self._trouble(), self._before)
         return replace(now, more=tuple(filter(None, (price, self._planned))))
 
     def _show_messages(self, events: list[dict[str, Any]], show: Callable[[str], None]) -> None:
@@ -138,10 +144,3 @@ def message_of(event: dict[str, Any]) -> str:
         detail = f" ({event['detail']})" if event.get("detail") else ""
         return f"warning: case {event['case']} is not used: {event['reason']}{detail}"
     return f"warning: {event['text']}" if kind == "warning" else ""
-
-
-def describe(
-    rows: list[dict[str, Any]], events: list[dict[str, Any]], total: int, trouble: str = "", since: float = 0.0
-) -> str:
-    """One line: progress, loss and Dice, speed, time left; while checkpoints fail, since when and why."""
-    return whole(standing(rows, events, total, trouble, since))
