@@ -44,7 +44,7 @@ class Standing:
 def standing(
     rows: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], total: int, trouble: str = "", before: int = 0
 ) -> Standing:
-    """`before`: the newest worker group of an earlier launch. What it did says nothing about speed and time left now."""
+    """`before`: the newest worker group of an earlier launch. What it did says nothing about the speed now."""
     failure = unsaved(events, trouble)
     warning = f"not saved since sample {failure[0]:,}: {failure[1]}" if failure else ""
     groups = [e for e in events if e["event"] == "group"]

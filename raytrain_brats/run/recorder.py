@@ -131,6 +131,7 @@ class RunRecorder:
         """Go on with what a checkpoint's state says."""
         if self._cadence:
             self._cadence.resume(state.get("validation_wait_s", 0.0))
+            self._look_for_gain(self.generation.samples_seen)
 
     def ready(self) -> bool:
         """Record that the ranks are about to wait for their first patches; whether to validate first: the last group
