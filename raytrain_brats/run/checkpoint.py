@@ -87,7 +87,9 @@ def save(
     return Checkpoint(name, samples_seen, generation, sum(map(len, contents.values())))
 
 
-def tensors_file(tensors: "dict[str, Tensor]", used: mmap | None = None) -> mmap:
+def tensors_file(
+    tensors: "dict[str, Tensor]", used: mmap | None = None, metadata: dict[str, str] | None = None
+) -> mmap:
     """The tensors as a safetensors file (https://github.com/huggingface/safetensors, format), in `used` where it has
     the right size: page faults of fresh memory cost as much as copying.
 
@@ -103,7 +105,8 @@ def tensors_file(tensors: "dict[str, Tensor]", used: mmap | None = None) -> mmap
         begin, end = end, end + tensors[name].nbytes
         about = {"dtype": _kind(tensors[name]), "shape": list(tensors[name].shape)}
         header[name] = about | {"data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    told = {"__metadata__": metadata} if metadata else {}
+    text = json.dumps(told | header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     file = used if used is not None and len(used) == start + end else mmap(-1, start + end)

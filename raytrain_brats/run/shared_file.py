@@ -15,6 +15,7 @@ from typing import Any
 from raytrain_brats import storage
 from raytrain_brats.config import Config, parse
 from raytrain_brats.errors import UserError
+from raytrain_brats.run import checkpoint
 
 SUFFIX = ".safetensors"
 KIND = "raytrain_brats networks, 1"
@@ -54,11 +55,10 @@ def is_named(place: str) -> bool:
 
 def content(networks: list[SharedNetwork], postprocessing: Mapping[str, Any] | None, card: str) -> bytes:
     """The file. The same networks, rules and card give the same bytes."""
-    from safetensors.torch import save
-
     tensors = {f"{number}/{name}": t for number, n in enumerate(networks) for name, t in n.weights.items()}
     about = {"networks": [network.about() for network in networks], "postprocessing": postprocessing}
-    return save(tensors, {"kind": KIND, "about": json.dumps(about, sort_keys=True), "card": card})
+    told = {"kind": KIND, "about": json.dumps(about, sort_keys=True), "card": card}
+    return bytes(checkpoint.tensors_file(tensors, metadata=told))  # the library's own puts these in a random order
 
 
 def header(whole: bytes) -> dict[str, Any]:
