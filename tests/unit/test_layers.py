@@ -118,7 +118,7 @@ def test_nothing_decides_by_what_events_tell() -> None:
         if isinstance(node, ast.Attribute) and node.attr in books
     }
     # recorder: the times of the event `recovered`; controller: the text of the last failure
-    shown = {"verify", "reporting.page", "monitoring.progress", "monitoring.tracking"}
+    shown = {"verify", "reporting.page", "monitoring.progress", "monitoring.tracking", "ending", "compare"}
     assert readers == shown | {"run.recorder", "run.controller"}
 
 

@@ -6,7 +6,7 @@ Networks are real, trained for some steps; Ray is replaced by a plain map.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,17 @@ class Box:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`data`; `runs` with the runs of two folds; `other`, another run."""
     folder = tmp_path_factory.mktemp("share")
     write_msd_folder(folder / "data", 6, shape=(12, 12, 12))
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     for fold in (0, 1):
         train(run_spec(folder / "runs" / f"fold-{fold}", folder / "data", fold, train={"seed": fold}), stop=20)
     train(run_spec(folder / "other", folder / "data", train={"epochs": 4}), stop=28)
-    return folder
+    yield folder
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +71,7 @@ def fails(command: Any, *words: Any, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def predicted(run: Path, made: Path, out: Path) -> Any:
-    images = sorted((made / "data/imagesTr").glob("*.nii.gz"))[:2]
+    images = sorted((made / "data/imagesTr").glob("BRATS*.nii.gz"))[:2]
     words = ["--run-dir", run, "--images", *images, "--out", out, "--no-mirror", "--save-probabilities"]
     assert predict.main([str(word) for word in words]) == 0
     return [np.asarray(nib.load(path).dataobj) for path in sorted(out.glob("*.nii.gz"))]
