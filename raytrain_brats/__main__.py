@@ -14,6 +14,7 @@ if __name__ == "__main__" or sys.argv[0].endswith("raytrain-brats"):  # the comm
 
 import importlib
 
+from raytrain_brats import __version__
 from raytrain_brats.cli import choose
 
 COMMANDS = {
@@ -31,6 +32,8 @@ COMMANDS = {
     "predict": "segment NIfTI cases",
     "verify": "prove that every sample was applied once, in order",
     "report": "one page: curves, overlays, time split",
+    "compare": "runs side by side: scores, curves, differing settings",
+    "share": "the networks of a run in one file that predicts elsewhere",
     "export": "the network as ONNX and MONAI Bundle, with a model card",
     "ec2": "clusters on EC2: list what is left that costs money",
     "spot": "on a spot machine: drain its Ray node when EC2 gives notice",
@@ -39,6 +42,9 @@ COMMANDS = {
 
 
 def main() -> int:
+    if sys.argv[1:2] in (["--version"], ["-V"], ["version"]):
+        print(f"raytrain-brats {__version__}")
+        return 0
     name = choose("raytrain-brats", "command", sys.argv[1:], COMMANDS)
     if isinstance(name, int):
         return name

@@ -163,7 +163,8 @@ def choose(program: str, kind: str, given: list[str], choices: dict[str, str]) -
     if name in choices:
         return name
     if name in ("-h", "--help"):
-        print(f"usage: {program} {kind.upper()} [--help] ...\n")
+        version = " [--version]" if kind == "command" else ""
+        print(f"usage: {program}{version} {kind.upper()} [--help] ...\n")
         print("\n".join(f"  {choice:{max(map(len, choices))}} {what}" for choice, what in choices.items()))
         return 0
     near = difflib.get_close_matches(name, choices, n=1)

@@ -8,7 +8,6 @@ import difflib
 import itertools
 import re
 from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -24,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from raytrain_brats import parts
+from raytrain_brats import parts, storage
 from raytrain_brats.errors import UserError
 from raytrain_brats.networks import NAMES, OURS, OWN, Network, OwnNetwork, whose
 from raytrain_brats.networks import Frozen as _Frozen
@@ -65,14 +64,18 @@ class Data(_Frozen):
 
 class Optimiser(_Frozen):
     name: Literal["adamw", "sgd"] = "adamw"
+    """`sgd`: with Nesterov momentum of 0.99, as nnU-Net."""
     learning_rate: PositiveFloat = 3e-4
+    """After the warm-up."""
     weight_decay: float = Field(default=1e-5, ge=0)
+    """Of AdamW's own kind, decoupled, for `adamw`; an L2 penalty for `sgd`."""
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
     """How the learning rate falls with the samples, after it rose: to zero along a cosine; to zero as
     (1 - share done)^0.9, nnU-Net's for SGD; not at all."""
     warmup_share: Share = 0.03
     """Share of all samples over which the learning rate rises."""
     clip_norm: PositiveFloat = 12.0
+    """Gradients of a greater norm are shortened to it."""
 
 
 class Augment(_Frozen):
@@ -99,7 +102,9 @@ class Augment(_Frozen):
 
 class Train(_Frozen):
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Initial weights, the order of cases, crops and augmentation follow from it."""
     epochs: PositiveInt = 100
+    """How often each case is dealt. May become more from one start of a run to the next: it is lengthened."""
     global_batch: PositiveInt = 8
     """Samples per step over all workers, whatever their number."""
     micro_batch: PositiveInt | Literal["auto"] = "auto"
@@ -126,6 +131,9 @@ class Validate(_Frozen):
     every_samples: PositiveInt | None = None
     """Validate after so many samples; by default after each epoch, and rarer where that took over 5 % of the time."""
     max_cases: PositiveInt = 32
+    """Held-out cases that are scored while a run trains: the first ones."""
+    patience_samples: PositiveInt | None = None
+    """End the run once the mean Dice of the held-out cases was not exceeded for so many samples; by default never."""
     overlap: float = Field(default=0.5, ge=0, lt=1)
     """Overlap of neighbouring windows of the sliding-window inference."""
     mirror: bool = False
@@ -140,6 +148,8 @@ class Checkpoint(_Frozen):
     """Save after so many samples instead, whatever the time."""
     keep: int = Field(default=2, ge=2)
     """Newest valid checkpoints kept; two at least, so that a damaged one never is the only one."""
+    best: bool = False
+    """Save before each validation, and also keep the checkpoint with the best mean Dice of all (`predict --best`)."""
 
 
 class Run(_Frozen):
@@ -213,7 +223,7 @@ def recipe_names() -> list[str]:
 def recipe_text(recipe: str) -> str:
     """The text of a recipe that `load` takes: a name or a YAML file."""
     if recipe.endswith((".yaml", ".yml")):
-        return Path(recipe).read_text()
+        return storage.read_bytes(recipe).decode()
     return (resources.files("raytrain_brats") / "recipes" / f"{recipe}.yaml").read_text()
 
 
@@ -239,9 +249,10 @@ def load(recipe: str, overrides: tuple[str, ...] = ()) -> Config:
     Raises UserError naming the key that is wrong and the nearest ones that exist.
     """
     if recipe.endswith((".yaml", ".yml")):
-        if not Path(recipe).is_file():
-            raise UserError(f"recipe file {recipe} does not exist")
-        content, where = Path(recipe).read_bytes(), recipe
+        try:
+            content, where = storage.read_bytes(recipe), recipe
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise UserError(f"recipe file {recipe} does not exist") from error
     else:
         names = recipe_names()
         if recipe not in names:
@@ -254,6 +265,8 @@ def load(recipe: str, overrides: tuple[str, ...] = ()) -> Config:
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{where} holds no `key: value` lines")
+    if {"config", "identity"} <= values.keys() and isinstance(values["config"], dict):
+        values = values["config"]  # the config.yaml of a run folder
     for override in sorted(overrides, key=lambda o: not o.startswith("network.name=")):  # it may begin the section anew
         _apply(values, override)
     return parse(values, where)
@@ -293,9 +306,11 @@ _FREE: dict[str, Any] = {
 """What may change from one start of a run to the next: it does not alter which updates are applied."""
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """`key: old -> new` of every setting that may not change within a run."""
-    before, after = (_flat(c.model_dump(mode="json", by_alias=True, exclude=_FREE)) for c in (old, new))
+def differences(old: Config, new: Config, longer: bool = False) -> list[str]:
+    """`key: old -> new` of every setting that may not change within a run; `longer`: more epochs are no difference."""
+    if longer and new.train.epochs > old.train.epochs:
+        old = old.model_copy(update={"train": old.train.model_copy(update={"epochs": new.train.epochs})})
+    before, after = (flat(c.model_dump(mode="json", by_alias=True, exclude=_FREE)) for c in (old, new))
     keys = sorted(before.keys() | after.keys())
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
 
@@ -345,11 +360,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: the value is not YAML") from error
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested sections."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -17,12 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 import ray
-from rich.progress import track
 from rich.table import Table
 
 from raytrain_brats import config, outputs, storage
 from raytrain_brats.cases import scan
-from raytrain_brats.cli import Uri, cases_from, entry, run_folder, show, show_skipped
+from raytrain_brats.cli import Uri, cases_from, entry, progress, run_folder, show, show_skipped
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case, Manifest
 from raytrain_brats.data.nifti import InvalidCase
@@ -64,6 +63,8 @@ class Args:
     """Folder or manifest of the cases; by default RAYTRAIN_BRATS_DATA."""
     store: Uri = ""
     """Prepared store, instead of --data; by default RAYTRAIN_BRATS_STORE."""
+    best: bool = False
+    """The checkpoint with the best mean validation Dice, instead of the newest."""
     split: Literal["auto", "val", "train", "all"] = "auto"
     """Which cases: held out by the run (auto), trained on, or all (auto for --predictions without --run-dir)."""
     mirror: bool = True
@@ -93,7 +94,7 @@ def work(args: Args) -> None:
     run_dir = run_folder(args.run_dir)
     split: str = "val" if args.split == "auto" else args.split
     manifest, source, cases = held_out.cases_of_run(run_dir, *cases_from(args.data, args.store), split)
-    networks = members.opened([run_dir])
+    networks = members.opened([run_dir], args.best)
     run, challenge = networks[0].run, _challenge(args, source.convention, cases)
     rules, said = members.rules_of([run_dir], networks) if args.postprocess else (Rules(), "no post-processing")
     made_from = members.checkpoints(networks) | {
@@ -109,13 +110,15 @@ def work(args: Args) -> None:
     if run.convention != source.convention:
         print(f"the run learned {described(run.convention)}: compared by region")
     print(said + (", learned on these cases: see its own figures" if split == "val" and rules != Rules() else ""))
+    if args.best and split == "val":
+        print("the checkpoint was chosen on cases of this split: its scores are somewhat too good")
     show_skipped(manifest.skipped)
     cluster.connect(held_bytes=members.weight_bytes(networks), own=members.parts_of(networks))
     shared = members.by_fold([(m.fold, ray.put((m.run.config, m.weights))) for m in networks], split)
     one = partial(_one, shared, source, args.overlays > 0, rules, args.mirror, challenge)
     worst = overlays.Worst(args.overlays)
     results = []
-    for result in _progress(cluster.parallel_map(one, cases, on_gpus=True), len(cases)):
+    for result in progress(cluster.parallel_map(one, cases, on_gpus=True), "evaluating", len(cases)):
         results.append(result if isinstance(result, str) else (worst.seen(result[0], result[1]), result[2]))
     found, refused = [r for r in results if not isinstance(r, str)], [r for r in results if isinstance(r, str)]
     rows = [row for row, _ in found]
@@ -182,7 +185,7 @@ def _score_volumes(args: Args) -> None:
     cluster.connect()
     only = regions_of_network(convention) if label_volumes.by_network(folder) else None
     one = partial(_volume, folder, volumes.files, convention, only, source, challenge)
-    results = list(_progress(cluster.parallel_map(one, scored), len(scored)))
+    results = list(progress(cluster.parallel_map(one, scored), "evaluating", len(scored)))
     rows, refused = [r for r in results if not isinstance(r, str)], [r for r in results if isinstance(r, str)]
     _tell_left_out(refused, len(scored))
     summary = made_from | _summary(rows, source.convention, manifest.synthetic)
@@ -211,10 +214,6 @@ def _labelled(args: Args) -> tuple[Manifest, Source, str]:
 
 def _challenge(args: Args, convention: str, cases: tuple[Case, ...]) -> str:
     return challenge_of(convention, (c.id for c in cases)) if args.challenge == "auto" else args.challenge
-
-
-def _progress(results: Any, total: int) -> Any:
-    return track(results, "evaluating", total, disable=not sys.stdout.isatty())
 
 
 def _tell_left_out(refused: list[str], total: int) -> None:

@@ -5,14 +5,12 @@ Out: below --out `model.onnx` with `MODEL_CARD.md` and `checks.json`; `bundle/`,
 the card; `made-by.json`. What was made earlier of the same checkpoint is not made again.
 """
 
-import contextlib
 import hashlib
 import json
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from safetensors.torch import save as tensors_to_bytes
 
 from raytrain_brats import __version__, config, outputs, storage
@@ -22,7 +20,7 @@ from raytrain_brats.data import manifest as manifests
 from raytrain_brats.errors import UserError
 from raytrain_brats.exporting import bundle, card, onnx_file
 from raytrain_brats.learn.model import build_network
-from raytrain_brats.run import own_parts, spec
+from raytrain_brats.run import members, own_parts, spec
 from raytrain_brats.run.predictor import newest_weights
 from raytrain_brats.run.run_dir import RunDir
 
@@ -42,6 +40,8 @@ class Args:
     """The run; by default RAYTRAIN_BRATS_RUN_DIR."""
     formats: tuple[Literal["onnx", "bundle"], ...] = ("onnx", "bundle")
     """Which of the two."""
+    best: bool = False
+    """The checkpoint with the best mean validation Dice, instead of the newest."""
     overwrite: bool = False
     """Also replace files in --out that came of another checkpoint or evaluation, or from another program."""
 
@@ -57,14 +57,14 @@ def work(args: Args) -> None:
         onnx_file.check_installed()
     if "bundle" in args.formats:
         bundle.definition(run.config)
-    checkpoint, weights = newest_weights(run_dir)
+    checkpoint, weights = newest_weights(run_dir, args.best)
     own_parts.check_weights(run_dir, run, weights)
     network = build_network(run.config)
     network.load_state_dict(weights)
     about = card.About(
         run.config, run.convention, run.dataset_identity, checkpoint,
         hashlib.sha256(tensors_to_bytes(weights)).hexdigest()[:8],
-        sum(parameter.numel() for parameter in network.parameters()), __version__, *_told(run_dir),
+        sum(parameter.numel() for parameter in network.parameters()), __version__, *members.told(run_dir),
     )  # fmt: skip
     there = _claimed(args, about, run_dir)
     print(f"{config.described('run', run.config)}; {about.name}")
@@ -86,21 +86,6 @@ def work(args: Args) -> None:
     print(f"{len(written)} files made{f', {len(there)} were there already' if there else ''}, in {out}")
     if about.phantoms:
         print("trained on phantoms: scores say nothing about patients")
-
-
-def _told(run_dir: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What config.yaml and the manifest, and the newest evaluation say; {} without an evaluation."""
-    stored = dict(yaml.safe_load(storage.read_bytes(RunDir(run_dir).config)))
-    with contextlib.suppress(UserError, FileNotFoundError):  # copied without it
-        train, held_out = manifests.read(RunDir(run_dir).manifest).split(stored["config"]["data"]["fold"])
-        stored["cases"] = f"{len(train)}, {len(held_out)}"
-    where = storage.join(RunDir(run_dir).evaluation, "summary.json")
-    try:
-        return stored, dict(json.loads(storage.read_bytes(where)))
-    except FileNotFoundError:
-        return stored, {}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where} is damaged ({error}); run `evaluate` again") from error
 
 
 def _claimed(args: Args, about: card.About, run_dir: str) -> set[str]:

@@ -22,9 +22,13 @@ class SegResNetOptions(Frozen):
 
     width: ClassVar = "init_filters"
     name: Literal["segresnet"]
+    """Which network: segresnet, dynunet, mednext or unet."""
     init_filters: PositiveInt = 16
+    """Channels at full resolution; each level below has twice as many."""
     blocks_down: tuple[PositiveInt, ...] = (1, 2, 2, 4)
+    """Residual blocks of each level, the deepest last."""
     blocks_up: tuple[PositiveInt, ...] = (1, 1, 1)
+    """Likewise on the way up, but for the deepest."""
 
     @model_validator(mode="after")
     def _fits(self) -> "SegResNetOptions":
@@ -44,7 +48,9 @@ class DynUNetOptions(Frozen):
 
     width: ClassVar = "filters"
     name: Literal["dynunet"]
+    """Which network: segresnet, dynunet, mednext or unet."""
     filters: Annotated[tuple[PositiveInt, ...], Field(min_length=3)] = (32, 64, 128, 256, 320)
+    """Channels of each level, the deepest last."""
     heads: int = Field(default=0, ge=0)
     """Deep supervision: outputs at 1/2, 1/4, ... of the resolution, in training only. Each weighs half as much as the
     one above."""
@@ -65,8 +71,11 @@ class MedNeXtOptions(Frozen):
 
     width: ClassVar = "init_filters"
     name: Literal["mednext"]
+    """Which network: segresnet, dynunet, mednext or unet."""
     init_filters: PositiveInt = 32
+    """Channels at full resolution; each level below has twice as many."""
     kernel_size: Literal[3, 5] = 3
+    """Edge of the depthwise convolutions, in voxels."""
     blocks: Annotated[tuple[PositiveInt, ...], Field(min_length=2)] = (2, 2, 2, 2, 2)
     """By level, the deepest last; the way up has as many. B has the same, L 3, 4, 8, 8, 8."""
     expansion: tuple[PositiveInt, ...] = (2, 2, 2, 2, 2)
@@ -92,8 +101,11 @@ class UNetOptions(Frozen):
 
     width: ClassVar = "channels"
     name: Literal["unet"]
+    """Which network: segresnet, dynunet, mednext or unet."""
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=2)] = (16, 32, 64, 128, 256)
+    """Of each level, the deepest last."""
     res_units: PositiveInt = 2
+    """Convolutions of a residual unit, on the way down; one on the way up."""
 
     @property
     def levels(self) -> int:

@@ -47,6 +47,8 @@ class Args:
     """Folder or manifest of the run's own cases; by default RAYTRAIN_BRATS_DATA."""
     store: Uri = ""
     """Prepared store, instead of --data; by default RAYTRAIN_BRATS_STORE."""
+    best: bool = False
+    """For the checkpoint with the best mean validation Dice, instead of the newest."""
     mirror: bool = True
     """Average over the eight mirror images, as `predict` does unless told not to."""
 
@@ -54,7 +56,7 @@ class Args:
 def work(args: Args) -> None:
     run_dir = run_folder(args.run_dir)
     manifest, source, cases = held_out.cases_of_run(run_dir, *cases_from(args.data, args.store), "val")
-    networks = members.opened([run_dir])
+    networks = members.opened([run_dir], args.best)
     show_skipped(manifest.skipped)
     cluster.connect(held_bytes=members.weight_bytes(networks), own=members.parts_of(networks))
     shared = members.by_fold([(m.fold, ray.put((m.run.config, m.weights))) for m in networks], "val")

@@ -56,7 +56,10 @@ class Args:
     out: Uri
     """Where the label volumes go (local or s3://)."""
     run_dir: tuple[Uri, ...] = ()
-    """The run; of several, or of one with folds, the mean of the probabilities. By default RAYTRAIN_BRATS_RUN_DIR."""
+    """The run, or a file made by `share`; of several, or of one with folds, the mean of the probabilities. By default
+    RAYTRAIN_BRATS_RUN_DIR."""
+    best: bool = False
+    """By each run's checkpoint with the best mean validation Dice, instead of its newest."""
     convention: str = ""
     """Write the label values of another convention, such as brats2023; by default those that the run learned."""
     mirror: bool = True
@@ -100,7 +103,7 @@ class Read:
 def work(args: Args) -> list[str]:
     """Paths of the label volumes of all cases given. Raises UserError, and RunFailed when one is missing."""
     given = [run_folder(name) for name in args.run_dir or ("",)]
-    out, networks = storage.normal(args.out), members.opened(given)
+    out, networks = storage.normal(args.out), members.opened(given, args.best)
     rules, said = members.rules_of(given, networks) if args.postprocess else (Rules(), "no post-processing")
     run, learned = networks[0].run, networks[0].run.convention
     convention = args.convention or learned

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from raytrain_brats import config, storage
+from raytrain_brats import config, ending, storage
 from raytrain_brats.cases import recipe as recipes
 from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry, run_folder, show_skipped
 from raytrain_brats.data import manifest as manifests
@@ -23,13 +23,14 @@ from raytrain_brats.monitoring.progress import Progress
 from raytrain_brats.monitoring.spilling import Spilling
 from raytrain_brats.monitoring.tracking import Tracking
 from raytrain_brats.ray_ext import cluster
-from raytrain_brats.run import checkpoint, driver, folds, journal, lease, own_parts, spec
+from raytrain_brats.run import checkpoint, driver, folds, initial, journal, lease, own_parts, spec
 from raytrain_brats.run.run_dir import RunDir
 
 HOME = "~/raytrain_brats"
 PHANTOM_CASES = 20
 _LEFT_BY_A_START = re.compile(
-    r"lease\.json|generation\.json|write-probe|probe-[0-9a-f]{32}|(ray-logs|sagemaker)/.*|[^/]+\.(log|out|err|txt)"
+    r"lease\.json|generation\.json|initial\.safetensors|write-probe|probe-[0-9a-f]{32}|(ray-logs|sagemaker)/.*|"
+    r"[^/]+\.(log|out|err|txt)"
 )
 """What may lie in a run folder before its config.yaml: a start of ours was killed, SageMaker's own files, the file into
 which a shell puts what this command prints."""
@@ -58,6 +59,8 @@ class Args:
     """Training workers; the run goes on with any number in between."""
     fold: Annotated[str, tyro.conf.arg(metavar="all|K", help_behavior_hint="")] = ""
     """Train without fold K (0 to 4) into RUN_DIR/fold-K; `all`: the five, side by side as there is room."""
+    init_from: Annotated[Uri, tyro.conf.arg(metavar="RUN[/CHECKPOINT]", help_behavior_hint="")] = ""
+    """Begin with another run's weights: of its newest checkpoint, RUN/best, RUN/CHECKPOINT, or a file by `share`."""
     set: Changes = ()
     """Change a setting of the recipe: key=value, such as train.epochs=20; may be given several times."""
 
@@ -79,6 +82,7 @@ def work(args: Args) -> None:
         run_dir = storage.normal(run_dir) if args.fold == "all" else spec.fold_run(run_dir, int(args.fold))
     if args.fold != "all":
         _check_run_dir(run_dir)
+        lease.check(storage.normal(run_dir))
     if not real:
         _make_phantoms(data)
     if args.fold == "all":
@@ -86,14 +90,34 @@ def work(args: Args) -> None:
         return
     run_spec = spec.build(settings, run_dir, data, store, recipe)
     storage.check_writable(run_spec.run_dir)
+    initial.check(run_spec, args.init_from)
     found, _ = checkpoint.newest_valid(run_spec.run_dir)
-    scored = not run_spec.held_out_cases or journal.validated(run_spec.run_dir, run_spec.sampler.total)
-    if found and found.samples_seen >= run_spec.sampler.total and scored:
-        total = f"{run_spec.sampler.total:,} samples"
-        print(f"{run_spec.run_dir} is finished: {total}; evaluate it, or give another --run-dir")
+    if ended := _ended(run_spec, found):
+        print(f"{run_spec.run_dir} is finished: {ended}")
+        ending.show(run_spec, data, store)
         return
+    _train(run_spec, found, args.init_from)
+    ending.show(run_spec, data, store)
+
+
+def _ended(run_spec: spec.RunSpec, found: checkpoint.Checkpoint | None) -> str:
+    """Why there is nothing left to train, in words, and how to go on all the same; "" when there is."""
+    ended = found and driver.end_of(run_spec, found.samples_seen)
+    if not found or not ended:
+        return ""
+    if found.samples_seen < run_spec.sampler.total:
+        return f"{ended}; a larger validate.patience_samples, or null, goes on"
+    if run_spec.held_out_cases and not journal.validated(run_spec.run_dir, run_spec.sampler.total):
+        return ""
+    return f"{ended}; a larger train.epochs goes on"
+
+
+def _train(run_spec: spec.RunSpec, found: checkpoint.Checkpoint | None, init_from: str) -> None:
+    settings = run_spec.config
     with lease.hold(run_spec.run_dir) as held:
-        print(config.described(recipe, settings))
+        print(config.described(run_spec.recipe, settings))
+        run_spec, lines = initial.begin(run_spec, init_from)
+        print("\n".join([*lines, *_lengthened(run_spec)]), end="\n" if lines or run_spec.shorter else "", flush=True)
         for warning in recipes.warnings(settings, run_spec.manifest, run_spec.source):
             print(warning, file=sys.stderr)
         show_skipped(run_spec.manifest.skipped)
@@ -112,7 +136,18 @@ def work(args: Args) -> None:
         )
         with Progress(run_spec, lambda: held.trouble), Spilling(run_spec.run_dir), Tracking(run_spec):
             driver.train(run_spec, needed, held)
-    print(f"done: {run_spec.run_dir}")
+
+
+def _lengthened(run_spec: spec.RunSpec) -> list[str]:
+    """What changes for a run that is lengthened by this start, in words."""
+    if not run_spec.shorter:
+        return []
+    told = driver.longer(run_spec)
+    (epochs, more), (total, new), (rate, then) = told["epochs"], told["total_samples"], told["learning_rate"]
+    return [
+        f"longer: {epochs} -> {more} epochs, {total:,} -> {new:,} samples; the learning rate at sample "
+        f"{told['samples_seen']:,} was to be {rate:.3g} and is {then:.3g}, as in a run of {more} epochs"
+    ]
 
 
 def _held_out(args: Args) -> tuple[str, ...]:
@@ -143,6 +178,7 @@ def _train_folds(args: Args, settings: config.Config, recipe: str, run_dir: str,
     def command(fold: int, workers: str) -> list[str]:
         where = ["--store", store] if store else ["--data", data]
         words = [*where, "--run-dir", run_dir, "--recipe", recipe, "--fold", str(fold)]
+        words += ["--init-from", args.init_from] if args.init_from else []
         words += ["--workers", workers] if workers else []
         return folds.command_line([*words, *(word for change in args.set for word in ("--set", change))])
 

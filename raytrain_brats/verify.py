@@ -37,7 +37,7 @@ def work(args: Args) -> None:
     if not manifests.is_dataset_identity(run.dataset_identity, manifest.cases, *meant):
         raise RunFailed(f"{run_dir}/manifest.jsonl is not the data that config.yaml names ({run.dataset_identity})")
     cases, _ = manifest.split(run.config.data.fold)
-    sampler, rows = spec.sampler_of(run.config, len(cases)), journal.read_rows(run_dir)
+    sampler, rows = spec.sampler_of(run.config, len(cases), run.earlier_epochs), journal.read_rows(run_dir)
     for number, row in enumerate(rows):
         if wrong := difference(row, number, sampler, cases):
             raise RunFailed(f"{run_dir}/metrics, row {number + 1}: {wrong}")

@@ -1,6 +1,6 @@
 """Which case, crop and augmentation belongs to each position of a run: integers only, no I/O. Runs in any process.
 
-In: seed, number of cases N, global batch G, patches per case k, epochs.
+In: seed, number of cases N, global batch G, patches per case k, epochs; how many there were to be at first.
 Out: for a position its case and seed; for a rank its positions in a step and the cases that it needs for them.
 
 A run deals its cases as one endless list, shuffled anew each epoch: dealt case n is case number n mod N of the order of
@@ -11,6 +11,11 @@ up, in its first k - 1 steps, and while it ends, some places show no case: paddi
 Rank r of W owns the dealt cases n = r mod W. A step's G cases have successive numbers, so each rank owns G / W of them,
 rounded up or down, at any world size from 1 to G, and a case travels to one rank only, for all its k patches.
 
+A run that was lengthened is one list all the same: its first part is the list of the shorter run, to its end, padding
+included, and the next part follows as a run does that begins there, with the epochs that come next. So no position
+changes by it, wherever the run stood, and each epoch shows each case k times. Dealt numbers go on behind a gap in which
+no case is dealt, the shortest after which a case first shows when the part before has ended.
+
 Everything here is a pure function of (seed, position): a resume needs one number, `samples_seen`, and no state of a
 generator; any process computes any position without those before it. The idea is MosaicML Streaming's (`partition/`);
 theirs asks that the world size divides the batch, this one does not.
@@ -18,7 +23,7 @@ theirs asks that the world size divides the batch, this one does not.
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -82,6 +87,21 @@ def _shuffled(seed: int, count: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """What a run of a certain length adds to a shorter one."""
+
+    first: int
+    end: int
+    """Its dealt cases have the numbers [first, end)."""
+    before: int
+    """Cases dealt in earlier parts."""
+    steps: int
+    """It ends before this step."""
+    epochs: int
+    """Of the run up to there."""
+
+
+@dataclass(frozen=True)
 class Sampler:
     """The order of a whole run, as a pure function."""
 
@@ -90,6 +110,18 @@ class Sampler:
     global_batch: int
     patches_per_case: int
     epochs: int
+    earlier: tuple[int, ...] = ()
+    """The epochs of before the run was lengthened, ascending."""
+
+    @cached_property
+    def _parts(self) -> tuple[_Part, ...]:
+        parts, first, before = [], 0, 0
+        for epochs in (*self.earlier, self.epochs):
+            end = first + self.cases * epochs - before
+            parts.append(_Part(first, end, before, self.start(end - 1) + self.patches_per_case, epochs))
+            before = self.cases * epochs
+            first = -(-parts[-1].steps * self.global_batch // self.patches_per_case)  # start(n) >= steps
+        return tuple(parts)
 
     @property
     def epoch_samples(self) -> int:
@@ -98,12 +130,12 @@ class Sampler:
 
     @property
     def dealt(self) -> int:
-        """Dealt cases of the run."""
-        return self.cases * self.epochs
+        """The dealt cases of the run have numbers below this: all of them, unless the run was lengthened."""
+        return self._parts[-1].end
 
     @property
     def steps(self) -> int:
-        return self.start(self.dealt - 1) + self.patches_per_case
+        return self._parts[-1].steps
 
     @property
     def total(self) -> int:
@@ -127,10 +159,12 @@ class Sampler:
             raise IndexError(f"position {position} is outside [0, {self.total})")
         step, place = divmod(position, self.global_batch)
         dealt = self.oldest(step) + place
-        epoch = min(max(0, dealt // self.cases), self.epochs - 1)
-        if not 0 <= dealt < self.dealt:
-            return Sample(position, epoch, None, _seed(self.seed, self.epochs, position))
-        case = _shuffled(_seed(self.seed, epoch), self.cases)[dealt % self.cases]
+        part = next(part for part in self._parts if step < part.steps)
+        number = dealt - part.first + part.before
+        epoch = min(max(0, number // self.cases), part.epochs - 1)
+        if not part.first <= dealt < part.end:
+            return Sample(position, epoch, None, _seed(self.seed, part.epochs, position))
+        case = _shuffled(_seed(self.seed, epoch), self.cases)[number % self.cases]
         # By (epoch, case, patch), not by position: the crops of a case do not depend on the batch size.
         return Sample(position, epoch, case, _seed(self.seed, epoch, case, step - self.start(dealt)))
 
@@ -152,7 +186,8 @@ class Sampler:
         until = min(turn + world_size * cases_per_row, self.dealt)
         first = max(0, self.oldest(step))
         mine = range(turn + rank, until, world_size)
-        return Row(until, tuple(self._left(dealt, step) for dealt in mine if dealt >= first))
+        there = [n for n in mine if n >= first and any(part.first <= n < part.end for part in self._parts)]
+        return Row(until, tuple(self._left(dealt, step) for dealt in there))
 
     def _left(self, dealt: int, step: int) -> tuple[int, tuple[Sample, ...]]:
         """(case, its samples from `step` on) of a dealt case that is still shown then."""

@@ -1,7 +1,7 @@
-"""Network, loss, optimiser and learning rate of a run. Runs in workers and predict tasks.
+"""Network, loss and optimiser of a run. Runs in workers and predict tasks.
 
 In: the config.
-Out: a MONAI network from 4 modalities to 3 region logits, a per-sample loss, a torch optimiser, its learning rate.
+Out: a MONAI network from 4 modalities to 3 region logits, a per-sample loss, a torch optimiser.
 
 Samples must not influence each other, or the number of workers would change the result: networks use group or
 instance norm, and the loss is one number per sample.
@@ -238,19 +238,6 @@ def build_optimiser(network: nn.Module, options: Optimiser) -> torch.optim.Optim
     for parameter in parameters:  # a first step that is skipped would leave them uninitialised
         sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
-
-
-def learning_rate(options: Optimiser, samples_seen: int, total: int) -> float:
-    """A function of samples, so that it is the same at any number of workers: linear warm-up, then `schedule`."""
-    warmup = options.warmup_share * total
-    if samples_seen < warmup:
-        return options.learning_rate * (samples_seen + 1) / (warmup + 1)
-    done = min(1.0, (samples_seen - warmup) / max(1.0, total - warmup))
-    if options.schedule == "constant":
-        return options.learning_rate
-    if options.schedule == "poly":
-        return float(options.learning_rate * (1 - done) ** 0.9)
-    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def ema_share(ema_samples: int, global_batch: int, samples_seen: int) -> float:

@@ -32,7 +32,8 @@ from raytrain_brats.labels import region_table
 from raytrain_brats.learn import tree_reduce
 from raytrain_brats.learn.batch import Batch, DeviceSample, finish, make, to_host, upload
 from raytrain_brats.learn.inference import amp_dtype
-from raytrain_brats.learn.model import build_network, build_optimiser, ema_share, learning_rate, sample_losses
+from raytrain_brats.learn.model import build_network, build_optimiser, ema_share, sample_losses
+from raytrain_brats.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,12 @@ class TrainStep:
         if self.averaged is not self.network:
             tensors |= {f"ema/{name}": tensor for name, tensor in self.averaged.state_dict().items()}
         return tensors, {"param_groups": optimiser["param_groups"], "scaler": self.scaler.state_dict()}
+
+    def begin_with(self, weights: dict[str, Tensor]) -> None:
+        """Take weights of another run, as far as it has them; all else begins as it does without."""
+        self.network.load_state_dict(weights, strict=False)
+        if self.averaged is not self.network:
+            self.averaged.load_state_dict(self.network.state_dict())
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Load what `state` returned, at any number of workers. A running mean that was not kept yet begins anew."""

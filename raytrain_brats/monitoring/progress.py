@@ -4,10 +4,11 @@ In: the run folder, as it fills.
 Out: a live line on a terminal; a plain line every few seconds elsewhere; metrics of rows and events through Ray.
 """
 
-import re
+import contextlib
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayError
@@ -16,16 +17,22 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from raytrain_brats import books, storage
-from raytrain_brats.errors import UserError
-from raytrain_brats.labels import REGIONS
+from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.monitoring import cost
+from raytrain_brats.monitoring.live_line import Standing, fitted, standing, unsaved, whole
 from raytrain_brats.monitoring.run_gauges import set_run
 from raytrain_brats.ray_ext import roles
 from raytrain_brats.reporting import planned
+from raytrain_brats.run import control
 from raytrain_brats.run.gauges import Gauges
 from raytrain_brats.run.spec import RunSpec
 
-_RECENT, _MEASURE_S, _LINE_S = 20, 10.0, 10.0
+_MEASURE_S, _LINE_S = 10.0, 10.0
+
+
+def bar_width(columns: int) -> int:
+    """Of a terminal's columns; the numbers need the others."""
+    return 10 if columns < 100 else 20
 
 
 class Progress:
@@ -43,8 +50,12 @@ class Progress:
         self._cost = cost.Cost(spec.run_dir, self._prices)
         self._next_measure = 0.0
         self._planned: str | None = None
+        self._before = 0
+        """The newest worker group of earlier launches."""
 
     def __enter__(self) -> "Progress":
+        with contextlib.suppress(OSError, UserError, RunFailed):
+            self._before = ((now := control.current(self._spec.run_dir)) and now.number) or 0
         self._thread.start()
         return self
 
@@ -56,34 +67,40 @@ class Progress:
     def _follow(self) -> None:
         every_s = 1.0 if not storage.is_s3(self._spec.run_dir) else 5.0
         if self._console.is_terminal:
-            with Bar(BarColumn(20), TextColumn("{task.description}", markup=False), console=self._console) as bar:
-                run = bar.add_task("", total=self._spec.sampler.total)
-                while not self._done.wait(every_s):
-                    rows, line = self._update(lambda text: bar.console.print(text, markup=False, soft_wrap=True))
-                    bar.update(run, description=line, completed=rows[-1]["samples_seen"] if rows else 0)
-                bar.update(run, description=self._update()[1], completed=self._spec.sampler.total)
+            drawn = BarColumn(bar_width(self._console.width))
+            with Bar(drawn, TextColumn("{task.description}", markup=False), console=self._console) as bar:
+                run, over = bar.add_task("starting", total=self._spec.sampler.total), False
+                while not over:
+                    over = self._done.wait(every_s)
+                    now = self._update(lambda text: bar.console.print(text, markup=False, soft_wrap=True))
+                    drawn.bar_width = bar_width(width := self._console.width)  # the window may have changed
+                    line = now if isinstance(now, str) else fitted(now, width - drawn.bar_width - 2)
+                    seen = 0 if isinstance(now, str) else now.seen
+                    bar.update(run, description=line[: width - drawn.bar_width - 2], completed=seen)
             return
         last, printed_s, over = "", time.monotonic(), False
         while not over:  # warnings at once, the line every ten seconds
             over = self._done.wait(every_s)
-            line = self._update()[1]
+            now = self._update()
+            line = now if isinstance(now, str) else whole(now)
             if line != last and (over or time.monotonic() > printed_s + _LINE_S):
                 print(line, flush=True)
                 last, printed_s = line, time.monotonic()
 
-    def _update(self, show: Callable[[str], None] = lambda text: print(text, flush=True)) -> tuple[list[Any], str]:
-        """(the last rows, the line); new messages are shown, metrics are set."""
+    def _update(self, show: Callable[[str], None] = lambda text: print(text, flush=True)) -> Standing | str:
+        """How the run stands, or why that is not known just now; new messages are shown, metrics are set."""
         try:
             rows, events = books.recent(self._spec.run_dir)
             self._show_messages(events, show)
             self._measure(rows)
         except (OSError, ValueError, UserError, RayError) as error:  # the run goes on; the next update tries again
-            return [], f"run folder cannot be read just now: {error}"
+            return f"run folder cannot be read just now: {error}"
         if self._planned is None:
             plan = planned.read(self._spec.run_dir)
-            self._planned = f" | planned: {plan}" if plan else ""
-        price = f" | ${self._cost.rate:,.2f}/h, ${self._cost.total:,.2f} so far" if self._cost.rate is not None else ""
-        return rows, describe(rows, events, self._spec.sampler.total, self._trouble()) + price + self._planned
+            self._planned = f"planned: {plan}" if plan else ""
+        price = f"${self._cost.rate:,.2f}/h, ${self._cost.total:,.2f} so far" if self._cost.rate is not None else ""
+        now = standing(rows, events, self._spec.sampler.total, self._trouble(), self._before)
+        return replace(now, more=tuple(filter(None, (price, self._planned))))
 
     def _show_messages(self, events: list[dict[str, Any]], show: Callable[[str], None]) -> None:
         """Show each new message once; about saving, when it begins to fail and when it works again."""
@@ -127,60 +144,3 @@ def message_of(event: dict[str, Any]) -> str:
         detail = f" ({event['detail']})" if event.get("detail") else ""
         return f"warning: case {event['case']} is not used: {event['reason']}{detail}"
     return f"warning: {event['text']}" if kind == "warning" else ""
-
-
-def unsaved(events: list[dict[str, Any]], trouble: str = "") -> tuple[int, str] | None:
-    """(last sample that is saved, why no later one is) while checkpoints fail; None when they succeed."""
-    at, why = 0, ""
-    for e in events:
-        if e["event"] == "group":
-            at, why = e.get("samples_seen", at), ""
-        elif e["event"] == "checkpoint":
-            at, why = e["samples_seen"], ""
-        elif e["event"] == "checkpoint_failed":
-            why = e["error"]
-    why = re.sub(r"\[Errno \d+\] |: '[^']*'$", "", why or trouble)  # without the path, which differs each time
-    return (at, why) if why else None
-
-
-def describe(rows: list[dict[str, Any]], events: list[dict[str, Any]], total: int, trouble: str = "") -> str:
-    """One line: progress, loss and Dice, speed, time left; while checkpoints fail, since when and why."""
-    failure = unsaved(events, trouble)
-    warning = f" | not saved since sample {failure[0]:,}: {failure[1]}" if failure else ""
-    groups = [e for e in events if e["event"] == "group"]
-    if not rows:
-        return (f"sample 0 of {total:,}: workers are starting" if groups else "starting") + warning
-    recent = rows[-_RECENT:]
-    if groups and groups[-1]["time"] > rows[-1]["time"]:
-        number = groups[-1]["generation"]
-        return f"sample {rows[-1]['samples_seen']:,} of {total:,}: worker group {number} is starting{warning}"
-    losses = [row["loss"] for row in recent if row["loss"] is not None]
-    seconds = sum(row["step_s"] for row in recent)
-    speed = sum(row["positions"][1] - row["positions"][0] for row in recent) / max(seconds, 1e-9)
-    waiting = sum(row["wait_s"] for row in recent) / max(seconds, 1e-9)
-    left_s = (total - recent[-1]["samples_seen"]) / max(speed, 1e-9)
-    if failure and recent[-1]["samples_seen"] >= total:
-        return f"sample {total:,} of {total:,}: waiting for room to save the last checkpoint{warning}"
-    parts = [
-        f"sample {recent[-1]['samples_seen']:,} of {total:,}{warning}",
-        f"loss {sum(losses) / len(losses):.3f}" if losses else "loss -",
-        f"{speed:.1f} samples/s",
-        f"{waiting:.0%} waiting for data{_standing_still(events)}",
-        f"{recent[-1]['world_size']} worker{'s' if recent[-1]['world_size'] > 1 else ''}",
-        f"{int(left_s // 60)}:{int(left_s % 60):02d} left",
-    ]
-    if scored := [e for e in events if e["event"] == "validation"]:
-        dice = " ".join(f"{region} {scored[-1]['dice'][region]:.2f}" for region in REGIONS)
-        parts.insert(2, f"Dice {dice}")
-    if groups and (restarts := groups[-1]["generation"] - 1):
-        parts.append(f"{restarts} restart{'s' if restarts > 1 else ''}")
-    return " | ".join(parts)
-
-
-def _standing_still(events: list[dict[str, Any]]) -> str:
-    """For what else training stood still between the last two checkpoints, where it is a per cent or more."""
-    last: dict[str, float] = next(
-        (e["stall"] for e in reversed(events) if e["event"] == "checkpoint" and "stall" in e), {}
-    )
-    causes = {"saving": last.get("checkpoint", 0.0), "validating": last.get("validation", 0.0)}
-    return "".join(f", {share:.0%} {cause}" for cause, share in causes.items() if share >= 0.01)

@@ -98,7 +98,9 @@ def _begin(local_cpus: int | None, held_bytes: int, prepared: bool) -> None:
     logging.getLogger(core.TOKEN_LOGGER).setLevel(logging.ERROR)  # it reports at every start that tokens are used
     with interrupt.gracefully(0):  # nothing has to be saved yet, and Ray's start may block the main thread for long
         per_cpu = PREPARED_STORE_BYTES_PER_CPU if prepared else STORE_BYTES_PER_CPU
-        _connect(start_up.address(), local_cpus, held_bytes, per_cpu)
+        address = start_up.address()
+        with start_up.telling(f"joining Ray at {address}" if address else "starting Ray on this machine"):
+            _connect(address, local_cpus, held_bytes, per_cpu)
         interrupt.again()
 
 

@@ -6,11 +6,14 @@ Out: the address to join, a folder for Ray's temporary files; or UserError with 
 Ray itself waits a quarter of an hour for a cluster that is gone, and prints a traceback where it finds no folder.
 """
 
+import contextlib
 import os
 import re
 import secrets
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from raytrain_brats import home, shadow
@@ -21,10 +24,29 @@ PATIENCE_S = 15.0
 """For a head named by RAY_ADDRESS, which may be starting or busy."""
 _LEFT_S = 5.0
 """For an address that an earlier `ray start` left in a file."""
+TELL_S = 10.0
+"""How often it is told that Ray still starts."""
 _TOKEN = "asks for a token"  # noqa: S105 - a message, not a secret
 _SOCKET = len("/ray/session_2025-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
 ROOM = 107 - _SOCKET
 """Bytes that the path of a Unix socket leaves to RAY_TMPDIR; 107 is the kernel's limit."""
+
+
+@contextlib.contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Say what is being done, and how long it has been, while it takes its time."""
+    over, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not over.wait(TELL_S):
+            print(f"{what}: {time.monotonic() - began:.0f} s so far", flush=True)
+
+    print(f"{what} ...", flush=True)
+    threading.Thread(target=tell, name="telling", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def address() -> str:

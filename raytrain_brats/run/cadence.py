@@ -14,7 +14,7 @@ from typing import Any
 from raytrain_brats.config import Config
 from raytrain_brats.data.sampler import Sampler
 
-CHECKPOINT, VALIDATE, SCORED = 4, 8, 16
+CHECKPOINT, VALIDATE, END, SCORED = 4, 8, 16, 32
 """Beside what a request asks for (`checkpoint_request.SAVE`, `HOLD`). Each rank whose part of a validation is scored
 adds `SCORED`: so all hear at the same step that all are."""
 RARER = 19.0
@@ -53,7 +53,9 @@ class Cadence:
 
     def after(self, before: int, seen: int) -> int:
         """What is due after the step from sample `before` to `seen`."""
-        save = CHECKPOINT if self.saves(before, seen) else 0
+        # What an earlier group validated and did not save may be the best.
+        again = self._config.checkpoint.best and seen in self._done and self._epoch_ends(before, seen)
+        save = CHECKPOINT if again or self.saves(before, seen) else 0
         return save | (VALIDATE if self.validates(before, seen) else 0)
 
     def saves(self, before: int, seen: int) -> bool:

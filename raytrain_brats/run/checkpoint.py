@@ -87,7 +87,9 @@ def save(
     return Checkpoint(name, samples_seen, generation, sum(map(len, contents.values())))
 
 
-def tensors_file(tensors: "dict[str, Tensor]", used: mmap | None = None) -> mmap:
+def tensors_file(
+    tensors: "dict[str, Tensor]", used: mmap | None = None, metadata: dict[str, str] | None = None
+) -> mmap:
     """The tensors as a safetensors file (https://github.com/huggingface/safetensors, format), in `used` where it has
     the right size: page faults of fresh memory cost as much as copying.
 
@@ -103,7 +105,8 @@ def tensors_file(tensors: "dict[str, Tensor]", used: mmap | None = None) -> mmap
         begin, end = end, end + tensors[name].nbytes
         about = {"dtype": _kind(tensors[name]), "shape": list(tensors[name].shape)}
         header[name] = about | {"data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    told = {"__metadata__": metadata} if metadata else {}
+    text = json.dumps(told | header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     file = used if used is not None and len(used) == start + end else mmap(-1, start + end)
@@ -130,15 +133,32 @@ def load(run_dir: str, name: str) -> "tuple[dict[str, Tensor], dict[str, Any]]":
 
 def newest_valid(run_dir: str) -> tuple[Checkpoint | None, list[tuple[str, str]]]:
     """The newest checkpoint whose every byte is as committed, and the (name, reason) of newer damaged ones."""
-    damaged = []
-    for name, seen, generation in reversed(committed(run_dir)):
+    damaged: list[tuple[str, str]] = []
+    for name, _, _ in reversed(committed(run_dir)):
         try:
-            contents = _contents(run_dir, name)
+            return _verified(run_dir, name), damaged
         except ValueError as error:
             damaged.append((name, str(error)))
-            continue
-        return Checkpoint(name, seen, generation, sum(map(len, contents)), json.loads(contents[1])), damaged
     return None, damaged
+
+
+def is_name(text: str) -> bool:
+    """Whether it is the name of a checkpoint."""
+    return bool(_NAME.match(text))
+
+
+def valid(run_dir: str, name: str) -> Checkpoint | None:
+    """The checkpoint of this name, if every byte is as committed."""
+    try:
+        return _verified(run_dir, name) if is_name(name) else None
+    except ValueError:
+        return None
+
+
+def _verified(run_dir: str, name: str) -> Checkpoint:
+    """Raises ValueError."""
+    contents = _contents(run_dir, name)
+    return Checkpoint(name, *_parts(name), sum(map(len, contents)), json.loads(contents[1]))
 
 
 def discard(run_dir: str, name: str) -> None:
@@ -150,16 +170,25 @@ def discard(run_dir: str, name: str) -> None:
         storage.delete(_uri(run_dir, name, path))
 
 
-def prune(run_dir: str, keep: int, generation: int, since: int | None = None) -> None:
-    """Remove all but the newest `keep` committed checkpoints, and all uncommitted ones.
+def prune(
+    run_dir: str,
+    keep: int,
+    generation: int,
+    since: int | None = None,
+    best: Callable[[list[tuple[str, int]]], str] = lambda _: "",
+) -> None:
+    """Remove all but the newest `keep` committed checkpoints and the one that `best` chooses among them by (name,
+    samples seen), and all uncommitted ones.
 
     For the writer of a worker group, between two saves; checkpoints of a later `generation` are kept. The group
     started from `since` samples: what an older group committed beyond that came too late and does not count.
     """
-    valid = [
-        name for name, seen, number in committed(run_dir) if since is None or number >= generation or seen <= since
+    counting = [
+        (name, seen)
+        for name, seen, number in committed(run_dir)
+        if since is None or number >= generation or seen <= since
     ]
-    kept = set(valid[-keep:])
+    kept = {name for name, _ in counting[-keep:]} | {best(counting)}
     for name in sorted(_names(run_dir) - kept):
         if _parts(name)[1] <= generation:
             discard(run_dir, name)

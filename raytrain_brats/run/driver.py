@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +24,13 @@ from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster, elastic, roles, warm_pool
 from raytrain_brats.ray_ext.internals.train import DataParallelTrainer, LocalTrainer
 from raytrain_brats.ray_ext.process_group import ProcessGroup
-from raytrain_brats.run import checkpoint, checkpoint_request, control, journal
+from raytrain_brats.run import checkpoint, checkpoint_request, control, gains, journal
 from raytrain_brats.run.controller import CheckpointBeforeResize, FailureLogger, factories
 from raytrain_brats.run.hang_detector import HangDetector
 from raytrain_brats.run.lease import Lease
 from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.spec import RunSpec, write_config
+from raytrain_brats.schedule import learning_rate
 
 SHUTDOWN_S = 3.0
 """How long `fit` may take to return after Ray was shut down; if it never does, the driver ends all the same."""
@@ -51,26 +53,47 @@ def check(spec: RunSpec) -> cluster.Resources:
 def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
     """Train to the sampler's last position. Raises RunFailed when the run stopped before; its checkpoints stay."""
     journal.take_over(spec.run_dir, lease.token)
+    if spec.shorter:  # before config.yaml, which decides: an event too many harms nobody
+        journal.event(spec.run_dir, "lengthened", **longer(spec))
     write_config(spec)
     facts: dict[str, Any] = {"workers": f"{needed.low}:{needed.high}", "route": spec.route}
     facts |= {"cases_train": len(spec.train_cases), "cases_val": len(spec.held_out_cases)}
     facts |= {"total_samples": spec.sampler.total, "dataset_identity": spec.dataset_identity}
     facts |= {"recipe": spec.recipe, "seed": spec.config.train.seed} | provenance.of_launch()
+    facts |= {"initial": asdict(spec.initial)} if spec.initial else {}
     journal.event(spec.run_dir, "launch", **facts)
     began, before = time.perf_counter(), journal.current(spec.run_dir)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     with _sigterm_as_interrupt(), HangDetector(spec.run_dir, run_id, spec.config.run.hang_timeout_s):
         problem = _fit(spec, needed, lease, run_id)
     found, _ = checkpoint.newest_valid(spec.run_dir)
-    if problem or found is None or found.samples_seen < spec.sampler.total:
+    ended = found and end_of(spec, found.samples_seen)
+    if problem or found is None or not ended:
         now = journal.current(spec.run_dir)
         begun = now and (before is None or now.number > before.number)  # else it is a group of an earlier launch
         stopped = control.status(spec.run_dir, now.number).stopped if now and begun else ""
         reason = stopped or problem or lease.trouble or "the workers stopped early"
         raise RunFailed(f"{reason}; see {RunDir(spec.run_dir).events}")
-    journal.event(
-        spec.run_dir, "finish", samples_seen=spec.sampler.total, seconds=round(time.perf_counter() - began, 1)
-    )
+    seconds = round(time.perf_counter() - began, 1)
+    journal.event(spec.run_dir, "finish", samples_seen=found.samples_seen, seconds=seconds, reason=ended)
+
+
+def longer(spec: RunSpec) -> dict[str, Any]:
+    """What changes with this start for a run that is lengthened: epochs, samples, the learning rate where it stands."""
+    found, _ = checkpoint.newest_valid(spec.run_dir)
+    seen, options = found.samples_seen if found else 0, spec.config.train.optimiser
+    before = replace(spec.sampler, epochs=spec.shorter, earlier=spec.sampler.earlier[:-1])
+    rates = [round(learning_rate(options, seen, total), 9) for total in (before.total, spec.sampler.total)]
+    about: dict[str, Any] = {"epochs": [spec.shorter, spec.sampler.epochs], "samples_seen": seen}
+    return about | {"total_samples": [before.total, spec.sampler.total], "learning_rate": rates}
+
+
+def end_of(spec: RunSpec, samples_seen: int) -> str:
+    """Why a run that stands at this sample is over, in words; "" when it goes on. Raises OSError."""
+    if samples_seen >= spec.sampler.total:
+        return f"all {spec.sampler.total:,} samples"
+    patience = spec.config.validate_.patience_samples
+    return gains.stalled(gains.history(spec.run_dir), samples_seen, patience) if patience else ""
 
 
 @contextlib.contextmanager

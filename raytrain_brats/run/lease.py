@@ -5,8 +5,9 @@ Out: a `Lease` on it, renewed while it is held; or UserError that names the driv
 
 `lease.json` holds its driver's token and a counter that the driver increments every few seconds. A second driver takes
 the lease when the first is known to be dead (same machine), or when the counter did not change for `ttl_s` by the
-second's own clock, so hosts' clocks are not compared. A driver that was merely suspended may resume after that: its
-`Lease.lost` is set, and the journal rejects its token.
+second's own clock, so hosts' clocks are not compared. On the first one's machine it is refused at once, by the clock
+since boot. A driver that was merely suspended may resume after it was replaced: its `Lease.lost` is set, and the
+journal rejects its token.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ class Lease:
         """Why the run folder cannot be written now; "" when it can."""
 
     def _about(self) -> bytes:
-        mine = {"token": self.token, "renewals": self._renewals, "since": self.since}
+        mine = {"token": self.token, "renewals": self._renewals, "since": self.since, "at": _since_boot()}
         process = {"pid": os.getpid(), "started": _started(os.getpid())}
         return json.dumps(mine | process | {"host": socket.gethostname(), "machine": _machine()}).encode()
 
@@ -49,11 +50,8 @@ class Lease:
             content = document.read()
             holder = _parsed(content)
             if holder and not _is_gone(holder):
-                if _parsed(seen).get("token") == holder["token"] and content != seen:
-                    raise UserError(
-                        f"{self.run_dir} is being trained by another driver, {_name(holder)}; "
-                        "wait for it, end it there, or give another --run-dir"
-                    )
+                if (_parsed(seen).get("token") == holder["token"] and content != seen) or _is_here(holder, ttl_s):
+                    raise _refusal(self.run_dir, holder)
                 if content != seen:
                     seen, watched_since = content, time.monotonic()
                 if not printed:
@@ -89,6 +87,20 @@ class Lease:
             content = document.read()
             if _parsed(content).get("token") == self.token:
                 document.swap(content, json.dumps({"released_by": self.token}).encode())
+
+
+def check(run_dir: str, ttl_s: float = TTL_S) -> None:
+    """Raises UserError when another driver is known at once to hold the lease; `hold` finds out about all others."""
+    holder = _parsed(RunDir(run_dir).lease.read())
+    if holder and not _is_gone(holder) and _is_here(holder, ttl_s):
+        raise _refusal(run_dir, holder)
+
+
+def _refusal(run_dir: str, holder: dict[str, Any]) -> UserError:
+    return UserError(
+        f"{run_dir} is being trained by another driver, {_name(holder)}; wait for it, end it there, or give another "
+        "--run-dir"
+    )
 
 
 @contextlib.contextmanager
@@ -139,10 +151,29 @@ def _started(pid: int) -> str:
     return "" if state in "ZX" else rest[18]
 
 
+def _since_boot() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else 0.0
+
+
+def _same_machine(holder: dict[str, Any]) -> bool:
+    here = _machine()
+    return bool(here) and (holder.get("machine"), holder["host"]) == (here, socket.gethostname())
+
+
+def _is_here(holder: dict[str, Any], ttl_s: float) -> bool:
+    """Whether a driver is known to live, on this machine: it runs, and has renewed its lease lately."""
+    if not _same_machine(holder) or not 0 < holder.get("at", 0.0) <= _since_boot() < holder["at"] + ttl_s:
+        return False
+    try:
+        stat = Path(f"/proc/{holder['pid']}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return stat[0] not in "TtZX" and stat[19] == holder.get("started")  # one that is suspended does not renew it
+
+
 def _is_gone(holder: dict[str, Any]) -> bool:
     """Whether a driver is known to have ended; False for one of another machine or another user."""
-    here = _machine()
-    if not here or (holder.get("machine"), holder["host"]) != (here, socket.gethostname()):
+    if not _same_machine(holder):
         return False
     try:
         os.kill(holder["pid"], 0)  # sends nothing

@@ -1,24 +1,25 @@
 """The runs whose networks answer together: one, several, or the folds of one. Runs in the driver.
 
-In: run folders; folders that hold a run for each fold.
-Out: `Member`s, each with its newest weights; or UserError where their answers cannot be averaged.
+In: run folders; folders that hold a run for each fold; files made by `share`.
+Out: `Member`s, each with its newest or best weights; or UserError where their answers cannot be averaged.
 """
 
-import hashlib
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from safetensors.torch import save as tensors_to_bytes
+import yaml
 
 from raytrain_brats import config, outputs, storage
+from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import FOLDS
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import described
 from raytrain_brats.learn.postprocess import Rules
 from raytrain_brats.parts import OwnPart
-from raytrain_brats.run import own_parts, spec
+from raytrain_brats.run import own_parts, shared_file, spec
 from raytrain_brats.run.predictor import newest_weights
 from raytrain_brats.run.run_dir import RunDir
 
@@ -57,17 +58,24 @@ def runs_of(folders: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def opened(folders: Sequence[str]) -> list[Member]:
-    """All that are to answer together. Raises UserError where one has no checkpoint, where they do not agree, or where
-    a network of one's own is gone."""
-    runs = [(run_dir, spec.open_run(run_dir)) for run_dir in runs_of(folders)]
-    _check_alike(runs)
+def opened(folders: Sequence[str], best: bool = False) -> list[Member]:
+    """All that are to answer together, each by its newest checkpoint, or its best; of a file made by `share` all that
+    it holds. Raises UserError where one has no checkpoint, where they do not agree, or where a network of
+    one's own is gone."""
+    files = [folder for folder in map(storage.normal, folders) if shared_file.is_named(folder)]
+    runs = [
+        (run_dir, spec.open_run(run_dir)) for run_dir in runs_of(f for f in folders if storage.normal(f) not in files)
+    ]
+    shared = [(file, network) for file in dict.fromkeys(files) for network in shared_file.read(file)]
+    told = [(f, spec.StoredRun(n.config, n.convention, n.dataset_identity, "")) for f, n in shared]
+    _check_alike(runs + told)
     members = []
     for run_dir, run in runs:
-        name, weights = newest_weights(run_dir)
+        name, weights = newest_weights(run_dir, best)
         own_parts.check_weights(run_dir, run, weights)
-        digest = hashlib.sha256(tensors_to_bytes(weights)).hexdigest()[:8]
-        members.append(Member(run_dir, run, name, digest, weights))
+        members.append(Member(run_dir, run, name, shared_file.digest(weights)[:8], weights))
+    for (file, run), (_, network) in zip(told, shared, strict=True):
+        members.append(Member(file, run, network.checkpoint, shared_file.digest(network.weights)[:8], network.weights))
     return members
 
 
@@ -123,9 +131,12 @@ def rules_of(folders: Sequence[str], members: Sequence[Member]) -> tuple[Rules, 
     """
     said = "no post-processing was learned (`raytrain-brats postprocess` does)"
     for folder in [*folders, *(member.run_dir for member in members)]:
-        uri = RunDir(folder).postprocessing
+        in_file = shared_file.is_named(storage.normal(folder))
+        uri = folder if in_file else RunDir(folder).postprocessing
         try:
-            found = json.loads(storage.read_bytes(uri))
+            found = shared_file.postprocessing(uri) if in_file else json.loads(storage.read_bytes(uri))
+            if found is None:
+                continue
             rules, known = Rules.from_json(found["rules"]), {(m["fold"], m["weights"]) for m in found["members"]}
         except FileNotFoundError:
             continue
@@ -150,3 +161,18 @@ def named(members: Sequence[Member]) -> str:
         return f"checkpoint {members[0].checkpoint} ({members[0].digest})"
     each = (f"{'/'.join(m.run_dir.split('/')[-2:])} {m.checkpoint} ({m.digest})" for m in members)
     return f"the mean of {len(members)} networks: {', '.join(each)}"
+
+
+def told(run_dir: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.yaml and the manifest, and the newest evaluation say; {} without an evaluation."""
+    stored = dict(yaml.safe_load(storage.read_bytes(RunDir(run_dir).config)))
+    with contextlib.suppress(UserError, FileNotFoundError):  # copied without it
+        train, held_out = manifests.read(RunDir(run_dir).manifest).split(stored["config"]["data"]["fold"])
+        stored["cases"] = f"{len(train)}, {len(held_out)}"
+    where = storage.join(RunDir(run_dir).evaluation, "summary.json")
+    try:
+        return stored, dict(json.loads(storage.read_bytes(where)))
+    except FileNotFoundError:
+        return stored, {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where} is damaged ({error}); run `evaluate` again") from error

@@ -24,7 +24,7 @@ from raytrain_brats.learn.inference import probabilities, to_masks
 from raytrain_brats.learn.metrics import Masks, dice, hd95_mm
 from raytrain_brats.learn.model import build_network
 from raytrain_brats.learn.step import network_weights
-from raytrain_brats.run import checkpoint
+from raytrain_brats.run import checkpoint, gains
 
 Network = tuple[nn.Module, Config]
 KEPT_BYTES = 1 << 30
@@ -40,14 +40,20 @@ class Score:
     hd95_mm: dict[str, float]
 
 
-def newest_weights(run_dir: str) -> tuple[str, dict[str, torch.Tensor]]:
-    """(name, weights) of the newest valid checkpoint, read once: a run that is training may remove the files.
+def newest_weights(run_dir: str, best: bool = False) -> tuple[str, dict[str, torch.Tensor]]:
+    """(name, weights) of the newest valid checkpoint, or of the best, read once: a run that is training may remove the
+    files.
 
     Raises UserError when there is none.
     """
-    found, _ = checkpoint.newest_valid(run_dir)
+    found = gains.best_valid(run_dir) if best else checkpoint.newest_valid(run_dir)[0]
     if found is None:
         raise UserError(f"{run_dir} has no valid checkpoint yet; train first")
+    return weights_of(run_dir, found)
+
+
+def weights_of(run_dir: str, found: checkpoint.Checkpoint) -> tuple[str, dict[str, torch.Tensor]]:
+    """(name, weights with which it predicts) of a valid checkpoint."""
     return found.name, network_weights(checkpoint.load(run_dir, found.name)[0])
 
 

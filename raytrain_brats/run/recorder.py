@@ -22,8 +22,8 @@ from raytrain_brats.errors import UserError
 from raytrain_brats.learn.step import Launched, StepResult, TrainStep, differing
 from raytrain_brats.ray_ext import warm_pool
 from raytrain_brats.reporting import goodput
-from raytrain_brats.run import events, hardware, journal
-from raytrain_brats.run.cadence import CHECKPOINT, SCORED, Cadence, due, may_be_due
+from raytrain_brats.run import events, gains, hardware, journal
+from raytrain_brats.run.cadence import CHECKPOINT, END, SCORED, VALIDATE, Cadence, due, may_be_due
 from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, SAVE, RequestPoller
 from raytrain_brats.run.control import StatusWriter
 from raytrain_brats.run.gauges import StepGauges
@@ -42,6 +42,8 @@ ROLL_BACK_AFTER = 10
 """Steps in a row without a finite loss and gradient."""
 ROLL_BACKS = 2
 """Roll-backs from one position; after that the cause is the data or the settings, not a device."""
+BUSY_S = 10.0
+"""A validation waits so long at most for the save before, to save what it scores."""
 
 
 class RunRecorder:
@@ -59,6 +61,8 @@ class RunRecorder:
         self._cadence = _cadence(spec) if self._first else None
         self._validation = Validation(spec, rank, timer.enter)
         self._validated: dict[str, Any] = {}
+        self._ends = ""
+        """Why the run ends before its last position; rank 0 knows it first."""
         self._late = False
         """A checkpoint is due by time, and the one before is still being written, or a validation scored."""
         self._status = StatusWriter(spec.run_dir, generation.number) if self._first else None
@@ -111,6 +115,8 @@ class RunRecorder:
             return scored
         seen = before + self.spec.sampler.global_batch
         asked = self._requests.poll() | self._cadence.after(before, seen)
+        if self._ends and not self._validation.pending:
+            asked |= END
         if facts := self._cadence.left_out(before, seen):
             self.event("validation_left_out", **facts)
         waits = self._validation.pending or self._saver.busy()
@@ -125,6 +131,7 @@ class RunRecorder:
         """Go on with what a checkpoint's state says."""
         if self._cadence:
             self._cadence.resume(state.get("validation_wait_s", 0.0))
+            self._look_for_gain(self.generation.samples_seen)
 
     def ready(self) -> bool:
         """Record that the ranks are about to wait for their first patches; whether to validate first: the last group
@@ -246,14 +253,18 @@ class RunRecorder:
 
         Without ray.train.report: it would be a barrier, and Ray's registry of checkpoints is not used.
         """
-        needed = bool(asked & (SAVE | HOLD)) or seen == self.spec.sampler.total
+        last = bool(asked & END) or seen == self.spec.sampler.total
+        needed = bool(asked & (SAVE | HOLD)) or last
         self.drain()
         self.gather_scores()  # a group that goes on from here does not come past that validation again
         if self._skipped and not needed:
             return
         self._compare(seen, train_step)
         if self._first:
-            self._save(seen, train_step, needed, asked & (SAVE | HOLD))
+            if not (needed or self._saver.soon_free(BUSY_S if asked & VALIDATE else 0)):
+                self.event("checkpoint_left_out", samples_seen=seen)  # the storage is slow, full or unreachable
+            else:
+                self._save(seen, train_step, asked, last)
         if asked & HOLD:
             until = time.monotonic() + HOLD_S
             while time.monotonic() < until:  # the requester ends this process; a step after the save would be lost
@@ -270,11 +281,8 @@ class RunRecorder:
                 self.event("weights_differ", ranks=ranks, samples_seen=seen)
             raise ArithmeticError(f"the weights of ranks {ranks} differ from the others' at sample {seen}")
 
-    def _save(self, seen: int, train_step: TrainStep, needed: bool, asked: int) -> None:
-        began = time.perf_counter()
-        if not needed and self._saver.busy():  # the storage is slow, full or unreachable: training goes on
-            self.event("checkpoint_left_out", samples_seen=seen)
-            return
+    def _save(self, seen: int, train_step: TrainStep, due: int, last: bool) -> None:
+        began, asked = time.perf_counter(), due & (SAVE | HOLD)
         self._saver.wait()
         tensors, values = train_step.state()
         state = {"samples_seen": seen, "identity": self.spec.dataset_identity, "learner": values}
@@ -284,8 +292,8 @@ class RunRecorder:
         if self._cadence:
             state |= {"validation_wait_s": self._cadence.validation_wait_s}
             facts |= {"reason": self._cadence.saved()}
-        if asked or seen == self.spec.sampler.total:
-            facts |= {"reason": "a request" if asked else "the end"}
+        if asked or last or due & VALIDATE:
+            facts |= {"reason": "a request" if asked else "the end" if last else "a validation"}
         self._late = False
         answer: dict[str, float] = {}
         if asked and self._requests:
@@ -293,7 +301,7 @@ class RunRecorder:
             answer = {"answered": self._requests.answered} | ({"holds_since": time.time()} if asked == HOLD else {})
         facts |= hardware.peak(self.rank.device)
         facts |= {"stall_s": round(time.perf_counter() - began, 4)} | self.timer.cut()
-        self._saver.save(Save(seen, tensors, state, facts, answer))
+        self._saver.save(Save(seen, tensors, state, facts, answer, last))
         train_step.before_update = self._saver.copied
 
     def validate(self, seen: int, train_step: TrainStep) -> None:
@@ -311,6 +319,17 @@ class RunRecorder:
         if not self._validation.aside:
             self.gather_scores()
 
+    def _look_for_gain(self, seen: int) -> None:
+        if patience := self.spec.config.validate_.patience_samples:
+            with contextlib.suppress(OSError, UserError):  # the next validation looks again
+                self._ends = gains.stalled(gains.history(self.spec.run_dir), seen, patience)
+
+    def end_early(self, seen: int) -> None:
+        """Stop here, on all ranks: the checkpoint is the run's last."""
+        self.stopped = True
+        if self._first:
+            self.event("early_stop", samples_seen=seen, reason=self._ends)
+
     def gather_scores(self) -> None:
         """Record the validation that is under way, if there is one; wait for what is still to be scored."""
         if not self._validation.pending:
@@ -318,6 +337,7 @@ class RunRecorder:
         means = self._validation.gather()
         if means and self._cadence:
             self.event("validation", **self._validated, **means)
+            self._look_for_gain(self._validated["samples_seen"])
         self.timer.enter("save")
 
 

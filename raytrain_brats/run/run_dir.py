@@ -58,6 +58,7 @@ class RunDir:
         self.tensorboard = self.file("tensorboard")
         self.ray, self.checkpoints, self.groups = (self.file(name) for name in ("ray", "checkpoints", "groups"))
         self.lease, self.generation = Document(self.file("lease.json")), Document(self.file("generation.json"))
+        self.initial = self.file("initial.safetensors")
         self.postprocessing = self.file("postprocessing.json")
         self.save_request = Document(self.file("save-request.json"))
 

@@ -8,7 +8,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from mmap import mmap
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrain_brats.run import checkpoint, events
+from raytrain_brats.run import checkpoint, events, gains
 from raytrain_brats.run.journal import Generation, MetricsLog
 from raytrain_brats.run.spec import RunSpec
 
@@ -39,6 +39,12 @@ class Writer:
 
     def busy(self) -> bool:
         return self._running is not None and not self._running.done()
+
+    def soon_free(self, seconds: float) -> bool:
+        """Wait so long at most for the running save; whether it has ended."""
+        if self._running is not None:
+            wait([self._running], seconds)
+        return not self.busy()
 
     def wait(self) -> None:
         """Wait until the running save has ended; raises its exception."""
@@ -64,6 +70,8 @@ class Save:
     """Of its event."""
     answer: dict[str, float]
     """What the group's status is to say, once it is committed, to whoever requested it."""
+    last: bool = False
+    """The run ends with it."""
 
 
 class Saver(Writer):
@@ -118,8 +126,7 @@ class Saver(Writer):
         """If the storage fails, the previous checkpoint stays the newest and the next attempt is the next save; the
         last of a run is retried here."""
         self._copy(save.tensors, cloned)
-        last = save.samples_seen == self._spec.sampler.total
-        until = time.monotonic() + (PATIENCE_S if last else 0)
+        until = time.monotonic() + (PATIENCE_S if save.last else 0)
         while True:
             try:
                 self._write(save)
@@ -127,7 +134,7 @@ class Saver(Writer):
             except OSError as error:
                 self._event("checkpoint_failed", samples_seen=save.samples_seen, error=str(error))
                 if time.monotonic() > until:
-                    if last:
+                    if save.last:
                         self._stop(f"the last checkpoint cannot be written ({error}); make room, then start again")
                     return
                 time.sleep(5)
@@ -144,7 +151,9 @@ class Saver(Writer):
         events.flush(run_dir)
         self._log.check()  # a replaced group's writer must not remove checkpoints either
         with contextlib.suppress(OSError):  # it is committed; what is too much goes with the next
-            checkpoint.prune(run_dir, self._spec.config.checkpoint.keep, number, self._generation.samples_seen)
+            settings, since = self._spec.config.checkpoint, self._generation.samples_seen
+            best = partial(gains.best_checkpoint, run_dir) if settings.best else lambda _: ""
+            checkpoint.prune(run_dir, settings.keep, number, since, best)
             self._log.merge()
 
     def _event(self, kind: str, **facts: Any) -> None:

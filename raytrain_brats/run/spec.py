@@ -6,7 +6,8 @@ Out: a `RunSpec`: config, cases, sampler, source, identity; UserError when the r
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -28,6 +29,22 @@ from raytrain_brats.run.run_dir import RunDir
 
 
 @dataclass(frozen=True)
+class Initial:
+    """The weights of another run with which this one began: a copy of them is in its own folder."""
+
+    given: str
+    """As `--init-from` named it."""
+    run: str
+    checkpoint: str
+    sha256: str
+    """Of the file `initial.safetensors`."""
+    left_out: tuple[str, ...] | list[str] = ()
+    """Weights of that network which this one has not: its heads."""
+    fresh: tuple[str, ...] | list[str] = ()
+    """Weights of this network which that one had not."""
+
+
+@dataclass(frozen=True)
 class RunSpec:
     config: Config
     run_dir: str
@@ -41,6 +58,10 @@ class RunSpec:
     manifest: Manifest
     recipe: str = ""
     """The recipe's name and changes, for people."""
+    shorter: int = 0
+    """Epochs that the run was to have until now, if it is lengthened with this start."""
+    initial: Initial | None = None
+    """The weights that it began with, if they were another run's."""
 
     @property
     def patch_spec(self) -> PatchSpec:
@@ -60,6 +81,30 @@ class RunSpec:
         return replace(
             self, train_cases=(), held_out_cases=held_out, manifest=replace(self.manifest, cases=(), skipped=())
         )
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """What the config.yaml of a run folder says."""
+
+    config: Config
+    convention: str
+    dataset_identity: str
+    order: str
+    """Name of the sampler's order; "" before orders had names."""
+    earlier_epochs: tuple[int, ...] = ()
+    """Of before the run was lengthened."""
+    initial: Initial | None = None
+    """The weights that it began with, if they were another run's."""
+    own_parts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """{name: {"file", "sha256"}} of each network, loss or augmentation of one's own, when the run was started last."""
+
+    def changed_parts(self, run_dir: str, needed: Iterable[OwnPart]) -> list[str]:
+        """Which files of those needed were changed since. Raises UserError when one is not there any more."""
+        try:
+            return parts.changes(self.own_parts, parts.sources(needed))
+        except UserError as error:
+            raise UserError(f"{run_dir} was trained with a part of one's own: {error}") from error
 
 
 def preprocessing(config: Config) -> dict[str, Any]:
@@ -103,25 +148,32 @@ def build(config: Config, run_dir: str, data: str, store: str, recipe: str = "")
         raise UserError(
             f"{manifest.root}: none of its {len(manifest.cases)} cases is left to train on; more are needed"
         )
-    sampler, where, route = sampler_of(config, len(train)), storage.normal(run_dir), "store" if store else "raw"
+    where, route = storage.normal(run_dir), "store" if store else "raw"
+    try:
+        begun = read_config(where)
+    except FileNotFoundError:
+        begun = None
+    earlier, shorter = begun.earlier_epochs if begun else (), 0
+    if begun and config.train.epochs > begun.config.train.epochs:
+        shorter = begun.config.train.epochs
+        earlier = (*earlier, shorter)
+    sampler = sampler_of(config, len(train), earlier)
     identity = manifests.dataset_identity(manifest.cases, preprocessing(config), source.convention)
-    spec = RunSpec(config, where, route, source, train, held_out, sampler, identity, manifest, recipe)
-    _check_same_run(spec)
+    initial = begun.initial if begun else None
+    spec = RunSpec(config, where, route, source, train, held_out, sampler, identity, manifest, recipe, shorter, initial)
+    if begun:
+        _check_same_run(spec, begun)
     return spec
 
 
-def sampler_of(config: Config, cases: int) -> Sampler:
-    """The order of a run over so many training cases."""
+def sampler_of(config: Config, cases: int, earlier_epochs: tuple[int, ...] = ()) -> Sampler:
+    """The order of a run over so many training cases; `earlier_epochs` of a run that was lengthened."""
     train, data = config.train, config.data
-    return Sampler(train.seed, cases, train.global_batch, data.patches_per_case, train.epochs)
+    return Sampler(train.seed, cases, train.global_batch, data.patches_per_case, train.epochs, earlier_epochs)
 
 
-def _check_same_run(spec: RunSpec) -> None:
-    """Raises UserError when the run folder holds a run of other data or of another config."""
-    try:
-        begun = read_config(spec.run_dir)
-    except FileNotFoundError:
-        return
+def _check_same_run(spec: RunSpec, begun: StoredRun) -> None:
+    """Raises UserError when the run folder holds a run of other data or of another config, but for more epochs."""
     check_order(spec.run_dir, begun)
     if begun.convention != spec.source.convention:
         raise UserError(
@@ -134,8 +186,10 @@ def _check_same_run(spec: RunSpec) -> None:
             f"{spec.run_dir} was begun on other data or preprocessing (identity {begun.dataset_identity}, now "
             f"{spec.dataset_identity}{_difference(spec)}); give the data it was begun with, or another --run-dir"
         )
-    if changed := differences(begun.config, spec.config):
+    if changed := differences(begun.config, spec.config, longer=True):
         changes = "; ".join(changed)
+        if spec.config.train.epochs < begun.config.train.epochs:
+            changes += " (epochs may become more, never less: their end is part of the order)"
         raise UserError(
             f"{spec.run_dir} was begun with another config ({changes}); use the old values, or another --run-dir"
         )
@@ -162,32 +216,14 @@ def write_config(spec: RunSpec) -> None:
         "route": spec.route,
         "synthetic": spec.manifest.synthetic,
         "order": ORDER,
+        **({"earlier_epochs": list(spec.sampler.earlier)} if spec.sampler.earlier else {}),
+        **({"initial": asdict(spec.initial)} if spec.initial else {}),
         "config": yaml.safe_load(spec.config.to_yaml()),
     }
     if own := own_parts(spec.config):
         about["own_parts"] = parts.sources(own.values())
     storage.write_bytes(RunDir(spec.run_dir).config, yaml.safe_dump(about, sort_keys=False).encode())
     manifests.write(spec.manifest, RunDir(spec.run_dir).manifest)
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """What the config.yaml of a run folder says."""
-
-    config: Config
-    convention: str
-    dataset_identity: str
-    order: str
-    """Name of the sampler's order; "" before orders had names."""
-    own_parts: dict[str, dict[str, str]] = field(default_factory=dict)
-    """{name: {"file", "sha256"}} of each network, loss or augmentation of one's own, when the run was started last."""
-
-    def changed_parts(self, run_dir: str, needed: Iterable[OwnPart]) -> list[str]:
-        """Which files of those needed were changed since. Raises UserError when one is not there any more."""
-        try:
-            return parts.changes(self.own_parts, parts.sources(needed))
-        except UserError as error:
-            raise UserError(f"{run_dir} was trained with a part of one's own: {error}") from error
 
 
 def read_config(run_dir: str) -> StoredRun:
@@ -199,8 +235,12 @@ def read_config(run_dir: str) -> StoredRun:
         if not order:
             stored["config"]["data"].pop("window_cases", None)  # of the order that had no name
         config = parse(stored["config"], where)
+        earlier = tuple(map(int, stored.get("earlier_epochs", ())))
+        if any(a >= b for a, b in pairwise((0, *earlier, config.train.epochs))):
+            raise ValueError("earlier_epochs do not ascend")
+        initial = Initial(**stored["initial"]) if stored.get("initial") else None
         own = dict(stored.get("own_parts") or {})
-        return StoredRun(config, str(stored["convention"]), str(stored["identity"]), order, own)
+        return StoredRun(config, str(stored["convention"]), str(stored["identity"]), order, earlier, initial, own)
     except FileNotFoundError:
         raise
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -18,8 +18,8 @@ from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.stream import open_shard
 from raytrain_brats.learn import micro_batch
 from raytrain_brats.learn.step import TrainStep
-from raytrain_brats.run import checkpoint, journal
-from raytrain_brats.run.cadence import CHECKPOINT, VALIDATE
+from raytrain_brats.run import checkpoint, initial, journal
+from raytrain_brats.run.cadence import CHECKPOINT, END, VALIDATE
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
 from raytrain_brats.run.feed import batch_of, open_steps
 from raytrain_brats.run.heartbeat import heartbeat
@@ -61,6 +61,8 @@ def train_rank(
             tensors, state = checkpoint.load(spec.run_dir, generation.checkpoint)
             train_step.restore(tensors, state["learner"])
             recorder.resume(state)
+        elif spec.initial:
+            train_step.begin_with(initial.load(spec.run_dir, spec.initial))
         if spec.config.train.micro_batch == "auto":
             recorder.chosen("micro_batch", micro_batch.choose(train_step))
         if recorder.ready():
@@ -76,9 +78,12 @@ def train_rank(
             timer.enter("save")
             due = recorder.step(before, seen, launched, mine)
             recorder.compare(before, seen, train_step)
-            if due & (CHECKPOINT | SAVE | HOLD) or seen == sampler.total:
+            scored = due & VALIDATE if spec.config.checkpoint.best else 0  # as it was scored: it may be the best
+            if due & (CHECKPOINT | SAVE | HOLD | END) or scored or seen == sampler.total:
                 recorder.checkpoint(seen, train_step, due)
-            if due & VALIDATE:
+            if due & END:
+                recorder.end_early(seen)
+            elif due & VALIDATE:
                 recorder.validate(seen, train_step)
         recorder.gather_scores()
         if not recorder.stopped:

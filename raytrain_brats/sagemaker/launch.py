@@ -30,7 +30,7 @@ METRICS = {
     "validation:dice_tc": r"Dice WT \S+ TC ([0-9.]+)",
     "validation:dice_et": r"Dice WT \S+ TC \S+ ET ([0-9.]+)",
 }
-"""Curves in the console, found in the lines of `monitoring.progress.describe`."""
+"""Curves in the console, found in the lines of `monitoring.live_line.whole`."""
 
 # AWS's images start the job by a bash that is PID 1 and passes no signal on: SIGTERM would never reach the run.
 # `T` is one that comes before the run is there.

@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from raytrain_brats import storage
 from raytrain_brats.run import checkpoint
@@ -60,9 +61,9 @@ class Board:
             with self.during(rank, _FILES.get(uri.rsplit("/", 1)[-1], rows)):
                 write_bytes(uri, content)
 
-        def told_prune(run_dir: str, keep: int, generation: int, since: int | None = None) -> None:
+        def told_prune(*given: Any) -> None:
             with self.during(rank, "prune"):
-                prune(run_dir, keep, generation, since)
+                prune(*given)
 
         def told_show(log: MetricsLog) -> None:
             with self.during(rank, "rows"):

@@ -101,6 +101,22 @@ def test_a_second_driver_is_refused_and_may_come_when_the_first_has_ended(tmp_pa
         assert time.monotonic() - began < 60
 
 
+def test_on_one_machine_a_second_driver_is_refused_at_once(tmp_path: Path, drivers: Drivers) -> None:
+    """It need not wait for a renewal: the first lives here, and its last one is young. Not when it is suspended."""
+    run_dir = str(tmp_path)
+    first = drivers.start(run_dir, 120)
+    said(first, "holds")
+    for asked in (lease.check, lambda where: lease.Lease(where).take(120)):
+        began = time.monotonic()
+        with pytest.raises(UserError, match=f"is being trained by another driver, process {first.pid} on "):
+            asked(run_dir)
+        assert time.monotonic() - began < 1
+    first.send_signal(signal.SIGSTOP)
+    time.sleep(0.1)
+    lease.check(run_dir)
+    first.send_signal(signal.SIGCONT)
+
+
 def test_a_killed_driver_of_this_machine_is_replaced_at_once(tmp_path: Path, drivers: Drivers) -> None:
     """SIGKILL, not even reaped: the next one need not wait for a lease to run out."""
     run_dir = str(tmp_path)

@@ -15,8 +15,8 @@ SOURCES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
-_LEAVES = """augmentation books config errors home interrupt labels messages networks outputs parts provenance s3 shadow
-storage"""
+_LEAVES = """augmentation books config errors home interrupt labels messages networks outputs parts provenance s3
+schedule shadow storage"""
 LEAVES = {f"raytrain_brats.{name}" for name in _LEAVES.split()}
 ENTRIES = {
     name

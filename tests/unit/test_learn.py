@@ -14,6 +14,7 @@ from raytrain_brats.config import Augment, Config, Optimiser, parse, patch_divis
 from raytrain_brats.learn import metrics, model
 from raytrain_brats.learn.batch import DRAWS, DeviceSample, augment, finish, gather, normalise, to_regions, upload
 from raytrain_brats.learn.inference import probabilities, to_masks
+from raytrain_brats.schedule import learning_rate
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "segresnet": {"name": "segresnet", "init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]},
@@ -164,11 +165,11 @@ def test_scale_and_shift_stay_in_their_range_and_off_the_background() -> None:
 def test_learning_rate_rises_then_falls_to_nothing(total: int, share: float) -> None:
     """Positive, never above the peak, rising in the warm-up, falling afterwards, near zero at the end."""
     options = Optimiser(warmup_share=share)
-    rates = np.array([model.learning_rate(options, seen, total) for seen in range(total)])
+    rates = np.array([learning_rate(options, seen, total) for seen in range(total)])
     warmup = int(np.ceil(share * total))
     assert rates.min() > 0 and rates.max() <= options.learning_rate
     assert (np.diff(rates[:warmup]) > 0).all() and (np.diff(rates[warmup:]) < 0).all()
-    assert share == 1 or total == 1 or model.learning_rate(options, total, total) < 1e-9
+    assert share == 1 or total == 1 or learning_rate(options, total, total) < 1e-9
     assert total < 1000 or share == 1 or rates[-1] < 1e-4 * options.learning_rate
 
 
@@ -177,10 +178,10 @@ def test_the_other_schedules() -> None:
     poly, constant = (Optimiser(schedule=name, warmup_share=0.1) for name in ("poly", "constant"))
     for seen in (100, 300, 999):
         done = (seen - 100) / 900
-        assert model.learning_rate(poly, seen, 1000) == pytest.approx(3e-4 * (1 - done) ** 0.9)
-        assert model.learning_rate(constant, seen, 1000) == 3e-4
-    assert model.learning_rate(poly, 1000, 1000) == 0
-    assert model.learning_rate(poly, 50, 1000) == model.learning_rate(constant, 50, 1000) < 1.6e-4
+        assert learning_rate(poly, seen, 1000) == pytest.approx(3e-4 * (1 - done) ** 0.9)
+        assert learning_rate(constant, seen, 1000) == 3e-4
+    assert learning_rate(poly, 1000, 1000) == 0
+    assert learning_rate(poly, 50, 1000) == learning_rate(constant, 50, 1000) < 1.6e-4
 
 
 class Identity(torch.nn.Module):

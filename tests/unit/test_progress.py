@@ -1,6 +1,8 @@
 """The line a person reads while a run goes on."""
 
+import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,13 +10,18 @@ from typing import Any
 
 import pytest
 from ray.util.metrics import Gauge
+from rich.console import Console
 
 from raytrain_brats import books
 from raytrain_brats.errors import UserError
 from raytrain_brats.monitoring import progress
-from raytrain_brats.monitoring.progress import describe
+from raytrain_brats.monitoring.live_line import Standing, clock, fitted, standing, whole
 from raytrain_brats.run import journal
 from tests.support.simulated_run import Run
+
+
+def describe(*about: Any) -> str:
+    return whole(standing(*about))
 
 
 def row(seen: int, at: float, **changes: Any) -> dict[str, Any]:
@@ -80,7 +87,8 @@ def test_books_that_cannot_be_read_do_not_end_the_picture(error: Exception, monk
         run_dir = "s3://x/run"
 
     monkeypatch.setattr(books, "recent", fail)
-    _, line = progress.Progress(RunSpec())._update()  # type: ignore[arg-type]
+    line = progress.Progress(RunSpec())._update()  # type: ignore[arg-type]
+    assert isinstance(line, str)
     assert "cannot be read just now" in line and str(error) in line
 
 
@@ -102,6 +110,68 @@ def test_metrics_are_taken_from_the_books_now_and_then(tmp_path: Path, monkeypat
     picture._update()
     assert told["raytrain_brats_goodput"] == pytest.approx(600 / (run.now - 1e6))
     assert told["raytrain_brats_samples_total"] == 4000
+
+
+def test_a_run_that_goes_on_says_nothing_of_before() -> None:
+    """Speed, loss and time left are this launch's: until its first step the line says that it starts, and where."""
+    old = [row(seen, seen, generation=1) for seen in (4, 8)]
+    assert describe(old, [group(1, 0)], 80, "", 1) == "sample 8 of 80: starting"
+    assert describe(old, [group(1, 0), group(2, 101)], 80, "", 1) == "sample 8 of 80: worker group 2 is starting"
+    line = describe([*old, row(12, 105, step_s=4.0, generation=2)], [group(1, 0), group(2, 101)], 80, "", 1)
+    assert line.startswith("sample 12 of 80 |") and "| 1.0 samples/s |" in line
+
+
+NOW = Standing(
+    1208, 1508, "", "", 150.0, 0.5, {"WT": 0.9, "TC": 0.805, "ET": 1.0}, 2.0, 0.25, ", 5% saving", 2, 1,
+    ("$12.00/h, $3.40 so far",),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (48, "80%  2:30 left  loss 0.500  Dice .90 .81 1.00"),
+        (68, "80%  2:30 left  loss 0.500  Dice .90 .81 1.00  2.0/s  wait 25%"),
+        (98, "80%  2:30 left  loss 0.500  Dice WT 0.90 TC 0.81 ET 1.00  2.0/s  wait 25%  2 workers  1 restart"),
+        (10, "80%"),
+    ],
+)
+def test_a_terminal_is_told_as_much_as_it_has_room_for(width: int, line: str) -> None:
+    """At 60, 80 and 120 columns, beside a bar of 10 or 20: percent, time left, loss, Dice, speed, wait, in this order
+    of importance; then words. Never more than the width, whatever the numbers."""
+    assert fitted(NOW, width) == line
+    long = dataclasses.replace(NOW, seen=9_999_999, total=10_000_000, left_s=3e5, speed=12345.6, workers=1000)
+    failing = dataclasses.replace(long, warning="not saved since sample 20: No space left on device " * 3)
+    starting = dataclasses.replace(NOW, instead="sample 8 of 80: worker group 2 is starting")
+    for now in (NOW, long, failing, starting):
+        assert len(fitted(now, width)) <= width
+    assert fitted(long, max(width, 20)).startswith("99%  3 d 11 h left"), "not 100% before the end"
+    assert width < 48 or "not saved since" in fitted(failing, width)
+
+
+def test_times_to_go() -> None:
+    """Minutes, hours and days are not taken for each other."""
+    assert [clock(s) for s in (0, 150, 3599, 3600, 12_000, 300_000)] == [
+        "0:00", "2:30", "59:59", "1 h 00 min", "3 h 20 min", "3 d 11 h",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_the_live_line_stays_in_one_line(
+    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal of this width the bar and its numbers take no second line, and all are there that must be."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    spec: Any = SimpleNamespace(run_dir=str(tmp_path), sampler=SimpleNamespace(total=1508))
+    picture = progress.Progress(spec)
+    picture._console = Console(force_terminal=True, width=columns, no_color=True)
+    monkeypatch.setattr(picture, "_update", lambda show: NOW)
+    with picture:
+        said = printed(capsys, "loss 0.500")
+    drawn = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip("\r") for line in said.splitlines()]
+    (line,) = {line.strip() for line in drawn if "loss" in line} or {""}
+    assert len(line) <= columns and "80%" in line and "2:30 left" in line and "Dice" in line
+    assert columns == 60 or "wait 25%" in line
 
 
 FAILED = {"event": "checkpoint_failed", "samples_seen": 40, "time": 5.0}
@@ -177,6 +247,8 @@ def test_what_was_planned_stands_beside_what_happens(tmp_path: Path) -> None:
     for content, words in ((json.dumps({"plan": plan}), True), ("{", False), ('{"plan": {}}', False)):
         (tmp_path / "plan.json").write_text(content)
         spec: Any = SimpleNamespace(run_dir=str(tmp_path), sampler=SimpleNamespace(total=4000))
-        line = progress.Progress(spec)._update()[1]
+        now = progress.Progress(spec)._update()
+        assert not isinstance(now, str)
+        line = whole(now)
         told = " | planned: 320.4 samples/s, 2% waiting for data, 2.5 h in all, $59.50"
         assert line.endswith(told) is words and ("planned" in line) is words

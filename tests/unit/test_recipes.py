@@ -1,5 +1,6 @@
 """Recipes that ship: what their headers say, the command that lists them, and settings of before they were there."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -46,16 +47,46 @@ def _changed(old: Config, section: str, **values: object) -> Config:
 
 
 def test_the_command_lists_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """One line each with its size; one by name as its file has it; an unknown one is refused with the nearest."""
+    """One line each with its size; one by name, header first; an unknown one is refused with the nearest."""
     assert recipes.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == recipe_names()
     (default,) = [line for line in lines if line.startswith("dynunet ")]
     assert "the default for real cases" in default and "1 mm, patch 128^3" in default
     assert recipes.main(["segresnet"]) == 0
-    assert capsys.readouterr().out == config.recipe_text("segresnet")
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[: len(config.header("segresnet"))][0] == f"# {config.header('segresnet')[0]}"
     assert recipes.main(["segresne"]) == 2
     assert "did you mean segresnet" in capsys.readouterr().err
     (tmp_path / "mine.yaml").write_text("network: {name: unett}\n")
     assert recipes.main([str(tmp_path / "mine.yaml")]) == 2
     assert "mine.yaml: network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_shown_with_every_setting_and_its_meaning(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is printed is a recipe itself, of the same settings; above each stands what it means."""
+    assert recipes.main([name]) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert load(str(tmp_path / "mine.yaml")) == load(name)
+    lines = (tmp_path / "mine.yaml").read_text().splitlines()
+    for before, line in itertools.pairwise(lines):
+        if re.match(r" +\w+: ?\S", line) or re.match(r" +optimiser:|^preprocess:", line):
+            assert before.lstrip().startswith("#") or line.lstrip().startswith("optimiser"), line
+
+
+def test_every_setting_has_a_meaning() -> None:
+    """Those of all networks too; a new one without a string below it fails here."""
+    told = recipes.settings()
+    assert {"network.heads", "train.optimiser.schedule", "validate.patience_samples", "run.workers"} <= told.keys()
+    assert [key for key, meaning in told.items() if not meaning] == []
+
+
+def test_shipped_recipes_keep_their_best_checkpoint() -> None:
+    """A run folder of before does not, until it is asked to: it may be switched on within a run."""
+    assert all(load(name).checkpoint.best for name in recipe_names())
+    old = parse(yaml.safe_load("network: {name: dynunet, filters: [8, 16, 16]}"), "config.yaml")
+    assert (old.checkpoint.best, old.validate_.patience_samples) == (False, None)
+    assert config.differences(old, _changed(old, "checkpoint", best=True)) == []

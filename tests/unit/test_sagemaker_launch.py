@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from raytrain_brats import sagemaker
-from raytrain_brats.monitoring import progress
+from raytrain_brats.monitoring import live_line
 from raytrain_brats.planning import prices
 from raytrain_brats.sagemaker import host, launch, service
 
@@ -380,7 +380,7 @@ def test_the_curves_are_found_in_what_the_trainer_prints() -> None:
         {"event": "group", "generation": 1, "time": 1.0},
         {"event": "validation", "time": 5.0, "dice": {"WT": 0.91, "TC": 0.82, "ET": 0.73}},
     ]
-    line = progress.describe([row], events, 5000)
+    line = live_line.whole(live_line.standing([row], events, 5000))
     found = {name: float(re.findall(regex, line)[0]) for name, regex in launch.METRICS.items()}
     assert found == {
         "train:loss": 0.432,

@@ -4,6 +4,8 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +21,14 @@ SAMPLERS = st.builds(
     global_batch=st.integers(1, 12),
     patches_per_case=st.integers(1, 8),
     epochs=st.integers(1, 3),
+)
+LENGTHENED = st.builds(
+    lambda sampler, more, last: replace(
+        sampler, epochs=sampler.epochs + sum(more) + last, earlier=tuple(accumulate((sampler.epochs, *more)))
+    ),
+    SAMPLERS,
+    st.lists(st.integers(1, 3), max_size=2),
+    st.integers(1, 3),
 )
 GOLDEN = Sampler(seed=7, cases=5, global_batch=4, patches_per_case=2, epochs=2)
 GOLDEN_CASES = [None, None, 1, 3, 1, 3, 2, 0, 2, 0, 4, 4, 4, 4, 3, 1, 3, 1, 2, 0, 2, 0, None, None]
@@ -51,7 +61,30 @@ def test_every_case_is_shown_in_successive_steps_and_once_a_patch(sampler: Sampl
 
 
 @settings(deadline=None, max_examples=60)
-@given(SAMPLERS, st.integers(1, 9), st.randoms(use_true_random=False))
+@given(LENGTHENED)
+def test_a_lengthened_run_is_one_list_that_begins_with_the_shorter_one(sampler: Sampler) -> None:
+    """No position of the shorter run changes, padding included; each epoch still shows every case k times, in k
+    successive steps; a part ends and the next begins with less than k steps that hold padding."""
+    shorter = replace(sampler, epochs=sampler.earlier[-1], earlier=sampler.earlier[:-1])
+    batch, k = sampler.global_batch, sampler.patches_per_case
+    shown = [sampler.sample(p) for p in range(sampler.total)]
+    assert shown[: shorter.total] == [shorter.sample(p) for p in range(shorter.total)]
+    assert [s.position for s in shown] == list(range(sampler.steps * batch))
+    steps: dict[tuple[int, int], list[int]] = {}
+    for sample in shown:
+        if sample.case is not None:
+            steps.setdefault((sample.epoch, sample.case), []).append(sample.position // batch)
+    assert steps.keys() == {(epoch, case) for epoch in range(sampler.epochs) for case in range(sampler.cases)}
+    assert all(found == list(range(found[0], found[0] + k)) for found in steps.values())
+    assert len({s.seed for s in shown}) == sampler.total
+    padded = {s.position // batch for s in shown[shorter.total :] if s.case is None}
+    assert all(step < shorter.steps + k or step >= sampler.steps - k for step in padded)
+    alone = replace(shorter, epochs=sampler.epochs - shorter.epochs, earlier=())
+    assert sampler.steps - shorter.steps - alone.steps in (0, 1, -1), "as long as a run of these epochs alone"
+
+
+@settings(deadline=None, max_examples=60)
+@given(SAMPLERS | LENGTHENED, st.integers(1, 9), st.randoms(use_true_random=False))
 def test_through_random_resizes_each_position_arrives_once_at_its_rank(
     sampler: Sampler, size: int, dice: random.Random
 ) -> None:
@@ -90,7 +123,7 @@ def test_through_random_resizes_each_position_arrives_once_at_its_rank(
 
 
 @settings(deadline=None, max_examples=60)
-@given(SAMPLERS, st.data())
+@given(SAMPLERS | LENGTHENED, st.data())
 def test_a_row_brings_what_is_left_of_a_case_and_turns_have_one_for_each_rank(
     sampler: Sampler, data: st.DataObject
 ) -> None:

@@ -55,6 +55,17 @@ def test_who_imports_the_package_keeps_the_signals() -> None:
     assert done.stdout.strip() == "True" and not interrupt.installed()
 
 
+def test_a_start_that_takes_long_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line at once, then how long it has been, now and then; none after it."""
+    monkeypatch.setattr(start_up, "TELL_S", 0.05)
+    with start_up.telling("starting Ray"):
+        time.sleep(0.2)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "starting Ray ..." and len(said) > 1 and set(said[1:]) == {"starting Ray: 0 s so far"}
+    time.sleep(0.1)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.fixture
 def silent() -> Iterator[str]:
     """HOST:PORT of something that takes connections and never says a word, as a stopped head does."""

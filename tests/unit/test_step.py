@@ -16,12 +16,13 @@ from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.sampler import draw
 from raytrain_brats.learn import micro_batch
 from raytrain_brats.learn.batch import DRAWS, augment, normalise, to_regions
-from raytrain_brats.learn.model import build_network, learning_rate, sample_losses
+from raytrain_brats.learn.model import build_network, sample_losses
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import checkpoint
 from raytrain_brats.run.feed import batch_of
 from raytrain_brats.run.spec import RunSpec
 from raytrain_brats.run.worker import train_step_of
+from raytrain_brats.schedule import learning_rate
 from tests.support.steps import CPU, NETWORKS, empty, patch, spec
 
 
