@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from raytrain_brats import storage
-from raytrain_brats.run import checkpoint, journal
+from raytrain_brats.labels import REGIONS
+from raytrain_brats.run import checkpoint, gains, journal
 from raytrain_brats.run.journal import MetricsLog
+from raytrain_brats.run.run_dir import RunDir
 from tests.support.crashes import Disk, die_before_request, in_child
 
 
@@ -34,8 +36,8 @@ def begun(folder: str) -> None:
     checkpoint.save(folder, 8, 1, {"a": torch.ones(4)}, state_of(8))
 
 
-def go_on(folder: str) -> None:
-    """What a worker group does from 8 to 16, checkpoint and clean-up included."""
+def go_on(folder: str, validated: float | None = None) -> None:
+    """What a worker group does from 8 to 16, checkpoint, validation and clean-up included."""
     generation = journal.current(folder)
     assert generation is not None
     log = MetricsLog(folder, dataclasses.replace(generation, samples_seen=8))  # the same group goes on
@@ -43,7 +45,11 @@ def go_on(folder: str) -> None:
         log.add({"samples_seen": seen})
     log.flush()
     checkpoint.save(folder, 16, generation.number, {"a": torch.zeros(4)}, state_of(16), fence=log.check)
-    checkpoint.prune(folder, 1, generation.number)
+    if validated is None:
+        checkpoint.prune(folder, 1, generation.number)
+        return
+    table(folder, 16, validated)
+    checkpoint.prune(folder, 1, generation.number, 0, lambda found: gains.best_checkpoint(folder, found))
 
 
 def start_again(folder: str) -> None:
@@ -89,6 +95,41 @@ def check_every_point(place: Callable[[int], str], work: Any, arm: Callable[[int
 def test_every_crash_point_leaves_a_state_to_go_on_from(tmp_path: Path, work: Any, power_loss: bool) -> None:
     """On a local disk, before every call that touches it."""
     assert 8 < check_every_point(lambda n: str(tmp_path / f"{n}"), work, lambda n: Disk(n, power_loss).lose) < 199
+
+
+def table(folder: str, seen: int, dice: float) -> None:
+    row = ",".join(["case", *(f"dice_{r}" for r in REGIONS)]) + f"\na,{dice},{dice},{dice}\n"
+    storage.write_bytes(RunDir(folder).validation(seen), row.encode())
+
+
+@pytest.mark.parametrize("power_loss", [False, True], ids=["kill", "power loss"])
+@pytest.mark.parametrize("better", [False, True])
+def test_the_best_checkpoint_survives_every_crash_point(tmp_path: Path, better: bool, power_loss: bool) -> None:
+    """The old best stays until the new one is there with its scores; a start after the death keeps it, too."""
+    ends = set()
+    for last in range(200):
+        folder = str(tmp_path / f"{last}")
+        begun(folder)
+        table(folder, 8, 0.5)
+
+        def until_death(last: int = last, folder: str = folder) -> None:
+            end = Disk(last, power_loss).lose()
+            go_on(folder, 0.6 if better else 0.4)
+            end()
+
+        code = in_child(until_death)
+        assert code in (0, 9)
+        for _ in range(2):
+            gains._read.cache_clear()
+            best = gains.best_valid(folder).samples_seen
+            scored = {each.samples_seen for each in gains.history(folder)}
+            assert best == (16 if better and 16 in scored else 8)
+            journal.begin_generation(folder)
+        ends.add(best)
+        shutil.rmtree(folder, ignore_errors=True)
+        if code == 0:
+            break
+    assert last > 8 and ends == ({8, 16} if better else {8})
 
 
 @pytest.mark.parametrize("work", [go_on, start_again])
