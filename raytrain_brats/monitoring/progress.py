@@ -143,4 +143,6 @@ def message_of(event: dict[str, Any]) -> str:
     if kind == "quarantine":
         detail = f" ({event['detail']})" if event.get("detail") else ""
         return f"warning: case {event['case']} is not used: {event['reason']}{detail}"
+    if kind == "early_stop":
+        return f"ends early: {event['reason']}"
     return f"warning: {event['text']}" if kind == "warning" else ""

@@ -113,7 +113,7 @@ def test_the_best_checkpoint_survives_every_crash_point(tmp_path: Path, better: 
         table(folder, 8, 0.5)
 
         def until_death(last: int = last, folder: str = folder) -> None:
-            end = Disk(last, power_loss).lose()
+            end = Disk(last, power_loss).lose
             go_on(folder, 0.6 if better else 0.4)
             end()
 

@@ -229,12 +229,14 @@ def test_what_a_person_should_know_is_told_once(tmp_path: Path, capsys: pytest.C
         journal.event(str(tmp_path), "failure", generation=1, rank=0, error="RuntimeError: it died")
         hang = {"rank": 1, "for_s": 63.0, "phase": "forward", "stacks": "run/stacks/x.txt"}
         journal.event(str(tmp_path), "hang", generation=2, **hang)
+        journal.event(str(tmp_path), "early_stop", samples_seen=8, reason="no gain")
         journal.warn(str(tmp_path), "no checkpoint before the resize")
         lines = (printed(capsys, "no checkpoint before the resize") + capsys.readouterr().out).splitlines()
     for told in (
         "warning: case BRATS_007 is not used: truncated (12 bytes short)",
         "worker group 1 failed and starts again: RuntimeError: it died",
         "warning: rank 1 hung for 63 s in phase forward, its group starts again; stacks: run/stacks/x.txt",
+        "ends early: no gain",
         "warning: no checkpoint before the resize",
     ):
         assert lines.count(told) == 1, lines
