@@ -373,16 +373,16 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
         known.append(key)
-        for part in _models(field.annotation):
+        for part in sections_of(field.annotation):
             known += _known_keys(part, f"{key}.")
     return known
 
 
-def _models(kind: Any) -> list[type[BaseModel]]:
+def sections_of(kind: Any) -> list[type[BaseModel]]:
     """The sections that a value may be, within unions too."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return [kind]
-    return [model for part in get_args(kind) for model in _models(part)]
+    return [model for part in get_args(kind) for model in sections_of(part)]
 
 
 def _near(word: str, known: list[str]) -> str:

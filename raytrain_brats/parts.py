@@ -34,6 +34,7 @@ class OwnPart(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
+    """Module and name; options of its own stand beside it."""
 
     @model_validator(mode="before")
     @classmethod

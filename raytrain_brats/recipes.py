@@ -72,7 +72,11 @@ def _comment(text: str, indent: str) -> list[str]:
 
 def meanings(section: type[BaseModel]) -> dict[str, str]:
     """{setting: its meaning} of a section, from the strings below its fields."""
-    return _told(inspect.getmodule(section) or config).get(section.__name__, {})
+    found: dict[str, str] = {}
+    for kind in reversed(section.__mro__):
+        if issubclass(kind, BaseModel) and kind is not BaseModel:
+            found |= _told(inspect.getmodule(kind) or config).get(kind.__name__, {})
+    return found
 
 
 @cache
@@ -96,12 +100,12 @@ def settings(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, s
     """{key: meaning} of every setting there is, those of all networks included."""
     found: dict[str, str] = {}
     for name, field in section.model_fields.items():
-        key, kind = f"{prefix}{field.alias or name}", field.annotation
-        parts = [p for p in getattr(kind, "__args__", (kind,)) if isinstance(p, type) and issubclass(p, BaseModel)]
+        key, parts = f"{prefix}{field.alias or name}", config.sections_of(field.annotation)
         for part in parts:
             found |= settings(part, f"{key}.")
-        if not parts:
-            found[key] = meanings(section).get(name, "")
+        meaning = meanings(section).get(name, "")
+        if meaning or not parts:  # also of a value that may be a section
+            found[key] = meaning
     return found
 
 

@@ -119,7 +119,7 @@ def test_nothing_decides_by_what_events_tell() -> None:
         if isinstance(node, ast.Attribute) and node.attr in books
     }
     # recorder: the times of the event `recovered`; controller: the text of the last failure
-    shown = {"api", "verify", "reporting.page", "monitoring.progress", "monitoring.tracking"}
+    shown = {"api", "compare", "ending", "verify", "reporting.page", "monitoring.progress", "monitoring.tracking"}
     assert readers == shown | {"run.recorder", "run.controller"}
 
 

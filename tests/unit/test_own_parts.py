@@ -273,7 +273,7 @@ def test_a_changed_file_is_told_on_resume_and_a_missing_one_named(
 ) -> None:
     """By the checksum that the run folder keeps; predictions tell it too, and weights that do not fit are refused."""
     own = of("network=my_parts:Small", "train.loss=my_parts:focal")
-    run = spec.StoredRun(own, "msd", "abc", "", parts.sources(config.own_parts(own).values()))
+    run = spec.StoredRun(own, "msd", "abc", "", own_parts=parts.sources(config.own_parts(own).values()))
     weights = model.build_network(own).state_dict()
     own_parts.check_weights("run", run, weights)
     assert capsys.readouterr().err == ""
