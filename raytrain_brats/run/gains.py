@@ -11,7 +11,6 @@ never changed. So whoever looks finds the same best, whatever was killed between
 import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from raytrain_brats import storage
 from raytrain_brats.errors import UserError
@@ -27,23 +26,25 @@ class Scored:
 
     samples_seen: int
     dice: tuple[tuple[str, float], ...]
+    cases: frozenset[str]
+    """Means over other cases do not compare."""
 
     @property
     def mean(self) -> float:
         return sum(value for _, value in self.dice) / len(self.dice)
 
 
-@lru_cache(maxsize=4096)
 def _read(uri: str, samples_seen: int) -> Scored:
     """Raises FileNotFoundError, ValueError."""
     rows = list(csv.DictReader(storage.read_bytes(uri).decode().splitlines()))
     try:
         found = tuple((r, sum(float(row[f"dice_{r}"]) for row in rows) / len(rows)) for r in REGIONS)
+        cases = frozenset(row["case"] for row in rows)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{uri} is no table of a validation") from error
     if not all(0 <= value <= 1 for _, value in found):
         raise ValueError(f"{uri} holds a Dice that is none")
-    return Scored(samples_seen, found)
+    return Scored(samples_seen, found, cases)
 
 
 def scored(run_dir: str, samples_seen: int) -> Scored | None:
@@ -73,10 +74,12 @@ def best_checkpoint(run_dir: str, names: Iterable[tuple[str, int]]) -> str:
 
 
 def _by_score(run_dir: str, names: Iterable[tuple[str, int]]) -> list[str]:
-    """Validated ones, best first; of several at one sample the newest group's."""
+    """Validated ones, best first; of several at one sample the newest group's; last those of other cases than the
+    newest validation's, of which nobody knows whether they are better."""
     known = [(each, name) for name, seen in names if (each := scored(run_dir, seen))]
     known.sort(key=lambda pair: pair[1], reverse=True)
-    known.sort(key=lambda pair: (-pair[0].mean, pair[0].samples_seen))
+    newest = max((each for each, _ in known), key=lambda each: each.samples_seen, default=None)
+    known.sort(key=lambda pair: (newest and pair[0].cases != newest.cases, -pair[0].mean, pair[0].samples_seen))
     return [name for _, name in known]
 
 
@@ -94,6 +97,7 @@ def best_valid(run_dir: str) -> Checkpoint:
 def stalled(found: Sequence[Scored], samples_seen: int, patience: int | None) -> str:
     """Why a run that stands at this sample ends there: no gain for `validate.patience_samples`; "" when it goes on."""
     known = [each for each in found if each.samples_seen <= samples_seen]
+    known = [each for each in known if each.cases == known[-1].cases]
     top = best(known)
     if not patience or top is None or (since := known[-1].samples_seen - top.samples_seen) < patience:
         return ""

@@ -115,7 +115,9 @@ class RunRecorder:
             return scored
         seen = before + self.spec.sampler.global_batch
         asked = self._requests.poll() | self._cadence.after(before, seen)
-        if self._ends and not self._validation.pending:
+        if self._cadence.was_validated(before, seen):  # by a group that was killed: these steps are done again
+            self._look_for_gain(seen)
+        if self._ends and not self._validation.pending and seen < self.spec.sampler.total:
             asked |= END
         if facts := self._cadence.left_out(before, seen):
             self.event("validation_left_out", **facts)
@@ -254,9 +256,11 @@ class RunRecorder:
         Without ray.train.report: it would be a barrier, and Ray's registry of checkpoints is not used.
         """
         last = bool(asked & END) or seen == self.spec.sampler.total
-        needed = bool(asked & (SAVE | HOLD)) or last
+        requested = bool(asked & (SAVE | HOLD))
+        needed = requested or last
         self.drain()
-        self.gather_scores()  # a group that goes on from here does not come past that validation again
+        if not requested:
+            self.gather_scores()  # a group that goes on from here does not come past that validation again
         if self._skipped and not needed:
             return
         self._compare(seen, train_step)
@@ -265,6 +269,8 @@ class RunRecorder:
                 self.event("checkpoint_left_out", samples_seen=seen)  # the storage is slow, full or unreachable
             else:
                 self._save(seen, train_step, asked, last)
+        if requested:  # who asked waits some seconds only: what may be lost in between is a table, and steps weigh more
+            self.gather_scores()
         if asked & HOLD:
             until = time.monotonic() + HOLD_S
             while time.monotonic() < until:  # the requester ends this process; a step after the save would be lost
@@ -276,10 +282,13 @@ class RunRecorder:
             self._compare(seen, train_step)
 
     def _compare(self, seen: int, train_step: TrainStep) -> None:
-        if self.rank.world_size > 1 and (ranks := differing(self._device, train_step.network)):
-            if self._first:
-                self.event("weights_differ", ranks=ranks, samples_seen=seen)
-            raise ArithmeticError(f"the weights of ranks {ranks} differ from the others' at sample {seen}")
+        if self.rank.world_size == 1:
+            return
+        for network in dict.fromkeys((train_step.network, train_step.averaged)):
+            if ranks := differing(self._device, network):
+                if self._first:
+                    self.event("weights_differ", ranks=ranks, samples_seen=seen)
+                raise ArithmeticError(f"the weights of ranks {ranks} differ from the others' at sample {seen}")
 
     def _save(self, seen: int, train_step: TrainStep, due: int, last: bool) -> None:
         began, asked = time.perf_counter(), due & (SAVE | HOLD)
@@ -334,6 +343,8 @@ class RunRecorder:
         """Record the validation that is under way, if there is one; wait for what is still to be scored."""
         if not self._validation.pending:
             return
+        if self._first:
+            self._log.check()  # the table decides: a group that was replaced must not write it
         means = self._validation.gather()
         if means and self._cadence:
             self.event("validation", **self._validated, **means)

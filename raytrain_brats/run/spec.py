@@ -191,7 +191,8 @@ def _check_same_run(spec: RunSpec, begun: StoredRun) -> None:
         if spec.config.train.epochs < begun.config.train.epochs:
             changes += " (epochs may become more, never less: their end is part of the order)"
         raise UserError(
-            f"{spec.run_dir} was begun with another config ({changes}); use the old values, or another --run-dir"
+            f"{spec.run_dir} was begun with another config ({changes}); use the old values, all of which "
+            f"--recipe {RunDir(spec.run_dir).config} has, or another --run-dir"
         )
 
 

@@ -95,7 +95,7 @@ def test_nothing_is_removed_while_scores_cannot_be_read(tmp_path: Path, monkeypa
 
 
 def scores(*values: float) -> list[Scored]:
-    return [Scored(10 * n, tuple((r, value) for r in REGIONS)) for n, value in enumerate(values, 1)]
+    return [Scored(10 * n, tuple((r, value) for r in REGIONS), frozenset("ab")) for n, value in enumerate(values, 1)]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,16 @@ def test_patience_counts_samples_since_the_best_validation(found: list[Scored], 
     """20 samples; only validations up to where the run stands count, and only more Dice is a gain."""
     assert bool(gains.stalled(found, seen, 20)) == stops
     assert gains.stalled(found, seen, None) == ""
+
+
+def test_means_over_other_cases_do_not_compare() -> None:
+    """Four easy cases at first, all of them later: no reason to end, nor to keep the first checkpoint as the best."""
+    few = Scored(10, tuple((r, 0.9) for r in REGIONS), frozenset("a"))
+    more = [Scored(10 * n, tuple((r, 0.5 + n / 100) for r in REGIONS), frozenset("ab")) for n in range(2, 8)]
+    assert gains.stalled([few, *more], 70, 20) == ""
+    assert gains.stalled([few, *more], 10, 20) == ""
+    worse = [Scored(each.samples_seen, tuple((r, 1 - v) for r, v in each.dice), each.cases) for each in more]
+    assert gains.stalled([few, *worse], 70, 20)
 
 
 def test_each_validation_is_of_a_checkpoint_and_the_best_is_kept(data: Path, tmp_path: Path) -> None:
@@ -352,7 +362,6 @@ def test_the_last_words(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     journal.event(made.run_dir, "cost", dollars=1.5, dollars_per_hour=2.0)
     for seen, dice in ((8, 0.9), (made.sampler.total, 0.7)):
         table(tmp_path / "my run", seen, dice)
-    gains._read.cache_clear()
     capsys.readouterr()
     ending.show(made, str(data))
     said = capsys.readouterr().out
