@@ -59,7 +59,7 @@ def test_three_ranks_then_two_by_the_clock(tmp_path: Path) -> None:
     assert found["faults"] == []
     events = found["events"]
     saved = [e for e in events if e["event"] == "checkpoint"]
-    assert {e["reason"] for e in saved} == {"every 0.05 s", "the end"} and len(saved) > 3
+    assert {e["reason"] for e in saved} <= {"every 0.05 s", "a validation", "the end"} and len(saved) > 3
     scored = [e["samples_seen"] for e in events if e["event"] == "validation"]
     left_out = {e["samples_seen"] for e in events if e["event"] == "validation_left_out"}
     assert sorted(set(scored)) == found["tables"] and found["total"] in scored
