@@ -120,7 +120,6 @@ def test_the_best_checkpoint_survives_every_crash_point(tmp_path: Path, better: 
         code = in_child(until_death)
         assert code in (0, 9)
         for _ in range(2):
-            gains._read.cache_clear()
             best = gains.best_valid(folder).samples_seen
             scored = {each.samples_seen for each in gains.history(folder)}
             assert best == (16 if better and 16 in scored else 8)

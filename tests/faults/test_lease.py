@@ -224,6 +224,8 @@ def test_a_stopped_driver_that_comes_back_is_fenced_off(tmp_path: Path, drivers:
     first = journal.begin_generation(run_dir, token)
     assert (first.number, first.driver) == (1, token)
     zombie.send_signal(signal.SIGSTOP)
+    while Path(f"/proc/{zombie.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)  # until then it is refused at once, as one that lives
     with lease.hold(run_dir, TTL_S) as held:
         journal.take_over(run_dir, held.token)
         for _ in range(2):
