@@ -245,14 +245,18 @@ class RunRecorder:
 
         Without ray.train.report: it would be a barrier, and Ray's registry of checkpoints is not used.
         """
-        needed = bool(asked & (SAVE | HOLD)) or seen == self.spec.sampler.total
+        requested = bool(asked & (SAVE | HOLD))
+        needed = requested or seen == self.spec.sampler.total
         self.drain()
-        self.gather_scores()  # a group that goes on from here does not come past that validation again
+        if not requested:
+            self.gather_scores()  # a group that goes on from here does not come past that validation again
         if self._skipped and not needed:
             return
         self._compare(seen, train_step)
         if self._first:
             self._save(seen, train_step, needed, asked & (SAVE | HOLD))
+        if requested:  # who asked waits some seconds only: what may be lost in between is a table, and steps weigh more
+            self.gather_scores()
         if asked & HOLD:
             until = time.monotonic() + HOLD_S
             while time.monotonic() < until:  # the requester ends this process; a step after the save would be lost
@@ -264,10 +268,13 @@ class RunRecorder:
             self._compare(seen, train_step)
 
     def _compare(self, seen: int, train_step: TrainStep) -> None:
-        if self.rank.world_size > 1 and (ranks := differing(self._device, train_step.network)):
-            if self._first:
-                self.event("weights_differ", ranks=ranks, samples_seen=seen)
-            raise ArithmeticError(f"the weights of ranks {ranks} differ from the others' at sample {seen}")
+        if self.rank.world_size == 1:
+            return
+        for network in dict.fromkeys((train_step.network, train_step.averaged)):
+            if ranks := differing(self._device, network):
+                if self._first:
+                    self.event("weights_differ", ranks=ranks, samples_seen=seen)
+                raise ArithmeticError(f"the weights of ranks {ranks} differ from the others' at sample {seen}")
 
     def _save(self, seen: int, train_step: TrainStep, needed: bool, asked: int) -> None:
         began = time.perf_counter()

@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ import torch
 
 from raytrain_brats.data.preprocess import Prepared, restore
 from raytrain_brats.run.predictor import Score, score
+
+STUCK_S = 120.0
+"""A case takes a second, and the process some more to start: then it is stuck, and ended."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Scorer:
         process = self._process = self._process or _start()
         assert process.stdin
         assert process.stdout
+        stuck = threading.Timer(STUCK_S, process.kill)
+        stuck.start()
         try:
             pickle.dump(predicted, process.stdin, pickle.HIGHEST_PROTOCOL)
             process.stdin.flush()
@@ -73,6 +79,8 @@ class Scorer:
             process.kill()
             process.wait()
             return predicted.scored()
+        finally:
+            stuck.cancel()
         return found
 
     def close(self) -> None:
@@ -81,6 +89,7 @@ class Scorer:
             self._process.kill()
         self._thread.shutdown(cancel_futures=True)
         if self._process:
+            self._process.kill()  # again: it may have been started meanwhile
             self._process.wait()
 
 
