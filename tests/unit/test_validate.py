@@ -99,6 +99,19 @@ def test_a_process_scores_beside_the_training_and_may_be_killed() -> None:
     beside.close()
 
 
+def test_a_process_that_is_stuck_is_ended_and_the_case_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped, it answers nothing for ever: checkpoints by time would wait for it."""
+    case = predicted("case", prepared_case("plain"), STEP, "msd")
+    beside = Scorer(aside=True)
+    assert beside.submit(case).result(60) == case.scored()
+    assert beside._process
+    os.kill(beside._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(scorer, "STUCK_S", 0.2)
+    assert beside.submit(case).result(60) == case.scored()
+    assert beside._process is None
+    beside.close()
+
+
 def test_the_process_ends_with_its_worker() -> None:
     """However that ends: nobody else would end it."""
 
