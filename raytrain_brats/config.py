@@ -260,7 +260,7 @@ def load(recipe: str, overrides: tuple[str, ...] = ()) -> Config:
         where = f"recipe {recipe}"
         content = (resources.files("raytrain_brats") / "recipes" / f"{recipe}.yaml").read_bytes()
     try:
-        values = _read_yaml(content)
+        values = read_yaml(content)
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -316,17 +316,19 @@ def differences(old: Config, new: Config, longer: bool = False) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML 1.1 without its numbers to base 60: `workers: 1:8` is no 68."""
+    """Safe YAML whose numbers and truth values are 1.2's: `workers: 1:8` is no 68, `kind: off` is a word."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:int"]
+    first: [(tag, pattern) for tag, pattern in rules if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:bool")]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), [*"tTfF"])
 
 
-def _read_yaml(text: str | bytes) -> Any:
+def read_yaml(text: str | bytes) -> Any:
+    """The values of a recipe, or of a setting. Raises yaml.YAMLError."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
@@ -355,7 +357,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     try:
         if key == "network.name" and ":" in text:
             place.clear()  # options of the recipe's network are none of this one
-        place[last] = _read_yaml(text)
+        place[last] = read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not YAML") from error
 

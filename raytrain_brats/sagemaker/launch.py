@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from raytrain_brats import config
 from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry
 from raytrain_brats.errors import UserError
@@ -145,7 +143,7 @@ class Request:
         idle = rules.check_workers(config.load(args.recipe, changes), *groups[-1])
         recipe = args.recipe
         if recipe.endswith((".yaml", ".yml")):  # no such file in the container; JSON is YAML on one line
-            recipe = json.dumps(yaml.safe_load(Path(recipe).read_text()))
+            recipe = json.dumps(config.read_yaml(Path(recipe).read_text()))
         values = {
             kind: place,
             "run_dir": CHECKPOINTS if args.network_isolation else run_dir,

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from raytrain_brats import config, storage
 from raytrain_brats.data import resident
+from raytrain_brats.labels import to_regions
 from raytrain_brats.run import checkpoint, journal, spec
 from raytrain_brats.synthetic.phantom import write_set
 from tests.support import ROOT
@@ -173,24 +175,28 @@ def test_the_same_cases_in_any_layout_give_the_same_scores_and_predictions(one_r
     ids["msd"] = [path.name.removesuffix(".nii.gz") for path in cases]
     options = settings("preprocess.spacing_mm=7.5", "data.patch_xyz=[16, 16, 16]", "train.epochs=10")
     commands = [["train", "--data", str(data), "--run-dir", str(run), "--workers", "1", *options]]
-    scores = []
+    prepared: dict[str, list[Any]] = {}
     for layout in ("msd", "upenn", "ped", "nnunet"):
-        manifest, store, out = (str(tmp_path / f"{layout}.{what}") for what in ("jsonl", "store", "out"))
+        store, out = (str(tmp_path / f"{layout}.{what}") for what in ("store", "out"))
         commands += [
-            ["index", "--data", str(tmp_path / layout), "--out", manifest],
-            ["prepare", "--data", manifest, "--store", store, "--set=preprocess.spacing_mm=7.5"],
-            ["evaluate", "--store", store, "--run-dir", str(run), "--split", "all", "--overlays", "0"],
-            ["predict", "--run-dir", str(run), "--images", str(tmp_path / layout), "--out", out],
+            ["prepare", "--data", str(tmp_path / layout), "--store", store, "--set=preprocess.spacing_mm=7.5"],
+            ["predict", "--run-dir", str(run), "--images", str(tmp_path / layout), "--out", out, "--no-mirror"],
         ]
-    commands += [
-        ["predict", "--run-dir", str(run), "--images", str(data), "--out", f"{out}2", "--convention", "brats2023"]
-    ]
-    one_ray.run(*commands)
-    for folder in [run / "evaluation", *(run / "evaluations").iterdir()]:
-        found = json.loads((folder / "summary.json").read_text())
-        scores.append((found["convention"], found["dice"]))
-    assert sorted(name for name, _ in scores) == ["brats2017_2021", "brats2024_ped", "msd", "msd"]
-    assert all(dice == scores[0][1] for _, dice in scores)
+        if layout in ("msd", "ped"):
+            commands += [["evaluate", "--store", store, "--run-dir", str(run), "--split", "all", "--no-mirror"]]
+    again = ["predict", "--run-dir", str(run), "--images", str(data), "--out", f"{out}2", "--no-mirror"]
+    one_ray.run(*commands, [*again, "--convention", "brats2023"])
+    summaries = [json.loads(path.read_text()) for path in run.glob("evaluation*/**/summary.json")]
+    assert sorted(found["convention"] for found in summaries) == ["brats2024_ped", "msd"]
+    assert summaries[0]["dice"] == summaries[1]["dice"]
+    for layout in ids:
+        changes = ["preprocess.spacing_mm=7.5"]
+        manifest, source = spec.open_cases(config.load("demo", changes), "", str(tmp_path / f"{layout}.store"))
+        read = map(source.load, manifest.cases)
+        prepared[layout] = [(case.image_czyx, to_regions(case.truth_xyz(), source.convention)) for case in read]
+    for layout, found in prepared.items():
+        for mine, first in zip(found, prepared["msd"], strict=True):
+            assert all(map(np.array_equal, mine, first)), layout
     for number in range(len(cases)):
         made = [
             np.asarray(nib.load(tmp_path / f"{layout}.out" / f"{names[number]}.nii.gz").dataobj)

@@ -138,6 +138,14 @@ def test_unknown_recipes_are_named_with_the_known_ones() -> None:
         load("nowhere/x.yaml")
 
 
+def test_off_is_a_word_and_booleans_are_still_read(tmp_path: Path) -> None:
+    """On the command line and in a file; YAML 1.1 would make False of it."""
+    (tmp_path / "own.yaml").write_text("network:\n  name: segresnet\ntrain:\n  augment:\n    kind: off\n  amp: false\n")
+    for found in (config.load("demo", ["train.augment.kind=off", "train.amp=False"]), load(str(tmp_path / "own.yaml"))):
+        assert (found.train.augment.kind, found.train.amp) == ("off", False)
+    assert config.load("demo", ["train.amp=off"]).train.amp is False
+
+
 @pytest.mark.parametrize("text", ["1:8", "4", "64", "auto", "'2:2'"])
 def test_workers_are_read_as_written(tmp_path: Path, text: str) -> None:
     """1:8 is no number to base 60, with or without quotes, on the command line and in a file."""
