@@ -50,6 +50,8 @@ def test_a_run_over_two_turns_and_two_nodes(tmp_path: Path) -> None:
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=120) == 130, (tmp_path / "job.log").read_text()[-3000:]
     assert f"scontrol requeue {os.getpid()}" in (tmp_path / "asked").read_text()
+    first = (tmp_path / "job.log").read_text()
+    assert first.index("saved: the same command goes on") < first.index("\ninterrupted\n") < first.index("queued again")
     saved = books.read_rows(str(run))[-1]["samples_seen"]
     assert turn().wait(timeout=300) == 0, (tmp_path / "job.log").read_text()[-3000:]
     starts = [event for event in books.read_events(str(run)) if event["event"] == "group"]
