@@ -3,6 +3,7 @@
 Real networks, trained in this process on tiny cases; only the worker group around them is missing.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 from raytrain_brats import config, ending, verify
+from raytrain_brats import train as train_command
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.run import checkpoint, driver, gains, initial, journal, members, predictor, spec
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.run import checkpoint, driver, gains, initial, journal, lease, members, predictor, spec
 from raytrain_brats.run.gains import Scored
 from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.worker import train_step_of
@@ -198,9 +201,29 @@ def test_a_driver_goes_by_what_the_run_is_once_it_holds_the_lease(data: Path, tm
     with pytest.raises(UserError, match="epochs may become more, never less"):
         spec.as_begun(made)
     assert spec.as_begun(late).shorter == 0 and spec.as_begun(late).sampler == late.sampler
-    other = longer(late, data, 4)
-    begin(dataclasses.replace(other, config=other.config.model_copy(update={"train": late.config.train})))
-    assert spec.as_begun(other).sampler.earlier == (2, 3)
+
+
+def test_train_asks_again_under_the_lease(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While it waited another driver began the run, for fewer epochs: this start lengthens it, and says so."""
+    other = run_spec(tmp_path / "recipe", data)
+    spec.write_config(other)
+
+    @contextlib.contextmanager
+    def waits(run_dir: str) -> Iterator[Any]:
+        begin(dataclasses.replace(other, run_dir=run_dir))
+        yield None
+
+    def no_ray(**_: Any) -> None:
+        raise UserError("so far")
+
+    monkeypatch.setattr(lease, "hold", waits)
+    monkeypatch.setattr(cluster, "connect", no_ray)
+    where = ["--data", str(data), "--run-dir", str(tmp_path / "run"), "--recipe", RunDir(other.run_dir).config]
+    assert train_command.main([*where, "--set", "train.epochs=3"]) == 2
+    said = capsys.readouterr()
+    assert said.err.endswith("error: so far\n") and "longer: 2 -> 3 epochs" in said.out
 
 
 def test_a_runs_own_config_is_a_recipe(data: Path, tmp_path: Path) -> None:
