@@ -15,6 +15,7 @@ PIP = """#!/usr/bin/env bash
 site="$(dirname "$0")/../lib/python3.11/site-packages"
 mkdir -p "$site"
 echo "Obtaining file:///home/me/raytrain_brats"
+echo "WARNING: Location 'file:///x/' is ignored: it is neither a file nor a directory." >&2
 echo "  Installing build dependencies: finished with status 'done'"
 for n in $(seq 60); do
   echo "Collecting package$n>=1 (from raytrain_brats==0.1.0)"
