@@ -15,7 +15,7 @@ if __name__ == "__main__" or sys.argv[0].endswith("raytrain-brats"):  # the comm
 import importlib
 
 from raytrain_brats import __version__
-from raytrain_brats.cli import choose
+from raytrain_brats.cli import choose, piped
 
 COMMANDS = {
     "phantom": "write labelled BraTS-like cases",
@@ -42,6 +42,10 @@ COMMANDS = {
 
 
 def main() -> int:
+    return piped(_main)
+
+
+def _main() -> int:
     if sys.argv[1:2] in (["--version"], ["-V"], ["version"]):
         print(f"raytrain-brats {__version__}")
         return 0

@@ -1,7 +1,8 @@
 """Parse options, show progress and report errors: what all commands share.
 
 In: a command's options class and its work.
-Out: parsed options; progress; the exit code: 0 done, 1 failed, 2 a mistake in the request, 130 Ctrl-C.
+Out: parsed options; progress; the exit code: 0 done, 1 failed, 2 a mistake in the request, 130 Ctrl-C, 141 when whoever
+read what it prints has gone.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import difflib
 import io
 import os
 import re
+import select
 import sys
 import time
 from collections import Counter
@@ -28,6 +30,8 @@ Options = TypeVar("Options")
 T = TypeVar("T")
 MOST_NAMED = 10
 _ENDLESS = 100_000
+READER_GONE = 141
+"""As a shell says of a program that SIGPIPE has ended."""
 LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal to draw a bar on."""
 
@@ -101,13 +105,18 @@ class Pace:
     def __init__(self, at_once: int) -> None:
         self._at_once, self._due = at_once, at_once + max(10, at_once)
         self._began, self._done, self._first_s = time.monotonic(), 0, 0.0
+        self.told = False
+        """Whether `add` has given the estimate."""
 
     def add(self) -> str:
         """One more case is done; the estimate, once, else ""."""
         self._done += 1
         if self._done == self._at_once:
             self._first_s = time.monotonic()
-        return self.estimate() if self._done == self._due else ""
+        if self._done != self._due:
+            return ""
+        self.told = True
+        return self.estimate()
 
     def estimate(self) -> str:
         """By the cases done so far; "" where ten were not."""
@@ -130,14 +139,19 @@ def show_refused(refused: list[dict[str, str]]) -> None:
         show(table)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the process with 1; `piped` knows what this is
+
+
 def show(table: Table) -> None:
     """Print a table without truncation: on a terminal long names wrap, elsewhere lines are long."""
     for column in table.columns:
         column.overflow = "fold"
-    console = Console()
+    console = _Console()
     if not console.is_terminal:
         room = console.options.update(width=_ENDLESS)
-        console = Console(width=max(console.width, Measurement.get(console, room, table).maximum))
+        console = _Console(width=max(console.width, Measurement.get(console, room, table).maximum))
     console.print(table)
 
 
@@ -181,6 +195,40 @@ def entry(
     program: str = "raytrain-brats",
 ) -> int:
     """Parse and work; a user's mistake is one line on standard error, never a traceback. `name` may be empty."""
+    return piped(lambda: _entry(options, work, name, argv, program))
+
+
+def piped(command: Callable[[], int]) -> int:
+    """The exit code of a command; READER_GONE, without a word, when nobody reads what it prints any more: `| head`."""
+    try:
+        code = command()
+        try:
+            print(end="", flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # of other faults, such as a full disk, Python itself tells at its end
+            pass
+        return code
+    except BrokenPipeError:
+        if not (gone := _unread()):
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in gone:  # Python writes what is left at its end, and would complain
+            os.dup2(nowhere, number)
+        return READER_GONE
+
+
+def _unread() -> list[int]:
+    """Of standard output and standard error those whose reader has gone."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    return [number for number, found in poll.poll(0) if found & (select.POLLERR | select.POLLHUP)]
+
+
+def _entry(
+    options: type[Options], work: Callable[[Options], object], name: str, argv: list[str] | None, program: str
+) -> int:
     messages.show()
     captured, program = io.StringIO(), f"{program} {name}".rstrip()
     try:
@@ -201,6 +249,8 @@ def entry(
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except (RunFailed, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            raise
         print(f"failed: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from rich.table import Table
 from raytrain_brats import books
 from raytrain_brats.cli import show as show_table
 from raytrain_brats.cli import span
+from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS
 from raytrain_brats.reporting import goodput
 from raytrain_brats.run import gains
@@ -24,7 +25,7 @@ def show(spec: RunSpec, data: str = "", store: str = "") -> None:
     try:
         validations = gains.history(spec.run_dir)
         rows, events = books.read_rows(spec.run_dir, torn=[]), books.read_events(spec.run_dir)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         print(f"done: {spec.run_dir} (its scores cannot be read just now: {error})")
         return
     if validations:

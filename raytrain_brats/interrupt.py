@@ -40,6 +40,7 @@ class _State:
 
 
 _state = _State()
+_hearing = threading.Lock()
 
 
 def install() -> None:
@@ -124,10 +125,11 @@ def _watch(hearing: int) -> None:
 
 def _hear() -> bool:
     """Note the first signal; whether this is it."""
-    if _state.first:
-        return False
-    _state.first = time.monotonic()
-    _state.deadline = _state.first + _state.grace_s
+    with _hearing:  # main thread and watcher hear of it at once: the second must not take back what `allow` set
+        if _state.first:
+            return False
+        _state.first = time.monotonic()
+        _state.deadline = _state.first + _state.grace_s
     _state.started = frozenset(_descendants(os.getpid()) if _state.grace_s else ())
     return True
 

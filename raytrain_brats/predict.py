@@ -161,7 +161,7 @@ def _predict(job: Job, items: list[tuple[Source, Case]]) -> int:
             raise RunFailed(f"the first {done} cases all failed, the last with {message}")
     views = "as 8 mirror images each (--no-mirror: one)" if job.mirror else "as one image each"
     print(f"{len(items)} cases in {span(time.monotonic() - began)}, {views}")
-    if estimate := pace.estimate():
+    if not pace.told and (estimate := pace.estimate()):
         print(estimate)
     return count["refused"] + count["failed"]
 

@@ -115,6 +115,8 @@ def _ended(run_spec: spec.RunSpec, found: checkpoint.Checkpoint | None) -> str:
 def _train(run_spec: spec.RunSpec, found: checkpoint.Checkpoint | None, init_from: str) -> None:
     settings = run_spec.config
     with lease.hold(run_spec.run_dir) as held:
+        run_spec = spec.as_begun(run_spec)
+        initial.check(run_spec, init_from)
         print(config.described(run_spec.recipe, settings))
         run_spec, lines = initial.begin(run_spec, init_from)
         print("\n".join([*lines, *_lengthened(run_spec)]), end="\n" if lines or run_spec.shorter else "", flush=True)

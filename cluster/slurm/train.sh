@@ -56,6 +56,7 @@ wait $driver # bash still knows how it ended
 code=$?
 trap '' TERM INT
 if [ $told = yes ] && [ $code -ne 0 ] && [ "${RAYTRAIN_BRATS_REQUEUE:-yes}" = yes ]; then
+  echo "told to end: job $SLURM_JOB_ID is queued again, and its next turn goes on from the newest checkpoint"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 for part in "${steps[*]:1}" "${steps[0]}"; do # the head last: the others say goodbye to it

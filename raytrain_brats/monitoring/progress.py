@@ -35,6 +35,12 @@ def bar_width(columns: int) -> int:
     return 10 if columns < 100 else 20
 
 
+def _print(text: str) -> None:
+    """Whether anybody reads it or not: a run does not end because `tee` did."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
 class Progress:
     """Follow a run from the driver, in a thread, for the time of a `with` block."""
 
@@ -84,10 +90,10 @@ class Progress:
             now = self._update()
             line = now if isinstance(now, str) else whole(now)
             if line != last and (over or time.monotonic() > printed_s + _LINE_S):
-                print(line, flush=True)
+                _print(line)
                 last, printed_s = line, time.monotonic()
 
-    def _update(self, show: Callable[[str], None] = lambda text: print(text, flush=True)) -> Standing | str:
+    def _update(self, show: Callable[[str], None] = _print) -> Standing | str:
         """How the run stands, or why that is not known just now; new messages are shown, metrics are set."""
         try:
             rows, events = books.recent(self._spec.run_dir)
@@ -143,6 +149,8 @@ def message_of(event: dict[str, Any]) -> str:
     if kind == "quarantine":
         detail = f" ({event['detail']})" if event.get("detail") else ""
         return f"warning: case {event['case']} is not used: {event['reason']}{detail}"
+    if kind == "damaged_checkpoint":
+        return f"warning: checkpoint {event['name']} is damaged, and not used: {event['why']}"
     if kind == "early_stop":
         return f"ends early: {event['reason']}"
     return f"warning: {event['text']}" if kind == "warning" else ""

@@ -39,7 +39,8 @@ def telling(what: str) -> Iterator[None]:
 
     def tell() -> None:
         while not over.wait(TELL_S):
-            print(f"{what}: {time.monotonic() - began:.0f} s so far", flush=True)
+            with contextlib.suppress(OSError):  # that nobody reads it the command finds out by itself
+                print(f"{what}: {time.monotonic() - began:.0f} s so far", flush=True)
 
     print(f"{what} ...", flush=True)
     threading.Thread(target=tell, name="telling", daemon=True).start()

@@ -53,14 +53,16 @@ class Cadence:
 
     def after(self, before: int, seen: int) -> int:
         """What is due after the step from sample `before` to `seen`."""
-        # What an earlier group validated and did not save may be the best.
-        again = self._config.checkpoint.best and self.was_validated(before, seen)
-        save = CHECKPOINT if again or self.saves(before, seen) else 0
+        save = CHECKPOINT if self.owes(before, seen) or self.saves(before, seen) else 0
         return save | (VALIDATE if self.validates(before, seen) else 0)
 
     def was_validated(self, before: int, seen: int) -> bool:
         """Whether an earlier group validated here."""
         return seen in self._done and self._epoch_ends(before, seen)
+
+    def owes(self, before: int, seen: int) -> bool:
+        """Whether a checkpoint is due that an earlier group may have left out: what it validated may be the best."""
+        return self._config.checkpoint.best and self.was_validated(before, seen)
 
     def saves(self, before: int, seen: int) -> bool:
         settings = self._config.checkpoint

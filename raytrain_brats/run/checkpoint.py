@@ -155,6 +155,15 @@ def valid(run_dir: str, name: str) -> Checkpoint | None:
         return None
 
 
+def damage(run_dir: str, name: str) -> str:
+    """Why a checkpoint is not valid; "" when every byte is as committed."""
+    try:
+        _contents(run_dir, name)
+        return ""
+    except ValueError as error:
+        return str(error)
+
+
 def _verified(run_dir: str, name: str) -> Checkpoint:
     """Raises ValueError."""
     contents = _contents(run_dir, name)

@@ -187,18 +187,26 @@ def _trainer(spec: RunSpec, needed: cluster.Resources, token: str, run_id: str) 
 
 
 def _save(run_dir: str) -> None:
-    """On Ctrl-C: request a checkpoint of the group that trains, if one does."""
+    """On Ctrl-C: request a checkpoint of the group that trains, if one does; say what came of it, and how to go on."""
     interrupt.allow(checkpoint_request.TIMEOUT_S + interrupt.GRACE_S)
-    saved = False
+    outcome, onwards = "not saved now", "goes on from the newest checkpoint"
     try:
-        if not checkpoint_request.training(run_dir):
-            return
-        print("saving a checkpoint ...", flush=True)
-        saved = checkpoint_request.request(run_dir, checkpoint_request.HOLD)
+        if checkpoint_request.training(run_dir):
+            _tell("saving a checkpoint ...")
+            if checkpoint_request.request(run_dir, checkpoint_request.HOLD):
+                outcome = "saved"
+        else:
+            outcome = "nothing to save, as no worker group trains"
+        if not checkpoint.committed(run_dir):
+            onwards = "begins anew, without a checkpoint"
     except (OSError, UserError, RunFailed) as error:
-        print(f"cannot ask for a checkpoint: {error}", flush=True)
-    outcome = "saved" if saved else "not saved now"
-    print(f"{outcome}: the same command goes on from the newest checkpoint", flush=True)
+        _tell(f"cannot ask for a checkpoint: {error}")
+    _tell(f"{outcome}: the same command {onwards}")
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # Ctrl-C ends `| tee`, too: who reads no more must not keep us from saving
+        print(text, flush=True)
 
 
 def _settle(fitting: "Future[Any]", trainer: DataParallelTrainer) -> None:

@@ -43,7 +43,7 @@ ROLL_BACK_AFTER = 10
 ROLL_BACKS = 2
 """Roll-backs from one position; after that the cause is the data or the settings, not a device."""
 BUSY_S = 10.0
-"""A validation waits so long at most for the save before, to save what it scores."""
+"""A validation waits so long at most for the save before, to save what it scores, or what an earlier group scored."""
 
 
 class RunRecorder:
@@ -122,7 +122,8 @@ class RunRecorder:
         if facts := self._cadence.left_out(before, seen):
             self.event("validation_left_out", **facts)
         waits = self._validation.pending or self._saver.busy()
-        if asked & CHECKPOINT and not self.spec.config.checkpoint.every_samples and waits:
+        by_time = not self.spec.config.checkpoint.every_samples and not self._cadence.owes(before, seen)
+        if asked & CHECKPOINT and by_time and waits:
             asked &= ~CHECKPOINT  # by time: as soon as the save before has ended, and the scores are there
             if not self._late:
                 self.event("checkpoint_left_out", samples_seen=seen)
@@ -265,7 +266,7 @@ class RunRecorder:
             return
         self._compare(seen, train_step)
         if self._first:
-            if not (needed or self._saver.soon_free(BUSY_S if asked & VALIDATE else 0)):
+            if not (needed or self._saver.soon_free(BUSY_S if self._scores(seen, asked) else 0)):
                 self.event("checkpoint_left_out", samples_seen=seen)  # the storage is slow, full or unreachable
             else:
                 self._save(seen, train_step, asked, last)
@@ -275,6 +276,11 @@ class RunRecorder:
             until = time.monotonic() + HOLD_S
             while time.monotonic() < until:  # the requester ends this process; a step after the save would be lost
                 time.sleep(0.1)
+
+    def _scores(self, seen: int, asked: int) -> bool:
+        """Whether a checkpoint here is of a validation: this group's, or one that an earlier group did."""
+        owes = self._cadence and self._cadence.owes(seen - self.spec.sampler.global_batch, seen)
+        return bool(asked & VALIDATE or owes)
 
     def compare(self, before: int, seen: int, train_step: TrainStep) -> None:
         """Every `compare_weights_steps`, look for a rank whose weights differ: a flipped bit, a wrong sum."""
@@ -301,7 +307,7 @@ class RunRecorder:
         if self._cadence:
             state |= {"validation_wait_s": self._cadence.validation_wait_s}
             facts |= {"reason": self._cadence.saved()}
-        if asked or last or due & VALIDATE:
+        if asked or last or self._scores(seen, due):
             facts |= {"reason": "a request" if asked else "the end" if last else "a validation"}
         self._late = False
         answer: dict[str, float] = {}
@@ -330,8 +336,12 @@ class RunRecorder:
 
     def _look_for_gain(self, seen: int) -> None:
         if patience := self.spec.config.validate_.patience_samples:
-            with contextlib.suppress(OSError, UserError):  # the next validation looks again
+            try:
                 self._ends = gains.stalled(gains.history(self.spec.run_dir), seen, patience)
+            except OSError:  # the next validation looks again
+                pass
+            except UserError as error:
+                journal.warn(self.spec.run_dir, str(error))
 
     def end_early(self, seen: int) -> None:
         """Stop here, on all ranks: the checkpoint is the run's last."""

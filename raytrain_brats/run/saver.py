@@ -88,6 +88,11 @@ class Saver(Writer):
         """`note` changes the group's status; `stop` is called when the last checkpoint of the run cannot be written."""
         super().__init__()
         self._spec, self._generation, self._log, self._note, self._stop = spec, generation, log, note, stop
+        self._best = gains.Keeper(
+            spec.run_dir,
+            lambda name, why: self._event("damaged_checkpoint", name=name, why=why),
+            partial(events.warn, spec.run_dir),
+        )
         self._file: mmap | None = None
         self._copied = threading.Event()
         self._copied.set()
@@ -152,8 +157,7 @@ class Saver(Writer):
         self._log.check()  # a replaced group's writer must not remove checkpoints either
         with contextlib.suppress(OSError):  # it is committed; what is too much goes with the next
             settings, since = self._spec.config.checkpoint, self._generation.samples_seen
-            best = partial(gains.best_checkpoint, run_dir) if settings.best else lambda _: ""
-            checkpoint.prune(run_dir, settings.keep, number, since, best)
+            checkpoint.prune(run_dir, settings.keep, number, since, self._best if settings.best else lambda _: "")
             self._log.merge()
 
     def _event(self, kind: str, **facts: Any) -> None:

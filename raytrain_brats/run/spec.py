@@ -149,20 +149,28 @@ def build(config: Config, run_dir: str, data: str, store: str, recipe: str = "")
             f"{manifest.root}: none of its {len(manifest.cases)} cases is left to train on; more are needed"
         )
     where, route = storage.normal(run_dir), "store" if store else "raw"
+    identity = manifests.dataset_identity(manifest.cases, preprocessing(config), source.convention)
+    sampler = sampler_of(config, len(train))
+    return as_begun(RunSpec(config, where, route, source, train, held_out, sampler, identity, manifest, recipe))
+
+
+def as_begun(spec: RunSpec) -> RunSpec:
+    """The same with what the run folder says now: how far it was to go, what it began with. Raises UserError when that
+    is another run.
+
+    A driver asks again once it holds the lease: another one may have begun or lengthened the run before it.
+    """
     try:
-        begun = read_config(where)
+        begun = read_config(spec.run_dir)
     except FileNotFoundError:
-        begun = None
-    earlier, shorter = begun.earlier_epochs if begun else (), 0
-    if begun and config.train.epochs > begun.config.train.epochs:
+        return spec
+    earlier, shorter = begun.earlier_epochs, 0
+    if spec.config.train.epochs > begun.config.train.epochs:
         shorter = begun.config.train.epochs
         earlier = (*earlier, shorter)
-    sampler = sampler_of(config, len(train), earlier)
-    identity = manifests.dataset_identity(manifest.cases, preprocessing(config), source.convention)
-    initial = begun.initial if begun else None
-    spec = RunSpec(config, where, route, source, train, held_out, sampler, identity, manifest, recipe, shorter, initial)
-    if begun:
-        _check_same_run(spec, begun)
+    sampler = sampler_of(spec.config, len(spec.train_cases), earlier)
+    spec = replace(spec, sampler=sampler, shorter=shorter, initial=begun.initial)
+    _check_same_run(spec, begun)
     return spec
 
 

@@ -49,7 +49,7 @@ def go_on(folder: str, validated: float | None = None) -> None:
         checkpoint.prune(folder, 1, generation.number)
         return
     table(folder, 16, validated)
-    checkpoint.prune(folder, 1, generation.number, 0, lambda found: gains.best_checkpoint(folder, found))
+    checkpoint.prune(folder, 1, generation.number, 0, gains.Keeper(folder, print, print))
 
 
 def start_again(folder: str) -> None:

@@ -4,8 +4,12 @@ Commands run in a process of their own, on one Ray. Phantom scores here show tha
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +63,30 @@ def test_real_cases_go_through_every_command_by_both_routes(one_ray: OneRay, tmp
         assert made.shape == given.shape[:3]
         np.testing.assert_allclose(made.affine, given.affine)
         assert set(np.unique(np.asarray(made.dataobj))) <= {0, 1, 2, 3}
+
+
+def test_an_interrupted_prepare_keeps_what_it_has_made(one_ray: OneRay, tmp_path: Path) -> None:
+    """Ctrl-C amid it: one line, code 130; the same command makes what is missing, and that alone."""
+    write_set(str(tmp_path / "data"), cases=40, seed=4, grid=32, anatomy="procedural")
+    objects = tmp_path / "store" / "objects"
+    command = ["prepare", "--data", str(tmp_path / "data"), "--store", str(tmp_path / "store"), *settings()]
+
+    def made() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in objects.glob("*.parquet")}
+
+    def press() -> None:
+        until = time.monotonic() + 60
+        while len(made()) < 3 and time.monotonic() < until:
+            time.sleep(0.005)
+        os.kill(one_ray.process.pid, signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    _, said = one_ray.run(command, code=130)
+    before = made()
+    assert said == "interrupted\n" and 3 <= len(before) < 40
+    printed, _ = one_ray.run(command)
+    assert "40 cases prepared, 0 set aside" in printed
+    assert len(made()) == 40 and before.items() <= made().items()
 
 
 @pytest.mark.campaign

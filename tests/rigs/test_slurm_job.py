@@ -42,14 +42,17 @@ def test_a_run_over_two_turns_and_two_nodes(tmp_path: Path) -> None:
         with (tmp_path / "job.log").open("ab") as log:
             return subprocess.Popen(["sbatch", SCRIPT], env=environment, cwd=tmp_path, stdout=log, stderr=log)
 
-    job, until = turn(), time.monotonic() + 180
-    while time.monotonic() < until and job.poll() is None:
-        if (run / "metrics").exists() and len(books.read_rows(str(run))) >= 8:
-            break
+    job, until, steps = turn(), time.monotonic() + 180, 0
+    while steps < 8 and time.monotonic() < until and job.poll() is None:
+        steps = len(books.read_rows(str(run))) if (run / "metrics").exists() else 0
         time.sleep(0.5)
+    trained = steps >= 8
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=120) == 130, (tmp_path / "job.log").read_text()[-3000:]
     assert f"scontrol requeue {os.getpid()}" in (tmp_path / "asked").read_text()
+    first = (tmp_path / "job.log").read_text()
+    assert trained, f"no 8 steps within three minutes, so there was nothing to save\n{first[-3000:]}"
+    assert first.index("saved: the same command goes on") < first.index("\ninterrupted\n") < first.index("queued again")
     saved = books.read_rows(str(run))[-1]["samples_seen"]
     assert turn().wait(timeout=300) == 0, (tmp_path / "job.log").read_text()[-3000:]
     starts = [event for event in books.read_events(str(run)) if event["event"] == "group"]

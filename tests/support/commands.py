@@ -91,16 +91,16 @@ class OneRay:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
-    def run(self, *commands: list[str], fails: bool = False, timeout_s: float = 900) -> tuple[str, str]:
-        """(standard output, standard error) of these; with `fails` the last exits with 1, else all with 0."""
+    def run(self, *commands: list[str], fails: bool = False, code: int = 0, timeout_s: float = 900) -> tuple[str, str]:
+        """(standard output, standard error) of these; the last exits with `code`, with `fails` 1; all others with 0."""
         pipes, before = self.process, [file.stat().st_size for file in self.files]
         assert pipes.stdin and pipes.stdout
         pipes.stdin.write(json.dumps(commands) + "\n")
         pipes.stdin.flush()
         answered = select.select([pipes.stdout], [], [], timeout_s)[0]
-        code, command = json.loads(pipes.stdout.readline() or '[null, ""]') if answered else (None, "")
+        ended, command = json.loads(pipes.stdout.readline() or '[null, ""]') if answered else (None, "")
         out, err = (file.read_bytes()[at:].decode() for file, at in zip(self.files, before, strict=True))
-        assert code == int(fails), f"{command} exited with {code}\n{out[-2000:]}\n{err[-3000:]}"
+        assert ended == (code or int(fails)), f"{command} exited with {ended}\n{out[-2000:]}\n{err[-3000:]}"
         return out, err
 
     def close(self) -> None:

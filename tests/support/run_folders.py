@@ -4,6 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from raytrain_brats import storage
+from raytrain_brats.labels import REGIONS
+from raytrain_brats.run import checkpoint
+from raytrain_brats.run.run_dir import RunDir
+
 Row = dict[str, Any]
 HOSTILE = '<script>alert("case")</script>'
 
@@ -45,3 +50,15 @@ def write_run(folder: Path, rows: list[Row] = ROWS, events: list[Row] = EVENTS) 
     if events:
         (folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in events))
     return folder
+
+
+def validation(run: Path, seen: int, dice: float) -> None:
+    """A validation's table, of two cases."""
+    head = ["case", *(f"dice_{r}" for r in REGIONS), *(f"hd95_{r}_mm" for r in REGIONS)]
+    lines = [[name, *(f"{dice + d:.4f}",) * 3, *("1.0",) * 3] for name, d in (("a", -0.01), ("b", 0.01))]
+    storage.write_bytes(RunDir(str(run)).validation(seen), "\n".join(map(",".join, [head, *lines])).encode())
+
+
+def checkpoints(run: Path) -> list[int]:
+    """The samples at which they stand."""
+    return [seen for _, seen, _ in checkpoint.committed(str(run))]

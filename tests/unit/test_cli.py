@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from raytrain_brats import cli
+from tests.support.commands import environment
 
 ROWS = """
 import sys, time
@@ -111,3 +112,62 @@ def test_a_narrow_terminal_folds_tables() -> None:
     text = on_terminal(code, columns=40).replace("case", "").replace("detail", "")
     rows = text[text.index("┡") :]
     assert (rows.count("a"), rows.count("b")) == (61, 73) and "…" not in text
+
+
+PRINTS = """
+import sys
+from dataclasses import dataclass
+from raytrain_brats import cli
+from rich.table import Table
+
+@dataclass(frozen=True)
+class Args:
+    how: str = ""
+
+def work(args):
+    table = Table("case")
+    for number in range(500):
+        table.add_row(f"case {number}")
+    for number in range(20_000 if args.how in ("rows", "errors") else 20):
+        if args.how == "table":
+            cli.show(table)
+        else:
+            print(f"case {number}", file=sys.stderr if args.how == "errors" else sys.stdout, flush=number < 9)
+    if args.how == "elsewhere":
+        raise BrokenPipeError(32, "Broken pipe")
+
+sys.exit(cli.entry(Args, work, "name", ["--how", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("how", ["rows", "errors", "table"])
+def test_who_reads_no_more_ends_a_command_without_a_word(how: str) -> None:
+    """`| head`: by plain lines, on standard error, amid a table of rich. Exit code as of a program without our care."""
+    command = [sys.executable, "-c", PRINTS, how]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    assert process.stdout and process.stderr
+    read, other = (process.stderr, process.stdout) if how == "errors" else (process.stdout, process.stderr)
+    assert read.read(5)
+    read.close()
+    assert other.read() == b""
+    assert process.wait(60) == 141
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_failure() -> None:
+    """Such as a connection: then somebody reads, and is told."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTS, "elsewhere"], capture_output=True, env=environment(), timeout=60
+    )
+    assert done.returncode == 1 and done.stderr == b"failed: [Errno 32] Broken pipe\n"
+
+
+def test_any_command_may_be_piped_into_head() -> None:
+    """Those that print little, whose output is written only at the very end, and `--help`."""
+    for words in (["recipes", "--help"], ["recipes", "dynunet"], ["--help"], ["--version"]):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "raytrain_brats", *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
+        )  # fmt: skip
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == 141, words

@@ -3,8 +3,10 @@
 Real networks, trained in this process on tiny cases; only the worker group around them is missing.
 """
 
+import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain_brats import config, ending, storage, verify
+from raytrain_brats import config, ending, verify
+from raytrain_brats import train as train_command
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.labels import REGIONS
-from raytrain_brats.run import checkpoint, driver, gains, initial, journal, members, predictor, spec
+from raytrain_brats.ray_ext import cluster
+from raytrain_brats.run import checkpoint, driver, gains, initial, journal, lease, members, predictor, spec
 from raytrain_brats.run.gains import Scored
 from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.worker import train_step_of
 from tests.support.cases import write_msd_folder
 from tests.support.here import CPU, begin, run_spec, train
+from tests.support.run_folders import checkpoints, validation
 
 
 @pytest.fixture(scope="module")
@@ -36,95 +40,6 @@ def _few_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def table(run: Path, seen: int, dice: float) -> None:
-    """A validation's table, of two cases."""
-    head = ["case", *(f"dice_{r}" for r in REGIONS), *(f"hd95_{r}_mm" for r in REGIONS)]
-    lines = [[name, *(f"{dice + d:.4f}",) * 3, *("1.0",) * 3] for name, d in (("a", -0.01), ("b", 0.01))]
-    storage.write_bytes(RunDir(str(run)).validation(seen), "\n".join(map(",".join, [head, *lines])).encode())
-
-
-def save(run: Path, seen: int, generation: int = 1) -> str:
-    state = {"samples_seen": seen, "bad_in_epoch": 0}
-    return checkpoint.save(str(run), seen, generation, {"a": torch.ones(2)}, state).name
-
-
-def names(run: Path) -> list[int]:
-    return [seen for _, seen, _ in checkpoint.committed(str(run))]
-
-
-def test_the_best_checkpoint_stays_beside_the_newest(tmp_path: Path) -> None:
-    """Whatever `keep` says, until a better one comes; of equal ones the first; one that was not validated never."""
-    for number, dice in enumerate((0.5, 0.8, 0.8, None, 0.7, 0.9, 0.2, 0.3), 1):
-        seen = 4 * number
-        save(tmp_path, seen)
-        if dice is not None:
-            table(tmp_path, seen, dice)
-        checkpoint.prune(str(tmp_path), 2, 1, 0, lambda found: gains.best_checkpoint(str(tmp_path), found))
-        best = {1: 4, 6: 24, 7: 24, 8: 24}.get(number, 8)
-        assert names(tmp_path) == sorted({best, *range(max(4, seen - 4), seen + 1, 4)})
-        assert gains.best_valid(str(tmp_path)).samples_seen == best
-
-
-def test_a_best_checkpoint_that_is_damaged_leaves_its_place_to_the_next(tmp_path: Path) -> None:
-    """By score, not by age; without any that was validated a person is told what to do."""
-    for seen, dice in ((4, 0.6), (8, 0.9), (12, 0.5)):
-        save(tmp_path, seen)
-        table(tmp_path, seen, dice)
-    (tmp_path / "checkpoints" / f"{8:012d}-g0001" / "tensors.safetensors").write_bytes(b"x")
-    assert gains.best_valid(str(tmp_path)).samples_seen == 4
-    with pytest.raises(UserError, match="leave --best out, or train with"):
-        gains.best_valid(str(tmp_path / "other"))
-
-
-def test_nothing_is_removed_while_scores_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An outage is no reason to take the best checkpoint for one that was never validated."""
-    for seen in (4, 8, 12):
-        save(tmp_path, seen)
-        table(tmp_path, seen, 0.9 if seen == 4 else 0.1)
-    read = storage.read_bytes
-
-    def away(uri: str) -> bytes:
-        if uri.endswith(".csv"):
-            raise OSError("the storage does not answer")
-        return read(uri)
-
-    monkeypatch.setattr(storage, "read_bytes", away)
-    with pytest.raises(OSError, match="does not answer"):
-        checkpoint.prune(str(tmp_path), 2, 1, 0, lambda found: gains.best_checkpoint(str(tmp_path), found))
-    assert names(tmp_path) == [4, 8, 12]
-
-
-def scores(*values: float) -> list[Scored]:
-    return [Scored(10 * n, tuple((r, value) for r in REGIONS), frozenset("ab")) for n, value in enumerate(values, 1)]
-
-
-@pytest.mark.parametrize(
-    ("found", "seen", "stops"),
-    [
-        (scores(0.5, 0.6, 0.6, 0.6), 40, True),
-        (scores(0.5, 0.6, 0.6), 30, False),
-        (scores(0.5, 0.6, 0.6, 0.61), 40, False),
-        (scores(0.5, 0.6, 0.6, 0.6), 36, False),  # the last validation was of a group that is gone
-        (scores(0.5, 0.4, 0.3), 30, True),
-        ([], 40, False),
-    ],
-)
-def test_patience_counts_samples_since_the_best_validation(found: list[Scored], seen: int, stops: bool) -> None:
-    """20 samples; only validations up to where the run stands count, and only more Dice is a gain."""
-    assert bool(gains.stalled(found, seen, 20)) == stops
-    assert gains.stalled(found, seen, None) == ""
-
-
-def test_means_over_other_cases_do_not_compare() -> None:
-    """Four easy cases at first, all of them later: no reason to end, nor to keep the first checkpoint as the best."""
-    few = Scored(10, tuple((r, 0.9) for r in REGIONS), frozenset("a"))
-    more = [Scored(10 * n, tuple((r, 0.5 + n / 100) for r in REGIONS), frozenset("ab")) for n in range(2, 8)]
-    assert gains.stalled([few, *more], 70, 20) == ""
-    assert gains.stalled([few, *more], 10, 20) == ""
-    worse = [Scored(each.samples_seen, tuple((r, 1 - v) for r, v in each.dice), each.cases) for each in more]
-    assert gains.stalled([few, *worse], 70, 20)
-
-
 def test_each_validation_is_of_a_checkpoint_and_the_best_is_kept(data: Path, tmp_path: Path) -> None:
     """A whole run: at every table's sample stood a checkpoint; at the end the best one and the newest two are there."""
     made = run_spec(tmp_path / "run", data, train={"epochs": 6})
@@ -133,7 +48,7 @@ def test_each_validation_is_of_a_checkpoint_and_the_best_is_kept(data: Path, tmp
     saved = {e["samples_seen"] for e in journal.read_events(made.run_dir) if e["event"] == "checkpoint"}
     assert len(validations) > 4 and {each.samples_seen for each in validations} <= saved
     best = gains.best(validations)
-    assert best and names(tmp_path / "run") == sorted({best.samples_seen, *sorted(saved)[-2:]})
+    assert best and checkpoints(tmp_path / "run") == sorted({best.samples_seen, *sorted(saved)[-2:]})
     name, weights = predictor.newest_weights(made.run_dir, best=True)
     assert int(name.split("-")[0]) == best.samples_seen
     assert members.opened([made.run_dir], best=True)[0].checkpoint == name
@@ -145,12 +60,39 @@ def test_a_group_killed_after_a_validation_saves_it_again(data: Path, tmp_path: 
     """Its table is there, its checkpoint is not: the next group saves at that sample, and does not validate twice."""
     made = run_spec(tmp_path / "run", data, train={"epochs": 4})
     train(made, stop=20)
-    assert names(tmp_path / "run") == [8, 16]
+    assert checkpoints(tmp_path / "run") == [8, 16]
     checkpoint.discard(made.run_dir, checkpoint.committed(made.run_dir)[1][0])
     train(made, stop=28)
     events = journal.read_events(made.run_dir)
-    assert names(tmp_path / "run") == [8, 16, 24]
+    assert checkpoints(tmp_path / "run") == [8, 16, 24]
     assert [e["samples_seen"] for e in events if e["event"] == "validation"] == [8, 16, 24]
+
+
+@pytest.mark.parametrize("every", [{"every_samples": 4}, {"every_s": 0.001}], ids=["samples", "time"])
+def test_what_an_earlier_group_validated_waits_for_the_save_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: dict[str, Any]
+) -> None:
+    """Its steps are done again while the storage is slow: that checkpoint may be the best, and is saved."""
+    settings: dict[str, Any] = {"train": {"epochs": 4}, "checkpoint": {"every_samples": None, "keep": 9} | every}
+    made = run_spec(tmp_path / "run", data, **settings)
+    train(made, stop=20)
+    assert {8, 16} <= set(checkpoints(tmp_path / "run"))
+    for name, seen, _ in checkpoint.committed(made.run_dir):
+        if seen > 8:
+            checkpoint.discard(made.run_dir, name)
+    real, slow = checkpoint.save, list[int]()
+
+    def save(run_dir: str, seen: int, *rest: Any, **more: Any) -> checkpoint.Checkpoint:
+        if seen == 12:
+            slow.append(seen)
+            time.sleep(0.7)
+        return real(run_dir, seen, *rest, **more)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    train(made, stop=24)
+    assert slow and 16 in checkpoints(tmp_path / "run")
+    again = [e for e in journal.read_events(made.run_dir) if e["event"] == "checkpoint" and e["generation"] == 2]
+    assert {e["samples_seen"]: e["reason"] for e in again}[16] == "a validation"
 
 
 def patient(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
@@ -244,6 +186,44 @@ def test_fewer_epochs_and_other_changes_are_refused(data: Path, tmp_path: Path) 
         longer(made, data, 1)
     with pytest.raises(UserError, match=r"\(train.seed: 0 -> 5\)"):
         run_spec(tmp_path / "run", data, train={"epochs": 3, "seed": 5})
+
+
+def test_a_driver_goes_by_what_the_run_is_once_it_holds_the_lease(data: Path, tmp_path: Path) -> None:
+    """It had read the run's config before; another driver lengthened the run meanwhile: this start changes nothing, or
+    goes on from there; a run that is other by now is refused."""
+    made = run_spec(tmp_path / "run", data)
+    early = run_spec(tmp_path / "run", data, train={"epochs": 3})
+    assert (early.shorter, early.sampler.earlier) == (0, ()), "nobody has begun it"
+    begin(made)
+    late = spec.as_begun(early)
+    assert (late.shorter, late.sampler.earlier) == (2, (2,)) and late.sampler.total > made.sampler.total
+    begin(late)
+    with pytest.raises(UserError, match="epochs may become more, never less"):
+        spec.as_begun(made)
+    assert spec.as_begun(late).shorter == 0 and spec.as_begun(late).sampler == late.sampler
+
+
+def test_train_asks_again_under_the_lease(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While it waited another driver began the run, for fewer epochs: this start lengthens it, and says so."""
+    other = run_spec(tmp_path / "recipe", data)
+    spec.write_config(other)
+
+    @contextlib.contextmanager
+    def waits(run_dir: str) -> Iterator[Any]:
+        begin(dataclasses.replace(other, run_dir=run_dir))
+        yield None
+
+    def no_ray(**_: Any) -> None:
+        raise UserError("so far")
+
+    monkeypatch.setattr(lease, "hold", waits)
+    monkeypatch.setattr(cluster, "connect", no_ray)
+    where = ["--data", str(data), "--run-dir", str(tmp_path / "run"), "--recipe", RunDir(other.run_dir).config]
+    assert train_command.main([*where, "--set", "train.epochs=3"]) == 2
+    said = capsys.readouterr()
+    assert said.err.endswith("error: so far\n") and "longer: 2 -> 3 epochs" in said.out
 
 
 def test_a_runs_own_config_is_a_recipe(data: Path, tmp_path: Path) -> None:
@@ -361,7 +341,7 @@ def test_the_last_words(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     journal.event(made.run_dir, "launch")
     journal.event(made.run_dir, "cost", dollars=1.5, dollars_per_hour=2.0)
     for seen, dice in ((8, 0.9), (made.sampler.total, 0.7)):
-        table(tmp_path / "my run", seen, dice)
+        validation(tmp_path / "my run", seen, dice)
     capsys.readouterr()
     ending.show(made, str(data))
     said = capsys.readouterr().out

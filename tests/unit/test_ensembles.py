@@ -307,3 +307,15 @@ def test_a_case_that_fails_is_named_and_the_others_are_predicted(
     assert predict.main([*map(str, words), str(tmp_path / "full")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("failed: [Errno 28] No space left on device: ") and "full/BRATS_012.nii.gz" in line
+
+
+@pytest.mark.parametrize("cases", [10, 40])
+def test_the_pace_is_told_once(cases: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of many cases as soon as it is known, of few at the end; of fewer than ten never."""
+    monkeypatch.setattr(cluster, "at_once", lambda **_: 1)
+    monkeypatch.setattr(cluster, "parallel_map", lambda _, items, **__: iter([("", "")] * len(items)))
+    job = predict.Job("out", (), predict.Rules(), True, False, frozenset())
+    assert predict._predict(job, [("", "")] * cases) == 0
+    assert capsys.readouterr().out.count("for 1,000 cases") == 1
+    predict._predict(job, [("", "")] * 9)
+    assert "for 1,000 cases" not in capsys.readouterr().out

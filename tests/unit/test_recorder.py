@@ -17,7 +17,7 @@ import torch
 from raytrain_brats import books, storage
 from raytrain_brats.errors import UserError
 from raytrain_brats.learn.step import StepResult
-from raytrain_brats.run import checkpoint, checkpoint_request, control, journal, phase_timer
+from raytrain_brats.run import checkpoint, checkpoint_request, control, driver, journal, phase_timer
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
 from raytrain_brats.run.feed import batch_of
 from raytrain_brats.run.journal import MetricsLog
@@ -317,3 +317,33 @@ def test_a_save_holds_the_state_of_its_step_and_only_the_next_update_waits(
     saved, _ = checkpoint.load(str(tmp_path), f"{4:012d}-g0001")
     assert all(torch.equal(saved[name], before[name]) for name in before)
     assert order.index("backward") < order.index("copied") < order.index("stepped")
+
+
+@pytest.mark.parametrize("reader", ["there", "gone"])
+def test_ctrl_c_says_what_was_saved_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    """A line in every case, also where no group trains; a `tee` that is gone does not keep it from saving."""
+    run_dir, asked, told = str(tmp_path), list[int](), list[str]()
+    monkeypatch.setattr(checkpoint_request, "request", lambda _, what: not asked.append(what))
+
+    def say(text: str, **_: Any) -> None:
+        if reader == "gone":
+            raise BrokenPipeError
+        told.append(text)
+
+    monkeypatch.setattr("builtins.print", say)
+    driver._save(run_dir)
+    generation = begun(tmp_path)
+    checkpoint.save(run_dir, 4, generation.number, {"a": torch.ones(1)}, {})
+    driver._save(run_dir)
+    monkeypatch.setattr(checkpoint_request, "request", lambda *_: False)
+    driver._save(run_dir)
+    assert asked == [HOLD]
+    assert told == ([] if reader == "gone" else [
+        "nothing to save, as no worker group trains: the same command begins anew, without a checkpoint",
+        "saving a checkpoint ...",
+        "saved: the same command goes on from the newest checkpoint",
+        "saving a checkpoint ...",
+        "not saved now: the same command goes on from the newest checkpoint",
+    ])  # fmt: skip

@@ -85,7 +85,7 @@ def test_a_job_that_is_told_to_end_saves_and_is_queued_again(
     """SIGTERM reaches `train` alone, Ray stays up until it has saved; then Slurm is asked for another turn. Not where
     nobody wants it, nor after SIGINT, which is a person's."""
     environment = slurm | {"STEPS": "300", "RAYTRAIN_BRATS_REQUEUE": requeue}
-    job = subprocess.Popen(["sbatch", SCRIPT], env=environment)
+    job = subprocess.Popen(["sbatch", SCRIPT], env=environment, stdout=subprocess.PIPE, text=True)
     until = time.monotonic() + 30
     while time.monotonic() < until and not any(line.startswith("train") for line in lines(slurm)):
         time.sleep(0.1)
@@ -95,6 +95,7 @@ def test_a_job_that_is_told_to_end_saves_and_is_queued_again(
     assert log.index("saved") < min(n for n, line in enumerate(log) if line.endswith(" ended"))
     asked = f"scontrol requeue {slurm['SLURM_JOB_ID']}"
     assert log.count(asked) == again
+    assert job.stdout and job.stdout.read().count("its next turn goes on from the newest checkpoint") == again
 
 
 def test_slurm_is_asked_for_what_the_page_says() -> None:
