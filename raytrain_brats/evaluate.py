@@ -37,9 +37,6 @@ from raytrain_brats.labels import (
     regions_of_network,
     to_regions,
 )
-from raytrain_brats.learn import case_scores
-from raytrain_brats.learn.case_scores import Reading
-from raytrain_brats.learn.challenges import challenge_of
 from raytrain_brats.learn.postprocess import Rules, masks_by
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.reporting import figures, folds, overlays, scores
@@ -47,6 +44,9 @@ from raytrain_brats.reporting.overlays import Slices
 from raytrain_brats.run import held_out, label_volumes, members, spec
 from raytrain_brats.run.predictor import native_probabilities, shared_networks, voxel_mm3
 from raytrain_brats.run.run_dir import RunDir
+from raytrain_brats.scoring import case_scores
+from raytrain_brats.scoring.case_scores import Reading
+from raytrain_brats.scoring.challenges import challenge_of
 
 Row = dict[str, Any]
 Result = tuple[Row, Slices | None, dict[str, float]]

@@ -23,14 +23,14 @@ from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.labels import REGIONS, to_regions
-from raytrain_brats.learn import lesions
-from raytrain_brats.learn.challenges import challenge_of, rule_2023
-from raytrain_brats.learn.metrics import dice_of
 from raytrain_brats.learn.postprocess import Learned, learn, tried
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import held_out, members
 from raytrain_brats.run.predictor import native_probabilities, shared_networks, voxel_mm3
 from raytrain_brats.run.run_dir import RunDir
+from raytrain_brats.scoring import lesions
+from raytrain_brats.scoring.challenges import challenge_of, rule_2023
+from raytrain_brats.scoring.metrics import dice_of
 
 FEWEST = 4
 """Held-out cases; what fewer teach is chance."""

@@ -30,7 +30,6 @@ from raytrain_brats.data.preprocess import Prepared, preprocess, restore, to_ras
 from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import MODALITIES, REGIONS, comparable, described, from_regions
-from raytrain_brats.learn.metrics import Masks
 from raytrain_brats.learn.postprocess import Rules, masks_by
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.reporting import overlays
@@ -38,6 +37,7 @@ from raytrain_brats.run import members
 from raytrain_brats.run.members import Member
 from raytrain_brats.run.predictor import native_probabilities, shared_networks, voxel_mm3
 from raytrain_brats.run.run_dir import RunDir
+from raytrain_brats.scoring.metrics import Masks
 
 GIVE_UP = 10
 """So many cases, the first of all, fail: then it is not the cases."""

@@ -1,18 +1,6 @@
-"""Networks, losses, augmentation, inference, metrics, from MONAI where it has them. Runs in workers and predict tasks.
+"""Networks, losses, augmentation, inference, from MONAI where it has them. Runs in workers and predict tasks.
 
-In: config and tensors. Out: tensors and scores. Imports neither Ray nor the data layer.
+In: config and tensors. Out: tensors. Imports neither Ray nor the data layer.
 """
 
-import sys
-from typing import Any
-
-# `import monai` loads all of MONAI. Modules that only its plots, data sets and ultrasound transforms import, and which
-# are optional for it, are hidden meanwhile: that saves a third of the import's CPU time in each worker.
-_modules: dict[str, Any] = sys.modules
-_hidden = {name for name in ("matplotlib", "scipy.signal", "scipy.stats") if name not in _modules}
-_modules.update(dict.fromkeys(_hidden))
-try:
-    import monai  # noqa: F401
-finally:
-    for _name in _hidden:
-        del _modules[_name]
+import raytrain_brats.scoring  # noqa: F401 - it imports MONAI without what is dear

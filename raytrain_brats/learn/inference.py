@@ -14,7 +14,7 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from raytrain_brats.learn.batch import normalise
-from raytrain_brats.learn.metrics import Masks
+from raytrain_brats.scoring.metrics import Masks
 
 MIRRORED = tuple(axes for number in (1, 2, 3) for axes in combinations((2, 3, 4), number))
 """The axes (of b, c, z, y, x) of the seven mirror images; with the image itself they are eight."""

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from raytrain_brats.labels import REGIONS
 from raytrain_brats.learn.inference import to_masks
-from raytrain_brats.learn.metrics import Masks
+from raytrain_brats.scoring.metrics import Masks
 
 THRESHOLDS = (0.5, 0.4, 0.6, 0.3, 0.7)
 PARTS_MM3 = (0.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2000.0)

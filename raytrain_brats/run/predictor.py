@@ -21,10 +21,10 @@ from raytrain_brats.data.preprocess import Prepared, restore
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS, to_regions
 from raytrain_brats.learn.inference import probabilities, to_masks
-from raytrain_brats.learn.metrics import Masks, dice, hd95_mm
 from raytrain_brats.learn.model import build_network
 from raytrain_brats.learn.step import network_weights
 from raytrain_brats.run import checkpoint, gains
+from raytrain_brats.scoring.metrics import Masks, dice, hd95_mm
 
 Network = tuple[nn.Module, Config]
 KEPT_BYTES = 1 << 30

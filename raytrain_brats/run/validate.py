@@ -22,7 +22,6 @@ from raytrain_brats import storage
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.preprocess import Prepared
-from raytrain_brats.learn.metrics import dice_by_counts, overlap
 from raytrain_brats.learn.step import TrainStep
 from raytrain_brats.run import journal
 from raytrain_brats.run.predictor import Score, means, predict_masks, predict_on_box, table
@@ -30,6 +29,7 @@ from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.scorer import Predicted, Scorer
 from raytrain_brats.run.spec import RunSpec
+from raytrain_brats.scoring.metrics import dice_by_counts, overlap
 
 
 class Validation:

@@ -22,12 +22,12 @@ from raytrain_brats.data.store import Source
 from raytrain_brats.errors import UserError
 from raytrain_brats.labels import REGIONS
 from raytrain_brats.learn.inference import to_masks
-from raytrain_brats.learn.metrics import dice
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.reporting import folds as fold_scores
 from raytrain_brats.run import checkpoint, members, predictor, spec
 from raytrain_brats.run.predictor import Networks, native_probabilities
 from raytrain_brats.run.worker import train_step_of
+from raytrain_brats.scoring.metrics import dice
 from tests.support.cases import write_msd_folder
 
 SMALL = ("preprocess.spacing_mm=1.0", "data.patch_xyz=[16, 16, 16]")

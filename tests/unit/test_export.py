@@ -23,10 +23,10 @@ from raytrain_brats.data.store import Source
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.exporting import bundle, onnx_file
 from raytrain_brats.labels import from_regions, to_regions
-from raytrain_brats.learn.metrics import dice
 from raytrain_brats.learn.model import build_network
 from raytrain_brats.run import checkpoint, predictor, spec
 from raytrain_brats.run.worker import train_step_of
+from raytrain_brats.scoring.metrics import dice
 from tests.support.cases import make_affine, write_msd_case, write_msd_folder
 
 SMALL = ("preprocess.spacing_mm=1.0", "data.patch_xyz=[16, 16, 8]")

@@ -55,12 +55,13 @@ RULES = {  # layer: what of ours it may import, what of others it may not
     "leaf": ({"leaf"}, {"ray", "torch", "monai"}),
     "data": ({"leaf", "data"}, {"ray", "torch", "monai"}),
     "cases": ({"leaf", "data", "cases"}, {"ray", "torch", "monai"}),
-    "learn": ({"leaf", "learn"}, {"ray"}),
+    "scoring": ({"leaf", "scoring"}, {"ray"}),
+    "learn": ({"leaf", "scoring", "learn"}, {"ray"}),
     "ray_ext": ({"leaf", "ray_ext"}, {"torch", "monai"}),
     "synthetic": ({"leaf", "data", "cases", "synthetic"}, {"ray", "torch", "monai"}),
     "planning": ({"leaf", "planning"}, {"ray", "torch", "monai"}),
     "reporting": ({"leaf", "reporting"}, {"ray", "torch", "monai"}),
-    "run": ({"leaf", "data", "cases", "learn", "ray_ext", "reporting", "run"}, set()),
+    "run": ({"leaf", "data", "cases", "scoring", "learn", "ray_ext", "reporting", "run"}, set()),
     "exporting": ({"leaf", "learn", "exporting"}, {"ray"}),
     "monitoring": ({"leaf", "ray_ext", "reporting", "run", "monitoring"}, {"torch", "monai"}),
 }
@@ -69,12 +70,12 @@ _WITHOUT_RAY = "data.turns data.resident run.feed run.saver run.spec"
 WITHOUT_RAY = {f"raytrain_brats.{name}" for name in _WITHOUT_RAY.split()}
 """What brings voxels to the device, saves, and says what a run is: `scripts/gpu_check` uses them where Ray is not."""
 
-PLACED = ("planning", "run", "monitoring", "ray_ext", "data", "cases", "learn")
+PLACED = ("planning", "run", "monitoring", "ray_ext", "data", "cases", "learn", "scoring")
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if layer(name) in RULES])
 def test_imports_go_one_way(name: str) -> None:
-    """Leaves <- data <- cases <- run; learn, ray_ext, reporting stand beside data, which streams through ray_ext."""
+    """Leaves <- data <- cases <- run; scoring <- learn, reporting and ray_ext beside data, which streams through it."""
     ours, forbidden = RULES[layer(name)]
     streams = name == "raytrain_brats.data.stream"
     assert {layer(module) for module in own(name)} <= ours | ({"ray_ext"} if streams else set())

@@ -11,10 +11,11 @@ from scipy.spatial.distance import cdist
 
 from raytrain_brats import labels
 from raytrain_brats.config import Augment, Config, Optimiser, parse, patch_divisor
-from raytrain_brats.learn import metrics, model
+from raytrain_brats.learn import model
 from raytrain_brats.learn.batch import DRAWS, DeviceSample, augment, finish, gather, normalise, to_regions, upload
 from raytrain_brats.learn.inference import probabilities, to_masks
 from raytrain_brats.schedule import learning_rate
+from raytrain_brats.scoring import metrics
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "segresnet": {"name": "segresnet", "init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]},

@@ -10,9 +10,9 @@ from monai.metrics.surface_dice import compute_surface_dice
 from scipy import ndimage
 
 from raytrain_brats.labels import CAVITY, CORE, EDEMA, ENHANCING
-from raytrain_brats.learn import lesions, surfaces
-from raytrain_brats.learn.challenges import Rule, challenge_of, rule_2023, rule_2024
-from raytrain_brats.learn.lesions import by_dilation, f1, one_to_one
+from raytrain_brats.scoring import lesions, surfaces
+from raytrain_brats.scoring.challenges import Rule, challenge_of, rule_2023, rule_2024
+from raytrain_brats.scoring.lesions import by_dilation, f1, one_to_one
 
 MM = (1.0, 1.0, 1.0)
 GLI = rule_2023("GLI")

@@ -13,10 +13,10 @@ from monai.metrics.meandice import compute_dice
 
 from raytrain_brats import evaluate, labels, outputs
 from raytrain_brats.labels import regions_of_network
-from raytrain_brats.learn.case_scores import Reading, columns, of_network
-from raytrain_brats.learn.metrics import dice
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.reporting import figures, scores
+from raytrain_brats.scoring.case_scores import Reading, columns, of_network
+from raytrain_brats.scoring.metrics import dice
 from tests.support.cases import make_affine, save, write_msd_folder
 
 MM = (1.0, 1.0, 1.0)

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from raytrain_brats.labels import known, regions, regions_of_network
-from raytrain_brats.learn import lesions, surfaces
-from raytrain_brats.learn.challenges import Rule, large_2026_mm3, rule_2023, rule_2024, tissue_of
-from raytrain_brats.learn.lesions import LesionScores
-from raytrain_brats.learn.metrics import dice_of, hd95_mm_of
-from raytrain_brats.learn.surfaces import Mask, Spacing
+from raytrain_brats.scoring import lesions, surfaces
+from raytrain_brats.scoring.challenges import Rule, large_2026_mm3, rule_2023, rule_2024, tissue_of
+from raytrain_brats.scoring.lesions import LesionScores
+from raytrain_brats.scoring.metrics import dice_of, hd95_mm_of
+from raytrain_brats.scoring.surfaces import Mask, Spacing
 
 Label = npt.NDArray[np.uint8]
 Value = float | int | str | None

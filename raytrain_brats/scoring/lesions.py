@@ -15,8 +15,8 @@ import numpy.typing as npt
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from raytrain_brats.learn.challenges import Rule
-from raytrain_brats.learn.surfaces import (
+from raytrain_brats.scoring.challenges import Rule
+from raytrain_brats.scoring.surfaces import (
     Mask,
     Spacing,
     edge_voxels,
