@@ -10,13 +10,14 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from raytrain_brats import books
 from raytrain_brats.cli import Uri, entry, run_folder
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.sampler import Sampler, fingerprint
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.reporting import goodput
-from raytrain_brats.run import checkpoint, journal, spec
+from raytrain_brats.run import checkpoint, spec
 from raytrain_brats.run.run_dir import RunDir
 
 
@@ -37,7 +38,7 @@ def work(args: Args) -> None:
     if not manifests.is_dataset_identity(run.dataset_identity, manifest.cases, *meant):
         raise RunFailed(f"{run_dir}/manifest.jsonl is not the data that config.yaml names ({run.dataset_identity})")
     cases, _ = manifest.split(run.config.data.fold)
-    sampler, rows = spec.sampler_of(run.config, len(cases), run.earlier_epochs), journal.read_rows(run_dir)
+    sampler, rows = spec.sampler_of(run.config, len(cases), run.earlier_epochs), books.read_rows(run_dir)
     for number, row in enumerate(rows):
         if wrong := difference(row, number, sampler, cases):
             raise RunFailed(f"{run_dir}/metrics, row {number + 1}: {wrong}")
@@ -52,7 +53,7 @@ def work(args: Args) -> None:
         f"{applied:,} of {sampler.total:,} positions applied in {len(rows):,} steps: each once, in order, with the "
         f"seed's own samples; {len(groups)} worker groups, of {', '.join(map(str, sizes))} workers"
     )
-    if events := journal.read_events(run_dir):
+    if events := books.read_events(run_dir):
         print(time_line(goodput.time_breakdown(events, rows)))
 
 

@@ -8,7 +8,7 @@ was made from.
 
 import sys
 
-from raytrain_brats import home, interrupt
+from raytrain_brats import books, home, interrupt
 
 if __name__ == "__main__":  # before Ray is imported, which takes seconds
     interrupt.install()
@@ -180,7 +180,7 @@ def _delete(out: Path) -> None:
 def _kill_a_worker(run_dir: str, since: float, over: threading.Event) -> None:
     """SIGKILL the last rank of this launch once a third of the samples is applied; nothing when training is over."""
     while not over.wait(0.5):
-        rows, events = journal.recent(run_dir)
+        rows, events = books.recent(run_dir)
         launches = [e for e in events if e["event"] == "launch" and e["time"] >= since]
         workers = [e for e in events if e["event"] == "worker" and e["time"] >= since]
         if rows and launches and workers and rows[-1]["samples_seen"] > launches[-1]["total_samples"] / 3:
@@ -192,7 +192,7 @@ def _kill_a_worker(run_dir: str, since: float, over: threading.Event) -> None:
 
 
 def _summarise(out: Path, run_dir: str, seconds: dict[str, float]) -> None:
-    rows, events = journal.read_rows(run_dir), journal.read_events(run_dir)
+    rows, events = books.read_rows(run_dir), books.read_events(run_dir)
     scores = json.loads((out / "run" / "evaluation" / "summary.json").read_bytes())
     launch = max(i for i, e in enumerate(events) if e["event"] == "launch")
     summary = {

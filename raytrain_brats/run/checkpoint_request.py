@@ -14,7 +14,7 @@ from typing import Any
 
 from raytrain_brats import storage
 from raytrain_brats.errors import UserError
-from raytrain_brats.run import control, journal
+from raytrain_brats.run import control
 from raytrain_brats.run.repeated import Repeated
 from raytrain_brats.run.run_dir import RunDir
 
@@ -24,9 +24,9 @@ SAVE, HOLD = 1, 2
 """What can be requested: save and continue; save, then wait to be ended."""
 
 
-def training(run_dir: str) -> journal.Generation | None:
+def training(run_dir: str) -> control.Generation | None:
     """The current worker group if it has applied a step; else None."""
-    generation = journal.current(run_dir)
+    generation = control.current(run_dir)
     return generation if generation and control.status(run_dir, generation.number).trains else None
 
 
@@ -50,7 +50,7 @@ def request(run_dir: str, what: int) -> bool:
             break
     else:
         return False
-    while time.time() < asked + TIMEOUT_S and journal.current(run_dir) == generation:
+    while time.time() < asked + TIMEOUT_S and control.current(run_dir) == generation:
         now = control.status(run_dir, generation.number)
         if now.holds_since > asked - HOLD_S or (now.answered >= asked and what == SAVE):
             return True

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.train import UserCallback
 
-from raytrain_brats import storage
+from raytrain_brats import books, storage
 from raytrain_brats.config import Config
 from raytrain_brats.data import stream
 from raytrain_brats.data.turns import StreamSpec
@@ -21,7 +21,7 @@ from raytrain_brats.ray_ext.internals import train as ray_train
 from raytrain_brats.ray_ext.internals.train import ControllerCallback, PreemptingState, ResizingState, RunningState
 from raytrain_brats.run import checkpoint_request, control, final_failures, journal
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
-from raytrain_brats.run.journal import Generation
+from raytrain_brats.run.control import Generation
 from raytrain_brats.run.spec import RunSpec
 
 
@@ -39,7 +39,7 @@ class StreamFactory:
 
     def __call__(self) -> Any:
         spec: RunSpec = ray.get(self.spec)
-        generation = self._begin(spec) if self.group == 0 else journal.current(spec.run_dir)
+        generation = self._begin(spec) if self.group == 0 else control.current(spec.run_dir)
         assert generation is not None, "the first factory is called first, and writes it"
         step = generation.samples_seen // spec.sampler.global_batch
         where = roles.readers(self.needed.on_train_nodes, local=not storage.is_s3(spec.source.root))
@@ -56,7 +56,7 @@ class StreamFactory:
         generation = journal.begin_generation(spec.run_dir, self.driver)
         again = generation.failures_in_place
         if again > spec.config.run.max_failures_in_place:
-            causes = [e["error"] for e in journal.read_events(spec.run_dir) if e["event"] == "failure"]
+            causes = [e["error"] for e in books.read_events(spec.run_dir) if e["event"] == "failure"]
             last = f"; the last failure: {causes[-1]}" if causes else ""
             raise RunFailed(f"{again} failures in a row at sample {generation.samples_seen}{last}")
         return generation
@@ -84,7 +84,7 @@ class FailureLogger(UserCallback):
             journal.warn(self.run_dir, f"cannot record a failure of workers: {error!r}")
 
     def _note(self, worker_exceptions: dict[int, Exception]) -> None:
-        generation = journal.current(self.run_dir)
+        generation = control.current(self.run_dir)
         number = generation.number if generation else 0
         rank, error, stopped = self._first(worker_exceptions, generation)
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -62,14 +62,14 @@ def train(spec: RunSpec, needed: cluster.Resources, lease: Lease) -> None:
     facts |= {"recipe": spec.recipe, "seed": spec.config.train.seed} | provenance.of_launch()
     facts |= {"initial": asdict(spec.initial)} if spec.initial else {}
     journal.event(spec.run_dir, "launch", **facts)
-    began, before = time.perf_counter(), journal.current(spec.run_dir)
+    began, before = time.perf_counter(), control.current(spec.run_dir)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     with _sigterm_as_interrupt(), HangDetector(spec.run_dir, run_id, spec.config.run.hang_timeout_s):
         problem = _fit(spec, needed, lease, run_id)
     found, _ = checkpoint.newest_valid(spec.run_dir)
     ended = found and end_of(spec, found.samples_seen)
     if problem or found is None or not ended:
-        now = journal.current(spec.run_dir)
+        now = control.current(spec.run_dir)
         begun = now and (before is None or now.number > before.number)  # else it is a group of an earlier launch
         stopped = control.status(spec.run_dir, now.number).stopped if now and begun else ""
         reason = stopped or problem or lease.trouble or "the workers stopped early"

@@ -13,17 +13,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from raytrain_brats import storage
-from raytrain_brats.books import read_events as read_events
-from raytrain_brats.books import read_rows as read_rows
-from raytrain_brats.books import recent as recent
+from raytrain_brats import books, storage
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint, control, rows
-from raytrain_brats.run.control import Generation as Generation
-from raytrain_brats.run.control import current as current
+from raytrain_brats.run.control import Generation
 from raytrain_brats.run.events import event as event
 from raytrain_brats.run.events import warn as warn
-from raytrain_brats.run.rows import MetricsLog as MetricsLog
 from raytrain_brats.run.run_dir import RunDir
 
 _TAKEN = "another driver has taken {} over; this one ends, and the run goes on there"
@@ -79,8 +74,8 @@ def begin_generation(run_dir: str, driver: str = "") -> Generation:
     if decided.samples_seen == before.samples_seen:
         decided = replace(decided, failures_in_place=max(0, before.failures_in_place + bool(status.failure)))
     plan = rows.plan(run_dir, decided.number, decided.samples_seen)
-    dropped = len(read_rows(run_dir, decided.samples_seen, []))
-    last_row = recent(run_dir)[0][-1:]
+    dropped = len(books.read_rows(run_dir, decided.samples_seen, []))
+    last_row = books.recent(run_dir)[0][-1:]
     content = _decide(run_dir, content, decided)
     if control.read_generation(run_dir)[0] != content:
         raise RunFailed(_TAKEN.format(run_dir))
@@ -122,7 +117,7 @@ def take_over(run_dir: str, driver: str = "") -> None:
 
 def last_row_time(run_dir: str) -> float | None:
     """When the last step in the rows was applied; None on S3, where rows are written late."""
-    rows = recent(run_dir)[0]
+    rows = books.recent(run_dir)[0]
     return float(rows[-1]["time"]) if rows and not storage.is_s3(run_dir) else None
 
 

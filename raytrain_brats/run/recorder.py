@@ -15,7 +15,7 @@ import ray.util
 import torch
 from torch import distributed
 
-from raytrain_brats import storage
+from raytrain_brats import books, storage
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.errors import UserError
@@ -25,11 +25,11 @@ from raytrain_brats.reporting import goodput
 from raytrain_brats.run import events, gains, hardware, journal
 from raytrain_brats.run.cadence import CHECKPOINT, END, SCORED, VALIDATE, Cadence, due, may_be_due
 from raytrain_brats.run.checkpoint_request import HOLD, HOLD_S, SAVE, RequestPoller
-from raytrain_brats.run.control import StatusWriter
+from raytrain_brats.run.control import Generation, StatusWriter
 from raytrain_brats.run.gauges import StepGauges
-from raytrain_brats.run.journal import Generation, MetricsLog
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
+from raytrain_brats.run.rows import MetricsLog
 from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.saver import Save, Saver
 from raytrain_brats.run.spec import RunSpec
@@ -224,7 +224,7 @@ class RunRecorder:
         def parts() -> dict[str, Any]:
             told = []
             with contextlib.suppress(OSError, UserError):  # telemetry must not end a rank while the storage is away
-                told = journal.recent(self.spec.run_dir)[1]
+                told = books.recent(self.spec.run_dir)[1]
             return goodput.recovery_parts(told, warm_pool.imported, reached)
 
         about = {"generation": self.generation.number, "world_size": self.rank.world_size}

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from raytrain_brats.run import checkpoint, events, gains
-from raytrain_brats.run.journal import Generation, MetricsLog
+from raytrain_brats.run.control import Generation
+from raytrain_brats.run.rows import MetricsLog
 from raytrain_brats.run.spec import RunSpec
 
 PATIENCE_S = 300.0

@@ -18,12 +18,12 @@ from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.stream import open_shard
 from raytrain_brats.learn import micro_batch
 from raytrain_brats.learn.step import TrainStep
-from raytrain_brats.run import checkpoint, initial, journal
+from raytrain_brats.run import checkpoint, control, initial
 from raytrain_brats.run.cadence import CHECKPOINT, END, VALIDATE
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
+from raytrain_brats.run.control import Generation
 from raytrain_brats.run.feed import batch_of, open_steps
 from raytrain_brats.run.heartbeat import heartbeat
-from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import RunRecorder
@@ -38,7 +38,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     if rank.device.type == "cpu":  # exact mode needs one thread: sums within a kernel depend on the number of threads
         threads = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
         torch.set_num_threads(1 if spec.config.train.reduction == "exact" else threads)
-    generation = journal.current(spec.run_dir)
+    generation = control.current(spec.run_dir)
     assert generation is not None, "the dataset factory writes it before workers start"
     timer = PhaseTimer()
     with heartbeat(timer, arguments["run_id"], generation.number, rank, spec.run_dir):

@@ -23,6 +23,7 @@ import nibabel as nib
 import numpy as np
 import yaml
 
+from raytrain_brats import books
 from raytrain_brats.errors import RunFailed
 from scripts.bench_pipelines.meter import Meter
 
@@ -101,13 +102,12 @@ def _address(work: Path, server: "subprocess.Popen[bytes]") -> str:
 def _watched(train: "subprocess.Popen[bytes]", address: str, began: float, seconds: float, work: Path) -> Any:
     """The rows of the run after it has trained for so long."""
     os.environ.update(AWS | {"AWS_ENDPOINT_URL": address})
-    from raytrain_brats.run import journal
 
     while True:
         time.sleep(2)
         if train.poll() is not None:
             raise RunFailed(f"the run ended: {(work / 'train.log').read_text()[-500:]}")
-        rows = journal.read_rows(f"s3://{BUCKET}/{RUN}")
+        rows = books.read_rows(f"s3://{BUCKET}/{RUN}")
         if rows and time.time() - rows[0]["time"] > seconds:
             return rows
         if time.time() - began > 1200 + seconds:

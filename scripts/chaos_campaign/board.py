@@ -13,7 +13,7 @@ from typing import Any
 
 from raytrain_brats import storage
 from raytrain_brats.run import checkpoint
-from raytrain_brats.run.journal import MetricsLog
+from raytrain_brats.run.rows import MetricsLog
 
 TRAINING = ("start", "load", "data", "forward", "backward", "reduce", "update", "save", "validate", "end")
 WRITING = ("checkpoint write", "commit", "rows", "journal", "prune")

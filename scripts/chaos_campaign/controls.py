@@ -23,7 +23,7 @@ from safetensors.torch import save as tensors_to_bytes
 from raytrain_brats import books, storage
 from raytrain_brats.run import checkpoint
 from raytrain_brats.run import rows as row_parts
-from raytrain_brats.run.journal import MetricsLog
+from raytrain_brats.run.rows import MetricsLog
 from scripts.chaos_campaign import bits
 from scripts.chaos_campaign.core import Campaign, Fault, Progress, draw
 from scripts.chaos_campaign.groups import Twist

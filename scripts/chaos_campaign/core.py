@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raytrain_brats import books
 from raytrain_brats.errors import RunFailed
-from raytrain_brats.run import checkpoint, journal
+from raytrain_brats.run import checkpoint, control
 from raytrain_brats.run.spec import RunSpec
 from scripts.chaos_campaign.board import MAIN, WRITER, WRITING, Board
 from scripts.chaos_campaign.groups import POLL_S, Group, Process, Twist, begin
@@ -144,14 +145,14 @@ class Campaign:
             if not self._begin(run_spec):
                 self._look(run_spec)
                 continue
-            generation = journal.current(run_spec.run_dir)
+            generation = control.current(run_spec.run_dir)
             assert generation is not None
             applied = generation.samples_seen // run_spec.sampler.global_batch
             if generation.samples_seen < seen:
                 self._violation(run_spec, f"went back from {seen} to {generation.samples_seen}")
-            elif len(journal.read_rows(run_spec.run_dir)) != applied:
+            elif len(books.read_rows(run_spec.run_dir)) != applied:
                 self._violation(
-                    run_spec, f"{len(journal.read_rows(run_spec.run_dir))} rows at the start, {applied} applied"
+                    run_spec, f"{len(books.read_rows(run_spec.run_dir))} rows at the start, {applied} applied"
                 )
             seen = generation.samples_seen
             self.figures.redone.append(max(0, rows - applied))
@@ -162,7 +163,7 @@ class Campaign:
             finished = self._disturb(run_spec, group)
             if not finished:
                 self._look(run_spec)
-            rows = len(journal.read_rows(run_spec.run_dir))
+            rows = len(books.read_rows(run_spec.run_dir))
             if finished:
                 return
 
@@ -265,7 +266,7 @@ class Campaign:
         found, damaged = checkpoint.newest_valid(run_spec.run_dir)
         for name, why in damaged:
             self._violation(run_spec, f"checkpoint {name} is damaged: {why}")
-        done = any(e["event"] == "checkpoint" for e in journal.read_events(run_spec.run_dir))
+        done = any(e["event"] == "checkpoint" for e in books.read_events(run_spec.run_dir))
         if done and found is None:
             self._violation(run_spec, "no valid checkpoint is left")
 

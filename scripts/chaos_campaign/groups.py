@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 
 from raytrain_brats.run import journal, worker
-from raytrain_brats.run.journal import Generation
+from raytrain_brats.run.control import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.spec import RunSpec

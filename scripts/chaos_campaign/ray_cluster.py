@@ -23,8 +23,8 @@ from ray.core.generated import autoscaler_pb2
 from ray.core.generated.autoscaler_pb2 import NodeStatus  # type: ignore[attr-defined]
 from ray.core.generated.instance_manager_pb2 import Instance, NodeKind  # type: ignore[attr-defined]
 
-from raytrain_brats import storage
-from raytrain_brats.run import journal
+from raytrain_brats import books, storage
+from raytrain_brats.run import control
 from raytrain_brats.synthetic.phantom import write_set
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -193,14 +193,14 @@ class ElasticRun:
         self.driver = self.cluster.train("--data", self.data, "--run-dir", self.folder, *sets)
 
     def generation(self) -> int:
-        now = journal.current(self.folder)
+        now = control.current(self.folder)
         return now.number if now else 0
 
     def rows_until(self, world_size: int | None, after: int, rows: int = 20, timeout_s: float = 300) -> dict[str, Any]:
         """Wait for so many rows of one worker group later than `after` (and of that size); the first of them."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            recent = [r for r in journal.recent(self.folder)[0] if r["generation"] > after]
+            recent = [r for r in books.recent(self.folder)[0] if r["generation"] > after]
             for found in (recent, [r for r in recent if r["generation"] == recent[-1]["generation"]]):
                 wanted = [r for r in found if world_size in (None, r["world_size"])]
                 if len(wanted) >= rows:
@@ -218,7 +218,7 @@ class ElasticRun:
         assert "goes on from the newest checkpoint" in self.said.read_text()
 
     def events(self, kind: str = "") -> list[dict[str, Any]]:
-        return [e for e in journal.read_events(self.folder) if not kind or e["event"] == kind]
+        return [e for e in books.read_events(self.folder) if not kind or e["event"] == kind]
 
     def workers(self) -> list[int]:
         """Process ids of the ranks of the newest group that came to life, by rank."""

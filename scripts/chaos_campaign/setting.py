@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from raytrain_brats import verify
+from raytrain_brats import books, verify
 from raytrain_brats.config import Config, parse
 from raytrain_brats.data import store as stores
 from raytrain_brats.data.patch import Patch, decode
 from raytrain_brats.data.turns import StreamSpec, rank_steps, tables
-from raytrain_brats.run import checkpoint, journal, spec, worker
-from raytrain_brats.run.journal import Generation
+from raytrain_brats.run import checkpoint, control, journal, spec, worker
+from raytrain_brats.run.control import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.spec import RunSpec
@@ -140,7 +140,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def faults_at_end(run_spec: RunSpec, calm: End) -> list[str]:
     """What is wrong with a finished run: its rows, weights, optimiser, events, leftovers."""
     wrong = []
-    rows = journal.read_rows(run_spec.run_dir)
+    rows = books.read_rows(run_spec.run_dir)
     if len(rows) != run_spec.sampler.total // run_spec.sampler.global_batch:
         wrong.append(f"{len(rows)} rows instead of {run_spec.sampler.total // run_spec.sampler.global_batch}")
     for number, row in enumerate(rows):
@@ -152,9 +152,9 @@ def faults_at_end(run_spec: RunSpec, calm: End) -> list[str]:
             wrong.append(f"not the undisturbed run's end: {why}")
     except (AssertionError, ValueError) as error:
         wrong.append(f"no valid last checkpoint: {error}")
-    damaged = [e for e in journal.read_events(run_spec.run_dir) if e["event"] == "damaged_checkpoint"]
+    damaged = [e for e in books.read_events(run_spec.run_dir) if e["event"] == "damaged_checkpoint"]
     wrong += [f"checkpoint {e['name']} was damaged: {e['why']}" for e in damaged]
-    generation = journal.current(run_spec.run_dir)
+    generation = control.current(run_spec.run_dir)
     assert generation is not None
     checkpoint.prune(run_spec.run_dir, run_spec.config.checkpoint.keep, generation.number)
     kept = checkpoint.committed(run_spec.run_dir)

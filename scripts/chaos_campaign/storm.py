@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytrain_brats.run import checkpoint_request, journal
+from raytrain_brats import books
+from raytrain_brats.run import checkpoint_request, control
 from raytrain_brats.run.spec import RunSpec
 from scripts.chaos_campaign.core import Progress
 from scripts.chaos_campaign.groups import Group, begin
@@ -74,7 +75,7 @@ class Storm:
         how, rows = "", 0
         while True:
             begin(run_spec, lambda: None)
-            generation = journal.current(run_spec.run_dir)
+            generation = control.current(run_spec.run_dir)
             assert generation is not None
             if how:
                 lost = rows - generation.samples_seen // GLOBAL_BATCH
@@ -92,7 +93,7 @@ class Storm:
                 return
             if not self._leave(run_spec, group, graceful, rng.randint(2, 4)):
                 return
-            how, rows = "graceful" if graceful else "forced", len(journal.read_rows(run_spec.run_dir))
+            how, rows = "graceful" if graceful else "forced", len(books.read_rows(run_spec.run_dir))
             self.changes[how] += 1
             self.done += 1
             self.progress(self.done, len(self.legs), f"{len(self.failures)} violations")
@@ -101,7 +102,7 @@ class Storm:
         """End the group once it has trained a few steps."""
         until = time.monotonic() + 120
         while not group.over() and time.monotonic() < until:
-            own = [r for r in journal.recent(run_spec.run_dir)[0] if r["generation"] == group.generation.number]
+            own = [r for r in books.recent(run_spec.run_dir)[0] if r["generation"] == group.generation.number]
             # a group whose status does not say yet that it trains cannot be asked: a thread writes it, rows come first
             if len(own) >= steps and checkpoint_request.training(run_spec.run_dir):
                 break

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from raytrain_brats import verify
+from raytrain_brats import books, verify
 from raytrain_brats.reporting.goodput import time_breakdown
-from raytrain_brats.run import checkpoint, journal, spec
+from raytrain_brats.run import checkpoint, spec
+from raytrain_brats.run.control import Generation
 from raytrain_brats.run.feed import batch_of
-from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.worker import train_step_of
 from scripts.chaos_campaign.core import Progress
 from scripts.chaos_campaign.ray_cluster import Cluster, ElasticRun, kill, ours
@@ -142,7 +142,7 @@ class Strikes:
         """Wait for the first step of a later group; note what it took."""
         until, first, restarts = time.monotonic() + 240, None, 0
         while first is None:
-            rows = [r for r in journal.recent(self.run.folder)[0] if r["generation"] > before]
+            rows = [r for r in books.recent(self.run.folder)[0] if r["generation"] > before]
             first = rows[0] if rows and rows[-1]["time"] > began else None
             if self.run.driver.poll() is not None:
                 restarts += 1
@@ -225,20 +225,20 @@ def goodput(folder: Path, seed: int, minutes: float, progress: Progress) -> dict
         time.sleep(max(0.0, began + 60 * minutes - time.monotonic()))
         run.interrupt()
         cluster.close()
-        rows, events = journal.read_rows(run.folder), run.events()
-    books = time_breakdown(events, rows)
+        rows, events = books.read_rows(run.folder), run.events()
+    spent = time_breakdown(events, rows)
     saves = [e for e in events if e["event"] == "checkpoint"]
     figures = {
         "kills": found.kills.total(),
         "minutes": minutes,
-        "goodput (time in steps that were kept / time the run was up)": f"{books.goodput:.1%}",
-        "wall time": ", ".join(f"{what} {s / books.wall_s:.2%}" for what, s in books.parts().items() if s),
+        "goodput (time in steps that were kept / time the run was up)": f"{spent.goodput:.1%}",
+        "wall time": ", ".join(f"{what} {s / spent.wall_s:.2%}" for what, s in spent.parts().items() if s),
         "checkpoints": len(saves),
-        "mean time between checkpoints (s)": round(books.wall_s / max(1, len(saves)), 1),
-        "training stood still for them": f"{sum(e['stall_s'] for e in saves) / books.wall_s:.3%}",
+        "mean time between checkpoints (s)": round(spent.wall_s / max(1, len(saves)), 1),
+        "training stood still for them": f"{sum(e['stall_s'] for e in saves) / spent.wall_s:.3%}",
         "steps": len(rows),
     }
-    low = [f"goodput {books.goodput:.1%}, {GOODPUT:.0%} wanted"] if books.goodput < GOODPUT else []
+    low = [f"goodput {spent.goodput:.1%}, {GOODPUT:.0%} wanted"] if spent.goodput < GOODPUT else []
     return {"figures": figures, "tables": {TABLE: [_row(found, "worker")]}, "failures": found.failures + low}
 
 
@@ -263,7 +263,7 @@ def _judged(found: Strikes) -> dict[str, Any]:
     run_dir, failures = found.run.folder, found.failures
     if verify.main(["--run-dir", run_dir]):
         failures.append("verify: the rows are not each position once")
-    rows, events = journal.read_rows(run_dir), journal.read_events(run_dir)
+    rows, events = books.read_rows(run_dir), books.read_events(run_dir)
     newest, damaged = checkpoint.newest_valid(run_dir)
     assert newest is not None
     failures += [f"checkpoint {name} is damaged: {why}" for name, why in damaged]
@@ -276,7 +276,7 @@ def _judged(found: Strikes) -> dict[str, Any]:
         took = [one["outside_s"] for one in found.seconds[kind]] if kind in found.seconds else []
         if took and quantile(took, 0.95) > bar_s:
             failures.append(f"{kind}: back after {quantile(took, 0.95):.1f} s (p95), {bar_s:.0f} s wanted")
-    books = time_breakdown(events, rows)
+    spent = time_breakdown(events, rows)
     figures = {
         "kills": found.kills.total(),
         "kills by kind": ", ".join(f"{kind} ({number})" for kind, number in found.kills.most_common()),
@@ -290,7 +290,7 @@ def _judged(found: Strikes) -> dict[str, Any]:
         "weights and optimiser against one worker undisturbed": f"{len(apart)} of {len(calm)} tensors differ",
         "violations": len(failures),
         "a stopped rank was found after, most (s)": round(max(found.hangs_s, default=0.0), 1),
-        "goodput of this run": f"{books.goodput:.1%}",
+        "goodput of this run": f"{spent.goodput:.1%}",
     }
     return {"figures": figures, "tables": {TABLE: [_row(found, kind) for kind in found.seconds]}, "failures": failures}
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from raytrain_brats.learn.convolution_check import now
+from raytrain_brats.run.control import Generation
 from raytrain_brats.run.feed import batch_of
-from raytrain_brats.run.journal import Generation
 from raytrain_brats.run.saver import Save, Saver
 from raytrain_brats.run.spec import RunSpec
 from scripts.gpu_parts.setting import Setting, config, patches, train_step

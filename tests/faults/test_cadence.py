@@ -14,6 +14,8 @@ from tests.support import ROOT
 CODE = """
 import dataclasses, json, sys, time
 from pathlib import Path
+from raytrain_brats import books
+from raytrain_brats.run import control
 from raytrain_brats import storage
 from raytrain_brats.config import Checkpoint, Validate
 from raytrain_brats.run import checkpoint, journal
@@ -34,7 +36,7 @@ def other_ranks_see_no_files():  # what rank 0 sees is what counts
 
 for world_size, until in ((3, run.sampler.total // 2), (2, run.sampler.total)):
     assert begin(run, lambda: None)
-    group = Group(run, journal.current(run.run_dir), world_size, other_ranks_see_no_files)
+    group = Group(run, control.current(run.run_dir), world_size, other_ranks_see_no_files)
     if until == run.sampler.total:
         assert group.finish()
     while not group.over() and (checkpoint.committed(run.run_dir) or [(0, 0)])[-1][1] < until:
@@ -42,7 +44,7 @@ for world_size, until in ((3, run.sampler.total // 2), (2, run.sampler.total)):
     group.kill()
 tables = [int(Path(name).stem) for name in storage.list_files(run.run_dir + "/validation")]
 print(json.dumps({
-    "faults": faults_at_end(run, calm), "tables": tables, "events": journal.read_events(run.run_dir),
+    "faults": faults_at_end(run, calm), "tables": tables, "events": books.read_events(run.run_dir),
     "epoch": run.sampler.epoch_samples, "total": run.sampler.total, "batch": run.sampler.global_batch,
 }))
 """

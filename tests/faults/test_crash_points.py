@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain_brats import storage
+from raytrain_brats import books, storage
 from raytrain_brats.labels import REGIONS
-from raytrain_brats.run import checkpoint, gains, journal
-from raytrain_brats.run.journal import MetricsLog
+from raytrain_brats.run import checkpoint, control, gains, journal
+from raytrain_brats.run.rows import MetricsLog
 from raytrain_brats.run.run_dir import RunDir
 from tests.support.crashes import Disk, die_before_request, in_child
 
@@ -38,7 +38,7 @@ def begun(folder: str) -> None:
 
 def go_on(folder: str, validated: float | None = None) -> None:
     """What a worker group does from 8 to 16, checkpoint, validation and clean-up included."""
-    generation = journal.current(folder)
+    generation = control.current(folder)
     assert generation is not None
     log = MetricsLog(folder, dataclasses.replace(generation, samples_seen=8))  # the same group goes on
     for seen in (12, 16):
@@ -79,8 +79,8 @@ def check_every_point(place: Callable[[int], str], work: Any, arm: Callable[[int
         generation = journal.begin_generation(folder)
         ends.add(generation.samples_seen)
         assert generation.samples_seen == seen
-        assert [row["samples_seen"] for row in journal.read_rows(folder)] == [*range(4, seen + 1, 4)]
-        assert {"group"} <= {event["event"] for event in journal.read_events(folder)}
+        assert [row["samples_seen"] for row in books.read_rows(folder)] == [*range(4, seen + 1, 4)]
+        assert {"group"} <= {event["event"] for event in books.read_events(folder)}
         if not storage.is_s3(folder):
             shutil.rmtree(folder, ignore_errors=True)
         if code == 0:

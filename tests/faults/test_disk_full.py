@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrain_brats import storage
-from raytrain_brats.run import journal
+from raytrain_brats import books, storage
 from raytrain_brats.synthetic.phantom import write_set
 from tests.support import ROOT
 
@@ -56,7 +55,7 @@ def test_training_on_a_full_disk_says_so(size: str, small: Path) -> None:
     assert "not saved since sample 0: No space left on device" in said and "Traceback" not in said
     if size == "600k":
         assert "waiting for room to save the last checkpoint" in said
-        assert any(e["event"] == "checkpoint_failed" for e in journal.read_events(str(small.parent / "left" / "run")))
+        assert any(e["event"] == "checkpoint_failed" for e in books.read_events(str(small.parent / "left" / "run")))
 
 
 @needs_root

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from raytrain_brats import config, verify
-from raytrain_brats.run import checkpoint, journal, spec
+from raytrain_brats import books, config, verify
+from raytrain_brats.run import checkpoint, spec
 from raytrain_brats.synthetic.phantom import write_set
 from tests.support.clusters import train_alone
 
@@ -52,7 +52,7 @@ def wait_until(run_dir: Path, samples: int, generation: int, process: subprocess
     """Until the run has applied so many samples in a worker group of that number."""
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
-        rows = journal.read_rows(str(run_dir))
+        rows = books.read_rows(str(run_dir))
         if rows and rows[-1]["samples_seen"] >= samples and rows[-1]["generation"] >= generation:
             return
         assert process.poll() is None, f"the driver ended early; see {run_dir}/driver.log"
@@ -82,7 +82,7 @@ def test_a_run_killed_twice_and_resized_equals_an_uninterrupted_one(tmp_path: Pa
     with open(rough / "driver.log", "wb") as log:
         driver = subprocess.Popen(command(rough, data, "1:2"), env=environment(), stdout=log, stderr=log)
         wait_until(rough, 40, 1, driver)
-        worker = [e for e in journal.read_events(str(rough)) if e["event"] == "worker"][-1]
+        worker = [e for e in books.read_events(str(rough)) if e["event"] == "worker"][-1]
         os.kill(worker["pid"], signal.SIGKILL)
         wait_until(rough, 100, 2, driver)
         driver.kill()
@@ -90,7 +90,7 @@ def test_a_run_killed_twice_and_resized_equals_an_uninterrupted_one(tmp_path: Pa
     done = subprocess.run(command(rough, data, "3"), env=environment(), capture_output=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
-    expected, found = journal.read_rows(str(calm)), journal.read_rows(str(rough))
+    expected, found = books.read_rows(str(calm)), books.read_rows(str(rough))
     total = 188  # 5 cases x 3 patches x 12 epochs = 180 samples, and 8 empty places at begin and end
     assert [row["positions"] for row in expected] == [[p, p + 4] for p in range(0, total, 4)]
     assert [row["positions"] for row in found] == [row["positions"] for row in expected]
@@ -106,6 +106,6 @@ def test_a_run_killed_twice_and_resized_equals_an_uninterrupted_one(tmp_path: Pa
     assert apart < 1e-5, f"weights differ by {apart}"
     for run in (calm, rough):
         assert verify.main(["--run-dir", str(run)]) == 0
-    events = journal.read_events(str(rough))
+    events = books.read_events(str(rough))
     assert [e["event"] for e in events].count("launch") == 2
     assert sum(e["redone_steps"] for e in events if e["event"] == "group") <= 2 * (24 / 4 + 1)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from raytrain_brats.run import journal
+from raytrain_brats import books
 
 HANGING = """
 import sys, time
@@ -49,7 +49,7 @@ def test_a_stuck_rank_is_ended_and_its_stack_kept(tmp_path: Path) -> None:
         [sys.executable, "-c", HANGING, str(tmp_path)], capture_output=True, text=True, timeout=400, check=False
     )
     assert "ended" in done.stdout, done.stdout + done.stderr
-    (event,) = journal.read_events(str(tmp_path))
+    (event,) = books.read_events(str(tmp_path))
     assert (event["event"], event["rank"], event["phase"], event["silent"]) == ("hang", 1, "forward", False)
     assert "stuck_here" in Path(event["stacks"]).read_text()
     assert "stuck_here" not in (tmp_path / "stacks" / "g0001-rank0.txt").read_text()

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain_brats import storage, train
+from raytrain_brats import books, storage, train
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import checkpoint, journal, lease
+from raytrain_brats.run.rows import MetricsLog
 from raytrain_brats.run.run_dir import Document
 from tests.support.cases import write_msd_folder
 
@@ -245,7 +246,7 @@ def test_a_driver_replaced_amid_its_decision_changes_nothing(
 ) -> None:
     """Stopped between check and write, or between fence and cut, while another driver begins and its group trains."""
     journal.take_over(run_dir, "old")
-    log = journal.MetricsLog(run_dir, journal.begin_generation(run_dir, "old"))
+    log = MetricsLog(run_dir, journal.begin_generation(run_dir, "old"))
     log.add({"samples_seen": 4})
     log.flush()
     checkpoint.save(run_dir, 4, 1, {"a": torch.ones(2)}, {"bad_in_epoch": 0})
@@ -256,7 +257,7 @@ def test_a_driver_replaced_amid_its_decision_changes_nothing(
         if not entered and (moment != "read_bytes" or "metrics" in uri):
             entered.append(uri)
             journal.take_over(run_dir, "new")
-            new = journal.MetricsLog(run_dir, journal.begin_generation(run_dir, "new"))
+            new = MetricsLog(run_dir, journal.begin_generation(run_dir, "new"))
             new.add({"samples_seen": 8})
             new.flush()
         return read or real(uri, *arguments)
@@ -264,22 +265,22 @@ def test_a_driver_replaced_amid_its_decision_changes_nothing(
     monkeypatch.setattr(storage, moment, interrupted)
     with pytest.raises(RunFailed, match="another driver has taken"):
         journal.begin_generation(run_dir, "old")
-    assert entered and [row["samples_seen"] for row in journal.read_rows(run_dir)] == [4, 8]
+    assert entered and [row["samples_seen"] for row in books.read_rows(run_dir)] == [4, 8]
 
 
 def test_rows_held_up_until_a_later_group_has_begun_do_not_count(s3_server: str) -> None:
     """A put on S3 may wait minutes for an outage to end, past the fence: the part does not count."""
-    log = journal.MetricsLog(s3_server, journal.begin_generation(s3_server))
+    log = MetricsLog(s3_server, journal.begin_generation(s3_server))
     log.add({"samples_seen": 4})
     log.flush()
     log.add({"samples_seen": 8})
     log.check = lambda: None  # type: ignore[method-assign] # passed before the outage
     checkpoint.save(s3_server, 4, 1, {"a": torch.ones(2)}, {"bad_in_epoch": 0})
-    new = journal.MetricsLog(s3_server, journal.begin_generation(s3_server))
+    new = MetricsLog(s3_server, journal.begin_generation(s3_server))
     new.add({"samples_seen": 8, "generation": 2})
     new.flush()
     log.flush()
-    rows = journal.read_rows(s3_server)
+    rows = books.read_rows(s3_server)
     assert [(row["samples_seen"], row.get("generation")) for row in rows] == [(4, None), (8, 2)]
 
 

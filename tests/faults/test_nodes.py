@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrain_brats import verify
-from raytrain_brats.run import journal
+from raytrain_brats import books, verify
 from scripts.chaos_campaign import under_ray
 from tests.support.clusters import Cluster, ElasticRun
 from tests.support.metadata import Metadata
@@ -101,9 +100,9 @@ def test_a_minute_without_s3_is_outlived(place: Path, s3_server: str) -> None:
         proxy.set("refuse")
         time.sleep(60)
         proxy.set("pass")
-        back = len(journal.read_rows(run.folder))
+        back = len(books.read_rows(run.folder))
         until = time.monotonic() + 120
-        while len(journal.read_rows(run.folder)) < back + 100:
+        while len(books.read_rows(run.folder)) < back + 100:
             assert time.monotonic() < until and run.driver.poll() is None, run.said.read_text()[-2000:]
             time.sleep(1)
         run.interrupt()

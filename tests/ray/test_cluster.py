@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from raytrain_brats import verify
+from raytrain_brats import books, verify
 from raytrain_brats.monitoring import cost
-from raytrain_brats.run import checkpoint, gauges, journal
+from raytrain_brats.run import checkpoint, gauges
 from raytrain_brats.synthetic.phantom import write_set
 from tests.support.clusters import SMALL, Cluster, ElasticRun, free_port
 from tests.support.dashboard import asked
@@ -40,7 +40,7 @@ def test_a_node_that_joins_is_used_and_no_step_is_lost(shared: Cluster) -> None:
     run.rows_until(2, after=1)
     run.interrupt()
 
-    rows = journal.read_rows(run.folder)
+    rows = books.read_rows(run.folder)
     assert [row["world_size"] for row in rows] == sorted(row["world_size"] for row in rows)
     assert run.events("resize")[0]["saved"]
     assert [e["redone_steps"] for e in run.events("group")] == [0, 0]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain_brats import config
+from raytrain_brats import books, config
 from raytrain_brats.run import control, journal
 from raytrain_brats.run.controller import FailureLogger
 from raytrain_brats.run.final_failures import advice
@@ -60,15 +60,15 @@ def test_the_rank_with_the_cause_is_named(tmp_path: Path) -> None:
     journal.take_over(str(tmp_path), "me")
     status = failed(str(tmp_path), {0: OTHER[0], 2: TOO_SMALL, 3: OTHER[0]})
     assert status.stopped.startswith("rank 2: the GPU's memory is too small") and "out of memory" in status.failure
-    (event,) = [e for e in journal.read_events(str(tmp_path)) if e["event"] == "failure"]
+    (event,) = [e for e in books.read_events(str(tmp_path)) if e["event"] == "failure"]
     assert event["rank"] == 2
 
 
 def test_memory_that_was_enough_before_may_be_enough_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that has trained: a worker that was killed may hold its memory for a while. Once; a second failure at the
     same place ends the run. A missing kernel ends it at once."""
-    begun = journal.Generation(2, samples_seen=64, driver="me")
-    monkeypatch.setattr(journal, "current", lambda _: begun)
+    begun = control.Generation(2, samples_seen=64, driver="me")
+    monkeypatch.setattr(control, "current", lambda _: begun)
     logger = FailureLogger(str(tmp_path), "me", SETTINGS)
     logger.after_exception(None, {0: TOO_SMALL})
     assert control.status(str(tmp_path), 2).failure and not control.status(str(tmp_path), 2).stopped
@@ -132,6 +132,6 @@ def test_through_ray_one_group_is_all_that_starts(tmp_path: Path, error: str, to
         done.stdout + done.stderr
     )
     assert told in done.stdout and "Traceback" not in done.stdout
-    events = journal.read_events(str(tmp_path / "run"))
+    events = books.read_events(str(tmp_path / "run"))
     assert [e["rank"] for e in events if e["event"] == "failure"] == [1]
     assert sum(e["event"] == "group" for e in events) == 1

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from raytrain_brats import config, storage
+from raytrain_brats import books, config, storage
 from raytrain_brats.data import resident
 from raytrain_brats.labels import to_regions
-from raytrain_brats.run import checkpoint, journal, spec
+from raytrain_brats.run import checkpoint, spec
 from raytrain_brats.synthetic.phantom import write_set
 from tests.support import ROOT
 from tests.support.cases import REAL, save
@@ -52,7 +52,7 @@ def test_real_cases_go_through_every_command_by_both_routes(one_ray: OneRay, tmp
         ["report", "--run-dir", raw],
     )
 
-    by_raw, by_store = journal.read_rows(raw), journal.read_rows(stored)
+    by_raw, by_store = books.read_rows(raw), books.read_rows(stored)
     assert len(by_raw) == 10  # 1 case x 8 patches x 2 epochs: the second begins after two of eight steps
     assert [r["positions"] for r in by_raw] == [r["positions"] for r in by_store]
     assert [r["loss"] for r in by_raw] == pytest.approx([r["loss"] for r in by_store], rel=1e-6)
@@ -98,11 +98,11 @@ def test_a_full_size_volume_streams_raw_in_patches_of_96(one_ray: OneRay, tmp_pa
     run = str(tmp_path / "run")
     one_ray.run(["train", "--data", str(tmp_path / "data"), "--run-dir", run, "--workers", "1", *options])
 
-    row, *others = journal.read_rows(run)
+    row, *others = books.read_rows(run)
     assert not others
     assert row["bad"] == 0
     assert 0 < row["loss"] < 3
-    assert any(e["event"] == "validation" for e in journal.read_events(run))
+    assert any(e["event"] == "validation" for e in books.read_events(run))
 
 
 def test_everything_may_live_on_s3(one_ray: OneRay, s3_server: str, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_everything_may_live_on_s3(one_ray: OneRay, s3_server: str, tmp_path: Pa
     )
 
     assert "is finished" in printed
-    rows = journal.read_rows(run)
+    rows = books.read_rows(run)
     # 4 cases x 4 patches x 2 epochs, and 12 empty places
     assert [r["positions"] for r in rows] == [[p, p + 4] for p in range(0, 44, 4)]
     made = storage.list_files(s3_server)
@@ -153,11 +153,11 @@ def test_a_run_is_the_same_wherever_its_cases_stay(one_ray: OneRay, tmp_path: Pa
         if workers:
             where = ["--recipe", "demo", "--data", data, "--run-dir", run, "--workers", workers]
             one_ray.run(["train", *where, *(f"--set={value}" for value in (*few, f"data.residency={kind}"))])
-        events = [(e["where"], e["asked"]) for e in journal.read_events(run) if e["event"] == "residency"]
+        events = [(e["where"], e["asked"]) for e in books.read_events(run) if e["event"] == "residency"]
         assert events == [(kind, kind)] * bool(workers)
         newest, _ = checkpoint.newest_valid(run)
         assert newest
-        rows = [(row["positions"], row["samples"], row["loss"]) for row in journal.read_rows(run)]
+        rows = [(row["positions"], row["samples"], row["loss"]) for row in books.read_rows(run)]
         found[kind] = rows, checkpoint.load(run, newest.name)[0]
     rows, weights = found["stream"]
     assert len(rows) >= 4
@@ -245,8 +245,8 @@ def test_a_bad_case_is_named_and_the_run_goes_on_or_stops_by_its_share(one_ray: 
     train = ["train", "--data", str(data), "--workers", "1", *options]
     one_ray.run([*train, "--run-dir", str(run), "--set=data.max_bad_share=0.5"])
 
-    assert sum(row["bad"] for row in journal.read_rows(str(run))) == 2 * 4  # epochs x patches of the one case
-    quarantined = [e for e in journal.read_events(str(run)) if e["event"] == "quarantine"]
+    assert sum(row["bad"] for row in books.read_rows(str(run))) == 2 * 4  # epochs x patches of the one case
+    quarantined = [e for e in books.read_events(str(run)) if e["event"] == "quarantine"]
     assert {(e["case"], e["reason"]) for e in quarantined} == {("BRATS_001", "gzip_damaged")}
 
     _, said = one_ray.run([*train, "--run-dir", str(tmp_path / "strict")], fails=True)
@@ -267,7 +267,7 @@ def test_the_demo_survives_a_killed_worker_and_says_what_it_made(tmp_path: Path)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
     summary = json.loads((out / "summary.json").read_text())
-    rows = journal.read_rows(str(out / "run"))
+    rows = books.read_rows(str(out / "run"))
     assert summary["restarts"] == 1
     assert summary["samples_seen"] == 4 * 4 * 10 + 12  # places that are empty at begin and end
     assert [row["positions"] for row in rows] == [[p, p + 4] for p in range(0, 172, 4)]
@@ -305,11 +305,11 @@ def test_a_run_goes_on_longer_and_another_begins_with_it_and_ends_early(one_ray:
     assert (
         "longer: 2 -> 3 epochs, 44 -> 72 samples; the learning rate at sample 44 was to be 0 and is 0.0006" in printed
     )
-    rows = journal.read_rows(run)
+    rows = books.read_rows(run)
     assert [r["positions"] for r in rows] == [[p, p + 4] for p in range(0, rows[-1]["samples_seen"], 4)]
     assert spec.read_config(run).earlier_epochs == (2,) and {r["world_size"] for r in rows} == {2}
     assert f"begins with the weights of {run}, checkpoint" in printed
-    (early,) = [e for e in journal.read_events(tuned) if e["event"] == "early_stop"]
+    (early,) = [e for e in books.read_events(tuned) if e["event"] == "early_stop"]
     found, _ = checkpoint.newest_valid(tuned)
     assert found and found.samples_seen == early["samples_seen"] < 40
     assert f"{tuned} is finished: the held-out cases' mean Dice was" in printed

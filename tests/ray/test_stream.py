@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import ray
 
-from raytrain_brats import messages
+from raytrain_brats import books, messages
 from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.data import stream
 from raytrain_brats.data.manifest import Case
@@ -25,7 +25,6 @@ from raytrain_brats.data.turns import StreamSpec, rank_rows, rank_steps, read_ah
 from raytrain_brats.monitoring.spilling import Spilling
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.ray_ext.internals.core import spilled_bytes
-from raytrain_brats.run import journal
 from tests.support.cases import make_volume, write_msd_folder
 from tests.support.clusters import Meter
 from tests.support.steps import equal
@@ -207,13 +206,13 @@ def test_spilling_is_told_with_its_remedy(tmp_path: Path, capfd: pytest.CaptureF
     held = []
     with Spilling(str(tmp_path), every_s=0.2):
         time.sleep(1)
-        assert not list(journal.read_events(str(tmp_path)))
+        assert not list(books.read_events(str(tmp_path)))
         for _ in range(8):
             held.append(ray.put(np.ones(20_000_000, np.uint8)))
         deadline = time.monotonic() + 60
-        while not journal.read_events(str(tmp_path)) and time.monotonic() < deadline:
+        while not books.read_events(str(tmp_path)) and time.monotonic() < deadline:
             time.sleep(0.2)
-    event, *_ = journal.read_events(str(tmp_path))
+    event, *_ = books.read_events(str(tmp_path))
     assert event["event"] == "spilling"
     assert event["bytes"] > 0
     assert "object-store-memory" in event["remedy"]

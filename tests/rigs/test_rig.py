@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from raytrain_brats import s3, storage, verify
-from raytrain_brats.run import journal
+from raytrain_brats import books, s3, storage, verify
 from raytrain_brats.synthetic.phantom import write_set
 from tests.support import account_template as template
 from tests.support import typed_docs as typed
@@ -136,7 +135,7 @@ P4D = (
 
 def worlds() -> list[int]:
     """World size of each worker group that applied steps, in order."""
-    found: dict[int, int] = {row["generation"]: row["world_size"] for row in journal.read_rows(RUN)}
+    found: dict[int, int] = {row["generation"]: row["world_size"] for row in books.read_rows(RUN)}
     return list(found.values())
 
 
@@ -212,8 +211,8 @@ def on_the_cluster(typist: Session) -> None:
     (rig.folder / "no_spot").touch()
     rig.notice(victim, within_s=60)
     wait(lambda: len(worlds()) > groups and worlds()[-1] == 2, 400, "two workers again")
-    rows = len(journal.read_rows(RUN))
-    wait(lambda: len(journal.read_rows(RUN)) > rows + 20, 120, "steps after the reclaim")
+    rows = len(books.read_rows(RUN))
+    wait(lambda: len(books.read_rows(RUN)) > rows + 20, 120, "steps after the reclaim")
     train_nodes = rig.instances("train")
     assert victim not in [node["InstanceId"] for node in train_nodes]
     assert sorted(node.get("InstanceLifecycle", "on demand") for node in train_nodes) == ["on demand", "spot"]
@@ -221,7 +220,7 @@ def on_the_cluster(typist: Session) -> None:
     typist.type("ray job stop rig")
     logs = typist.type("ray job logs rig")
     assert "goes on from the newest checkpoint" in logs, logs[-3000:]
-    events = journal.read_events(RUN)
+    events = books.read_events(RUN)
     told = [event for event in events if event["event"] in ("preemption", "resize", "failure", "group")]
     assert any(event["saved"] for event in told if event["event"] in ("preemption", "resize")), told
     assert {event["redone_steps"] for event in told if event["event"] == "group"} == {0}, told

@@ -14,8 +14,8 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from raytrain_brats import s3, sagemaker, storage, verify
-from raytrain_brats.run import checkpoint, journal
+from raytrain_brats import books, s3, sagemaker, storage, verify
+from raytrain_brats.run import checkpoint
 from raytrain_brats.sagemaker import host
 from raytrain_brats.synthetic.phantom import write_set
 from tests.support import containers
@@ -89,7 +89,7 @@ def put_cases(folder: Path, cases: int = 10) -> str:
 
 def rows_until(job: Job, run_dir: str, number: int, timeout_s: float = 400) -> None:
     deadline = time.monotonic() + timeout_s
-    while len(journal.read_rows(run_dir)) < number:
+    while len(books.read_rows(run_dir)) < number:
         assert job.processes[HEAD].poll() is None, job.log(HEAD)[-4000:]
         assert time.monotonic() < deadline, job.log(HEAD)[-4000:]
         time.sleep(1)
@@ -111,7 +111,7 @@ def test_a_job_that_is_interrupted_goes_on_and_finishes(start: Start, tmp_path: 
     assert (status, set(codes.values())) == ("Stopped", {host.STOPPED}), first.log(HEAD)[-4000:]
     assert time.monotonic() - began < 100
     assert not any(first.failure(name) for name in first.hosts)
-    at = journal.read_rows(run_dir)[-1]["samples_seen"]
+    at = books.read_rows(run_dir)[-1]["samples_seen"]
     found, _ = checkpoint.newest_valid(run_dir)
     # not one step is to be done again
     assert found is not None and found.samples_seen == at, first.log(HEAD)[-4000:]
@@ -120,7 +120,7 @@ def test_a_job_that_is_interrupted_goes_on_and_finishes(start: Start, tmp_path: 
     second = start(*places)
     status, codes = second.wait(500)
     assert (status, set(codes.values())) == ("Completed", {0}), second.log(HEAD)[-4000:]
-    groups = [event for event in journal.read_events(run_dir) if event["event"] == "group"]
+    groups = [event for event in books.read_events(run_dir) if event["event"] == "group"]
     assert [group["redone_steps"] for group in groups] == [0] * len(groups)
     assert verify.main(["--run-dir", run_dir]) == 0
     kept = storage.list_files("s3://rig-bucket/run/sagemaker")

@@ -10,7 +10,7 @@ from raytrain_brats.config import parse
 from raytrain_brats.data.patch import Patch, decode
 from raytrain_brats.data.turns import StreamSpec, rank_steps, tables
 from raytrain_brats.run import journal, spec, worker
-from raytrain_brats.run.journal import Generation
+from raytrain_brats.run.control import Generation
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.spec import RunSpec

@@ -70,8 +70,8 @@ def test_a_long_run_writes_no_more_a_checkpoint(s3_server: str, traffic: Traffic
     for what in ("requests", "put", "got"):
         assert 0 < last[what] <= 1.2 * first[what], (what, first, last)
     assert last["put"] / 64 < 40e3
-    assert [row["samples_seen"] for row in journal.read_rows(run_dir)] == [*range(4, seen + 1, 4)]
-    assert sum(e["event"] == "checkpoint" for e in journal.read_events(run_dir)) == 192
+    assert [row["samples_seen"] for row in books.read_rows(run_dir)] == [*range(4, seen + 1, 4)]
+    assert sum(e["event"] == "checkpoint" for e in books.read_events(run_dir)) == 192
     assert len(storage.list_files(f"{run_dir}/metrics")) + len(storage.list_files(f"{run_dir}/events")) < 100
     assert journal.begin_generation(run_dir).samples_seen == seen
 
@@ -91,7 +91,7 @@ def test_no_step_asks_the_storage_for_events(s3_server: str, traffic: Traffic, m
         monkeypatch.setattr(recorder._saver, "busy", lambda: True)
         recorder.checkpoint(4, train_step_of(spec(), 1, CPU))
         assert threading.current_thread().name not in traffic.threads
-    told = [e["event"] for e in journal.read_events(run_dir)]
+    told = [e["event"] for e in books.read_events(run_dir)]
     assert told == ["group", "worker", "recovered", "straggler", *2 * ["checkpoint_left_out"], "closed"]
 
 
@@ -113,7 +113,7 @@ def test_an_outage_holds_no_step_up(s3_server: str, monkeypatch: pytest.MonkeyPa
             journal.event(run_dir, "told", number=number)
         assert time.monotonic() - began < 1.0
         away.clear()
-    assert [e["number"] for e in journal.read_events(run_dir)] == [*range(500)]
+    assert [e["number"] for e in books.read_events(run_dir)] == [*range(500)]
 
 
 def test_many_ranks_do_not_wait_for_each_other(s3_server: str) -> None:
@@ -132,7 +132,7 @@ def test_many_ranks_do_not_wait_for_each_other(s3_server: str) -> None:
     for rank in ranks:
         rank.join()
     assert time.monotonic() - began < 30
-    assert Counter(e["rank"] for e in journal.read_events(run_dir)) == dict.fromkeys(range(64), 2)
+    assert Counter(e["rank"] for e in books.read_events(run_dir)) == dict.fromkeys(range(64), 2)
 
 
 def test_recent_events_are_there_however_many_came_before(s3_server: str) -> None:
@@ -146,7 +146,7 @@ def test_recent_events_are_there_however_many_came_before(s3_server: str) -> Non
 
     assert in_child(fill) == 0
     journal.event(run_dir, "warning", text="disk is full")
-    found = journal.recent(run_dir)[1]
+    found = books.recent(run_dir)[1]
     assert (found[0]["event"], found[-1]["event"]) == ("launch", "warning")
     assert len(storage.list_files(f"{run_dir}/events")) > 10
 
@@ -154,9 +154,9 @@ def test_recent_events_are_there_however_many_came_before(s3_server: str) -> Non
 def test_books_of_one_file_each_are_still_read(tmp_path: Path) -> None:
     """Of a run that was finished before there were parts."""
     run = str(write_run(tmp_path / "run"))
-    assert journal.read_rows(run) == ROWS and journal.read_events(run) == EVENTS
-    assert journal.recent(run) == (ROWS, EVENTS)
-    assert journal.read_rows(run, after=20) == ROWS[5:]
+    assert books.read_rows(run) == ROWS and books.read_events(run) == EVENTS
+    assert books.recent(run) == (ROWS, EVENTS)
+    assert books.read_rows(run, after=20) == ROWS[5:]
     assert checkpoint.committed(run) == [] and books.parts(run) == []
 
 

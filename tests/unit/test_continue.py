@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain_brats import config, ending, verify
+from raytrain_brats import books, config, ending, verify
 from raytrain_brats import train as train_command
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster
@@ -45,7 +45,7 @@ def test_each_validation_is_of_a_checkpoint_and_the_best_is_kept(data: Path, tmp
     made = run_spec(tmp_path / "run", data, train={"epochs": 6})
     train(made)
     validations = gains.history(made.run_dir)
-    saved = {e["samples_seen"] for e in journal.read_events(made.run_dir) if e["event"] == "checkpoint"}
+    saved = {e["samples_seen"] for e in books.read_events(made.run_dir) if e["event"] == "checkpoint"}
     assert len(validations) > 4 and {each.samples_seen for each in validations} <= saved
     best = gains.best(validations)
     assert best and checkpoints(tmp_path / "run") == sorted({best.samples_seen, *sorted(saved)[-2:]})
@@ -63,7 +63,7 @@ def test_a_group_killed_after_a_validation_saves_it_again(data: Path, tmp_path: 
     assert checkpoints(tmp_path / "run") == [8, 16]
     checkpoint.discard(made.run_dir, checkpoint.committed(made.run_dir)[1][0])
     train(made, stop=28)
-    events = journal.read_events(made.run_dir)
+    events = books.read_events(made.run_dir)
     assert checkpoints(tmp_path / "run") == [8, 16, 24]
     assert [e["samples_seen"] for e in events if e["event"] == "validation"] == [8, 16, 24]
 
@@ -91,7 +91,7 @@ def test_what_an_earlier_group_validated_waits_for_the_save_before(
     monkeypatch.setattr(checkpoint, "save", save)
     train(made, stop=24)
     assert slow and 16 in checkpoints(tmp_path / "run")
-    again = [e for e in journal.read_events(made.run_dir) if e["event"] == "checkpoint" and e["generation"] == 2]
+    again = [e for e in books.read_events(made.run_dir) if e["event"] == "checkpoint" and e["generation"] == 2]
     assert {e["samples_seen"]: e["reason"] for e in again}[16] == "a validation"
 
 
@@ -117,7 +117,7 @@ def test_a_run_without_gain_ends_and_stays_ended(data: Path, tmp_path: Path, mon
     train(made)
     found, _ = checkpoint.newest_valid(made.run_dir)
     assert found and 32 < found.samples_seen < made.sampler.total
-    (told,) = [e for e in journal.read_events(made.run_dir) if e["event"] == "early_stop"]
+    (told,) = [e for e in books.read_events(made.run_dir) if e["event"] == "early_stop"]
     assert told["samples_seen"] == found.samples_seen
     assert "0.6000 at sample 16, and not more in the 16 samples after it" in told["reason"]
     assert driver.end_of(made, found.samples_seen) == told["reason"]
@@ -126,7 +126,7 @@ def test_a_run_without_gain_ends_and_stays_ended(data: Path, tmp_path: Path, mon
     )
     assert driver.end_of(more, found.samples_seen) == ""
     train(more)
-    rows = journal.read_rows(made.run_dir)
+    rows = books.read_rows(made.run_dir)
     assert rows[-1]["samples_seen"] == made.sampler.total
     assert [row["positions"][0] for row in rows] == list(range(0, made.sampler.total, 4))
 
@@ -139,7 +139,7 @@ def test_a_killed_group_cannot_make_a_run_go_on_that_was_to_end(
     settings: dict[str, Any] = {"train": {"epochs": 12}, "validate": {"every_samples": 8, "patience_samples": 16}}
     made = run_spec(tmp_path / "run", data, **settings)
     train(made, stop=24)
-    assert not [e for e in journal.read_events(made.run_dir) if e["event"] == "early_stop"]
+    assert not [e for e in books.read_events(made.run_dir) if e["event"] == "early_stop"]
     train(made)
     found, _ = checkpoint.newest_valid(made.run_dir)
     assert found and driver.end_of(made, found.samples_seen) and found.samples_seen < 40
@@ -169,7 +169,7 @@ def test_a_lengthened_run_is_proved_from_its_first_sample(
     last = longer(made, data, 4)
     assert last.sampler.earlier == (2, 3)
     train(last)
-    rows = journal.read_rows(made.run_dir)
+    rows = books.read_rows(made.run_dir)
     assert [row["positions"] for row in rows] == [[p, p + 4] for p in range(0, last.sampler.total, 4)]
     assert verify.main(["--run-dir", made.run_dir]) == 0
     assert f"{last.sampler.total} of {last.sampler.total} positions applied" in capsys.readouterr().out
@@ -264,13 +264,13 @@ def test_a_run_begins_with_anothers_weights(data: Path, tmp_path: Path) -> None:
     again = run_spec(tmp_path / "run", data, train={"seed": 7})
     assert again.initial == made.initial
     train(again, stop=8)
-    rows = journal.read_rows(made.run_dir)
+    rows = books.read_rows(made.run_dir)
     assert rows and rows[0]["loss"] != pytest.approx(_first_loss(data, tmp_path / "plain"))
 
 
 def _first_loss(data: Path, run: Path) -> float:
     train(run_spec(run, data, train={"seed": 7}), stop=8)
-    return float(journal.read_rows(str(run))[0]["loss"])
+    return float(books.read_rows(str(run))[0]["loss"])
 
 
 def test_heads_are_left_out_by_name_and_other_networks_are_refused(data: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raytrain_brats import storage
+from raytrain_brats import books, storage
 from raytrain_brats.run import events, journal
 
 
@@ -19,7 +19,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def numbers(run_dir: str) -> list[int]:
-    return [event["number"] for event in journal.read_events(run_dir)]
+    return [event["number"] for event in books.read_events(run_dir)]
 
 
 def tell(run_dir: str, *told: int) -> None:
@@ -75,5 +75,5 @@ def test_a_line_whose_disk_was_full_amid_it_stands_once_and_whole(
         monkeypatch.setattr(os, "truncate", fail)
     tell(str(tmp_path), *range(6))
     torn: list[str] = []
-    assert [event["number"] for event in journal.read_events(str(tmp_path), torn)] == [*range(6)]
+    assert [event["number"] for event in books.read_events(str(tmp_path), torn)] == [*range(6)]
     assert len(torn) == (0 if truncates else 2), "a piece of a line joins no other"

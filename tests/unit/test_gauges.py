@@ -8,9 +8,10 @@ import pytest
 import yaml
 from ray.util.metrics import Gauge
 
+from raytrain_brats import books
 from raytrain_brats.errors import UserError
 from raytrain_brats.monitoring import cost, run_gauges
-from raytrain_brats.run import gauges, journal
+from raytrain_brats.run import gauges
 from tests.support.dashboard import DASHBOARD, GRAFANA, asked, expressions
 
 Told = dict[tuple[str, ...], float]
@@ -141,12 +142,12 @@ def test_what_a_run_has_cost_so_far_is_kept_over_launches(tmp_path: Path, monkey
     for launch in range(2):
         spent = cost.Cost(run_dir, {"train": 36.0})
         for up in (nodes, nodes * 2, nodes * 2):  # a minute with one node, a minute with two
-            spent.update(up, journal.read_events(run_dir))
+            spent.update(up, books.read_events(run_dir))
             now[0] += 61
         assert spent.rate == 72.0
         assert spent.total == pytest.approx((launch + 1) * (0.61 + 1.22) + launch * 1.22)
-        spent.update(nodes * 2, journal.read_events(run_dir))
+        spent.update(nodes * 2, books.read_events(run_dir))
         spent.record()
-    noted = [e["dollars"] for e in journal.read_events(run_dir) if e["event"] == "cost"]
+    noted = [e["dollars"] for e in books.read_events(run_dir) if e["event"] == "cost"]
     assert sum(noted) == pytest.approx(2 * (0.61 + 2 * 1.22), abs=1e-4)
     assert len(noted) == 6

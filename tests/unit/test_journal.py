@@ -13,7 +13,7 @@ import torch
 from raytrain_brats import books, storage
 from raytrain_brats.errors import RunFailed
 from raytrain_brats.run import checkpoint, control, journal, rows
-from raytrain_brats.run.journal import MetricsLog
+from raytrain_brats.run.rows import MetricsLog
 from tests.support.crashes import in_child
 
 
@@ -28,7 +28,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def save(run_dir: str, seen: int, generation: int | None = None) -> str:
     """A checkpoint; the rows up to `seen` are there already, or one comes with it."""
-    state, now = {"samples_seen": seen, "bad_in_epoch": 3}, journal.current(run_dir)
+    state, now = {"samples_seen": seen, "bad_in_epoch": 3}, control.current(run_dir)
     if generation is None:
         generation = now.number if now else 1
     kept = books.chain(books.parts(run_dir), now.number if now else 1, now.samples_seen if now else 0)
@@ -39,7 +39,7 @@ def save(run_dir: str, seen: int, generation: int | None = None) -> str:
 
 
 def write_rows(run_dir: str, *seen: int) -> None:
-    log = MetricsLog(run_dir, journal.current(run_dir) or journal.begin_generation(run_dir))
+    log = MetricsLog(run_dir, control.current(run_dir) or journal.begin_generation(run_dir))
     for number in seen:
         log.add({"samples_seen": number, "loss": 0.1})
         if len(seen) < 10 or not number % 500:
@@ -48,21 +48,21 @@ def write_rows(run_dir: str, *seen: int) -> None:
 
 
 def seen_rows(run_dir: str) -> list[int]:
-    return [row["samples_seen"] for row in journal.read_rows(run_dir)]
+    return [row["samples_seen"] for row in books.read_rows(run_dir)]
 
 
 def events(run_dir: str, kind: str) -> list[dict[str, Any]]:
-    return [event for event in journal.read_events(run_dir) if event["event"] == kind]
+    return [event for event in books.read_events(run_dir) if event["event"] == kind]
 
 
 def test_generations_are_numbered_and_recorded(run_dir: str) -> None:
     """The first starts at 0 without a checkpoint; later ones at the newest valid one; all ranks read the decision."""
-    assert journal.current(run_dir) is None and journal.read_rows(run_dir) == [] == journal.read_events(run_dir)
+    assert control.current(run_dir) is None and books.read_rows(run_dir) == [] == books.read_events(run_dir)
     first = journal.begin_generation(run_dir)
-    assert first == journal.Generation(1, fence=1) == journal.current(run_dir)
+    assert first == control.Generation(1, fence=1) == control.current(run_dir)
     name = save(run_dir, 8)
     second = journal.begin_generation(run_dir)
-    assert second == journal.Generation(2, 8, name, bad_in_epoch=3, fence=2) == journal.current(run_dir)
+    assert second == control.Generation(2, 8, name, bad_in_epoch=3, fence=2) == control.current(run_dir)
     assert [e["generation"] for e in events(run_dir, "group")] == [1, 2]
     assert events(run_dir, "group")[1]["checkpoint"] == name
     assert {"time", "mono_s", "host", "pid"} <= events(run_dir, "group")[0].keys()
@@ -98,7 +98,7 @@ def test_a_damaged_row_in_the_middle_is_named(tmp_path: Path) -> None:
     """What no crash explains is no silent gap: the file and the line are named."""
     (tmp_path / "metrics.jsonl").write_text('{"samples_seen": 4}\n{"samp\n{"samples_seen": 12}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is damaged"):
-        journal.read_rows(str(tmp_path))
+        books.read_rows(str(tmp_path))
 
 
 def test_a_torn_event_costs_itself_alone(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_torn_event_costs_itself_alone(tmp_path: Path) -> None:
     with segment.open("a") as torn:
         torn.write('{"event": "work')
     events_of_another_process(str(tmp_path), "worker")
-    assert [e["event"] for e in journal.read_events(str(tmp_path))] == ["launch", "worker"]
+    assert [e["event"] for e in books.read_events(str(tmp_path))] == ["launch", "worker"]
 
 
 def events_of_another_process(run_dir: str, *kinds: str) -> None:
@@ -126,7 +126,7 @@ def test_failures_in_place_count_only_without_progress(run_dir: str) -> None:
         found = []
         for _ in range(count):
             found.append(journal.begin_generation(run_dir).failures_in_place)
-            control.note(run_dir, journal.current(run_dir).number, failure="bug")
+            control.note(run_dir, control.current(run_dir).number, failure="bug")
         return found
 
     assert starts(3) == [0, 1, 2]
@@ -188,10 +188,10 @@ def test_writers_of_a_status_keep_each_others_fields(run_dir: str) -> None:
 
 def test_recent_reads_the_end_of_long_books(run_dir: str) -> None:
     """The last rows whole, however long the book; nothing when there is none."""
-    assert journal.recent(run_dir) == ([], [])
+    assert books.recent(run_dir) == ([], [])
     journal.begin_generation(run_dir)
     write_rows(run_dir, *range(4, 20004, 4))
-    rows, events = journal.recent(run_dir)
+    rows, events = books.recent(run_dir)
     assert [row["samples_seen"] for row in rows[-2:]] == [19996, 20000] and 200 < len(rows) < 5000
     assert [event["event"] for event in events] == ["group"]
 
@@ -258,7 +258,7 @@ def test_books_shorter_than_the_checkpoint_says_are_refused(run_dir: str, kept: 
     storage.write_bytes(part, content[:kept]) if kept else storage.delete(part)
     with pytest.raises(RunFailed, match=r"metrics.*restore it"):
         journal.begin_generation(run_dir)
-    assert journal.current(run_dir) == dataclasses.replace(before, fence=2)
+    assert control.current(run_dir) == dataclasses.replace(before, fence=2)
     storage.write_bytes(part, content)
     assert journal.begin_generation(run_dir).samples_seen == 8
 
@@ -336,7 +336,7 @@ def test_a_row_that_was_amid_its_fence_when_the_next_group_began_is_dropped(
 ) -> None:
     """A rank stopped between looking at the fence and writing its row: it lands beside the next group's rows."""
     run_dir = str(tmp_path)
-    zombie, begun = _begun(run_dir), list[journal.Generation]()
+    zombie, begun = _begun(run_dir), list[control.Generation]()
     check = zombie.check
 
     def check_then_sleep() -> None:
@@ -357,7 +357,7 @@ def test_a_row_that_was_amid_its_fence_when_the_next_group_began_is_dropped(
     with pytest.raises(RuntimeError, match="replaced"):
         zombie.flush()
     assert journal.begin_generation(run_dir).samples_seen == 16
-    assert [(r["samples_seen"], r["generation"]) for r in journal.read_rows(run_dir)] == [
+    assert [(r["samples_seen"], r["generation"]) for r in books.read_rows(run_dir)] == [
         (4, 1),
         (8, 1),
         (12, 2),
@@ -386,7 +386,7 @@ def test_a_part_that_was_amid_its_fence_when_the_next_group_began_does_not_count
 
 
 def generations(run_dir: str) -> list[tuple[int, int]]:
-    return [(row["samples_seen"], row["generation"]) for row in journal.read_rows(run_dir)]
+    return [(row["samples_seen"], row["generation"]) for row in books.read_rows(run_dir)]
 
 
 def test_a_commit_amid_its_fence_and_a_controller_killed_after_its_decision(
@@ -476,9 +476,9 @@ def test_events_of_many_processes_stand_in_order(run_dir: str) -> None:
                 journal.event(run_dir, kind, generation=number, time=time.time() + off)
 
         assert in_child(tell) == 0
-    found = [(e["event"], e["generation"]) for e in journal.read_events(run_dir)]
+    found = [(e["event"], e["generation"]) for e in books.read_events(run_dir)]
     assert found == [("group", 1), *2 * [("first", 1), ("second", 1)], ("group", 2), ("first", 2), ("second", 2)]
-    assert journal.recent(run_dir)[1] == journal.read_events(run_dir)
+    assert books.recent(run_dir)[1] == books.read_events(run_dir)
 
 
 def test_what_a_killed_controller_left_beside_the_books_is_removed(tmp_path: Path) -> None:

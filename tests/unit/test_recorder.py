@@ -20,10 +20,10 @@ from raytrain_brats.learn.step import StepResult
 from raytrain_brats.run import checkpoint, checkpoint_request, control, driver, journal, phase_timer
 from raytrain_brats.run.checkpoint_request import HOLD, SAVE
 from raytrain_brats.run.feed import batch_of
-from raytrain_brats.run.journal import MetricsLog
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.rank import Rank
 from raytrain_brats.run.recorder import ROLL_BACK_AFTER, RunRecorder
+from raytrain_brats.run.rows import MetricsLog
 from raytrain_brats.run.worker import train_step_of
 from tests.support.steps import CPU, arrived, patch, spec
 
@@ -45,7 +45,7 @@ def steps(recorder: RunRecorder, result: StepResult, start: int, count: int) -> 
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    return [e for e in journal.read_events(str(run_dir)) if e["event"] == kind]
+    return [e for e in books.read_events(str(run_dir)) if e["event"] == kind]
 
 
 def test_steps_that_stay_non_finite_go_back_before_the_trouble_then_stop(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(tmp_path: Path) -> None:
         assert checkpoint.newest_valid(str(tmp_path))[0].samples_seen == 8
         steps(recorder, GOOD, 28, 1)
         recorder.checkpoint(32, train_step)
-    assert [row["samples_seen"] for row in journal.read_rows(str(tmp_path))] == list(range(4, 36, 4))
+    assert [row["samples_seen"] for row in books.read_rows(str(tmp_path))] == list(range(4, 36, 4))
     assert checkpoint.newest_valid(str(tmp_path))[0].samples_seen == 32
     failed = events(tmp_path, "checkpoint_failed")
     assert [e["samples_seen"] for e in failed] == [28] and "Errno" in failed[0]["error"]
@@ -124,7 +124,7 @@ def test_an_event_that_finds_no_room_is_told_later(tmp_path: Path, caplog: pytes
         journal.event(str(tmp_path), "second")
         journal.event(str(tmp_path), "third")
     journal.event(str(tmp_path), "fourth")
-    assert [e["event"] for e in journal.read_events(str(tmp_path))] == ["first", "second", "third", "fourth"]
+    assert [e["event"] for e in books.read_events(str(tmp_path))] == ["first", "second", "third", "fourth"]
     assert "second: not written to events/ yet" in caplog.text
 
 
@@ -269,7 +269,7 @@ def test_a_status_is_written_after_any_error(tmp_path: Path, monkeypatch: pytest
     assert not failures and control.status(str(tmp_path), 1).trains
 
 
-def begun(tmp_path: Path) -> journal.Generation:
+def begun(tmp_path: Path) -> control.Generation:
     """A run whose group has applied a step."""
     generation = journal.begin_generation(str(tmp_path))
     control.note(str(tmp_path), generation.number, trains=True)
@@ -288,9 +288,9 @@ def test_rows_of_a_cut_off_write_are_taken_back(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="File too large"):
             log.flush()
     log.add({"samples_seen": 12})
-    assert [row["samples_seen"] for row in journal.read_rows(str(tmp_path))] == [4, 8, 12]
+    assert [row["samples_seen"] for row in books.read_rows(str(tmp_path))] == [4, 8, 12]
     log.flush()
-    assert [row["samples_seen"] for row in journal.read_rows(str(tmp_path))] == [4, 8, 12]
+    assert [row["samples_seen"] for row in books.read_rows(str(tmp_path))] == [4, 8, 12]
 
 
 def test_a_save_holds_the_state_of_its_step_and_only_the_next_update_waits(

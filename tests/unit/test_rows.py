@@ -218,5 +218,5 @@ def test_a_merge_that_ends_after_the_next_group_has_gone_on_takes_no_row(run_dir
     zombie.merge()
     checkpoint.save(run_dir, 8, 2, {"a": torch.ones(2)}, {"bad_in_epoch": 0})
     for _ in range(2):
-        assert [(r["samples_seen"], r["generation"]) for r in journal.read_rows(run_dir)] == [(4, 1), (8, 2)]
+        assert [(r["samples_seen"], r["generation"]) for r in books.read_rows(run_dir)] == [(4, 1), (8, 2)]
         assert journal.begin_generation(run_dir).samples_seen == 8

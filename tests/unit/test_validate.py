@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from raytrain_brats import books
 from raytrain_brats.cases.scan import open_manifest
 from raytrain_brats.config import parse
 from raytrain_brats.data.preprocess import Prepared, preprocess
@@ -182,7 +183,7 @@ def step(recorder: RunRecorder, before: int) -> int:
 
 
 def told(recorder: RunRecorder) -> list[str]:
-    events = journal.read_events(recorder.spec.run_dir)
+    events = books.read_events(recorder.spec.run_dir)
     kinds = [(e["event"], e.get("samples_seen")) for e in events if e["event"] in ("validation", "checkpoint")]
     return [f"{kind} {seen}" for kind, seen in kinds]
 
@@ -252,7 +253,7 @@ def test_what_goes_past_a_validation_that_is_not_written(held: Any) -> None:
         recorder.gather_scores()
         recorder.gather_scores()
     assert told(recorder) == ["checkpoint 4", "checkpoint 8", "validation 4", "validation 12"]
-    closed = [e for e in journal.read_events(recorder.spec.run_dir) if e["event"] == "closed"]
+    closed = [e for e in books.read_events(recorder.spec.run_dir) if e["event"] == "closed"]
     assert closed[0]["spent"]["validation_s"] >= 0.25  # the wait for scores is no saving
     names = sorted(path.name for path in (Path(recorder.spec.run_dir) / "validation").iterdir())
     assert len(names) == 2
