@@ -23,7 +23,7 @@ from raytrain_brats.data.preprocess import Prepared, preprocess
 from raytrain_brats.data.store import Source
 from raytrain_brats.labels import region_table
 from raytrain_brats.learn.step import StepResult
-from raytrain_brats.run import checkpoint, journal, scorer
+from raytrain_brats.run import checkpoint, events, journal, scorer
 from raytrain_brats.run.cadence import CHECKPOINT, SCORED
 from raytrain_brats.run.phase_timer import PhaseTimer
 from raytrain_brats.run.predictor import Score, predict_masks, score
@@ -183,8 +183,9 @@ def step(recorder: RunRecorder, before: int) -> int:
 
 
 def told(recorder: RunRecorder) -> list[str]:
-    events = books.read_events(recorder.spec.run_dir)
-    kinds = [(e["event"], e.get("samples_seen")) for e in events if e["event"] in ("validation", "checkpoint")]
+    events.flush(recorder.spec.run_dir)
+    found = books.read_events(recorder.spec.run_dir)
+    kinds = [(e["event"], e.get("samples_seen")) for e in found if e["event"] in ("validation", "checkpoint")]
     return [f"{kind} {seen}" for kind, seen in kinds]
 
 
