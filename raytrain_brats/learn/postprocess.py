@@ -113,23 +113,29 @@ def candidates(row: int) -> list[Rules]:
 def tried(
     probabilities: npt.NDArray[np.float32], truth: Masks, voxel_mm3: float, value: Value
 ) -> list[npt.NDArray[np.float64]]:
-    """Per region, (candidates, 2): what `value` gives for one case by each of them."""
+    """Per region, (candidates, 3, 2): what `value` gives for one case by each of its candidates, for every region: they
+    are nested, so that a rule of one changes the others."""
     anything = (probabilities > min(THRESHOLDS)).any(0) | truth.any(0)
     if anything.any():  # the rest of the volume has a voice in nothing; lesions are dilated by a few voxels
         box = tuple(slice(max(0, int(at.min()) - MARGIN), int(at.max()) + MARGIN + 1) for at in np.nonzero(anything))
         probabilities, truth = probabilities[(slice(None), *box)], truth[(slice(None), *box)]
-    found = []
-    for row, mask in enumerate(truth):
-        known: dict[bytes, tuple[float, float]] = {}  # most candidates leave the same mask
-        values = []
-        for rules in candidates(row):
-            predicted = masks_by(rules, probabilities, voxel_mm3)[row]
-            key = np.packbits(predicted).tobytes()
-            if key not in known:
-                known[key] = value(predicted, mask)
-            values.append(known[key])
-        found.append(np.array(values))
-    return found
+    known: dict[tuple[int, bytes], tuple[float, float]] = {}  # most candidates leave the same mask
+
+    def of_region(region: int, mask: npt.NDArray[np.bool_]) -> tuple[float, float]:
+        key = region, np.packbits(mask).tobytes()
+        if key not in known:
+            known[key] = value(mask, truth[region])
+        return known[key]
+
+    return [
+        np.array(
+            [
+                [of_region(region, mask) for region, mask in enumerate(masks_by(rules, probabilities, voxel_mm3))]
+                for rules in candidates(row)
+            ]
+        )
+        for row in range(len(REGIONS))
+    ]
 
 
 @dataclass(frozen=True)
@@ -143,26 +149,35 @@ class Learned:
 def learn(cases: Sequence[list[npt.NDArray[np.float64]]]) -> Learned:
     """Per region the candidate with the best mean, where it helps cases that had no part in choosing it.
 
-    `cases`: what `tried` gave for each. A region keeps the default when the best gains less than GAIN, costs Dice, or
-    when leaving one case out after the other shows no gain.
+    `cases`: what `tried` gave for each. A region keeps the default when the best gains it less than GAIN, costs it Dice
+    or another region Dice or lesions, or when leaving one case out after the other shows no gain.
     """
     rules, before, after = Rules(), {}, {}
     for row, region in enumerate(REGIONS):
-        values = np.stack([tables[row] for tables in cases])  # (case, candidate, 2)
-        others = [_best(np.delete(values, case, 0)) if len(values) > 1 else 0 for case in range(len(values))]
+        values = np.stack([tables[row] for tables in cases])  # (case, candidate, region, 2)
+        others = [_best(np.delete(values, case, 0), row) if len(values) > 1 else 0 for case in range(len(values))]
         plain = values[:, 0].mean(0)
         left_out = np.mean([values[case, best] for case, best in enumerate(others)], axis=0)
-        if left_out.mean() > plain.mean() and left_out[0] > plain[0] - GAIN:
-            rules = rules.of(row, candidates(row)[_best(values)])
+        if left_out[row].mean() > plain[row].mean() and _harmless(left_out, plain, row):
+            rules = rules.of(row, candidates(row)[_best(values, row)])
         else:
             left_out = plain
-        before[region], after[region] = plain.round(4).tolist(), left_out.round(4).tolist()
+        before[region], after[region] = plain[row].round(4).tolist(), left_out[row].round(4).tolist()
     return Learned(rules, before, after)
 
 
-def _best(values: npt.NDArray[np.float64]) -> int:
-    """Of (case, candidate, 2): the candidate whose mean is highest; 0, the default, unless it gains enough."""
+def _best(values: npt.NDArray[np.float64], row: int) -> int:
+    """Of (case, candidate, region, 2): the candidate whose mean in its own region is highest; 0, the default, unless it
+    gains enough and harms none."""
     means = values.mean(0)
-    totals = np.where(means[:, 0] > means[0, 0] - GAIN, means.mean(1), -np.inf)
+    totals = np.where(_harmless(means, means[0], row), means[:, row].mean(1), -np.inf)
     best = int(totals.argmax())
     return best if totals[best] > totals[0] + GAIN else 0
+
+
+def _harmless(means: npt.NDArray[np.float64], plain: npt.NDArray[np.float64], row: int) -> npt.NDArray[np.bool_]:
+    """Of (..., region, 2): whether Dice falls nowhere, nor lesions in another region than `row`."""
+    kept = means > plain - GAIN
+    kept[..., row, 1] = True  # weighed against Dice there
+    whole: npt.NDArray[np.bool_] = kept.all((-2, -1))
+    return whole

@@ -97,6 +97,19 @@ def test_what_helps_one_case_alone_is_not_kept() -> None:
     assert found.rules == Rules() and found.after == found.before
 
 
+def test_a_rule_that_costs_another_region_is_not_kept() -> None:
+    """A lower threshold finds more ET, and far from it makes core and tumour of what is none, as they are nested."""
+    weak = []
+    for seed in range(6):
+        found, truth = case(seed)
+        found[2][truth[2]] = np.where(np.arange(truth[2].sum()) % 2, 0.9, 0.35)
+        found[2, 0:2, 16:19, 0:6] = 0.35  # some of a lesion's size
+        weak.append((found, truth))
+    alone = [[np.repeat(table[:, 2:], 3, 1) for table in tried(*each, 30.0, value)] for each in weak]
+    assert learn(alone).rules.thresholds[2] == 0.3  # as ET alone would have it
+    assert learned(weak).rules.thresholds[2] == 0.5
+
+
 def test_one_case_teaches_nothing() -> None:
     assert learned([case(0, false_part=3)]).rules == Rules()
 
