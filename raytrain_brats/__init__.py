@@ -16,6 +16,16 @@ def _is_command() -> bool:
     return name.startswith("raytrain_brats") and name.count(".") < 2
 
 
+def _quiet_until_installed() -> None:
+    """A signal during our first imports ends the process without a traceback; `interrupt.install` takes over."""
+    import _signal  # signal itself imports enum: 10 ms
+
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
+
+if _is_command() or (sys.argv[:1] and sys.argv[0].endswith("raytrain-brats")):
+    _quiet_until_installed()
 if _is_command():  # before anything is imported that takes a while or that a file of the same name hides
     from raytrain_brats import shadow
 

@@ -96,7 +96,8 @@ def work(args: Args) -> None:
     manifest, source, cases = held_out.cases_of_run(run_dir, *cases_from(args.data, args.store), split)
     networks = members.opened([run_dir], args.best)
     run, challenge = networks[0].run, _challenge(args, source.convention, cases)
-    rules, said = members.rules_of([run_dir], networks) if args.postprocess else (Rules(), "no post-processing")
+    taught, said = members.rules_of([run_dir], networks) if args.postprocess else (None, "no post-processing")
+    rules = taught or Rules()
     made_from = members.checkpoints(networks) | {
         "split": split,
         "data_root": outputs.place(manifest.root),

@@ -16,7 +16,7 @@ import yaml
 from raytrain_brats import cli, outputs, storage
 from raytrain_brats import config as recipes
 from raytrain_brats.cli import Changes, default, entry
-from raytrain_brats.config import Config
+from raytrain_brats.config import DEFAULT_RECIPE, Config
 from raytrain_brats.errors import UserError
 from raytrain_brats.planning import closed_form, prices, search, show
 from raytrain_brats.planning import rates as rates_files
@@ -71,7 +71,8 @@ class Args:
 
 
 def work(args: Args) -> None:
-    recipe = default(args.recipe, "RECIPE") or "segresnet"
+    given = default(args.recipe, "RECIPE")
+    recipe = given or "segresnet"
     config, rates = _config(args, recipe), rates_files.load(args.rates)
     head, data = prices.machine(HEAD), prices.machine(DATA)
     spot = args.spot
@@ -109,6 +110,8 @@ def work(args: Args) -> None:
     if args.picture:
         drawn = [plan_of(fleet) for fleet in _drawn(chosen.fleet, config.train.global_batch)]
         storage.write_bytes(args.picture, show.picture(request, drawn, chosen))
+    if not given:
+        print(f"no --recipe is given: {recipe}, whose rates are known for most GPUs; `train` takes {DEFAULT_RECIPE}")
     cli.show(show.table(request, chosen, runner_up, vars(simulated) if simulated else None))
     cli.show(show.used(notes))
 

@@ -104,7 +104,8 @@ def work(args: Args) -> list[str]:
     """Paths of the label volumes of all cases given. Raises UserError, and RunFailed when one is missing."""
     given = [run_folder(name) for name in args.run_dir or ("",)]
     out, networks = storage.normal(args.out), members.opened(given, args.best)
-    rules, said = members.rules_of(given, networks) if args.postprocess else (Rules(), "no post-processing")
+    taught, said = members.rules_of(given, networks) if args.postprocess else (None, "no post-processing")
+    rules = taught or Rules()
     run, learned = networks[0].run, networks[0].run.convention
     convention = args.convention or learned
     if not comparable(convention, learned):

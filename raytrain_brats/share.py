@@ -48,12 +48,14 @@ def work(args: Args) -> None:
         networks[0].digest, sum(t.numel() for t in networks[0].weights.values()), __version__, *told,
     )  # fmt: skip
     more = f"## Networks\n\n{members.named(networks)}; {said}." if len(networks) > 1 else f"## Label volumes\n\n{said}."
-    learned = {"rules": rules.to_json(), "members": [{"fold": m.fold, "weights": m.digest} for m in networks]}
+    of = [{"fold": m.fold, "weights": m.digest} for m in networks]
+    learned = {"rules": rules.to_json(), "members": of} if rules else None
     content = shared_file.content([_network(member) for member in networks], learned, card.model_card(about, more))
     outputs.claim_file(out, lambda before: _same_networks(before, content), overwrite=args.overwrite)
     storage.write_bytes(out, content)
     print(f"{config.described('run', networks[0].run.config)}; {members.named(networks)}; {said}")
-    print(f"{len(content) / 1e6:,.1f} MB in {out}; elsewhere: raytrain-brats predict --run-dir FILE --images ...")
+    print(f"{len(content) / 1e6:,.1f} MB in {out}; elsewhere:")
+    print("  raytrain-brats predict --run-dir FILE --images ... --out ...")
     if about.phantoms:
         print("trained on phantoms: it segments no real scan")
 

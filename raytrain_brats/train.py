@@ -18,10 +18,6 @@ from raytrain_brats.cli import Changes, Uri, Workers, cases_from, default, entry
 from raytrain_brats.data import manifest as manifests
 from raytrain_brats.data.manifest import FOLDS
 from raytrain_brats.errors import UserError
-from raytrain_brats.monitoring import cost, tracking
-from raytrain_brats.monitoring.progress import Progress
-from raytrain_brats.monitoring.spilling import Spilling
-from raytrain_brats.monitoring.tracking import Tracking
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import checkpoint, driver, folds, initial, journal, lease, own_parts, spec
 from raytrain_brats.run.run_dir import RunDir
@@ -82,11 +78,12 @@ def work(args: Args) -> None:
         run_dir = storage.normal(run_dir) if args.fold == "all" else spec.fold_run(run_dir, int(args.fold))
     if args.fold != "all":
         _check_run_dir(run_dir)
-        lease.check(storage.normal(run_dir))
+    lease.check(storage.normal(run_dir))
     if not real:
         _make_phantoms(data)
     if args.fold == "all":
-        _train_folds(args, settings, recipe, run_dir, data, store)
+        with lease.hold(run_dir):
+            _train_folds(args, settings, recipe, run_dir, data, store)
         return
     run_spec = spec.build(settings, run_dir, data, store, recipe)
     storage.check_writable(run_spec.run_dir)
@@ -113,6 +110,11 @@ def _ended(run_spec: spec.RunSpec, found: checkpoint.Checkpoint | None) -> str:
 
 
 def _train(run_spec: spec.RunSpec, found: checkpoint.Checkpoint | None, init_from: str) -> None:
+    from raytrain_brats.monitoring import cost, tracking  # here: they import Ray Data, and a refusal is to come first
+    from raytrain_brats.monitoring.progress import Progress
+    from raytrain_brats.monitoring.spilling import Spilling
+    from raytrain_brats.monitoring.tracking import Tracking
+
     settings = run_spec.config
     with lease.hold(run_spec.run_dir) as held:
         run_spec = spec.as_begun(run_spec)
@@ -185,7 +187,11 @@ def _train_folds(args: Args, settings: config.Config, recipe: str, run_dir: str,
         return folds.command_line([*words, *(word for change in args.set for word in ("--set", change))])
 
     folds.train(there, command, plan)
-    print(f"done: {len(there)} folds in {run_dir}; `raytrain-brats evaluate --run-dir {run_dir}` scores each case once")
+    given = f"--store {store}" if store else f"--data {data}"
+    print(
+        f"done: {len(there)} folds in {run_dir}; each case is scored once by\n"
+        f"  raytrain-brats evaluate --run-dir {run_dir} {given}"
+    )
 
 
 def _check_place_of_folds(run_dir: str) -> None:

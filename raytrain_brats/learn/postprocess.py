@@ -177,7 +177,6 @@ def _best(values: npt.NDArray[np.float64], row: int) -> int:
 
 def _harmless(means: npt.NDArray[np.float64], plain: npt.NDArray[np.float64], row: int) -> npt.NDArray[np.bool_]:
     """Of (..., region, 2): whether Dice falls nowhere, nor lesions in another region than `row`."""
-    kept = means > plain - GAIN
-    kept[..., row, 1] = True  # weighed against Dice there
-    whole: npt.NDArray[np.bool_] = kept.all((-2, -1))
-    return whole
+    limits = plain - GAIN
+    limits[row, 1] = -np.inf  # weighed against Dice there
+    return np.all(means > limits, axis=(-2, -1))  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 _MEASURED = ("productive_s", "data_wait_s", "checkpoint_s", "validation_s", "other_s")
+_BEFORE_LAUNCH = ("lengthened", "own_part_changed", "warning")
 STEPS = ("detect_s", "reschedule_s", "import_s", "first_batch_s", "first_step_s")
 
 
@@ -126,6 +127,10 @@ def recovery_parts(events: Sequence[Row], imported: tuple[float, float], reached
     return {"cause": cause["event"], **rounded, "total_s": round(sum(rounded.values()), 3)}
 
 
+def _process(event: Row) -> tuple[Any, Any]:
+    return event.get("host"), event.get("pid")
+
+
 def _number(row: Row, key: str, otherwise: float = math.nan) -> float:
     value = row.get(key)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else otherwise
@@ -177,12 +182,23 @@ class _Line:
         self.at = start if math.isnan(self.at) else self.at
         until = _time(self.events[end]) if end < len(self.events) else math.inf
         last_row = _number(self.heir(end) or {}, "last_row")  # its row itself is gone
-        signs = [_time(e) for e in self.events[first:end]] + [last_row if start < last_row < until else start]
+        last = self._last_of(first, end)
+        signs = [_time(e) for e in self.events[first:last]] + [last_row if start < last_row < until else start]
         after = bisect_left(self._rows, until, key=_time)
         self.end = max(start, self.at)
         self._go(self.end, "stopped_s")
         self.end = max(self.end, *signs, *map(_time, self._rows[max(after - 1, 0) : after]))
         self._enter(None)
+
+    def _last_of(self, first: int, end: int) -> int:
+        """Where a launch's events end: what the next driver tells before its own launch is no sign of life of it."""
+        if end < len(self.events):
+            driver = _process(self.events[end])
+            while end - 1 > first and self.events[end - 1].get("event") in _BEFORE_LAUNCH:
+                if _process(self.events[end - 1]) != driver:
+                    break
+                end -= 1
+        return end
 
     def heir(self, index: int) -> Row | None:
         """The next group that was begun, in this launch or a later one: it decided what was kept."""

@@ -19,7 +19,7 @@ from raytrain_brats.errors import UserError
 from raytrain_brats.labels import described
 from raytrain_brats.learn.postprocess import Rules
 from raytrain_brats.parts import OwnPart
-from raytrain_brats.run import own_parts, shared_file, spec
+from raytrain_brats.run import checkpoint, own_parts, shared_file, spec
 from raytrain_brats.run.predictor import newest_weights
 from raytrain_brats.run.run_dir import RunDir
 
@@ -54,7 +54,8 @@ def runs_of(folders: Iterable[str]) -> list[str]:
     """The run folders: each given one, or the runs of the folds that it holds."""
     found = []
     for folder in map(storage.normal, folders):
-        found += [folder] if storage.exists(RunDir(folder).config) else spec.folds_in(folder) or [folder]
+        runs = [folder] if storage.exists(RunDir(folder).config) else spec.folds_in(folder) or [folder]
+        found += [run for run in runs if checkpoint.committed(run)] or runs  # of folds, those that have trained
     return list(dict.fromkeys(found))
 
 
@@ -124,8 +125,8 @@ def parts_of(members: Iterable[Member]) -> list[OwnPart]:
     return [network for network in networks if network]
 
 
-def rules_of(folders: Sequence[str], members: Sequence[Member]) -> tuple[Rules, str]:
-    """(what held-out cases taught about these networks, why nothing was found or what it is, in words).
+def rules_of(folders: Sequence[str], members: Sequence[Member]) -> tuple[Rules | None, str]:
+    """(what held-out cases taught about these networks, if anything was asked of them; in words, or why not).
 
     From the first `postprocessing.json` of the folders given whose networks include all of these: of the same weights.
     """
@@ -147,7 +148,7 @@ def rules_of(folders: Sequence[str], members: Sequence[Member]) -> tuple[Rules, 
         if {(member.fold, member.digest) for member in members} <= known:
             return rules, "post-processing: " + ("; ".join(rules.in_words()) or "none helped")
         said = f"{uri} was learned for other weights and is not used; run `raytrain-brats postprocess` again"
-    return Rules(), said
+    return None, said
 
 
 def missing_folds(members: Iterable[Member]) -> list[int]:

@@ -39,7 +39,7 @@ EVERY = sorted(
     {name for name in COMMANDS if name not in GROUPS} | {f"{g} {step}" for g in GROUPS for step in GROUPS[g]}
 )
 SHELL = {"source": ".venv/bin/activate", "export": "", "curl": "", "grep": "", "aws": "s3", "docker": ""}
-SHELL |= {"sbatch": "cluster/slurm/train.sh", "scancel": "--batch"}
+SHELL |= {"sbatch": "cluster/slurm/train.sh", "scancel": "--batch", "mkdir": "runs", "cp": "docs/examples/my_parts.py"}
 """Other programs that pages without a transcript may name, and what must stand behind them."""
 OF_A_RUN = {
     "metrics",

@@ -5,6 +5,7 @@ Networks are real and untrained; Ray is replaced by a plain map.
 
 import csv
 import json
+import shutil
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -152,6 +153,19 @@ def test_predict_writes_the_mean_and_names_all_members(made: Path, tmp_path: Pat
     assert "overlays/BRATS_001.png" in json.loads((out / outputs.RECORD).read_text())["files"]
     before = picture.stat().st_mtime_ns
     assert predict.main(drawn) == 0 and picture.stat().st_mtime_ns == before
+
+
+def test_a_fold_that_has_not_trained_yet_is_left_out(made: Path, tmp_path: Path) -> None:
+    """One that was begun and has no checkpoint; its number is named as missing."""
+    shutil.copytree(made / "run", tmp_path / "run")
+    shutil.copytree(tmp_path / "run/fold-1", tmp_path / "run/fold-3")
+    shutil.rmtree(tmp_path / "run/fold-3/checkpoints")
+    found = members.opened([str(tmp_path / "run")])
+    assert [member.fold for member in found] == [0, 1] and members.missing_folds(found) == [2, 3, 4]
+    shutil.rmtree(tmp_path / "run/fold-1/checkpoints")
+    shutil.rmtree(tmp_path / "run/fold-0/checkpoints")
+    with pytest.raises(UserError, match="no valid checkpoint yet"):
+        members.opened([str(tmp_path / "run")])
 
 
 def test_runs_that_do_not_agree_are_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from raytrain_brats import config, train
 from raytrain_brats.cases import scan
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.errors import RunFailed, UserError
-from raytrain_brats.run import folds
+from raytrain_brats.run import folds, lease
 from raytrain_brats.run.folds import Plan, shared_out
 from tests.support.cases import write_msd_folder
 
@@ -172,6 +172,14 @@ def test_the_cases_are_read_once_for_all_folds(data: Path, tmp_path: Path, monke
     assert there == [0, 1, 2, 3, 4] and (run / "manifest.jsonl").exists()
     expected = ["--data", f"{run}/manifest.jsonl", "--run-dir", str(run), "--recipe", "demo", "--fold", "3"]
     assert line[3:] == ["train", *expected, "--workers", "1:2", *settings]
+
+
+def test_all_folds_have_one_driver(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second command that trains all is refused at once; it would take folds of the first."""
+    run = tmp_path / "run"
+    with lease.hold(str(run)):
+        assert train.main(["--data", str(data), "--run-dir", str(run), "--recipe", "demo", "--fold", "all"]) == 2
+    assert "is being trained by another driver" in capsys.readouterr().err
 
 
 def test_places_and_words_that_do_not_fit_are_refused(

@@ -25,6 +25,17 @@ def simulated(history: History) -> Run:
     return run
 
 
+def test_what_a_driver_tells_before_its_launch_is_no_life_of_the_one_before() -> None:
+    """A run that was lengthened after an hour stood still for that hour."""
+    run = Run()
+    run.group([("step", 1.0, 0.0), ("checkpoint", 0.1, 0.0)], "finish", 0.5)
+    ended = max(row["time"] for row in [*run.events, *run.rows])
+    mine = {"host": "h", "pid": 77}
+    later = [{"event": kind, "time": ended + 3600 + n, **mine} for n, kind in enumerate(("lengthened", "launch"))]
+    found = time_breakdown([*run.events, *later], run.rows)
+    assert found.stopped_s == pytest.approx(3601, abs=1e-6)
+
+
 @settings(max_examples=100, deadline=None)
 @given(HISTORIES)
 def test_every_second_has_its_true_cause(history: History) -> None:

@@ -108,6 +108,7 @@ def test_the_file_says_what_it_is(made: Path, tmp_path: Path) -> None:
     with safetensors.safe_open(file, "pt") as opened:
         told, names = opened.metadata(), list(opened.keys())
     about = json.loads(told["about"])
+    assert about["postprocessing"] is None  # nothing was learned, which is not "none helped"
     assert names and all(name.startswith("0/") for name in names)
     assert about["networks"][0]["config"]["network"]["filters"] == [4, 4, 4]
     assert about["networks"][0]["convention"] == "msd"
