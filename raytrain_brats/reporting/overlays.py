@@ -30,6 +30,8 @@ _PLANES = {  # name: (axis through the slices, its letter, inches high, letters 
 }
 VIEW = "radiological view: R, the patient's right, is on the left; where the tumour is largest"
 _WIDTH, _STRIP, _FOOT = 2.4, 0.24, 0.3
+_LINES = (3.6, 2.2, 0.9)
+"""Widths of the outlines of WT, TC, ET in points: where they coincide, each outer one is seen on both sides."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _panel(axes: Axes, plane: Slice, modality: str, name: str, letters: str) -> 
     axes.imshow(
         image.T, cmap="gray", origin="lower", interpolation="bilinear", vmin=0, vmax=255, aspect=up_mm / across_mm
     )
-    for mask, colour, width in zip(plane.masks[name], REGION_COLOURS.values(), (1.5, 2.6, 1.1), strict=True):
+    for mask, colour, width in zip(plane.masks[name], REGION_COLOURS.values(), _LINES, strict=True):
         if mask.any():  # padded, so that a mask at the border is closed, and a full one has an outline
             u, v = (np.arange(-1, n + 1) for n in mask.shape)
             axes.contour(u, v, np.pad(mask, 1).T.astype(float), levels=[0.5], colors=[colour], linewidths=width)

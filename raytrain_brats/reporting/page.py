@@ -87,6 +87,7 @@ def _read(run_dir: str) -> Run:
     rows, events = books.read_rows(run_dir, torn=torn), books.read_events(run_dir, torn)
     if not rows:
         raise UserError(f"{run_dir}: metrics/ is missing or empty; report after the run's first step")
+    rows = goodput.from_first_batch(events, rows)
     config = storage.read_bytes(storage.join(run_dir, "config.yaml")).decode() if "config.yaml" in files else ""
     split, recoveries = (
         goodput.time_breakdown(events, rows),
