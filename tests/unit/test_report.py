@@ -130,7 +130,7 @@ def test_report_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert forbidden not in page, forbidden
     table = page.split("<h2>Every case", 1)[1]
     assert table.index("&lt;img src=x&gt;") < table.index(">good<") < table.index(">unknown<")
-    assert page.count("data:image/png;base64,") == 2 * 5 + 1
+    assert page.count("data:image/png;base64,") == 2 * (5 + 2) + 1
 
 
 def test_charts_draw_in_both_modes() -> None:
@@ -144,6 +144,8 @@ def test_charts_draw_in_both_modes() -> None:
     ):
         assert pixels(light)[0, 0, 3] == 0
         assert light != dark
+    wide, narrow = (pixels(figures.worker_timeline(ROWS, EVENTS, narrow=narrow)) for narrow in (False, True))
+    assert narrow.shape[1] < 0.6 * wide.shape[1] and narrow.shape[0] > wide.shape[0], "its legend is below it"
     assert len(np.unique(pixels(figures.time_split(split)).reshape(-1, 4), axis=0)) > 5
     broken = [{**ROWS[0], "loss": float("nan")}, {**ROWS[1], "loss": None}]
     assert pixels(figures.loss_curve(broken)).size

@@ -180,6 +180,13 @@ def test_a_score_is_rounded_once(call: Call, data: Path, tmp_path: Path, monkeyp
     assert scores.rounded({"case": "a", "dice_TC": 0.0445321234}) == {"case": "a", "dice_TC": float(row["dice_TC"])}
 
 
+def test_overwrite_goes_with_predictions_and_the_docs_say_so(call: Call, tmp_path: Path) -> None:
+    """A run's scores have a place of their own, from which earlier ones are moved away."""
+    code, _, said = call("--run-dir", tmp_path, "--data", tmp_path, "--overwrite")
+    assert code == 2 and "--overwrite go with --predictions" in said
+    assert "`evaluate` only with `--predictions`" in (Path(__file__).parents[2] / "docs/commands.md").read_text()
+
+
 def test_a_volume_on_another_grid_is_refused_by_reason(call: Call, data: Path, tmp_path: Path) -> None:
     """Shape, affine, values, damage: named with the reason; the others are scored, and the exit code is 1."""
     folder, out = predictions(data, tmp_path / "p"), tmp_path / "scores"
