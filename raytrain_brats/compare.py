@@ -6,7 +6,7 @@ Out: a table of scores, time and cost; the settings in which they differ; on req
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import tyro
@@ -51,7 +51,7 @@ class Compared:
 def work(args: Args) -> None:
     folders = members.runs_of(args.runs)
     if len(folders) < 2:
-        raise UserError(f"compare {' '.join(args.runs)}: give two runs or more")
+        raise UserError(f"{' '.join(('compare', *args.runs))}: give two runs or more")
     if args.picture:
         if not args.picture.endswith(".png"):
             raise UserError(f"--picture {args.picture}: a picture's name ends in .png")
@@ -131,13 +131,21 @@ def _work(runs: list[Compared]) -> Table:
 
 
 def _settings(runs: list[Compared]) -> Table:
-    settings = {run.name: config.flat(run.run.config.model_dump(mode="json", by_alias=True)) for run in runs}
+    settings = {
+        run.name: config.flat(run.run.config.model_dump(mode="json", by_alias=True)) | _initial(run) for run in runs
+    }
     table = Table("setting", *settings, title="settings that differ")
     for key, values in comparison.differing(settings):
         table.add_row(key, *values)
     if not table.rows:
         table.title = "no setting differs"
     return table
+
+
+def _initial(run: Compared) -> dict[str, Any]:
+    """What the weights were that it began with, if they were another run's."""
+    begun = asdict(run.run.initial) if run.run.initial else {}
+    return {f"initial.{key}": value for key, value in begun.items() if value and key != "sha256"}
 
 
 def _caveats(runs: list[Compared]) -> list[str]:
@@ -149,6 +157,11 @@ def _caveats(runs: list[Compared]) -> list[str]:
         lines.append("these runs hold out other folds: their scores are of other cases")
     elif len({run.run.config.validate_.max_cases for run in runs}) > 1:
         lines.append("these runs validate on other numbers of cases (validate.max_cases)")
+    names = {outputs.place(run.run_dir): run.name for run in runs}
+    for run in runs:
+        if begun := run.run.initial:
+            whose = f"{names.get(begun.run, begun.run)}, checkpoint {begun.checkpoint}"
+            lines.append(f"{run.name} began with the weights of {whose}: its samples are not all that it learned from")
     return lines
 
 

@@ -228,7 +228,7 @@ def _tell_left_out(refused: list[str], total: int) -> None:
 def _summary(rows: list[Row], convention: str, phantoms: bool) -> dict[str, Any]:
     found = scores.by_column(rows)
     three = {
-        what: {r: round(found[f"{name}_{r}{unit}"].mean, 4) for r in REGIONS}
+        what: {r: found[f"{name}_{r}{unit}"].mean for r in REGIONS}
         for what, name, unit in (("dice", "dice", ""), ("hd95_mm", "hd95", "_mm"))
     }
     missing = [r for r in regions(convention) if f"dice_{r}" not in found]
@@ -311,7 +311,7 @@ def _one(
         challenge,
     )
     seconds = {"segment": segmented - began, "score": time.perf_counter() - segmented}
-    row = {"case": case.id} | found
+    row = scores.rounded({"case": case.id} | found)
     if not drawn:
         return row, None, seconds
     way = prepared.geometry.axes, prepared.geometry.flips
@@ -331,7 +331,7 @@ def _volume(
     except InvalidCase as error:
         return f"case {case.id}: {error.reason}, {error.detail}"
     read = Reading(label, convention, only), Reading(truth, source.convention)
-    return {"case": case.id} | case_scores.columns(*read, _spacing(affine), challenge)
+    return scores.rounded({"case": case.id} | case_scores.columns(*read, _spacing(affine), challenge))
 
 
 def _spacing(affine: Any) -> list[float]:

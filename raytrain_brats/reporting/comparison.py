@@ -51,7 +51,7 @@ def picture(curves: Sequence[Curve]) -> bytes:
     }
     with matplotlib.rc_context({**look, "font.size": 9.5, "legend.frameon": False, "axes.titlelocation": "left"}):
         figure = Figure(figsize=(10.6, 3.8), layout="constrained")
-        loss, dice = figure.subplots(1, 2)
+        loss, dice = figure.subplots(1, 2, sharex=True)
         for number, curve in enumerate(curves):
             ink: dict[str, Any] = {
                 "color": COLOURS[number % len(COLOURS)],
@@ -67,6 +67,7 @@ def picture(curves: Sequence[Curve]) -> bytes:
                 dice.plot([], [], **ink)
         loss.set(title="Training loss", xlabel="samples seen")
         dice.set(title="Mean validation Dice", xlabel="samples seen", ylim=(-0.02, 1.02))
+        loss.set_xlim(left=0)
         for axes in (loss, dice):
             axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter="{x:,.0f}")
         figure.legend(*dice.get_legend_handles_labels(), loc="outside lower center", ncols=3)

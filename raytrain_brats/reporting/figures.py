@@ -153,15 +153,16 @@ def _areas(rows: Sequence[Row], events: Sequence[Row], top: int) -> dict[str, li
     return {name: spans for name, spans in named.items() if spans}
 
 
-def worker_timeline(rows: Sequence[Row], events: Sequence[Row], dark: bool = False) -> bytes:
-    """How many workers trained when, what happened in between, and one lane of marks per kind of event."""
+def worker_timeline(rows: Sequence[Row], events: Sequence[Row], dark: bool = False, narrow: bool = False) -> bytes:
+    """How many workers trained when, what happened in between, and one lane of marks per kind of event; `narrow`: to be
+    read at a phone's width."""
     origin, end = wall_span(rows, events)
     unit, unit_s = next(((n, s) for n, s in (("h", 3600), ("min", 60)) if end - origin > 3 * s), ("s", 1))
     lanes = {kind: lane for kind, lane in _LANES.items() if any(e["event"] == kind for e in events)}
     top = max(row["world_size"] for row in rows)
     labels = {"productive": "training", "recovery": "start-up, recovery, redone"}  # rows do not tell them apart
     with matplotlib.rc_context(theme(dark)):
-        figure = Figure(figsize=(10.6, 2.6 + 0.22 * len(lanes)), layout="constrained")
+        figure = Figure(figsize=(5.4 if narrow else 10.6, 2.6 + 0.22 * len(lanes) + 0.4 * narrow), layout="constrained")
         axes, marks = figure.subplots(2, 1, sharex=True, height_ratios=[1.7, 0.12 + 0.22 * len(lanes)])
         for name, spans in _areas(rows, events, top).items():
             start, stop, height = np.array(spans, dtype=float).T
@@ -179,7 +180,10 @@ def worker_timeline(rows: Sequence[Row], events: Sequence[Row], dark: bool = Fal
                 **look,
             )
         axes.set(title="World size", ylim=(0, top * 1.04))
-        axes.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
+        if narrow:
+            figure.legend(ncols=2, loc="outside lower center")
+        else:
+            axes.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         for lane, (kind, (_, marker, colour)) in enumerate(lanes.items()):
             times = [(e["time"] - origin) / unit_s for e in events if e["event"] == kind]
@@ -214,16 +218,19 @@ _SHOWN = {  # metric: (title, the end of its axis; None where it is open)
 }
 
 
-def distributions(rows: Sequence[Row], dark: bool = False) -> bytes:
-    """Every case as a point over a box from quartile to quartile, a panel a metric, a box a region."""
+def distributions(rows: Sequence[Row], dark: bool = False, narrow: bool = False) -> bytes:
+    """Every case as a point over a box from quartile to quartile, a panel a metric, a box a region; `narrow`: two
+    panels a line, to be read at a phone's width."""
     names = {c: name for c in scores.columns_of(rows) if (name := scores.name_of(c)) and name[0] in _SHOWN}
     values = {c: [v for row in rows if (v := scores.number(row.get(c))) is not None and isfinite(v)] for c in names}
     kinds = list(dict.fromkeys(names[c][0] for c, found in values.items() if found))
     with matplotlib.rc_context(theme(dark)):
-        figure = Figure(figsize=(2.1 * max(len(kinds), 1), 2.6), layout="constrained")
+        across = max(min(len(kinds), 2) if narrow else len(kinds), 1)
+        down = -(-len(kinds) // across) or 1
+        figure = Figure(figsize=((2.7 if narrow else 2.1) * across, 2.6 * down), layout="constrained")
         for place, kind in enumerate(kinds, 1):
             title, end = _SHOWN[kind]
-            axes = figure.add_subplot(1, len(kinds), place, title=title)
+            axes = figure.add_subplot(down, across, place, title=title)
             shown = {names[c][1]: found for c, found in values.items() if names[c][0] == kind and found}
             ink = {"color": matplotlib.rcParams["text.color"]}
             axes.boxplot(

@@ -22,7 +22,7 @@ def means(rows: Sequence[Row]) -> dict[int, dict[str, Any]]:
         own = [row for row in rows if int(row["fold"]) == fold]
         by_column = scores.by_column(own)
         found[fold] = {"cases": len(own)} | {
-            kind: {r: round(by_column[f"{name}_{r}{unit}"].mean, 4) for r in REGIONS}
+            kind: {r: round(by_column[f"{name}_{r}{unit}"].mean, scores.DIGITS) for r in REGIONS}
             for kind, (name, unit) in _KINDS.items()
         }
     return found
@@ -34,8 +34,10 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     over: dict[str, Any] = {"mean": {}, "sd": {}}
     for kind in _KINDS:
         values = {r: [fold[kind][r] for fold in found.values()] for r in REGIONS}
-        over["mean"][kind] = {r: round(statistics.fmean(v), 4) for r, v in values.items()}
-        over["sd"][kind] = {r: round(statistics.stdev(v), 4) if len(v) > 1 else None for r, v in values.items()}
+        over["mean"][kind] = {r: round(statistics.fmean(v), scores.DIGITS) for r, v in values.items()}
+        over["sd"][kind] = {
+            r: round(statistics.stdev(v), scores.DIGITS) if len(v) > 1 else None for r, v in values.items()
+        }
     return {"folds": {str(fold): numbers for fold, numbers in found.items()}, "over_folds": over}
 
 

@@ -32,7 +32,7 @@ class TimeBreakdown:
     checkpoint_s: float = 0.0
     validation_s: float = 0.0
     recovery_s: float = 0.0
-    """Start-up, detection, rescheduling, imports, restoring."""
+    """Start-up, detection, rescheduling, imports, restoring, waiting for the first batch."""
     redone_s: float = 0.0
     """Thrown away with a worker group: what it did after the mark that the next one went on from."""
     unsaved_s: float = 0.0
@@ -75,7 +75,8 @@ class Recovery:
 
 def time_breakdown(events: Sequence[Row], rows: Sequence[Row] = ()) -> TimeBreakdown:
     """Assign the time from the first launch to the last event or row to causes. Rows fill in where events lack."""
-    line = _Line([e for e in events if _known(e)], [r for r in rows if _known(r)])
+    told = [e for e in events if _known(e)]
+    line = _Line(told, from_first_batch(told, [r for r in rows if _known(r)]))
     launches = {i for i, e in enumerate(line.events) if e.get("event") == "launch"}
     for first, end in pairwise(sorted({0, *launches, len(line.events)})):
         line.launch(first, end)
@@ -142,6 +143,22 @@ def _time(row: Row) -> float:
 
 def _began(row: Row) -> float:
     return _time(row) - _number(row, "step_s", 0.0)
+
+
+def from_first_batch(events: Sequence[Row], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows whose seconds are those that the breakdown has as training: a group's first row without the wait for its
+    first batch, which is recovery (the event `recovered` says when that batch was there). Everything that is shown of
+    times within steps is of these rows."""
+    begun = {str(e.get("generation")): _number(e, "began") for e in events if e.get("event") == "recovered"}
+    found = []
+    for row in rows:
+        number = str(row.get("generation"))
+        if _time(row) >= begun.get(number, math.nan):
+            del begun[number]
+            wait_s, step_s = (max(_number(row, key, 0.0), 0.0) for key in ("wait_s", "step_s"))
+            row = {**row, "wait_s": 0.0, "step_s": max(step_s - wait_s, 0.0)}
+        found.append(dict(row))
+    return found
 
 
 def validation_span(event: Row) -> tuple[float, float]:

@@ -30,6 +30,13 @@ _PLANES = {  # name: (axis through the slices, its letter, inches high, letters 
 }
 VIEW = "radiological view: R, the patient's right, is on the left; where the tumour is largest"
 _WIDTH, _STRIP, _FOOT = 2.4, 0.24, 0.3
+_LINES: dict[str, tuple[float, float, Any]] = {
+    "WT": (3.0, 0.15, "-"),
+    "TC": (1.7, 0.5, "-"),
+    "ET": (1.7, 0.5, (0, (2.2, 1.6))),
+}
+"""Outlines, drawn from outside in: {region: (points wide, level, dashes)}. The rim of ET is often that of TC, and TC's
+that of WT: WT is wider and a third of a voxel further out, TC is seen between the dashes of ET."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ def draw(case: Slices, dice: Mapping[str, Any]) -> bytes:
                 figure.text(left + 0.005, (top + height + 0.05) / total, label, alpha=0.9, size=8.5)
         _legend(figure, case, dice, total)
         figure.text(0.02, 0.1 / total, VIEW, size=7.5)
-        return png(figure, dpi=110)
+        return png(figure, dpi=130)
 
 
 def _legend(figure: Figure, case: Slices, dice: Mapping[str, Any], total: float) -> None:
@@ -136,7 +143,10 @@ def _legend(figure: Figure, case: Slices, dice: Mapping[str, Any], total: float)
     )
     for place, (region, colour) in enumerate(REGION_COLOURS.items()):
         score = np.array(dice.get(region), dtype=float) if "truth" in case.ml else None
-        lines = [f"━ {region}" + ("" if score is None else f"  Dice {score:.3f}".replace("nan", "–"))]
+        lines = [
+            f"{'━' if _LINES[region][2] == '-' else '╍'} {region}"
+            + ("" if score is None else f"  Dice {score:.3f}".replace("nan", "–"))
+        ]
         lines += [f"{name} {volume[place]:.1f} ml" for name, volume in case.ml.items()]
         for number, text in enumerate(lines):
             look: dict[str, Any] = {"fontweight": "bold", "size": 9.5} if number == 0 else {"size": 8}
@@ -149,10 +159,12 @@ def _panel(axes: Axes, plane: Slice, modality: str, name: str, letters: str) -> 
     axes.imshow(
         image.T, cmap="gray", origin="lower", interpolation="bilinear", vmin=0, vmax=255, aspect=up_mm / across_mm
     )
-    for mask, colour, width in zip(plane.masks[name], REGION_COLOURS.values(), (1.5, 2.6, 1.1), strict=True):
+    for mask, (region, (width, level, dashes)) in zip(plane.masks[name], _LINES.items(), strict=True):
         if mask.any():  # padded, so that a mask at the border is closed, and a full one has an outline
             u, v = (np.arange(-1, n + 1) for n in mask.shape)
-            axes.contour(u, v, np.pad(mask, 1).T.astype(float), levels=[0.5], colors=[colour], linewidths=width)
+            field, colour = np.pad(mask, 1).T.astype(float), REGION_COLOURS[region]
+            look: dict[str, Any] = {"colors": [colour], "linewidths": width, "linestyles": [dashes]}
+            axes.contour(u, v, field, levels=[level], **look)
     axes.set(xlim=(-0.5, image.shape[0] - 0.5), ylim=(-0.5, image.shape[1] - 0.5))
     axes.set_anchor("C")
     for x, letter, side in ((0.01, letters[0], "left"), (0.99, letters[1], "right")):

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jinja2
@@ -87,6 +87,7 @@ def _read(run_dir: str) -> Run:
     rows, events = books.read_rows(run_dir, torn=torn), books.read_events(run_dir, torn)
     if not rows:
         raise UserError(f"{run_dir}: metrics/ is missing or empty; report after the run's first step")
+    rows = goodput.from_first_batch(events, rows)
     config = storage.read_bytes(storage.join(run_dir, "config.yaml")).decode() if "config.yaml" in files else ""
     split, recoveries = (
         goodput.time_breakdown(events, rows),
@@ -240,6 +241,12 @@ def _pair(draw: Callable[..., bytes], *args: Any) -> dict[str, str]:
     return {"light": _base64(draw(*args)), "dark": _base64(draw(*args, dark=True))}
 
 
+def _wide(draw: Callable[..., bytes], *args: Any) -> dict[str, str]:
+    """Of a picture that would be too small on a phone, also one for its width."""
+    narrow = _pair(partial(draw, narrow=True), *args)
+    return _pair(draw, *args) | {f"narrow_{name}": picture for name, picture in narrow.items()}
+
+
 def _target(run_dir: str, out: str, files: Mapping[str, int], run: str, overwrite: bool) -> str:
     """Where the page goes. Raises UserError when something else than a report of this run would be replaced."""
     target = storage.normal(out) if out else storage.join(run_dir, REPORT)
@@ -302,7 +309,7 @@ def _figures(run: Run, other: Run | None) -> dict[str, dict[str, str] | None]:
     return {
         "loss": _pair(figures.loss_curve, run.rows),
         "dice": _pair(figures.dice_curve, validations, before) if validations else None,
-        "workers": _pair(figures.worker_timeline, run.rows, run.events),
+        "workers": _wide(figures.worker_timeline, run.rows, run.events),
         "split": _pair(figures.time_split, run.split.parts()),
-        "scores": _pair(figures.distributions, run.evaluated.cases) if scored else None,
+        "scores": _wide(figures.distributions, run.evaluated.cases) if scored else None,
     }

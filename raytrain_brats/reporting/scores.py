@@ -19,6 +19,8 @@ _COLUMN = re.compile(r"(?P<metric>.+?)_(?P<region>[A-Z]+)(?P<unit>_mm)?")
 _HIGHER_IS_WORSE = ("hd95", "lesion_hd95", "lesion_fp", "lesion_fn")
 FIRST = tuple(f"dice_{r}" for r in REGIONS) + tuple(f"hd95_{r}_mm" for r in REGIONS)
 """Columns that every evaluation has, in the order in which they stand."""
+DIGITS = 6
+"""After the point, of every score, once: what is shown of it is rounded from these, wherever it is shown."""
 FEWEST = 5
 """Cases that tell an outlier: quartiles of fewer say nothing."""
 
@@ -41,6 +43,11 @@ class Statistics:
     q3: float
     worst: float
     worst_case: str
+
+
+def rounded(row: Row) -> dict[str, Any]:
+    """A case's scores as cases.csv holds them."""
+    return {key: round(value, DIGITS) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def name_of(column: str) -> tuple[str, str, str] | None:
@@ -144,13 +151,15 @@ def summary(found: Mapping[str, Statistics]) -> dict[str, dict[str, Any]]:
     """{column: its numbers}, for JSON."""
     left_out = ("metric", "region", "unit")
     return {
-        column: {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items() if k not in left_out}
+        column: {
+            k: round(v, DIGITS) if isinstance(v, float) else v for k, v in asdict(row).items() if k not in left_out
+        }
         for column, row in found.items()
     }
 
 
 def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.{DIGITS}f}" if isinstance(value, float) else str(value)
 
 
 def _csv(header: Sequence[str], lines: Sequence[Sequence[str]]) -> bytes:

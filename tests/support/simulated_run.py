@@ -78,7 +78,9 @@ class Run:
     def _settle(self, lost: str, last_row: float) -> None:
         tail, kept_until, rest = self.dead or ([], 0.0, "")
         for cause, start, end in tail:
-            if end <= kept_until and lost == "redone":
+            if cause == "recovery":
+                name = cause
+            elif end <= kept_until and lost == "redone":
                 name = cause if cause in KEYS[:2] else "unrecorded"
             else:
                 name = lost if end <= last_row else rest
@@ -105,7 +107,9 @@ class _Life:
     def do(self, kind: str, seconds: float, wait_s: float) -> None:
         run = self.run
         if kind == "step":
-            self._pass("data wait", wait_s)
+            self._pass("data wait" if self.begun else "recovery", wait_s)
+            if not self.begun:
+                self._begin()
             self._pass("productive", seconds)
             self._row(wait_s, seconds + wait_s)
         elif kind == "checkpoint" and run.seen > self.seen_at_mark:
@@ -122,7 +126,13 @@ class _Life:
             about = {"dice": dice, "hd95_mm": dict.fromkeys(dice, 4.0), "cases": 2, "seconds": seconds}
             run.event("validation", samples_seen=run.seen, generation=run.generation, **about)
         elif kind == "idle":
-            self._pass("other", seconds)
+            self._pass("other" if self.begun else "recovery", seconds)
+
+    def _begin(self) -> None:
+        """The first batch is there: what was before is start-up."""
+        for cause, start, end in self.tail:
+            self.run.spent[cause] += end - start
+        self.tail, self.began, self.mark = [], self.run.now, self.run.now
 
     def _since_mark(self) -> list[tuple[str, float, float]]:
         return [item for item in self.tail if item[1] >= self.mark]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytrain_brats.reporting.goodput import TimeBreakdown, recoveries, time_breakdown
+from raytrain_brats.reporting.goodput import TimeBreakdown, from_first_batch, recoveries, time_breakdown
 from tests.support.simulated_run import DRIVER_ENDS, Action, Run
 
 MILLISECONDS = st.integers(0, 5000).map(lambda n: n / 1000)
@@ -115,6 +115,19 @@ def test_books_from_before_these_books() -> None:
     assert math.isnan(time_breakdown(events).goodput)
     assert time_breakdown([], run.rows).wall_s == pytest.approx(run.rows[-1]["time"] - run.rows[0]["time"] + 2.5)
     assert time_breakdown([]) == TimeBreakdown() and math.isnan(TimeBreakdown().goodput)
+
+
+def test_a_first_row_that_no_checkpoint_tells_of() -> None:
+    """A row that outlived its group: what it waited for the group's first batch is recovery, not waiting."""
+    run = Run()
+    actions: list[Action] = [("step", 2.0, 6.0), ("step", 2.0, 0.5), ("checkpoint", 0.1, 0.25), ("commit", 0, 0)]
+    run.group(actions, "event lost")
+    run.group([("step", 2.0, 0.0)], "alive")
+    run.events = [event for event in run.events if event["event"] != "checkpoint"]
+    found = time_breakdown(run.events, run.rows)
+    assert (found.productive_s, found.data_wait_s) == (pytest.approx(4.0), pytest.approx(0.5))
+    assert from_first_batch(run.events, run.rows)[0]["wait_s"] == 0.0
+    assert run.rows[0]["wait_s"] == 6.0, "the row itself is left as it is"
 
 
 def test_recoveries_know_their_cause_and_parts() -> None:

@@ -21,7 +21,7 @@ def ball(shape: tuple[int, int, int], radius: float) -> np.ndarray:
 
 def outline_pixels(png: bytes, region: str) -> int:
     colour = [int(figures.REGION_COLOURS[region][i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    image = pixels(png)[110:, :, :3]  # below the legend
+    image = pixels(png)[130:, :, :3]  # below the legend
     return int((np.abs(image - colour).max(axis=2) < 0.03).sum())
 
 
@@ -39,6 +39,18 @@ def test_overlay_shows_brain_and_outlines(shape: tuple[int, int, int]) -> None:
         assert pixels(empty).std() > 0.05
         assert outline_pixels(empty, "WT") == 0
     assert pixels(overlays.draw(overlays.cut("even", np.ones((2, *shape)), ~nothing, regions), {})).size
+
+
+@pytest.mark.parametrize("same", ["TC ET", "WT TC", "WT TC ET"])
+def test_each_outline_is_seen_where_they_coincide(same: str) -> None:
+    """In the very colour of the legend: the rim of ET is often that of TC, and TC's that of WT."""
+    shape = (120, 120, 80)
+    image = np.ones((2, *shape)) * ball(shape, 50)
+    radius = {"WT": 25, "TC": 20, "ET": 14} | dict.fromkeys(same.split(), 20)
+    regions = np.stack([ball(shape, r) for r in radius.values()])
+    drawn = overlays.draw(overlays.cut("case", image, regions, regions), {})
+    found = {region: outline_pixels(drawn, region) for region in radius}
+    assert min(found.values()) > 8 * 40, "in each of eight planes some forty pixels"
 
 
 def test_planes_are_those_of_the_largest_true_area_and_radiological() -> None:

@@ -77,6 +77,13 @@ def test_a_recipe_is_shown_with_every_setting_and_its_meaning(
             assert before.lstrip().startswith("#") or line.lstrip().startswith("optimiser"), line
 
 
+def test_the_docs_table_names_every_recipe() -> None:
+    """docs/commands.md says of each recipe that ships what it is for."""
+    text = (Path(__file__).parents[2] / "docs/commands.md").read_text().split("\n## recipes\n", 1)[1]
+    lines = [line.split("|")[1] for line in text.split("\n## ", 1)[0].splitlines() if line.startswith("| `")]
+    assert {name for line in lines for name in re.findall(r"`(\w+)`", line)} == set(recipe_names())
+
+
 def test_every_setting_has_a_meaning() -> None:
     """Those of all networks too; a new one without a string below it fails here."""
     told = recipes.settings()

@@ -51,6 +51,23 @@ def test_the_books_and_the_recoveries_are_shown(tmp_path: Path) -> None:
     assert ">p50<" in table and ">no launch<" in table
 
 
+def test_the_wait_for_the_first_batch_is_recovery_everywhere(tmp_path: Path) -> None:
+    """In the table, in both shares of waiting, in the hours and the paces within steps, and in the picture."""
+    run = Run(now=1.8e9)
+    run.group([("step", 2.0, 6.0), *[("step", 2.0, 0.0)] * 5], "finish", 3.0)
+    folder = str(write_run(tmp_path / "run", run.rows, run.events))
+    page = Path(reporting_page.write_report(folder)).read_text()
+    assert "recovery <small>" in page and "<td>12.0 s</td>" in page.split("recovery <small>", 1)[1][:150]
+    assert "<span>data wait</span><b>0.0%</b>" in page
+    assert "up: 0.0% waiting for data" in page
+    assert "2.00 within steps" in page, "24 samples in 12 s"
+    areas = figures._areas(reporting_page._read(folder).rows, run.events, 2)
+    origin = run.events[0]["time"]
+    assert [(name, spans[0][0] - origin, spans[0][1] - origin) for name, spans in areas.items()] == [
+        ("productive", 12.0, 24.0), ("recovery", 0.0, 12.0)
+    ]  # fmt: skip
+
+
 def test_report_from_metrics_alone(tmp_path: Path) -> None:
     """A run cut off after its first step, without events, is still reported."""
     target = Path(reporting_page.write_report(str(write_run(tmp_path / "run", ROWS[:1], []))))
@@ -113,7 +130,7 @@ def test_report_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert forbidden not in page, forbidden
     table = page.split("<h2>Every case", 1)[1]
     assert table.index("&lt;img src=x&gt;") < table.index(">good<") < table.index(">unknown<")
-    assert page.count("data:image/png;base64,") == 2 * 5 + 1
+    assert page.count("data:image/png;base64,") == 2 * (5 + 2) + 1
 
 
 def test_charts_draw_in_both_modes() -> None:
@@ -127,6 +144,8 @@ def test_charts_draw_in_both_modes() -> None:
     ):
         assert pixels(light)[0, 0, 3] == 0
         assert light != dark
+    wide, narrow = (pixels(figures.worker_timeline(ROWS, EVENTS, narrow=narrow)) for narrow in (False, True))
+    assert narrow.shape[1] < 0.6 * wide.shape[1] and narrow.shape[0] > wide.shape[0], "its legend is below it"
     assert len(np.unique(pixels(figures.time_split(split)).reshape(-1, 4), axis=0)) > 5
     broken = [{**ROWS[0], "loss": float("nan")}, {**ROWS[1], "loss": None}]
     assert pixels(figures.loss_curve(broken)).size

@@ -143,14 +143,16 @@ def test_an_earlier_evaluation_is_still_shown(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 def test_nothing_is_cut_off_on_a_phone(tmp_path: Path) -> None:
-    """At 400 pixels the page itself does not scroll sideways; wide tables scroll within their panels."""
+    """At 400 pixels the page itself does not scroll sideways; wide tables scroll within their panels, pictures fit."""
     run = with_settings(evaluate_run(tmp_path / "run"), train={"x": "y" * 300})
     (run / "evaluation" / "overlays" / "worst.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     other = evaluate_run(tmp_path / ("a_run_with_quite_a_long_name_" * 3))
     page = Path(write_report(str(run), earlier=str(other)))
-    told = "<script>document.title = [innerWidth, document.documentElement.scrollWidth].join(' ')</script></body>"
+    beyond = "[...document.images].filter(i => i.getBoundingClientRect().right > innerWidth).length"
+    sizes = f"[innerWidth, document.documentElement.scrollWidth, {beyond}]"
+    told = f"<script>document.title = {sizes}.join(' ')</script></body>"
     page.write_text(page.read_text().replace("</body>", told))
     command = [BROWSER, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=400,800", "--dump-dom"]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    (sizes,) = re.findall(r"<title>(\d+ \d+)</title>", done.stdout)
-    assert sizes == "400 400"
+    (sizes,) = re.findall(r"<title>(\d+ \d+ \d+)</title>", done.stdout)
+    assert sizes == "400 400 0"

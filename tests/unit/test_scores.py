@@ -14,7 +14,7 @@ from monai.metrics.meandice import compute_dice
 from raytrain_brats import evaluate, labels, outputs
 from raytrain_brats.labels import regions_of_network
 from raytrain_brats.ray_ext import cluster
-from raytrain_brats.reporting import figures, scores
+from raytrain_brats.reporting import facts, figures, scores
 from raytrain_brats.scoring.case_scores import Reading, columns, of_network
 from raytrain_brats.scoring.metrics import dice
 from tests.support.cases import make_affine, save, write_msd_folder
@@ -106,7 +106,7 @@ def test_both_means_quartiles_and_the_worst_case() -> None:
     assert old["dice_WT"].mean == 0.5 and old["dice_WT"].mean_nonempty is None
     lines = scores.statistics_csv(found).decode().splitlines()
     assert lines[0].startswith("column,metric,region,unit,cases,mean,mean_nonempty,both_empty")
-    assert lines[1].startswith("dice_WT,dice,WT,,3,0.5000,0.2500,1,1")
+    assert lines[1].startswith("dice_WT,dice,WT,,3,0.500000,0.250000,1,1")
     assert [row["case"] for row in scores.worst_first(ROWS)] == ["c", "a", "b"]
     assert figures.distributions(ROWS).startswith(b"\x89PNG") and figures.distributions([]).startswith(b"\x89PNG")
 
@@ -158,14 +158,33 @@ def test_volumes_of_any_program_are_scored(call: Call, data: Path, tmp_path: Pat
     assert (summary["cases"], summary["missing"], summary["extra"]) == (2, ["BRATS_003"], ["other.nii.gz"])
     assert summary["dice"] == {"WT": 0.5, "TC": 0.5, "ET": 0.5} and summary["challenge"] == "GLI"
     row, lost = scores.read((out / "cases.csv").read_text())
-    assert (row["dice_NET"], row["hd95_WT_mm"], row["lesion_dice_2023_WT"]) == ("1.0000", "0.0000", "1.0000")
-    assert (lost["dice_WT"], lost["hd95_WT_mm"], lost["empty_WT"]) == ("0.0000", "373.1300", "prediction")
+    assert (row["dice_NET"], row["hd95_WT_mm"], row["lesion_dice_2023_WT"]) == ("1.000000", "0.000000", "1.000000")
+    assert (lost["dice_WT"], lost["hd95_WT_mm"], lost["empty_WT"]) == ("0.000000", "373.130000", "prediction")
     assert {p.name for p in out.iterdir()} >= {"statistics.csv", "distributions.png", outputs.RECORD}
     assert call(*ready)[0] == 0
     other = predictions(data, tmp_path / "others")
     code, _, said = call("--predictions", other, "--data", data, "--out", out)
     assert code == 2 and "was made from" in said
     assert json.loads((out / "summary.json").read_text()) == summary
+
+
+def test_a_score_is_rounded_once(call: Call, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.044532 is 0.045 in the printed table, from cases.csv, as the mean in the summary: not 0.0445, then 0.044."""
+    found = dict.fromkeys(scores.FIRST, 0.0445321234)
+    monkeypatch.setattr(evaluate.case_scores, "columns", lambda *_: found)
+    out = tmp_path / "scores"
+    code, printed, _ = call("--predictions", predictions(data, tmp_path / "p"), "--data", data, "--out", out)
+    assert code == 0 and "0.045" in printed and "0.044" not in printed
+    (row, *_), summary = scores.read((out / "cases.csv").read_text()), json.loads((out / "summary.json").read_text())
+    assert facts.number(row["dice_TC"]) == facts.number(summary["dice"]["TC"]) == "0.045"
+    assert scores.rounded({"case": "a", "dice_TC": 0.0445321234}) == {"case": "a", "dice_TC": float(row["dice_TC"])}
+
+
+def test_overwrite_goes_with_predictions_and_the_docs_say_so(call: Call, tmp_path: Path) -> None:
+    """A run's scores have a place of their own, from which earlier ones are moved away."""
+    code, _, said = call("--run-dir", tmp_path, "--data", tmp_path, "--overwrite")
+    assert code == 2 and "--overwrite go with --predictions" in said
+    assert "`evaluate` only with `--predictions`" in (Path(__file__).parents[2] / "docs/commands.md").read_text()
 
 
 def test_a_volume_on_another_grid_is_refused_by_reason(call: Call, data: Path, tmp_path: Path) -> None:

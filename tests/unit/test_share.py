@@ -16,6 +16,7 @@ import pytest
 import ray
 import safetensors
 import torch
+import yaml
 from PIL import Image
 
 from raytrain_brats import compare, predict, share, storage
@@ -181,9 +182,33 @@ def test_what_cannot_be_compared(made: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "mine.png").write_bytes(b"mine")
     other, fold = made / "other", made / "runs/fold-0"
     assert "give two runs or more" in fails(compare, other, capsys=capsys)
+    assert "compare: give two runs" in fails(compare, capsys=capsys)
     assert "is not a run folder" in fails(compare, other, tmp_path, capsys=capsys)
     assert "--overwrite" in fails(compare, other, fold, "--picture", tmp_path / "mine.png", capsys=capsys)
     assert "ends in .png" in fails(compare, other, fold, "--picture", tmp_path / "mine", capsys=capsys)
+
+
+def test_both_panels_have_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss of each step and Dice of the last tenth stand over the same axis, which begins at 0."""
+    drawn = []
+    monkeypatch.setattr(comparison.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    comparison.picture([comparison.Curve("a", range(4, 404, 4), [0.5] * 100, [(320, 0.8), (400, 0.9)])])
+    ends = [axes.get_xlim() for axes in drawn[0].axes]
+    assert ends[0] == ends[1] and ends[0][0] == 0 and ends[0][1] >= 400
+
+
+def test_whose_weights_a_run_began_with_is_told(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Among the settings, and as what makes the scores hard to compare; by its short name where it is compared too."""
+    tuned = tmp_path / "tuned"
+    shutil.copytree(made / "other", tuned)
+    about = yaml.safe_load((tuned / "config.yaml").read_text())
+    begun = {"given": "other", "run": str(made / "other"), "checkpoint": "c-20", "sha256": "0" * 64}
+    (tuned / "config.yaml").write_text(yaml.safe_dump(about | {"initial": begun}))
+    assert compare.main([str(made / "other"), str(tuned)]) == 0
+    said = capsys.readouterr().out
+    assert "tuned began with the weights of other, checkpoint c-20" in said
+    assert "initial.checkpoint" in said and "initial.sha256" not in said
+    assert "other began" not in said
 
 
 def test_settings_that_only_one_run_has() -> None:
