@@ -1,5 +1,7 @@
 """Fixtures for all tests: a local S3, a folder for Ray, a cluster. Plain functions are in tests/support."""
 
+import contextlib
+import itertools
 import os
 import signal
 import tempfile
@@ -10,6 +12,7 @@ from typing import Any
 
 import boto3
 import pytest
+from filelock import FileLock, Timeout
 from moto.server import ThreadedMotoServer
 
 from raytrain_brats import s3
@@ -26,6 +29,21 @@ def place() -> Iterator[Path]:
     """A folder with a short name: Ray's sockets do not fit below pytest's own."""
     with tempfile.TemporaryDirectory(prefix="rb", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def ray_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One of two for all that are tested side by side: three Rays at a time on two cores take longer than in turn."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    shared = tmp_path_factory.getbasetemp().parent  # of all processes of this session
+    for place in itertools.cycle(FileLock(shared / f"ray-{number}.lock") for number in range(2)):
+        with contextlib.suppress(Timeout):
+            place.acquire(timeout=0.2)
+            break
+    yield
+    place.release()
 
 
 @pytest.fixture

@@ -67,6 +67,7 @@ def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load(str(run_dir), found.name)[0]
 
 
+@pytest.mark.usefixtures("ray_place")
 def test_a_run_killed_twice_and_resized_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     """SIGKILL a worker, then the driver, then go on with three workers: the same rows, the same weights."""
     data = tmp_path / "data"

@@ -110,6 +110,7 @@ print(manifest == scan.open_manifest(sys.argv[1]), used)
     assert done.stdout.endswith("True [False]\n"), done.stdout + done.stderr
 
 
+@pytest.mark.campaign
 def test_the_doctor_looks_at_every_machine(shared: Cluster) -> None:
     """Each node tells its versions, limits and clock; then what workers and data tasks would get."""
     if not shared.nodes:

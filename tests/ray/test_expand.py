@@ -19,6 +19,7 @@ def data(tmp_path: Path) -> Path:
     return write_msd_folder(tmp_path / "data", 3, shape=(14, 12, 10))
 
 
+@pytest.mark.campaign
 def test_ray_makes_the_same_bytes(one_ray: OneRay, run: Expand, data: Path, tmp_path: Path) -> None:
     """On Ray Data, over all CPUs, the files are those of one process that goes through the cases one by one."""
     assert run(data, tmp_path / "one", 3) == 0

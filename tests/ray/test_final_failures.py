@@ -114,12 +114,10 @@ main()
 """
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(("error", "told"), [
     ('torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB")', "memory is too small"),
-    pytest.param(
-        'torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device")', "no code for",
-        marks=pytest.mark.campaign,
-    ),
+    ('torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device")', "no code for"),
 ])  # fmt: skip
 def test_through_ray_one_group_is_all_that_starts(tmp_path: Path, error: str, told: str) -> None:
     """The exception as it comes from a worker by Ray Train to its controller: one group, one line, no other try."""

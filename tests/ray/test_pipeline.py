@@ -135,6 +135,7 @@ def test_everything_may_live_on_s3(one_ray: OneRay, s3_server: str, tmp_path: Pa
     assert max(curves).endswith("-000000000044") and any(n.startswith("run/tensorboard/validation/") for n in made)
 
 
+@pytest.mark.campaign
 def test_a_run_is_the_same_wherever_its_cases_stay(one_ray: OneRay, tmp_path: Path) -> None:
     """Streamed, in shared memory (two workers) and on the device: the same rows, and weights equal to the bit."""
     data = str(tmp_path / "data")

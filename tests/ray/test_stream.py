@@ -162,7 +162,7 @@ class Endless(Source):
         return dataclasses.replace(small, image_czyx=image, label_zyx=label, foreground_counts=())
 
 
-@pytest.mark.parametrize(("world_size", "edge"), [(1, 80), (8, 48)])
+@pytest.mark.parametrize(("world_size", "edge"), [pytest.param(1, 80, marks=pytest.mark.campaign), (8, 48)])
 def test_a_slow_trainer_holds_the_stream_back(tmp_path: Path, world_size: int, edge: int) -> None:
     """While nobody takes patches, loading stops before the object store is full, nothing goes to disk, and Ray Data's
     loop rests (it would turn without a pause); afterwards the stream goes on where it stood."""
