@@ -175,7 +175,7 @@ def _known(row: Row) -> bool:
 class _Line:
     """The time line: the cursor `at`, what it has passed, and the worker group it is in."""
 
-    def __init__(self, events: list[Row], rows: list[Row]) -> None:
+    def __init__(self, events: Sequence[Row], rows: Sequence[Row]) -> None:
         self.events, self.seconds = events, dict.fromkeys((f.name for f in fields(TimeBreakdown)), 0.0)
         self._rows = sorted(rows, key=_time)
         scored = [e for e in events if e.get("event") == "validation"]
