@@ -24,6 +24,15 @@ os.environ.setdefault("RAYTRAIN_BRATS_RECIPE", "demo")  # the tests' own cases d
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = ("test_pipeline", "test_cluster", "test_elastic", "test_chaos", "test_crash_points")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that processes that run side by side end together."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A folder with a short name: Ray's sockets do not fit below pytest's own."""
