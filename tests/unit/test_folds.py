@@ -174,8 +174,12 @@ def test_the_cases_are_read_once_for_all_folds(data: Path, tmp_path: Path, monke
     assert line[3:] == ["train", *expected, "--workers", "1:2", *settings]
 
 
-def test_all_folds_have_one_driver(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_folds_have_one_driver(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A second command that trains all is refused at once; it would take folds of the first."""
+    monkeypatch.setattr(folds, "train", lambda *_: None)
+    monkeypatch.setattr(folds, "plan", lambda *_: Plan(("1",)))
     run = tmp_path / "run"
     with lease.hold(str(run)):
         assert train.main(["--data", str(data), "--run-dir", str(run), "--recipe", "demo", "--fold", "all"]) == 2
