@@ -168,7 +168,8 @@ import ray
 from raytrain_brats.ray_ext import cluster
 cluster.connect()
 assert cluster.started_here()
-assert [row["item"] for row in ray.data.from_items([1, 2, 3]).map(lambda row: row).iter_rows()] == [1, 2, 3]
+rows = ray.data.from_items([1, 2, 3]).map(lambda row: row).iter_rows()
+assert sorted(row["item"] for row in rows) == [1, 2, 3]
 print(subprocess.run(["ps", "-eo", "args"], env={"COLUMNS": "2000"}, capture_output=True, text=True).stdout)
 named = ray.util.list_named_actors(all_namespaces=True)
 print("statistics:", len([actor for actor in named if actor["name"] == "datasets_stats_actor"]))
