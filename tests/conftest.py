@@ -19,6 +19,7 @@ from raytrain_brats import s3
 from tests.support.cases import AWS
 
 os.environ.setdefault("RAYTRAIN_BRATS_RECIPE", "demo")  # the tests' own cases do not say that they are phantoms
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # many processes share the cores: the reason is in ray_ext/cluster.py
 
 # A suite in the background of a script ignores Ctrl-C, and so would every driver that it starts
 signal.signal(signal.SIGINT, signal.default_int_handler)

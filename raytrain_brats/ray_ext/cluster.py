@@ -39,6 +39,9 @@ ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",  # one process per CPU, 43 MB each; none of our tasks was seen to use one
     "RAY_num_workers_soft_limit": "16",  # else Ray keeps ending and restarting idle processes beyond one per CPU
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; silences a warning
+    # Threads of a CPU worker that wait for each other spin 30 times shorter: 0.6 of the CPU time where something else
+    # runs beside them, 0.9 where nothing does, and in both no slower (SegResNet, two threads on two cores).
+    "GOMP_SPINCOUNT": "10000",
 }
 
 STORE_BYTES_PER_CPU, PREPARED_STORE_BYTES_PER_CPU = 110_000_000, 160_000_000

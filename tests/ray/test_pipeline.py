@@ -75,7 +75,7 @@ def test_an_interrupted_prepare_keeps_what_it_has_made(one_ray: OneRay, tmp_path
         return {path.name: path.stat().st_mtime_ns for path in objects.glob("*.parquet")}
 
     def press() -> None:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         while len(made()) < 3 and time.monotonic() < until:
             time.sleep(0.005)
         os.kill(one_ray.process.pid, signal.SIGINT)
