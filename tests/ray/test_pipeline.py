@@ -39,7 +39,7 @@ def settings(*values: str) -> list[str]:
 @pytest.mark.skipif(not CROPS.exists(), reason="the real MSD crops are not here")
 def test_real_cases_go_through_every_command_by_both_routes(one_ray: OneRay, tmp_path: Path) -> None:
     """Real MSD cases: raw and store routes apply the same losses; predictions lie on the input's own grid."""
-    options = settings("preprocess.spacing_mm=1.0", "data.patch_xyz=[64, 64, 16]", "data.patches_per_case=8")
+    options = settings("preprocess.spacing_mm=2.0", "data.patch_xyz=[32, 32, 16]", "data.patches_per_case=8")
     manifest, store = str(tmp_path / "m.jsonl"), str(tmp_path / "store")
     raw, stored, out = str(tmp_path / "raw"), str(tmp_path / "stored"), tmp_path / "out"
     one_ray.run(
