@@ -159,6 +159,8 @@ class Run(_Frozen):
     """MIN:MAX training workers; `auto` is 1 up to the number of GPUs (at least 1) that are there at the start."""
     cpus_per_worker: PositiveFloat | None = None
     """Logical CPUs of a training worker; by default 1 with a GPU, 0.5 without. Use 0.5, 0.25 or whole numbers."""
+    threads_per_worker: PositiveInt | None = None
+    """Threads of a training worker without a GPU; by default its share of the machine's cores. `exact` needs one."""
     gpus_per_worker: Literal[0, 1] | None = None
     """By default 1 when the cluster has GPUs at the start, else 0; say 1 when an autoscaler is to bring them."""
     cpus_per_task: PositiveFloat | None = None

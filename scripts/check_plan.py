@@ -2,9 +2,9 @@
 
 In: which runs. Out: a table; with --json every figure; exit code 1 when an error is above a tenth.
 
-Rates are measured here first, apart from the runs: loading by `scripts/bench data` (all processes counted), a step by
-the package's own loop in this process, with one thread as a worker has. Then each run trains by the command, and the
-pace of its later steps counts. On these CPUs networks are small; what a GPU does cannot be checked here.
+Rates are measured here first, apart from the runs: loading by `scripts/bench data` (all processes counted), the
+package's own step in as many processes as the run will have workers. Then each run trains by the command, and the pace
+of its later steps counts. On these CPUs networks are small; what a GPU does cannot be checked here.
 """
 
 import sys
@@ -19,16 +19,18 @@ import dataclasses
 import json
 import os
 import signal
-import statistics
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from torch import distributed
 
 from raytrain_brats import books, storage
 from raytrain_brats.cli import entry, show
@@ -36,8 +38,8 @@ from raytrain_brats.config import Config
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.planning import closed_form, rates, simulation
 from raytrain_brats.planning.demand import Demand
-from scripts.gpu_parts.loops import Ours
-from scripts.gpu_parts.setting import CPU
+from raytrain_brats.run.feed import batch_of
+from scripts.gpu_parts.setting import CPU, patches, train_step
 from scripts.gpu_parts.setting import config as small_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +101,7 @@ def work(args: Args) -> None:
             place = Path(args.work or folder).absolute() / f"grid{case.grid}"
             if (case.grid, case.edge) not in loading:
                 loading[case.grid, case.edge] = bench(place, case)
-            d = demand(case, loading[case.grid, case.edge]["pipelines"][case.route], step_seconds(case))
+            d = demand(case, loading[case.grid, case.edge]["pipelines"][case.route], *step_costs(case))
             rows.append({"run": name} | compare(case, d, place, Path(folder) / name, args.seconds))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     table(rows)
@@ -135,7 +137,9 @@ def run(command: list[str]) -> None:
 
 
 def settings(case: Case) -> Config:
+    """One thread a worker, as the plan has it: of two that wait for each other, data tasks hold one up."""
     changes = [f"preprocess.spacing_mm={240 / case.grid}", "train.epochs=100000", "validate.every_samples=1000000000"]
+    changes += ["run.threads_per_worker=1"]
     changes += [
         f"checkpoint.every_s={KILL_CHECKPOINT_S if case.killed else 60}",
         "train.optimiser.learning_rate=0.0001",
@@ -143,24 +147,32 @@ def settings(case: Case) -> Config:
     return small_config("segresnet", case.edge, BATCH, *changes)
 
 
-def step_seconds(case: Case) -> float:
-    """CPU seconds of a sample: our own loop with one thread, on the share of a batch that a worker has."""
-    before = torch.get_num_threads()
+def step_costs(case: Case) -> tuple[float, float]:
+    """(seconds of a step, CPU seconds of a sample): the package's own step by all ranks side by side, with a run's
+    sums of gradients, without stream and Ray."""
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(case.workers, get_context("spawn")) as ranks:
+        spent = list(ranks.map(_steps, range(case.workers), [case] * case.workers, [folder] * case.workers))
+    return max(wall for wall, _ in spent), sum(cpu for _, cpu in spent) / BATCH
+
+
+def _steps(rank: int, case: Case, folder: str) -> tuple[float, float]:
+    """(seconds, CPU seconds) of a step of one rank."""
     torch.set_num_threads(1)
-    try:
-        share = BATCH // case.workers
-        loop = Ours("segresnet", case.edge, share, CPU)
-        batches, times = loop.feed(), []
-        for _ in range(25 if case.edge < 48 else 8):
-            batch, began = next(batches), time.thread_time()
-            loop.step(batch)
-            times.append(time.thread_time() - began)
-        return statistics.median(times[2:]) / share
-    finally:
-        torch.set_num_threads(before)
+    if case.workers > 1:
+        where = f"file://{folder}/ranks"
+        distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=case.workers)
+    step, share = train_step(settings(case), CPU, case.workers), BATCH // case.workers
+    # Each sample draws its own augmentation: many of them, as single ones differ by far
+    given = [patches(number * case.workers + rank, case.edge, share, CPU) for number in range(16)]
+    warm, counted = (10, 60) if case.edge < 48 else (3, 15)
+    for number in range(warm + counted):
+        if number == warm:
+            began, cpu = time.perf_counter(), time.process_time()
+        step.step(batch_of(given[number % len(given)], 0, CPU), number % len(given) * BATCH)
+    return (time.perf_counter() - began) / counted, (time.process_time() - cpu) / counted
 
 
-def demand(case: Case, loaded: dict[str, Any], step_s: float) -> Demand:
+def demand(case: Case, loaded: dict[str, Any], step_s: float, sample_cpu_s: float) -> Demand:
     """As `planning.demand`, for a machine that trains on the CPUs on which it reads."""
     ours = rates.load()
     cpus = os.cpu_count() or 1
@@ -170,7 +182,6 @@ def demand(case: Case, loaded: dict[str, Any], step_s: float) -> Demand:
     for one in loaded["runs"]:
         for process, seconds in one["cpu_s"].items():
             per_patch[of.get(process, "other")] += seconds / one["patches"] / len(loaded["runs"])
-    sample_s = step_s + per_patch["worker"]
     samples = 10**9
     return Demand(
         samples=samples,
@@ -179,13 +190,13 @@ def demand(case: Case, loaded: dict[str, Any], step_s: float) -> Demand:
         patches_per_case=4,
         ranks=case.workers,
         nodes=1,
-        compute_s=BATCH / case.workers * sample_s,
+        compute_s=step_s,
         reduce_s=0.0,
         cpus=float(cpus),
         cpus_per_task=cpus / tasks,
         case_cpu_s=4 * per_patch["task"],
         case_wait_s=0.0,
-        step_cpu_s=sample_s + per_patch["deal"] + per_patch["other"],
+        step_cpu_s=sample_cpu_s + per_patch["worker"] + per_patch["deal"] + per_patch["other"],
         case_read_mb=1.0,
         case_gets=1,
         case_sent_mb=9 * case.edge**3 / 1e6,

@@ -36,8 +36,9 @@ def train_worker(arguments: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     if rank.device.type == "cpu":  # exact mode needs one thread: sums within a kernel depend on the number of threads
-        threads = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
-        torch.set_num_threads(1 if spec.config.train.reduction == "exact" else threads)
+        cores = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
+        threads = 1 if spec.config.train.reduction == "exact" else spec.config.run.threads_per_worker or cores
+        torch.set_num_threads(threads)
     generation = control.current(spec.run_dir)
     assert generation is not None, "the dataset factory writes it before workers start"
     timer = PhaseTimer()

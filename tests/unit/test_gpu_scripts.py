@@ -122,8 +122,8 @@ def test_check_plan_compares_runs_that_differ_in_what_limits_them() -> None:
     }
     loaded = {"runs": [{"patches": 1000, "cpu_s": spent}]}
     short, long, two = (
-        check_plan.demand(check_plan.RUNS[name], loaded, step_s)
-        for name, step_s in (("full-data-1", 0.001), ("full-step-1", 1.0), ("kill", 1.0))
+        check_plan.demand(check_plan.RUNS[name], loaded, step_s, cpu_s)
+        for name, step_s, cpu_s in (("full-data-1", 0.004, 0.001), ("full-step-1", 4.0, 1.2), ("kill", 2.0, 1.0))
     )
     assert short.case_cpu_s == pytest.approx(4 * 0.022) and short.step_cpu_s == pytest.approx(0.006)
     slowest = [min(found, key=lambda name: found[name]) for found in map(closed_form.limits, (short, long, two))]
