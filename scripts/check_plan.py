@@ -176,12 +176,14 @@ def demand(case: Case, loaded: dict[str, Any], step_s: float, sample_cpu_s: floa
     """As `planning.demand`, for a machine that trains on the CPUs on which it reads."""
     ours = rates.load()
     cpus = os.cpu_count() or 1
-    tasks = max(1, int(cpus - 0.5 * case.workers)) if cpus <= 4 else cpus  # as ray_ext/cluster.py:measure
+    # At a time, here and when loading was measured: as ray_ext/cluster.py:measure has it
+    tasks, benched = (max(1, int(cpus - 0.5 * w)) if cpus <= 4 else cpus for w in (case.workers, 1))
     per_patch = {"task": 0.0, "deal": 0.0, "worker": 0.0, "other": 0.0}
     of = {"ReadCases": "task", "IDLE": "task", "raylet": "task", "SplitCoordinator": "deal", "RayTrainWorker": "worker"}
     for one in loaded["runs"]:
         for process, seconds in one["cpu_s"].items():
             per_patch[of.get(process, "other")] += seconds / one["patches"] / len(loaded["runs"])
+    case_s = 4 * benched * sum(one["wall_s"] / one["patches"] for one in loaded["runs"]) / len(loaded["runs"])
     samples = 10**9
     return Demand(
         samples=samples,
@@ -195,7 +197,7 @@ def demand(case: Case, loaded: dict[str, Any], step_s: float, sample_cpu_s: floa
         cpus=float(cpus),
         cpus_per_task=cpus / tasks,
         case_cpu_s=4 * per_patch["task"],
-        case_wait_s=0.0,
+        case_wait_s=max(0.0, case_s - 4 * per_patch["task"]),  # Ray gives a task's place to the next one
         step_cpu_s=sample_cpu_s + per_patch["worker"] + per_patch["deal"] + per_patch["other"],
         case_read_mb=1.0,
         case_gets=1,

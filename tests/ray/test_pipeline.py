@@ -30,6 +30,7 @@ from tests.support.commands import OneRay
 
 CROPS = REAL / "Task01_BrainTumour_crops"
 QUICK = ["train.epochs=2", "checkpoint.every_samples=4", "validate.every_samples=1000", "run.cpus_per_task=0.5"]
+QUICK += ["run.threads_per_worker=1"]  # many processes share the cores
 
 
 def settings(*values: str) -> list[str]:

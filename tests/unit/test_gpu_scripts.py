@@ -120,7 +120,7 @@ def test_check_plan_compares_runs_that_differ_in_what_limits_them() -> None:
         "RayTrainWorker": 2.0,
         "other": 1.0,
     }
-    loaded = {"runs": [{"patches": 1000, "cpu_s": spent}]}
+    loaded = {"runs": [{"patches": 1000, "cpu_s": spent, "wall_s": 24.0}]}
     short, long, two = (
         check_plan.demand(check_plan.RUNS[name], loaded, step_s, cpu_s)
         for name, step_s, cpu_s in (("full-data-1", 0.004, 0.001), ("full-step-1", 4.0, 1.2), ("kill", 2.0, 1.0))
