@@ -184,7 +184,7 @@ def demand(case: Case, loaded: dict[str, Any], step_s: float, sample_cpu_s: floa
         for process, seconds in one["cpu_s"].items():
             per_patch[of.get(process, "other")] += seconds / one["patches"] / len(loaded["runs"])
     case_s = 4 * benched * sum(one["wall_s"] / one["patches"] for one in loaded["runs"]) / len(loaded["runs"])
-    samples = 10**9
+    samples, own_s = 10**9, BATCH / case.workers * sample_cpu_s
     return Demand(
         samples=samples,
         epoch_samples=samples,
@@ -192,8 +192,8 @@ def demand(case: Case, loaded: dict[str, Any], step_s: float, sample_cpu_s: floa
         patches_per_case=4,
         ranks=case.workers,
         nodes=1,
-        compute_s=step_s,
-        reduce_s=0.0,
+        compute_s=own_s,
+        reduce_s=max(0.0, step_s - own_s),  # ranks wait for each other
         cpus=float(cpus),
         cpus_per_task=cpus / tasks,
         case_cpu_s=4 * per_patch["task"],

@@ -175,6 +175,7 @@ class _Stream:
             waited += (self.env.now - asked) * (step >= half)
             if self.d.step_cpu_s:
                 yield self.env.all_of([self.env.process(self.on_cpu(wanted)) for _ in range(self.d.ranks)])
+                yield self.env.timeout(self.d.reduce_s)
             else:
                 yield self.env.timeout(self.d.step_s)
             began = self.env.now if step == half - 1 else began
