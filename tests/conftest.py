@@ -25,7 +25,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # many processes share the cor
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONGEST = ("test_pipeline", "test_cluster", "test_elastic", "test_chaos", "test_crash_points")
+LONGEST = ("test_pipeline", "test_cluster", "test_chaos", "test_elastic", "test_demo", "test_crash_points")
+"""The third needs no Ray: there is room for two."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
