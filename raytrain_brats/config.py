@@ -209,6 +209,12 @@ class Config(_Frozen):
     checkpoint: Checkpoint = Checkpoint()
     run: Run = Run()
 
+    @model_validator(mode="after")
+    def _one_thread(self) -> "Config":
+        if self.train.reduction == "exact" and (self.run.threads_per_worker or 1) > 1:
+            raise ValueError("run.threads_per_worker: with train.reduction `exact` a worker has one thread")
+        return self
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
@@ -289,6 +295,8 @@ def parse(values: dict[str, Any], where: str) -> Config:
         if first["type"] == "extra_forbidden":
             known = _known_keys(Config)
             raise UserError(f"{where}: key {key} is not known{_near(key, known)}") from error
+        if not key and isinstance(first["input"], dict):  # settings that do not go together, which the message names
+            raise UserError(f"{where}: {message}") from error
         raise UserError(f"{where}: {key or 'config'}: {message} (got {first['input']!r})") from error
 
 

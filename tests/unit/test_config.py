@@ -67,6 +67,7 @@ def test_config_is_frozen_and_hashable() -> None:
         (["train.optimiser.name=adam"], ["train.optimiser.name", "adamw", "adam"]),
         (["train.augment.kind=strong"], ["train.augment.kind", "'full'", "strong"]),
         (["train.augment.kind=full", "train.augment.scale=0.3"], ["train.augment: ", "belong to kind `light`"]),
+        (["train.reduction=exact", "run.threads_per_worker=2"], ["run.threads_per_worker", "exact", "one thread"]),
         (["data.patch_xyz=[32, 32]"], ["data.patch_xyz"]),
         (["data.patch_xyz=32"], ["data.patch_xyz", "32"]),
         (["data.fold=5"], ["data.fold", "5"]),
