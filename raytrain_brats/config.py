@@ -5,7 +5,6 @@ Out: a `Config`, and its YAML. An error names the key and the nearest names that
 """
 
 import difflib
-import itertools
 import re
 from importlib import resources
 from typing import Annotated, Any, Literal, get_args
@@ -228,17 +227,11 @@ def recipe_names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
 
 
-def recipe_text(recipe: str) -> str:
-    """The text of a recipe that `load` takes: a name or a YAML file."""
+def read_recipe(recipe: str) -> bytes:
+    """What `load` validates: a recipe's name or a YAML file."""
     if recipe.endswith((".yaml", ".yml")):
-        return storage.read_bytes(recipe).decode()
-    return (resources.files("raytrain_brats") / "recipes" / f"{recipe}.yaml").read_text()
-
-
-def header(recipe: str) -> list[str]:
-    """The lines at the top of a recipe: what it is, then its hardware, hours and Dice."""
-    lines = recipe_text(recipe).splitlines()
-    return [line.removeprefix("#").strip() for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+        return storage.read_bytes(recipe)
+    return (resources.files("raytrain_brats") / "recipes" / f"{recipe}.yaml").read_bytes()
 
 
 def described(recipe: str, config: "Config") -> str:
@@ -256,19 +249,14 @@ def load(recipe: str, overrides: tuple[str, ...] = ()) -> Config:
 
     Raises UserError naming the key that is wrong and the nearest ones that exist.
     """
-    if recipe.endswith((".yaml", ".yml")):
-        try:
-            content, where = storage.read_bytes(recipe), recipe
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise UserError(f"recipe file {recipe} does not exist") from error
-    else:
-        names = recipe_names()
-        if recipe not in names:
-            raise UserError(f"recipe {recipe!r} is not known{_near(recipe, names)}; there are {', '.join(names)}")
-        where = f"recipe {recipe}"
-        content = (resources.files("raytrain_brats") / "recipes" / f"{recipe}.yaml").read_bytes()
+    file, names = recipe.endswith((".yaml", ".yml")), recipe_names()
+    if not file and recipe not in names:
+        raise UserError(f"recipe {recipe!r} is not known{_near(recipe, names)}; there are {', '.join(names)}")
+    where = recipe if file else f"recipe {recipe}"
     try:
-        values = read_yaml(content)
+        values = read_yaml(read_recipe(recipe))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(f"recipe file {recipe} does not exist") from error
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

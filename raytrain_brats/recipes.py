@@ -6,6 +6,7 @@ Out: a line for each recipe; of one every setting with its meaning, as a YAML fi
 
 import ast
 import inspect
+import itertools
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -35,13 +36,19 @@ class Args:
 def work(args: Args) -> None:
     if args.name:
         found = config.load(args.name)
-        print("\n".join(f"# {line}".rstrip() for line in config.header(args.name)))
+        print("\n".join(f"# {line}".rstrip() for line in header(args.name)))
         print("\n".join(lines(found)))
         return
     names = config.recipe_names()
     for name in names:
-        what = config.header(name)[0].rstrip(".")
+        what = header(name)[0].rstrip(".")
         print(f"{name:{max(map(len, names))}}  {what}. {config.described('', config.load(name))}")
+
+
+def header(recipe: str) -> list[str]:
+    """The lines at the top of a recipe: what it is, then its hardware, hours and Dice."""
+    text = config.read_recipe(recipe).decode().splitlines()
+    return [line.removeprefix("#").strip() for line in itertools.takewhile(lambda line: line.startswith("#"), text)]
 
 
 def lines(part: BaseModel, indent: str = "") -> list[str]:

@@ -92,9 +92,11 @@ def work(args: Args) -> None:
     for command, *arguments in stages:
         if args.chaos and command == "train":
             threading.Thread(target=_kill_a_worker, args=(run_dir, time.time(), over), daemon=True).start()
-        seconds[command] = stage(command, *arguments)
-        if command == "train":
-            over.set()
+        try:
+            seconds[command] = stage(command, *arguments)
+        finally:
+            if command == "train":
+                over.set()
     ray.shutdown()
     seconds["total"] = round(time.perf_counter() - began, 1)
     _summarise(out, run_dir, seconds)

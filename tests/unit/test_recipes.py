@@ -14,7 +14,7 @@ from raytrain_brats.config import Config, load, parse, recipe_names
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_header_says_what_a_reader_asks(name: str) -> None:
     """First what it is, in a line; then hardware, hours and Dice, measured or said not to be."""
-    what, hardware, hours, dice, *more = config.header(name)
+    what, hardware, hours, dice, *more = recipes.header(name)
     assert what.endswith(".") and len(what) < 90
     assert [line.partition(":")[0] for line in (hardware, hours, dice)] == ["Hardware", "Hours", "Dice"]
     assert re.search(r"not measured|\d", hours) and re.search(r"not measured|0\.\d", dice)
@@ -55,7 +55,7 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "the default for real cases" in default and "1 mm, patch 128^3" in default
     assert recipes.main(["segresnet"]) == 0
     shown = capsys.readouterr().out
-    assert shown.splitlines()[: len(config.header("segresnet"))][0] == f"# {config.header('segresnet')[0]}"
+    assert shown.splitlines()[: len(recipes.header("segresnet"))][0] == f"# {recipes.header('segresnet')[0]}"
     assert recipes.main(["segresne"]) == 2
     assert "did you mean segresnet" in capsys.readouterr().err
     (tmp_path / "mine.yaml").write_text("network: {name: unett}\n")
