@@ -3,8 +3,9 @@
 In: which runs. Out: a table; with --json every figure; exit code 1 when an error is above a tenth.
 
 Rates are measured here first, apart from the runs: loading by `scripts/bench data` (all processes counted), the
-package's own step in as many processes as the run will have workers. Then each run trains by the command, and the pace
-of its later steps counts. On these CPUs networks are small; what a GPU does cannot be checked here.
+package's own step in as many processes as the run will have workers; what Ray's own processes take and what a killed
+worker costs, by a run that is not among those compared. Then each run trains by the command, and the pace of its later
+steps counts. On these CPUs networks are small; what a GPU does cannot be checked here.
 """
 
 import sys
@@ -22,12 +23,14 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.table import Table
 from torch import distributed
@@ -44,9 +47,9 @@ from scripts.gpu_parts.setting import config as small_config
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, CASES, ALLOWED, LEAST_STEPS = 4, 8, 0.1, 20
-WORKER_RECOVERY_S = 10.4
-"""Of a killed worker, docs/benchmarks/chaos.md; another machine's."""
 KILL_CHECKPOINT_S = 5.0
+SETTLED_S, KILLED_AFTER_S, CALIBRATED_S = 20.0, 50.0, 110.0
+"""Of the run by which the machine is measured, from its first step: what is kept ready is there; a worker is killed."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Case:
     edge: int
     route: str
     workers: int
-    killed: bool = False
+    kills: tuple[float, ...] = ()
+    """When a worker is killed, as shares of the seconds."""
 
 
 RUNS = {
@@ -68,9 +72,19 @@ RUNS = {
     "full-data-2": Case(240, 16, "raw", 2),
     "full-step-1": Case(240, 48, "store", 1),
     "full-step-2": Case(240, 48, "store", 2),
-    "kill": Case(60, 32, "store", 2, killed=True),
+    "kill": Case(60, 32, "store", 2, (0.4, 0.7)),
 }
 """Data-bound where patches are tiny and cases are not; step-bound where it is the other way round."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine adds to every run."""
+
+    other_cpus: float
+    """CPUs that Ray's own processes, the driver and the controller take all the time."""
+    recover_s: float
+    """Seconds that a killed worker costs, beside steps done again: until the run is back at its pace."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +108,14 @@ def work(args: Args) -> None:
     if args.json and Path(args.json).exists() and '"made_by": "scripts/check_plan"' not in Path(args.json).read_text():
         raise UserError(f"--json {args.json}: is there, and is not of this script; give another name")
     rows: list[dict[str, Any]] = []
-    loading: dict[tuple[int, int], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="plan") as folder:
+        kept = Path(args.work or folder).absolute()
+        machine = measure(kept, Path(folder) / "measured")
+        print(json.dumps(dataclasses.asdict(machine)), file=sys.stderr, flush=True)
         for name in names:
             case = RUNS[name]
-            place = Path(args.work or folder).absolute() / f"grid{case.grid}"
-            if (case.grid, case.edge) not in loading:
-                loading[case.grid, case.edge] = bench(place, case)
-            d = demand(case, loading[case.grid, case.edge]["pipelines"][case.route], *step_costs(case))
-            rows.append({"run": name} | compare(case, d, place, Path(folder) / name, args.seconds))
+            d = demand(case, bench(kept, case), machine, *step_costs(case))
+            rows.append({"run": name} | compare(case, d, kept, Path(folder) / name, args.seconds))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     table(rows)
     if args.json:
@@ -110,6 +123,7 @@ def work(args: Args) -> None:
             "made_by": "scripts/check_plan",
             "date": time.strftime("%Y-%m-%d"),
             "cpus": os.cpu_count(),
+            "machine": dataclasses.asdict(machine),
             "rows": rows,
         }
         storage.write_bytes(args.json, (json.dumps(about, indent=1) + "\n").encode())
@@ -117,16 +131,20 @@ def work(args: Args) -> None:
         raise RunFailed(f"the simulation is more than a tenth off: {', '.join(wrong)}")
 
 
-def bench(place: Path, case: Case) -> dict[str, Any]:
-    """What `scripts/bench data` measures of both routes; it leaves the cases and a store of them at the place."""
-    place.mkdir(parents=True, exist_ok=True)
-    out = place.parent / f"bench-{case.grid}-{case.edge}.json"
-    if out.exists():  # of an earlier time with the same --work: CPU time, which other load changes little
-        return dict(json.loads(out.read_text()))
-    words = ["data", "--peers", "", "--rounds", "2", "--cases", CASES, "--grid", case.grid, "--patch", case.edge]
-    words += ["--patches", "2048", "--warm", "256", "--seconds", "12", "--work", place, "--json", out]
-    run([sys.executable, "-P", "-m", "scripts.bench", *map(str, words)])
-    return dict(json.loads(out.read_text()))
+def bench(kept: Path, case: Case) -> dict[str, Any]:
+    """What `scripts/bench data` measures of the case's route; it leaves cases and a store of them in the folder."""
+    out = kept / f"bench-{case.grid}-{case.edge}.json"
+    if not out.exists():  # else of an earlier run, or time: CPU seconds, which other load changes little
+        place = cases_of(kept, case)
+        place.mkdir(parents=True, exist_ok=True)
+        words = ["data", "--peers", "", "--rounds", "2", "--cases", CASES, "--grid", case.grid, "--patch", case.edge]
+        words += ["--patches", "2048", "--warm", "256", "--seconds", "12", "--work", place, "--json", out]
+        run([sys.executable, "-P", "-m", "scripts.bench", *map(str, words)])
+    return dict(json.loads(out.read_text())["pipelines"][case.route])
+
+
+def cases_of(kept: Path, case: Case) -> Path:
+    return kept / f"grid{case.grid}"
 
 
 def run(command: list[str]) -> None:
@@ -141,7 +159,7 @@ def settings(case: Case) -> Config:
     changes = [f"preprocess.spacing_mm={240 / case.grid}", "train.epochs=100000", "validate.every_samples=1000000000"]
     changes += ["run.threads_per_worker=1"]
     changes += [
-        f"checkpoint.every_s={KILL_CHECKPOINT_S if case.killed else 60}",
+        f"checkpoint.every_s={KILL_CHECKPOINT_S if case.kills else 60}",
         "train.optimiser.learning_rate=0.0001",
     ]
     return small_config("segresnet", case.edge, BATCH, *changes)
@@ -172,17 +190,23 @@ def _steps(rank: int, case: Case, folder: str) -> tuple[float, float]:
     return (time.perf_counter() - began) / counted, (time.process_time() - cpu) / counted
 
 
-def demand(case: Case, loaded: dict[str, Any], step_s: float, sample_cpu_s: float) -> Demand:
+def cpu_of_patch(loaded: dict[str, Any]) -> dict[str, float]:
+    """CPU seconds a patch of data tasks, coordinator, worker (without its step) and all others."""
+    found = {"task": 0.0, "deal": 0.0, "worker": 0.0, "other": 0.0}
+    of = {"ReadCases": "task", "IDLE": "task", "raylet": "task", "SplitCoordinator": "deal", "RayTrainWorker": "worker"}
+    for one in loaded["runs"]:
+        for process, seconds in one["cpu_s"].items():
+            found[of.get(process, "other")] += seconds / one["patches"] / len(loaded["runs"])
+    return found
+
+
+def demand(case: Case, loaded: dict[str, Any], machine: Machine, step_s: float, sample_cpu_s: float) -> Demand:
     """As `planning.demand`, for a machine that trains on the CPUs on which it reads."""
     ours = rates.load()
     cpus = os.cpu_count() or 1
     # At a time, here and when loading was measured: as ray_ext/cluster.py:measure has it
     tasks, benched = (max(1, int(cpus - 0.5 * w)) if cpus <= 4 else cpus for w in (case.workers, 1))
-    per_patch = {"task": 0.0, "deal": 0.0, "worker": 0.0, "other": 0.0}
-    of = {"ReadCases": "task", "IDLE": "task", "raylet": "task", "SplitCoordinator": "deal", "RayTrainWorker": "worker"}
-    for one in loaded["runs"]:
-        for process, seconds in one["cpu_s"].items():
-            per_patch[of.get(process, "other")] += seconds / one["patches"] / len(loaded["runs"])
+    per_patch = cpu_of_patch(loaded)
     case_s = 4 * benched * sum(one["wall_s"] / one["patches"] for one in loaded["runs"]) / len(loaded["runs"])
     samples, own_s = 10**9, BATCH / case.workers * sample_cpu_s
     return Demand(
@@ -199,6 +223,7 @@ def demand(case: Case, loaded: dict[str, Any], step_s: float, sample_cpu_s: floa
         case_cpu_s=4 * per_patch["task"],
         case_wait_s=max(0.0, case_s - 4 * per_patch["task"]),  # Ray gives a task's place to the next one
         step_cpu_s=sample_cpu_s + per_patch["worker"] + per_patch["deal"] + per_patch["other"],
+        other_cpus=machine.other_cpus,
         case_read_mb=1.0,
         case_gets=1,
         case_sent_mb=9 * case.edge**3 / 1e6,
@@ -217,32 +242,37 @@ def demand(case: Case, loaded: dict[str, Any], step_s: float, sample_cpu_s: floa
         validation_s=0.0,
         start_s=0.0,
         prepare_s=0.0,
-        recover_s=WORKER_RECOVERY_S,
+        recover_s=machine.recover_s,
         join_s=0.0,
         interruptions_per_s=0.0,
         replacement_s=0.0,
     )
 
 
-def compare(case: Case, d: Demand, place: Path, run_dir: Path, seconds: float) -> dict[str, Any]:
+def compare(case: Case, d: Demand, kept: Path, run_dir: Path, seconds: float) -> dict[str, Any]:
     limits = closed_form.limits(d)
     closed = min(limits.values())
     simulated, wait = simulation.pace(d, True, 0)
-    rows = train(case, place, run_dir, seconds)
+    killed_at: list[float] = []
+
+    def kill(driver: psutil.Process) -> None:
+        killed_at.append(kill_worker(driver))
+
+    rows = train(case, kept, run_dir, seconds, dict.fromkeys((share * seconds for share in case.kills), kill))
     counted = [row for row in rows if row["time"] >= rows[0]["time"] + 0.25 * (rows[-1]["time"] - rows[0]["time"])]
     first, last = counted[0], counted[-1]
-    real = (last["samples_seen"] - first["samples_seen"]) / (last["time"] - first["time"])
-    if case.killed:  # the stretch holds one kill: recovery, and on average half a checkpoint interval again
-        lost = d.recover_s + d.checkpoint_s / 2
-        spent = last["time"] - first["time"]
-        closed, simulated = closed * (1 - lost / spent), simulated * (1 - lost / spent)
+    spent, samples = last["time"] - first["time"], last["samples_seen"] - first["samples_seen"]
+    if case.kills:  # the same samples, with these kills; in closed form each costs half an interval beside its recovery
+        closed *= 1 - len(killed_at) * (d.recover_s + d.checkpoint_s / 2) / spent
+        whole = dataclasses.replace(d, samples=samples, epoch_samples=samples)
+        simulated = samples / simulation.run(whole, simulated, simulated, 0, [t - first["time"] for t in killed_at])[0]
     steps = sum(row["step_s"] for row in counted)
     return {
         "limit": min(limits, key=lambda name: limits[name]),
         "closed": round(closed, 2),
         "simulated": round(simulated, 2),
-        "real": round(real, 2),
-        "error": round(simulated / real - 1, 4),
+        "real": round(samples / spent, 2),
+        "error": round(simulated / (samples / spent) - 1, 4),
         "wait_simulated": round(wait, 3),
         "wait_real": round(sum(row["wait_s"] for row in counted) / max(1e-9, steps), 3),
         "steps": len(counted),
@@ -251,34 +281,70 @@ def compare(case: Case, d: Demand, place: Path, run_dir: Path, seconds: float) -
     }
 
 
-def train(case: Case, place: Path, run_dir: Path, seconds: float) -> list[dict[str, Any]]:
-    """The rows of a real run of so many seconds from its first step; rank 0 is killed amid it where that is asked."""
+def measure(kept: Path, run_dir: Path) -> Machine:
+    """By a run of its own, with one kill: what all but workers spend, and what is missing at its end."""
+    case, marks = RUNS["kill"], list[tuple[float, float]]()
+    patch = cpu_of_patch(bench(kept, case))
+
+    def mark(driver: psutil.Process) -> None:
+        marks.append((time.time(), spent_beside_workers(driver)))
+
+    def kill(driver: psutil.Process) -> None:
+        mark(driver)
+        kill_worker(driver)
+
+    rows = train(case, kept, run_dir, CALIBRATED_S, {SETTLED_S: mark, KILLED_AFTER_S: kill})
+    (settled, cpu_before), (killed, cpu_after) = marks
+    before = [row for row in rows if settled <= row["time"] <= killed]
+    samples, last = before[-1]["samples_seen"] - before[0]["samples_seen"], rows[-1]
+    pace = samples / (before[-1]["time"] - before[0]["time"])
+    others = (cpu_after - cpu_before) / (killed - settled) - pace * (patch["task"] + patch["deal"] + patch["other"])
+    # What the kill threw away has no rows: those of before it end at the checkpoint
+    lost = last["time"] - killed - (last["samples_seen"] - before[-1]["samples_seen"]) / pace
+    return Machine(max(0.0, others), lost)
+
+
+def spent_beside_workers(driver: psutil.Process) -> float:
+    """CPU seconds so far of a run's processes but for its training workers' and its data tasks' of before."""
+    total = 0.0
+    for process in (driver, *driver.children(recursive=True)):
+        try:
+            if "RayTrainWorker" not in process.cmdline()[0]:
+                total += sum(process.cpu_times()[:2])
+        except (psutil.Error, IndexError):
+            continue
+    return total
+
+
+def train(
+    case: Case, kept: Path, run_dir: Path, seconds: float, at: Mapping[float, Callable[[psutil.Process], None]]
+) -> list[dict[str, Any]]:
+    """The rows of a real run of so many seconds from its first step; `at`: what is done when, with its driver."""
     recipe = run_dir.with_suffix(".yaml")
     recipe.write_text(settings(case).to_yaml())
+    place = cases_of(kept, case)
     cases = ["--store", str(place / "store")] if case.route == "store" else ["--data", str(place / "source")]
     command = [sys.executable, "-P", "-m", "raytrain_brats.train", *cases, "--recipe", str(recipe)]
     command += ["--run-dir", str(run_dir), "--workers", str(case.workers)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with Path(f"{run_dir}.log").open("w") as log:
-        driver = subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": path, "RAY_ADDRESS": "local"}, stdout=log, stderr=log
-        )
+        env = os.environ | {"PYTHONPATH": path, "RAY_ADDRESS": "local"}
+        driver = psutil.Popen(command, env=env, stdout=log, stderr=log)
         try:
-            kills, began, until = int(case.killed), 0.0, time.monotonic() + 300
+            began, until, left = 0.0, time.monotonic() + 300, sorted(at)
             while time.monotonic() < until and driver.poll() is None:
                 time.sleep(1)
                 if not began and run_dir.exists() and books.read_rows(str(run_dir)):
                     began = time.monotonic()
                     until = began + seconds
-                if kills and began and time.monotonic() > began + 0.6 * seconds:
-                    kills = 0
-                    kill_worker(driver.pid)
+                if left and began and time.monotonic() > began + left[0]:
+                    at[left.pop(0)](driver)
         finally:
             if driver.poll() is None:
                 driver.send_signal(signal.SIGINT)  # the group saves, so that all rows are there
             driver.wait(120)
     rows = [dict(row) for row in books.read_rows(str(run_dir))] if run_dir.exists() else []
-    if len(rows) < LEAST_STEPS:
+    if len(rows) < LEAST_STEPS or left:
         raise RunFailed(f"{run_dir.name}: only {len(rows)} steps in {seconds:g} s; its log ends: {tail(run_dir)}")
     return rows
 
@@ -287,22 +353,12 @@ def tail(run_dir: Path) -> str:
     return Path(f"{run_dir}.log").read_text()[-600:]
 
 
-def kill_worker(driver: int) -> None:
-    """One training worker of the run that this script started."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            _, _, rest = status.read_text().rpartition(")")
-            parents[int(status.parent.name)] = (int(rest.split()[1]), (status.parent / "cmdline").read_bytes())
-        except OSError:
-            continue
-    for pid, (parent, words) in parents.items():
-        above = parent
-        while above in parents and above != driver:
-            above = parents[above][0]
-        if above == driver and b"RayTrainWorker" in words:
-            os.kill(pid, signal.SIGKILL)
-            return
+def kill_worker(driver: psutil.Process) -> float:
+    """One training worker of the run that this script started; the time."""
+    for process in driver.children(recursive=True):
+        if any("RayTrainWorker" in word for word in process.cmdline()[:1]):
+            process.kill()
+            return time.time()
     raise RunFailed("found no training worker to kill")
 
 

@@ -99,7 +99,7 @@ def limits(d: Demand, cold: bool = True) -> dict[str, float]:
     }
     parts["data tasks"] = k * min(d.cpus / d.case_cpu_s, d.cpus / d.cpus_per_task / (d.case_cpu_s + d.case_wait_s))
     if d.step_cpu_s:
-        parts["processors"] = d.cpus / (d.case_cpu_s / k + d.step_cpu_s)
+        parts["processors"] = (d.cpus - d.other_cpus) / (d.case_cpu_s / k + d.step_cpu_s)
     return found | {name: rate / (1 + rate * pause_s / segment) for name, rate in parts.items() if rate < math.inf}
 
 

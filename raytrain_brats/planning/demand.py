@@ -71,6 +71,8 @@ class Demand:
     """For S3, while the task or the rank that reads does nothing else."""
     step_cpu_s: float
     """CPU seconds of a sample that compete with data tasks; 0 with GPUs."""
+    other_cpus: float
+    """CPUs that Ray's own processes take all the time, where steps need CPUs; 0 with GPUs."""
     case_read_mb: float
     case_gets: int
     case_sent_mb: float
@@ -154,6 +156,7 @@ def demand(config: Config, recipe: str, cases: int, fleet: Fleet, rates: Rates, 
         case_wait_s=gets * rates.of("s3.latency") + read_mb / rates.of("s3.stream"),
         case_cpu_s=rates.of(f"data.{route}") / 1e3 / cpu,
         step_cpu_s=0.0,
+        other_cpus=0.0,
         case_read_mb=read_mb,
         case_gets=gets,
         case_sent_mb=min(case_mb, rates.between("box", k) * patch),

@@ -9,7 +9,7 @@ with checkpoints, validations, kills and joins.
 
 import heapq
 import random
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -22,6 +22,8 @@ SEGMENTS, MOST_ROWS, RUNS = 4, 16_000, 32
 """Executions of the stream of which the pace is taken; runs with different kills of which the mean is."""
 LEAST_STEPS, FILLED = 16, 4
 """So many times the tasks that run at once, as they begin together and end together: the pace settles after that."""
+OTHERS_S = 0.05
+"""How often the processes that are always there take a CPU."""
 SPREAD = 0.2
 """Of the CPU time of a case, as cases differ in size: a uniform share more or less."""
 
@@ -96,6 +98,8 @@ class _Stream:
         else:
             for rank in range(self.d.ranks):
                 self.env.process(self.alone(rank))
+        if self.d.other_cpus:
+            self.env.process(self.others())
         trained = self.env.process(self.train())
         samples_per_s, waited = self.env.run(trained)
         return float(samples_per_s), float(waited)
@@ -193,6 +197,13 @@ class _Stream:
                 yield cpu
                 yield self.env.timeout(self.d.step_cpu_s * samples / max(1, round(samples)))
 
+    def others(self) -> Iterator[Any]:
+        while True:
+            yield self.env.timeout(OTHERS_S * (1 - self.d.other_cpus))
+            with self.cpus.request() as cpu:
+                yield cpu
+                yield self.env.timeout(OTHERS_S * self.d.other_cpus)
+
 
 class _Pipe:
     """One after the other at full speed: to whom it says when his part is done."""
@@ -205,10 +216,13 @@ class _Pipe:
         return self._free
 
 
-def run(d: Demand, cold: float, warm: float, seed: int) -> tuple[float, int]:
-    """(seconds, kills) of a whole run at these paces: without notice, so that what is not saved is done again."""
+def run(d: Demand, cold: float, warm: float, seed: int, kills_s: Sequence[float] = ()) -> tuple[float, int]:
+    """(seconds, kills) of a whole run at these paces: without notice, so that what is not saved is done again.
+
+    Kills are drawn by the spot market's rate; `kills_s`: they come at these seconds, each of one node.
+    """
     draw, now, kills = random.Random(seed), d.start_s + d.prepare_s, 0
-    changes: list[tuple[float, int]] = []
+    changes = [(at, -1) for at in sorted(kills_s)]
     alive, done, saved, cold_samples = d.nodes, 0.0, 0.0, d.cold_epochs * d.epoch_samples
     if d.interruptions_per_s:
         for _ in range(d.nodes):
@@ -223,7 +237,8 @@ def run(d: Demand, cold: float, warm: float, seed: int) -> tuple[float, int]:
                 heapq.heappush(changes, (now + d.replacement_s, 1))
             else:
                 saved, now = done, now + d.join_s
-                heapq.heappush(changes, (now + draw.expovariate(d.interruptions_per_s), -1))
+                if d.interruptions_per_s:
+                    heapq.heappush(changes, (now + draw.expovariate(d.interruptions_per_s), -1))
             save_at = now + d.checkpoint_s
             continue
         speed = (cold if done < cold_samples else warm) * alive / d.nodes

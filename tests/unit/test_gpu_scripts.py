@@ -122,10 +122,11 @@ def test_check_plan_compares_runs_that_differ_in_what_limits_them() -> None:
     }
     loaded = {"runs": [{"patches": 1000, "cpu_s": spent, "wall_s": 24.0}]}
     short, long, two = (
-        check_plan.demand(check_plan.RUNS[name], loaded, step_s, cpu_s)
+        check_plan.demand(check_plan.RUNS[name], loaded, check_plan.Machine(0.1, 12.0), step_s, cpu_s)
         for name, step_s, cpu_s in (("full-data-1", 0.004, 0.001), ("full-step-1", 4.0, 1.2), ("kill", 2.0, 1.0))
     )
     assert short.case_cpu_s == pytest.approx(4 * 0.022) and short.step_cpu_s == pytest.approx(0.006)
     slowest = [min(found, key=lambda name: found[name]) for found in map(closed_form.limits, (short, long, two))]
     assert slowest[:2] == ["data tasks", "GPU step"] and slowest[2] in ("GPU step", "processors")
     assert (long.checkpoint_s, two.checkpoint_s) == (60, check_plan.KILL_CHECKPOINT_S)
+    assert (two.other_cpus, two.recover_s) == (0.1, 12.0)

@@ -73,3 +73,26 @@ def test_a_lone_node_that_is_killed_stops_the_run_until_another_comes() -> None:
     rough = dataclasses.replace(d, interruptions_per_s=1 / 600)
     seconds, kills = next(found for seed in range(50) if (found := simulation.run(rough, 170, 170, seed))[1] == 1)
     assert kills == 1 and seconds >= calm + d.replacement_s
+
+
+def test_kills_that_are_given_come_then() -> None:
+    """Each costs its recovery and the steps since the last checkpoint, and nothing is drawn beside them."""
+    d, _ = asked("p4d.24xlarge", 1, 0, 484, "store")
+    d = dataclasses.replace(
+        d, samples=10_000, epoch_samples=10_000, start_s=0.0, prepare_s=0.0, validation_s=0.0, join_s=0.0,
+        recover_s=7.0, checkpoint_s=10.0, checkpoint_stall_s=0.0, replacement_s=0.0,
+    )  # fmt: skip
+    assert simulation.run(d, 100, 100, 0)[0] == pytest.approx(100)
+    seconds, kills = simulation.run(d, 100, 100, 0, (43.0, 12.0))
+    assert kills == 2 and seconds == pytest.approx(100 + 2 * 7 + 2 + 4)  # 12 - 10; saved at 29 and 39, so 43 - 39
+
+
+def test_processes_that_are_always_there_slow_steps_on_cpus_down() -> None:
+    """A fifth of one of two CPUs: up to a tenth of the pace where steps and cases need both."""
+    d, _ = asked("p5.4xlarge", 1, 0, 48_884, "store")
+    d = dataclasses.replace(d, ranks=2, global_batch=4, cpus=2.0, compute_s=0.2, step_cpu_s=0.1, case_cpu_s=0.05)
+    calm, busy = (simulation.pace(dataclasses.replace(d, other_cpus=o), True, 0, 2_000)[0] for o in (0.0, 0.2))
+    assert 0.88 * calm < busy < 0.97 * calm
+    assert closed_form.limits(dataclasses.replace(d, other_cpus=0.2))["processors"] == pytest.approx(
+        0.9 * closed_form.limits(d)["processors"], rel=0.02
+    )
