@@ -180,7 +180,7 @@ class Run(_Frozen):
     compare_weights_steps: PositiveInt = 50
     """Every so many steps, and at each checkpoint, the ranks' weights are compared by a 64-bit hash."""
     max_failures_in_place: PositiveInt = 8
-    """Failures without a new checkpoint in between after which the run gives up."""
+    """Failures without a new checkpoint in between that are borne; one more, and the run gives up."""
     tracking: Annotated[str, Field(pattern=r"^(off|tensorboard|mlflow(:.+)?)$")] = "tensorboard"
     """Where curves go while the run goes on: `tensorboard`, event files in the run folder; `mlflow:URI`, an MLflow
     server too, which MLFLOW_TRACKING_URI names where `mlflow` stands alone (extra `tracking`); `off`."""

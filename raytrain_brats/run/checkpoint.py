@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 """Since 2 DynUNet's weights stand once, not by two names, and a running mean of the weights may be there."""
-_READ = (1, FORMAT)
+_READ = range(1, FORMAT + 1)
 _NAME = re.compile(r"^(\d{12})-g(\d{4,})$")
 _FILES = ("tensors.safetensors", "state.json")
 _KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
