@@ -90,7 +90,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it was trained to its last sample."""
+        """Whether it ended by itself: at its last sample, or early, as `validate.patience_samples` asks."""
         ends = [e["event"] for e in self.events if e["event"] in ("launch", "finish")]
         return ends[-1:] == ["finish"]
 

@@ -28,6 +28,7 @@ ROWS, EVENTS, OLD_ROWS, OLD_EVENTS = "metrics", "events", "metrics.jsonl", "even
 SEGMENT_BYTES, SEGMENT_S = 1 << 14, 3600.0
 """Beyond this size or age a process begins a new segment of events."""
 _TAIL_BYTES = 1 << 16
+_SEGMENT = re.compile(r"^\d+-.+\.jsonl$")
 _PART = re.compile(r"^(\d{12,})-(\d{12,})-g(\d{4,})\.jsonl$")
 _TRIES = 5
 
@@ -175,9 +176,9 @@ Segment = tuple[str, int, str]
 
 
 def _segments(run_dir: str) -> list[Segment]:
-    """(name, bytes, version), in the order in which they were begun."""
+    """(name, bytes, version), in the order in which they were begun; other files there are a person's."""
     files = storage.listing(storage.join(run_dir, EVENTS)).files
-    return sorted((name, *about) for name, about in files.items() if name.endswith(".jsonl"))
+    return sorted((name, *about) for name, about in files.items() if _SEGMENT.match(name))
 
 
 def _newest(segments: list[Segment]) -> list[Segment]:

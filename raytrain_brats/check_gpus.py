@@ -1,4 +1,5 @@
-"""The first job on a new cluster: `ray job submit -- python -m raytrain_brats.check_gpus --workers 16`.
+"""The first job on a new cluster: `ray job submit -- python -m raytrain_brats.check_gpus --workers 16`. Where no Ray
+runs, it looks at this machine.
 
 In: how many GPUs. Out: a line for each of them, with its 3D convolutions in each precision, and one with the
 all-reduce's bus bandwidth; a line for each thing that is wrong, with what to do, and then exit code 1. With
@@ -7,6 +8,7 @@ NCCL_DEBUG=INFO the log names the network: on p4d "NET/OFI Selected provider is 
 
 import argparse
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -20,8 +22,10 @@ import torch.distributed as dist
 from ray.train import ScalingConfig, TrainingFailedError, get_context, report
 from ray.train.torch import TorchTrainer, get_device
 
+from raytrain_brats.errors import UserError
 from raytrain_brats.learn import convolution_check
 from raytrain_brats.learn.convolution_check import now
+from raytrain_brats.ray_ext import start_up
 from raytrain_brats.ray_ext.internals import core
 
 MEGABYTES = 256
@@ -74,7 +78,19 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="try it without GPUs")
     args = parser.parse_args()
     # NCCL's own log comes from the workers; without it theirs is noise, as this process prints what they found
-    ray.init(address="auto", log_to_driver="NCCL_DEBUG" in os.environ)
+    quiet = "NCCL_DEBUG" not in os.environ
+    try:
+        address = start_up.address()
+        ray.init(
+            address=address or "local",
+            log_to_driver=not quiet,
+            logging_level=logging.WARNING if quiet else logging.INFO,
+        )
+        if not address and not args.cpu and ray.cluster_resources().get("GPU", 0) < args.workers:
+            raise UserError(f"Ray finds fewer than {args.workers} GPUs on this machine; --cpu tries it without")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     scaling = ScalingConfig(num_workers=args.workers, use_gpu=not args.cpu)
     settings: dict[str, Any] = {
         "key": f"check/{uuid.uuid4().hex}",

@@ -52,10 +52,9 @@ def work(args: Args) -> None:
     folders = members.runs_of(args.runs)
     if len(folders) < 2:
         raise UserError(f"{' '.join(('compare', *args.runs))}: give two runs or more")
+    made_by = outputs.picture_of("compare", [outputs.place(folder) for folder in folders])
     if args.picture:
-        if not args.picture.endswith(".png"):
-            raise UserError(f"--picture {args.picture}: a picture's name ends in .png")
-        outputs.claim_file(args.picture, comparison.is_ours, overwrite=args.overwrite, option="--picture")
+        outputs.claim_picture(args.picture, made_by, args.overwrite)
     names = _names(folders)
     runs = [_read(name, folder) for name, folder in zip(names, folders, strict=True)]
     for table in (_scores(runs), _work(runs), _settings(runs)):
@@ -63,7 +62,7 @@ def work(args: Args) -> None:
     for line in _caveats(runs):
         print(line)
     if args.picture:
-        storage.write_bytes(args.picture, comparison.picture([_curve(run) for run in runs]))
+        storage.write_bytes(args.picture, comparison.picture([_curve(run) for run in runs], made_by))
         print(f"picture in {args.picture}")
 
 

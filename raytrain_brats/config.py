@@ -281,7 +281,7 @@ def parse(values: dict[str, Any], where: str) -> Config:
         location = [str(part) for part in first["loc"] if part not in _BRANCHES]
         key, message = ".".join(location), first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            known = _known_keys(Config)
+            known = [*dict.fromkeys(_known_keys(Config))]
             raise UserError(f"{where}: key {key} is not known{_near(key, known)}") from error
         if not key and isinstance(first["input"], dict):  # settings that do not go together, which the message names
             raise UserError(f"{where}: {message}") from error
@@ -353,9 +353,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise UserError(f"--set {override}: {part} is a value, not a section")
     try:
-        if key == "network.name" and ":" in text:
+        value = read_yaml(text)
+        if key == "network.name" and place.get(last) != value:
             place.clear()  # options of the recipe's network are none of this one
-        place[last] = read_yaml(text)
+        place[last] = value
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not YAML") from error
 

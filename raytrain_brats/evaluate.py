@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -42,7 +43,7 @@ from raytrain_brats.ray_ext import cluster
 from raytrain_brats.reporting import figures, folds, overlays, scores
 from raytrain_brats.reporting.overlays import Slices
 from raytrain_brats.run import held_out, label_volumes, members, spec
-from raytrain_brats.run.predictor import native_probabilities, shared_networks, voxel_mm3
+from raytrain_brats.run.predictor import left_out, native_probabilities, shared_networks, voxel_mm3
 from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.scoring import case_scores
 from raytrain_brats.scoring.case_scores import Reading
@@ -51,6 +52,8 @@ from raytrain_brats.scoring.challenges import challenge_of
 Row = dict[str, Any]
 Result = tuple[Row, Slices | None, dict[str, float]]
 """A case's scores, what may be drawn of it, seconds of its parts."""
+_MADE = re.compile(r"cases\.csv|statistics\.csv|summary\.json|overlays/[^/]+\.png")
+"""What an evaluation leaves in its folder; all else there is a person's."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def work(args: Args) -> None:
     manifest, source, cases = held_out.cases_of_run(run_dir, *cases_from(args.data, args.store), split)
     networks = members.opened([run_dir], args.best)
     run, challenge = networks[0].run, _challenge(args, source.convention, cases)
-    taught, said = members.rules_of([run_dir], networks) if args.postprocess else (None, "no post-processing")
+    nothing = None, "no post-processing"
+    taught, said = members.rules_of([run_dir], networks, args.mirror) if args.postprocess else nothing
     rules = taught or Rules()
     made_from = members.checkpoints(networks) | {
         "split": split,
@@ -117,9 +121,8 @@ def work(args: Args) -> None:
     cluster.connect(held_bytes=members.weight_bytes(networks), own=members.parts_of(networks))
     shared = members.by_fold([(m.fold, ray.put((m.run.config, m.weights))) for m in networks], split)
     one = partial(_one, shared, source, args.overlays > 0, rules, args.mirror, challenge)
-    worst = overlays.Worst(args.overlays)
-    results = []
-    for result in progress(cluster.parallel_map(one, cases, on_gpus=True), "evaluating", len(cases)):
+    worst, failed, results = overlays.Worst(args.overlays), list[str](), []
+    for result in _results(one, cases, failed):
         results.append(result if isinstance(result, str) else (worst.seen(result[0], result[1]), result[2]))
     found, refused = [r for r in results if not isinstance(r, str)], [r for r in results if isinstance(r, str)]
     rows = [row for row, _ in found]
@@ -139,6 +142,18 @@ def work(args: Args) -> None:
     _show(rows, f"split {split}", manifest.synthetic)
     if by_fold:
         _show_folds(rows, members.missing_folds(networks))
+    if failed:
+        raise RunFailed(f"{len(failed)} of {len(cases)} cases could not be scored, as named above; the others are")
+
+
+def _results(one: Any, cases: Sequence[Case], failed: list[str], on_gpus: bool = True) -> Iterator[Any]:
+    """Of each case in order; of one that cannot be computed why, also in `failed`."""
+
+    def named(case: Case, error: Exception) -> str:
+        failed.append(left_out(case.id, error))
+        return failed[-1]
+
+    return progress(cluster.parallel_map(one, cases, on_gpus=on_gpus, failed=named), "evaluating", len(cases))
 
 
 def _score_volumes(args: Args) -> None:
@@ -186,7 +201,7 @@ def _score_volumes(args: Args) -> None:
     cluster.connect()
     only = regions_of_network(convention) if label_volumes.by_network(folder) else None
     one = partial(_volume, folder, volumes.files, convention, only, source, challenge)
-    results = list(progress(cluster.parallel_map(one, scored), "evaluating", len(scored)))
+    results = list(_results(one, scored, [], on_gpus=False))
     rows, refused = [r for r in results if not isinstance(r, str)], [r for r in results if isinstance(r, str)]
     _tell_left_out(refused, len(scored))
     summary = made_from | _summary(rows, source.convention, manifest.synthetic)
@@ -253,7 +268,8 @@ def _json(summary: dict[str, Any]) -> bytes:
 def _write(folder: str, summary: dict[str, Any], files: dict[str, bytes]) -> None:
     """The summary last: without it what is there is half an evaluation."""
     for name in storage.list_files(folder).keys() - files.keys():  # of the same inputs, the others were moved away
-        storage.delete(storage.join(folder, name))
+        if _MADE.fullmatch(name):
+            storage.delete(storage.join(folder, name))
     for name, content in files.items():
         storage.write_bytes(storage.join(folder, name), content)
     storage.write_bytes(storage.join(folder, "summary.json"), _json(summary))
@@ -298,7 +314,7 @@ def _one(
     try:
         prepared = source.load(case)
     except InvalidCase as error:
-        return f"case {case.id}: {error.reason}, {error.detail}"
+        return left_out(case.id, error)
     networks, truth = shared_networks(shared[case.fold]), prepared.truth_xyz()
     began = time.perf_counter()
     answer = native_probabilities(prepared, networks, networks.device, mirror=mirror)
@@ -329,7 +345,7 @@ def _volume(
         truth, affine = label_volumes.truth_of(source, case)
         label = label_volumes.read(folder, files[case.id], convention, truth, affine)
     except InvalidCase as error:
-        return f"case {case.id}: {error.reason}, {error.detail}"
+        return left_out(case.id, error)
     read = Reading(label, convention, only), Reading(truth, source.convention)
     return scores.rounded({"case": case.id} | case_scores.columns(*read, _spacing(affine), challenge))
 

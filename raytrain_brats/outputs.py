@@ -161,6 +161,19 @@ def claim_file(
         _check_replaceable(target, {}, "", overwrite, option)
 
 
+def picture_of(command: str, request: Any) -> str:
+    """What a PNG says in its `Software` entry: the command that drew it, and a hash of what it was asked for."""
+    return f"raytrain-brats {command} {hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def claim_picture(target: str, made_by: str, overwrite: bool) -> None:
+    """As `claim_file`, of a PNG with such words. Raises UserError, also for another name than *.png."""
+    if not target.endswith(".png"):
+        raise UserError(f"--picture {target}: a picture's name ends in .png")
+    ours = lambda content: content.startswith(b"\x89PNG") and made_by.encode() in content[:300]  # noqa: E731
+    claim_file(target, ours, overwrite=overwrite, option="--picture")
+
+
 def recorded(out: str) -> dict[str, Any]:
     """The record of a folder: {"made_by", "makers": {maker: its settings}, "files": {name: {"by": maker, "origin"}}}.
 

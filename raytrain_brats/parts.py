@@ -125,11 +125,20 @@ def function(part: OwnPart, key: str, given: int) -> Callable[..., Any]:
     UserError."""
     found, more, named = arguments(part, key, given)
     if isinstance(found, type):
-        made = found(*more, **named)
+        made = construct(found, part, key, *more, **named)
         if not callable(made):
             raise UserError(f"{key} {part.name} cannot be called; it {SHAPES}")
         return made  # type: ignore[no-any-return]
     return lambda *tensors: found(*tensors, *more, **named)
+
+
+def construct(found: type, part: OwnPart, key: str, *more: Any, **named: Any) -> Any:
+    """An instance of one's own class. Raises UserError for whatever its constructor raises."""
+    try:
+        return found(*more, **named)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{key} {part.name} cannot be made with these options ({text})") from error
 
 
 def divisor(part: OwnPart) -> int:

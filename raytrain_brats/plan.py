@@ -109,7 +109,7 @@ def work(args: Args) -> None:
         storage.write_bytes(args.json, (json.dumps(made | facts, indent=1, default=str) + "\n").encode())
     if args.picture:
         drawn = [plan_of(fleet) for fleet in _drawn(chosen.fleet, config.train.global_batch)]
-        storage.write_bytes(args.picture, show.picture(request, drawn, chosen))
+        storage.write_bytes(args.picture, show.picture(request, drawn, chosen, _picture_of(args)))
     if not given:
         print(f"no --recipe is given: {recipe}, whose rates are known for most GPUs; `train` takes {DEFAULT_RECIPE}")
     cli.show(show.table(request, chosen, runner_up, vars(simulated) if simulated else None))
@@ -177,6 +177,10 @@ def _made(args: Args) -> dict[str, Any]:
     return {"made_by": "raytrain-brats plan", "asked": json.loads(json.dumps(asked))}
 
 
+def _picture_of(args: Args) -> str:
+    return outputs.picture_of("plan", _made(args)["asked"])
+
+
 def _check_files(args: Args) -> None:
     """Raises UserError when a file that is none of ours would be replaced."""
 
@@ -189,9 +193,7 @@ def _check_files(args: Args) -> None:
     if args.json:
         outputs.claim_file(args.json, ours, overwrite=args.overwrite, option="--json")
     if args.picture:
-        if not args.picture.endswith(".png"):
-            raise UserError(f"--picture {args.picture}: a picture's name ends in .png")
-        outputs.claim_file(args.picture, show.is_ours, overwrite=args.overwrite, option="--picture")
+        outputs.claim_picture(args.picture, _picture_of(args), args.overwrite)
 
 
 def main(argv: list[str] | None = None) -> int:

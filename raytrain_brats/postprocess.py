@@ -5,6 +5,7 @@ Out: `postprocessing.json` in it, and in the folder of each fold: the rules, wha
 choosing them, for which weights they are. `predict` and `evaluate` apply them.
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from raytrain_brats.labels import REGIONS, to_regions
 from raytrain_brats.learn.postprocess import Learned, learn, tried
 from raytrain_brats.ray_ext import cluster
 from raytrain_brats.run import held_out, members
-from raytrain_brats.run.predictor import native_probabilities, shared_networks, voxel_mm3
+from raytrain_brats.run.predictor import left_out, native_probabilities, shared_networks, voxel_mm3
 from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.scoring import lesions
 from raytrain_brats.scoring.challenges import challenge_of, rule_2023
@@ -62,12 +63,13 @@ def work(args: Args) -> None:
     shared = members.by_fold([(m.fold, ray.put((m.run.config, m.weights))) for m in networks], "val")
     challenge = challenge_of(source.convention, (case.id for case in cases))
     one = partial(_one, shared, source, args.mirror, challenge)
-    results = list(progress(cluster.parallel_map(one, cases, on_gpus=True), "trying rules", len(cases)))
+    given = cluster.parallel_map(one, cases, on_gpus=True, failed=lambda case, error: left_out(case.id, error))
+    results = list(progress(given, "trying rules", len(cases)))
     for message in (r for r in results if isinstance(r, str)):
         print(f"left out: {message}", file=sys.stderr)
     tables = [r for r in results if not isinstance(r, str)]
     if len(tables) < FEWEST:
-        raise RunFailed(f"{len(tables)} held-out cases could be read; {FEWEST} are needed to learn anything from them")
+        raise RunFailed(f"{len(tables)} held-out cases could be used; {FEWEST} are needed to learn anything from them")
     learned = learn(tables)
     content: dict[str, Any] = {
         "rules": learned.rules.to_json(),
@@ -82,10 +84,23 @@ def work(args: Args) -> None:
         "members": [member.about() for member in networks],
     }
     for folder in dict.fromkeys([run_dir, *(member.run_dir for member in networks)]):
+        _keep_earlier(folder, content["members"])
         storage.write_bytes(RunDir(folder).postprocessing, json.dumps(content, indent=1).encode())
     _show(learned, len(tables))
     if manifest.synthetic:
         print("these are phantoms: what they teach is made for phantoms")
+
+
+def _keep_earlier(run_dir: str, members_now: list[dict[str, Any]]) -> None:
+    """What was learned for other weights stays, by another name."""
+    there = RunDir(run_dir).postprocessing
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, IndexError):
+        before = storage.read_bytes(there)
+        weights = [str(member["weights"]) for member in json.loads(before)["members"]]
+        if weights != [member["weights"] for member in members_now]:
+            kept = there.removesuffix(".json") + f"-{weights[0][:8]}.json"
+            storage.write_bytes(kept, before)
+            print(f"what was learned for other weights is in {kept}")
 
 
 def _one(shared: list[tuple[Any, ...]], source: Source, mirror: bool, challenge: str, case: Case) -> Tables | str:
@@ -93,7 +108,7 @@ def _one(shared: list[tuple[Any, ...]], source: Source, mirror: bool, challenge:
     try:
         prepared = source.load(case)
     except InvalidCase as error:
-        return f"case {case.id}: {error.reason}, {error.detail}"
+        return left_out(case.id, error)
     networks, truth = shared_networks(shared[case.fold]), to_regions(prepared.truth_xyz(), source.convention)
     found = native_probabilities(prepared, networks, networks.device, mirror=mirror)
     x, y, z = np.linalg.norm(np.array(prepared.geometry.affine)[:3, :3], axis=0).tolist()

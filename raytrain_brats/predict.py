@@ -35,7 +35,7 @@ from raytrain_brats.ray_ext import cluster
 from raytrain_brats.reporting import overlays
 from raytrain_brats.run import members
 from raytrain_brats.run.members import Member
-from raytrain_brats.run.predictor import native_probabilities, shared_networks, voxel_mm3
+from raytrain_brats.run.predictor import left_out, native_probabilities, shared_networks, voxel_mm3
 from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.scoring.metrics import Masks
 
@@ -104,7 +104,7 @@ def work(args: Args) -> list[str]:
     """Paths of the label volumes of all cases given. Raises UserError, and RunFailed when one is missing."""
     given = [run_folder(name) for name in args.run_dir or ("",)]
     out, networks = storage.normal(args.out), members.opened(given, args.best)
-    taught, said = members.rules_of(given, networks) if args.postprocess else (None, "no post-processing")
+    taught, said = members.rules_of(given, networks, args.mirror) if args.postprocess else (None, "no post-processing")
     rules = taught or Rules()
     run, learned = networks[0].run, networks[0].run.convention
     convention = args.convention or learned
@@ -256,15 +256,8 @@ def _picture(read: Read, masks: Masks) -> bytes:
 
 
 def _named(item: tuple[Source, Case], error: Exception) -> Row:
-    """The end of one case, not of the others; raises what concerns all."""
-    case = item[1].id
-    if isinstance(error, InvalidCase):
-        return "refused", f"case {case}: {error.reason}, {error.detail}"
-    if isinstance(error, RunFailed | UserError):
-        raise error
-    text = " ".join(str(error).split())[:300]
-    advice = "; a GPU with more memory, or --no-mirror, may do it" if "out of memory" in text.lower() else ""
-    return "failed", f"case {case}: {type(error).__name__}: {text}{advice}"
+    """The end of one case, not of the others."""
+    return "refused" if isinstance(error, InvalidCase) else "failed", left_out(item[1].id, error)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,11 +25,11 @@ from raytrain_brats.run.run_dir import RunDir
 HOME = "~/raytrain_brats"
 PHANTOM_CASES = 20
 _LEFT_BY_A_START = re.compile(
-    r"lease\.json|generation\.json|initial\.safetensors|write-probe|probe-[0-9a-f]{32}|(ray-logs|sagemaker)/.*|"
+    r"lease\.json|generation\.json|initial\.safetensors|plan\.json|write-probe|probe-[0-9a-f]{32}|(ray-logs|sagemaker)/.*|"
     r"[^/]+\.(log|out|err|txt)"
 )
-"""What may lie in a run folder before its config.yaml: a start of ours was killed, SageMaker's own files, the file into
-which a shell puts what this command prints."""
+"""What may lie in a run folder before its config.yaml: a start of ours was killed, `plan` came first, SageMaker's own
+files, the file into which a shell puts what this command prints."""
 _BESIDE_FOLDS = re.compile(rf"fold-\d/.*|manifest\.jsonl|evaluations?/.*|{_LEFT_BY_A_START.pattern}")
 
 

@@ -16,10 +16,10 @@ if __name__ == "__main__":
     interrupt.install()
     home.provide()
 
+import contextlib
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import tempfile
 import time
@@ -48,8 +48,9 @@ from scripts.gpu_parts.setting import config as small_config
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, CASES, ALLOWED, LEAST_STEPS = 4, 8, 0.1, 20
 KILL_CHECKPOINT_S = 5.0
-SETTLED_S, KILLED_AFTER_S, CALIBRATED_S = 20.0, 50.0, 110.0
-"""Of the run by which the machine is measured, from its first step: what is kept ready is there; a worker is killed."""
+SETTLED_S, KILLED_AFTER_S, CALIBRATED_S = 25.0, 50.0, 110.0
+"""From a run's first step: the processes that are kept ready have imported everything, on the cores that train; in the
+run by which the machine is measured a worker is killed; that run ends."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ RUNS = {
     "full-data-2": Case(240, 16, "raw", 2),
     "full-step-1": Case(240, 48, "store", 1),
     "full-step-2": Case(240, 48, "store", 2),
-    "kill": Case(60, 32, "store", 2, (0.4, 0.7)),
+    "kill": Case(240, 48, "store", 2, kills=(0.45,)),
 }
 """Data-bound where patches are tiny and cases are not; step-bound where it is the other way round."""
 
@@ -94,7 +95,7 @@ class Args:
     runs: str = ",".join(RUNS)
     """Comma-separated."""
     seconds: float = 90.0
-    """About how long each run trains; a quarter of it is left out, while the stream reads ahead."""
+    """About how long each run trains; the first 25 are left out, as long as processes are made ready."""
     work: str = ""
     """Folder for cases and what loading them takes, kept for the next time; by default one that is removed."""
     json: str = ""
@@ -103,6 +104,8 @@ class Args:
 
 def work(args: Args) -> None:
     names = [name for name in args.runs.split(",") if name]
+    if args.seconds < 2 * SETTLED_S:
+        raise UserError(f"--seconds {args.seconds:g}: {2 * SETTLED_S:g} at least; the first {SETTLED_S:g} do not count")
     if unknown := [name for name in names if name not in RUNS]:
         raise UserError(f"--runs {unknown[0]}: not known; there are {', '.join(RUNS)}")
     if args.json and Path(args.json).exists() and '"made_by": "scripts/check_plan"' not in Path(args.json).read_text():
@@ -259,7 +262,7 @@ def compare(case: Case, d: Demand, kept: Path, run_dir: Path, seconds: float) ->
         killed_at.append(kill_worker(driver))
 
     rows = train(case, kept, run_dir, seconds, dict.fromkeys((share * seconds for share in case.kills), kill))
-    counted = [row for row in rows if row["time"] >= rows[0]["time"] + 0.25 * (rows[-1]["time"] - rows[0]["time"])]
+    counted = [row for row in rows if row["time"] >= rows[0]["time"] + SETTLED_S]
     first, last = counted[0], counted[-1]
     spent, samples = last["time"] - first["time"], last["samples_seen"] - first["samples_seen"]
     if case.kills:  # the same samples, with these kills; in closed form each costs half an interval beside its recovery
@@ -283,7 +286,7 @@ def compare(case: Case, d: Demand, kept: Path, run_dir: Path, seconds: float) ->
 
 def measure(kept: Path, run_dir: Path) -> Machine:
     """By a run of its own, with one kill: what all but workers spend, and what is missing at its end."""
-    case, marks = RUNS["kill"], list[tuple[float, float]]()
+    case, marks = dataclasses.replace(RUNS["tiny-step-2"], kills=(KILLED_AFTER_S / CALIBRATED_S,)), []
     patch = cpu_of_patch(bench(kept, case))
 
     def mark(driver: psutil.Process) -> None:
@@ -341,8 +344,12 @@ def train(
                     at[left.pop(0)](driver)
         finally:
             if driver.poll() is None:
-                driver.send_signal(signal.SIGINT)  # the group saves, so that all rows are there
-            driver.wait(120)
+                driver.terminate()  # the group saves, so that all rows are there; scripts' children may ignore SIGINT
+            try:
+                driver.wait(120)
+            except psutil.TimeoutExpired:
+                driver.kill()
+                raise
     rows = [dict(row) for row in books.read_rows(str(run_dir))] if run_dir.exists() else []
     if len(rows) < LEAST_STEPS or left:
         raise RunFailed(f"{run_dir.name}: only {len(rows)} steps in {seconds:g} s; its log ends: {tail(run_dir)}")
@@ -356,9 +363,10 @@ def tail(run_dir: Path) -> str:
 def kill_worker(driver: psutil.Process) -> float:
     """One training worker of the run that this script started; the time."""
     for process in driver.children(recursive=True):
-        if any("RayTrainWorker" in word for word in process.cmdline()[:1]):
-            process.kill()
-            return time.time()
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if any("RayTrainWorker" in word for word in process.cmdline()[:1]):
+                process.kill()
+                return time.time()
     raise RunFailed("found no training worker to kill")
 
 

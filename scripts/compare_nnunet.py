@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -176,6 +177,7 @@ class Job:
     def ours(self, seed: int) -> dict[str, Any]:
         """`prepare`, `train` and `predict`, as a person types them."""
         folder = self.out / "ours" / f"seed{seed}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a start that was stopped: what it spent is not known any more
         run, store = str(folder / "run"), str(self.out / "store")
         recipe = ("--recipe", self.args.recipe, *(f"--set={s}" for s in self.args.set))
         _ours("prepare", "--data", str(self.out / "manifest.jsonl"), "--store", store, *recipe)

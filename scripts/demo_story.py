@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before Ray is imported, which takes seconds
     interrupt.install()
     home.provide()
 
+import contextlib
 import importlib
 import json
 import os
@@ -188,7 +189,8 @@ def _kill_a_worker(run_dir: str, since: float, over: threading.Event) -> None:
         if rows and launches and workers and rows[-1]["samples_seen"] > launches[-1]["total_samples"] / 3:
             victim = workers[-1]
             print(f"chaos: killing the worker of rank {victim['rank']} (process {victim['pid']})", flush=True)
-            os.kill(victim["pid"], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended in this very moment
+                os.kill(victim["pid"], signal.SIGKILL)
             journal.event(run_dir, "chaos", killed_pid=victim["pid"], rank=victim["rank"])
             return
 

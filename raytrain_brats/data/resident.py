@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,8 +69,8 @@ def _keep(path: Path, table: pa.Table) -> None:
 def shared_folder(identity: str, place: Path = SHARED) -> Iterator[Path]:
     """This data set's folder in shared memory, kept as long as a process is within, and by whoever was killed there:
     the next worker group goes on with it. Folders of other data sets that nobody uses any more are removed."""
-    folder = place / f"{_PREFIX}{os.getuid()}-{identity}"
-    with FileLock(place / f"{_PREFIX}{os.getuid()}.lock"):  # nobody removes a folder while another enters it
+    folder = _folder(identity, place)
+    with _changing(place):
         for other in place.glob(f"{_PREFIX}{os.getuid()}-*"):
             if other != folder:
                 _remove_unused(other)
@@ -82,7 +83,35 @@ def shared_folder(identity: str, place: Path = SHARED) -> Iterator[Path]:
         os.close(users)
         raise
     os.close(users)
-    _remove_unused(folder)
+    with _changing(place):
+        _remove_unused(folder)
+
+
+def leave(identity: str, place: Path = SHARED, patience_s: float = 10.0) -> None:
+    """For a run that ended before its stream did: remove the folder once all of this machine have left it."""
+    until = time.monotonic() + patience_s
+    while (folder := _folder(identity, place)).exists():
+        with _changing(place):
+            _remove_unused(folder)
+        if time.monotonic() > until:
+            return
+        time.sleep(0.1)
+
+
+def kept_bytes(identity: str, place: Path = SHARED) -> int:
+    """What a data set takes of shared memory already: a worker group that was killed left it."""
+    with contextlib.suppress(FileNotFoundError):  # another process removes it just now
+        return sum(file.stat().st_size for file in _folder(identity, place).glob("*.arrow"))
+    return 0
+
+
+def _folder(identity: str, place: Path) -> Path:
+    return place / f"{_PREFIX}{os.getuid()}-{identity}"
+
+
+def _changing(place: Path) -> FileLock:
+    """Nobody removes a folder while another enters it."""
+    return FileLock(place / f"{_PREFIX}{os.getuid()}.lock")
 
 
 def _remove_unused(folder: Path) -> None:

@@ -184,10 +184,22 @@ class Sampler:
     def row(self, step: int, turn: int, rank: int, world_size: int, cases_per_row: int) -> Row:
         """What `rank` receives in the turn that begins with the dealt case `turn`, in a run that goes on at `step`."""
         until = min(turn + world_size * cases_per_row, self.dealt)
-        first = max(0, self.oldest(step))
-        mine = range(turn + rank, until, world_size)
-        there = [n for n in mine if n >= first and any(part.first <= n < part.end for part in self._parts)]
+        there = self.row_dealt(step, turn, rank, world_size, cases_per_row)
         return Row(until, tuple(self._left(dealt, step) for dealt in there))
+
+    def row_dealt(self, step: int, turn: int, rank: int, world_size: int, cases_per_row: int) -> list[int]:
+        """The numbers of the dealt cases in that row."""
+        mine = range(turn + rank, min(turn + world_size * cases_per_row, self.dealt), world_size)
+        first = max(0, self.oldest(step))
+        return [n for n in mine if n >= first and any(part.first <= n < part.end for part in self._parts)]
+
+    def case(self, dealt: int) -> int:
+        """Which case is dealt as this number: a fraction of a `sample`'s work. Raises IndexError for padding."""
+        for part in self._parts:
+            if part.first <= dealt < part.end:
+                epoch, number = divmod(dealt - part.first + part.before, self.cases)
+                return _shuffled(_seed(self.seed, epoch), self.cases)[number]
+        raise IndexError(f"no case is dealt as number {dealt}")
 
     def _left(self, dealt: int, step: int) -> tuple[int, tuple[Sample, ...]]:
         """(case, its samples from `step` on) of a dealt case that is still shown then."""

@@ -24,7 +24,7 @@ from ray.train import DataConfig
 
 from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.patch import Buffer, PatchSpec, row_table
-from raytrain_brats.data.sampler import Row
+from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source
 from raytrain_brats.data.turns import StreamSpec
 from raytrain_brats.ray_ext.internals.data import ExecutionCallback, execution_index, poll_rarely
@@ -67,31 +67,40 @@ class CaseDatasource(Datasource):
         turns = sampler.turns(spec.step, world_size, cases_per_row)
         length = max(1, spec.segment_tasks * size // len(ranks))
         begin = execution_index(data_context) * length
-        rows = (
-            sampler.row(spec.step, turn, rank, world_size, cases_per_row)
+        places = (
+            (spec.step, turn, rank, world_size, cases_per_row)
             for turn in turns[begin : begin + length]
             for rank in ranks
         )
         tasks = []
-        while chosen := list(islice(rows, size)):
+        while chosen := list(islice(places, size)):
             tasks.append(_task(spec, chosen))
         return tasks
 
 
-def _task(spec: StreamSpec, rows: list[Row]) -> ReadTask:
-    cases = {index: spec.cases[index] for row in rows for index, _ in row.cases}
-    about = BlockMetadata(None, len(rows) * spec.case_bytes, None, None)
-    return ReadTask(partial(_read, spec.source, rows, cases, spec.patch_spec), about)
+Place = tuple[int, int, int, int, int]
+"""Arguments of `Sampler.row`. The samples of a row are computed by the task: for a whole segment they take seconds, for
+which every worker would wait."""
+
+
+def _task(spec: StreamSpec, places: list[Place]) -> ReadTask:
+    sampler = spec.sampler
+    needed = {sampler.case(dealt) for place in places for dealt in sampler.row_dealt(*place)}
+    cases = {index: spec.cases[index] for index in needed}
+    about = BlockMetadata(None, len(places) * spec.case_bytes, None, None)
+    return ReadTask(partial(_read, spec.source, sampler, places, cases, spec.patch_spec), about)
 
 
 _buffer = Buffer()
 
 
-def _read(source: Source, rows: list[Row], cases: dict[int, Case], patch_spec: PatchSpec) -> Iterator[pa.Table]:
+def _read(
+    source: Source, sampler: Sampler, places: list[Place], cases: dict[int, Case], patch_spec: PatchSpec
+) -> Iterator[pa.Table]:
     # One buffer a process is enough: a process runs one task at a time, and Ray has copied a table to the object store
     # before it asks for the next.
-    for row in rows:
-        yield row_table(source, row, cases, patch_spec, _buffer)
+    for place in places:
+        yield row_table(source, sampler.row(*place), cases, patch_spec, _buffer)
 
 
 class SchedulerThrottle(ExecutionCallback):

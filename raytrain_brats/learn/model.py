@@ -71,11 +71,7 @@ def _network(options: Network) -> nn.Module:
 
 def _own_network(part: OwnNetwork) -> nn.Module:
     found, given, named = parts.arguments(part, "network.name")
-    try:
-        made = found(*given, **named)
-    except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"network.name {part.name} cannot be made with these options ({text})") from error
+    made = parts.construct(found, part, "network.name", *given, **named)
     if not isinstance(made, nn.Module):
         raise UserError(f"network.name {part.name} makes a {type(made).__name__}; it must be a torch.nn.Module")
     return made

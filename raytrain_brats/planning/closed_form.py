@@ -8,7 +8,7 @@ seconds (J. T. Daly 2006, doi 10.1016/j.future.2004.11.016, equation 20); beside
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from raytrain_brats.planning.demand import PREFETCH, RARER, ROW_CASES, SEGMENT_TASKS, TASK_CASES, Demand, Fleet
@@ -129,6 +129,8 @@ def plan(d: Demand, fleet: Fleet) -> Plan:
     cold = d.cold_epochs * d.epoch_samples
     times = cold / cold_rate, (d.samples - cold) / warm_rate
     steps_s = sum(times)
+    if d.checkpoint_samples:
+        d = replace(d, checkpoint_s=d.checkpoint_samples / warm_rate)
     stalls = steps_s / d.checkpoint_s * d.checkpoint_stall_s
     validations = _validations(d, steps_s)
     trained_s = steps_s + stalls + validations * d.validation_s
@@ -159,9 +161,11 @@ def plan(d: Demand, fleet: Fleet) -> Plan:
 
 
 def _validations(d: Demand, steps_s: float) -> float:
-    """After the first epoch and each other, rarer where that took over 5 % of the time; and at the end."""
+    """After each epoch, rarer where that took over 5 % of the time, or by samples; and at the end."""
     if not d.validation_s:
         return 0.0
+    if d.validate_samples:
+        return float(-(-d.samples // d.validate_samples))
     apart = max(1, math.ceil(RARER * d.validation_s / (steps_s / d.epochs)))
     further = max(0, math.ceil(d.epochs) - 1)
     return 1.0 + further // apart + (further % apart > 0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytrain_brats import config as recipes
-from raytrain_brats.config import Config
+from raytrain_brats.config import Config, Validate
 from raytrain_brats.errors import UserError
 from raytrain_brats.planning.prices import Machine, near
 from raytrain_brats.planning.rates import FULL_EDGE, Rates
@@ -22,6 +22,8 @@ DEVICE_SHARE, HOST_SHARE, RARER = 0.25, 0.25, 19.0
 
 STORE_SHARE = 0.3 * 0.3
 """Of a node's memory: the object store's, and of that what `data/stream.py` leaves to rows on their way."""
+_MEASURED_OVERLAP = 0.5
+"""Of windows, when those of a case were counted; twice the windows an axis at twice that step."""
 _MEASURED_AT = 4
 """Patches a case when the coordinators were measured; their time is per row, and a row is of whole cases."""
 
@@ -105,6 +107,10 @@ class Demand:
     interruptions_per_s: float
     """Of one node on spot; 0 on demand."""
     replacement_s: float
+    validate_samples: int = 0
+    """0: after epochs, rarer where that would take long."""
+    checkpoint_samples: int = 0
+    """0: after `checkpoint_s`; else the plan makes seconds of it."""
 
     @property
     def step_s(self) -> float:
@@ -123,7 +129,9 @@ class Demand:
 def demand(config: Config, recipe: str, cases: int, fleet: Fleet, rates: Rates, route: str) -> Demand:
     """Raises UserError."""
     held_out = cases // 5
-    train, data = config.train, config.data
+    train, data, validate = config.train, config.data, config.validate_
+    if train.reduction == "exact":
+        raise UserError("train.reduction=exact: only `fast` is planned; no rate of samples one by one is known")
     batch, k = train.global_batch, data.patches_per_case
     ranks = min(fleet.gpus, batch)
     network = _network(config, recipe, rates)
@@ -137,9 +145,6 @@ def demand(config: Config, recipe: str, cases: int, fleet: Fleet, rates: Rates, 
     idle = max(0, fleet.train.vcpus - fleet.train.gpus) * used_nodes
     case_mb, read_mb, gets = rates.of("data.case_mb"), rates.of(f"data.{route}_mb"), 2 if route == "raw" else 1
     cpus = float(fleet.data_nodes * fleet.data.vcpus + idle)
-    files = config.validate_.max_cases if held_out else 0
-    rounds = -(-min(files, held_out) // ranks)
-    window = rates.of("validate.window") * rates.of("validate.windows") * sample_s / patch
     reading = cases * (rates.of("start.checksum") if route == "raw" else 0.0) / 1e3 / cpus
     prepare = cases * rates.of("prepare.case") / 1e3 / cpus if route == "store" else 0.0
     return Demand(
@@ -171,8 +176,10 @@ def demand(config: Config, recipe: str, cases: int, fleet: Fleet, rates: Rates, 
         residency=_residency(data.residency, fleet.train, 1.25 * (cases - held_out) * case_mb),
         alone_case_s=rates.of(f"data.{route}_alone") / 1e3 / cpu,
         checkpoint_s=config.checkpoint.every_s,
+        checkpoint_samples=config.checkpoint.every_samples or 0,
+        validate_samples=validate.every_samples or 0,
         checkpoint_stall_s=rates.of("checkpoint.stall"),
-        validation_s=rounds * (window + rates.of("validate.score") / cpu),
+        validation_s=-(-min(validate.max_cases, held_out) // ranks) * _case_s(validate, sample_s / patch, rates),
         start_s=rates.of("start.boot") + rates.of("start.launch") + reading,
         prepare_s=prepare,
         recover_s=rates.of("recover.node"),
@@ -180,6 +187,13 @@ def demand(config: Config, recipe: str, cases: int, fleet: Fleet, rates: Rates, 
         interruptions_per_s=rates.of("spot.interruptions") / 3600 if fleet.spot else 0.0,
         replacement_s=rates.of("spot.replacement"),
     )
+
+
+def _case_s(validate: Validate, sample_s: float, rates: Rates) -> float:
+    """Of a held-out case: its windows, each of a full-size patch, by one GPU, then its scores by one CPU."""
+    windows = rates.of("validate.windows") * (_MEASURED_OVERLAP / (1 - validate.overlap)) ** 3
+    views = 8 if validate.mirror else 1
+    return views * windows * rates.of("validate.window") * sample_s + rates.of("validate.score") / rates.of("data.vcpu")
 
 
 def _reduce_s(machine: Machine, nodes: int, network: str, rates: Rates) -> float:

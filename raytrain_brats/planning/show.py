@@ -16,7 +16,6 @@ from raytrain_brats.planning import prices
 from raytrain_brats.planning.closed_form import GPU, REMEDIES, Plan
 from raytrain_brats.planning.rates import KINDS, Rate
 
-MAKER = "raytrain-brats plan"
 COLOURS = ("#f2ae00", "#b292ea", "#e0603a", "#3064c8", "#80564d", "#9f2485", "#88dca7", "#decd73")
 """Of the limits, as in `reporting/figures.py`: told apart with every common colour blindness."""
 ROWS = (
@@ -101,8 +100,8 @@ def _usd(usd: float | None) -> str:
     return "no price" if usd is None else f"{usd:,.2f}" if usd < 10 else f"{usd:,.0f}"
 
 
-def picture(request: str, drawn: Sequence[Plan], chosen: Plan) -> bytes:
-    """Hours against GPUs of one kind, `drawn` by their number; each limit as if it were the only one."""
+def picture(request: str, drawn: Sequence[Plan], chosen: Plan, made_by: str) -> bytes:
+    """PNG: hours against GPUs of one kind, `drawn` by their number; each limit as if it were the only one."""
     gpus = [plan.fleet.gpus for plan in drawn]
     look: dict[Any, Any] = {"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(look):
@@ -129,7 +128,7 @@ def picture(request: str, drawn: Sequence[Plan], chosen: Plan) -> bytes:
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)
         target = io.BytesIO()
-        figure.savefig(target, format="png", dpi=150, metadata={"Software": MAKER})
+        figure.savefig(target, format="png", dpi=150, metadata={"Software": made_by})
     return target.getvalue()
 
 
@@ -138,7 +137,3 @@ def _hours(plan: Plan, name: str) -> float:
     d = plan.demand
     samples = d.samples if d.residency == "stream" or name in (GPU, "all-reduce") else d.cold_epochs * d.epoch_samples
     return samples / plan.limits[name] / 3600 if name in plan.limits else math.nan
-
-
-def is_ours(content: bytes) -> bool:
-    return content.startswith(b"\x89PNG") and MAKER.encode() in content[:200]

@@ -227,7 +227,7 @@ def run(d: Demand, cold: float, warm: float, seed: int, kills_s: Sequence[float]
     if d.interruptions_per_s:
         for _ in range(d.nodes):
             heapq.heappush(changes, (now + draw.expovariate(d.interruptions_per_s), -1))
-    save_at, validate_after, epoch = now + d.checkpoint_s, 0.0, 1
+    save_at, validate_after, due = now + d.checkpoint_s, 0.0, (every := d.validate_samples or d.epoch_samples)
     while done < d.samples:
         if changes and changes[0][0] <= now:
             _, change = heapq.heappop(changes)
@@ -245,16 +245,16 @@ def run(d: Demand, cold: float, warm: float, seed: int, kills_s: Sequence[float]
         if not speed:
             now = changes[0][0]
             continue
-        target = min(epoch * d.epoch_samples, d.samples, cold_samples if done < cold_samples else d.samples)
+        target = min(due, d.samples, cold_samples if done < cold_samples else d.samples)
         next_change = changes[0][0] if changes else float("inf")
         until = max(now, min(now + (target - done) / speed, save_at, next_change))
         done, now = done + (until - now) * speed, until
         if now >= save_at:
             saved, now = done, now + d.checkpoint_stall_s
             save_at = now + d.checkpoint_s
-        if done >= epoch * d.epoch_samples - 1e-3:
-            done, epoch = epoch * d.epoch_samples, epoch + 1
-            if d.validation_s and (now >= validate_after or done >= d.samples):
+        if done >= due - 1e-3 or done >= d.samples - 1e-3:
+            done, due = min(due, d.samples), due + every
+            if d.validation_s and (d.validate_samples or now >= validate_after or done >= d.samples):
                 now += d.validation_s
                 validate_after = now + RARER * d.validation_s
         elif target - done < 1e-3:

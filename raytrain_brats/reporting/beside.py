@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raytrain_brats.config import flat
 from raytrain_brats.labels import REGIONS
 from raytrain_brats.reporting import scores
 from raytrain_brats.reporting.evaluated import YEAR, Evaluated
@@ -106,14 +107,10 @@ def cautions(here: Side, there: Side) -> list[str]:
 def settings(here: Side, there: Side) -> list[tuple[str, str, str]]:
     """(key, here, there) of what differs."""
     left_out = {"labels", "modalities", "synthetic"}  # the convention says as much
-    one, other = (_flat({k: v for k, v in side.about.items() if k not in left_out}) for side in (here, there))
+    one, other = (
+        {key: str(value) for key, value in flat({k: v for k, v in side.about.items() if k not in left_out}).items()}
+        for side in (here, there)
+    )
     keys = [*one, *(key for key in other if key not in one)]
     return [(key.removeprefix("config."), one.get(key, "–"), other.get(key, "–")) for key in keys
             if one.get(key) != other.get(key)]  # fmt: skip
-
-
-def _flat(values: Row, above: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": str(value)}
-    return flat

@@ -13,7 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-MAKER = "raytrain-brats compare"
+from raytrain_brats.reporting.figures import running_mean
+
 COLOURS = ("#3064c8", "#e0603a", "#159183", "#9f2485", "#f2ae00", "#80564d", "#e0478a", "#3fa7e6")
 _STYLES = ("-", "--", ":", "-.")
 
@@ -41,7 +42,7 @@ def differing(settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list
     return found
 
 
-def picture(curves: Sequence[Curve]) -> bytes:
+def picture(curves: Sequence[Curve], made_by: str) -> bytes:
     """PNG: the running mean of the loss, and the mean Dice of held-out cases, over samples seen."""
     look: dict[Any, Any] = {
         "axes.spines.top": False,
@@ -59,7 +60,7 @@ def picture(curves: Sequence[Curve]) -> bytes:
                 "label": curve.name,
             }
             if curve.samples:
-                loss.plot(curve.samples, _smooth(curve.loss), lw=1.8, **ink)
+                loss.plot(curve.samples, running_mean(np.array(curve.loss, dtype=float))[0], lw=1.8, **ink)
             if curve.validations:
                 seen, mean = zip(*curve.validations, strict=True)
                 dice.plot(seen, mean, marker="o", ms=3.5, lw=1.8, **ink)
@@ -72,20 +73,5 @@ def picture(curves: Sequence[Curve]) -> bytes:
             axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter="{x:,.0f}")
         figure.legend(*dice.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         target = io.BytesIO()
-        figure.savefig(target, format="png", dpi=150, metadata={"Software": MAKER})
+        figure.savefig(target, format="png", dpi=150, metadata={"Software": made_by})
         return target.getvalue()
-
-
-def is_ours(content: bytes) -> bool:
-    """Whether a file is such a picture."""
-    return content.startswith(b"\x89PNG") and MAKER.encode() in content[:200]
-
-
-def _smooth(loss: Sequence[float | None]) -> Any:
-    """A mean over a twenty-fifth of the steps; steps without a loss have no weight."""
-    values = np.array(loss, dtype=float)
-    known, window = np.isfinite(values), min(max(1, len(values) // 25), 500) | 1
-    total, count = (
-        np.convolve(x, np.ones(window), "same")[: len(values)] for x in (np.where(known, values, 0.0), known)
-    )
-    return np.where(count > 0.5, total / np.maximum(count, 1), np.nan)

@@ -69,22 +69,24 @@ def _samples_axes(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _running_mean(values: Array, window: int) -> Array:
-    """Centred mean, over fewer values at the ends; a value that is not finite carries no weight."""
-    known = np.isfinite(values)
-    total, count = (np.convolve(x, np.ones(window), "same") for x in (np.where(known, values, 0.0), known))
-    return np.where(count > 0.5, total / np.maximum(count, 1), np.nan)
+def running_mean(values: Array) -> tuple[Array, int]:
+    """(centred mean over a twenty-fifth of the values, 500 at most, fewer at the ends; over how many). A value that is
+    not finite carries no weight."""
+    known, window = np.isfinite(values), min(max(1, len(values) // 25), 500) | 1
+    parts = np.where(known, values, 0.0), known
+    total, count = (np.convolve(x, np.ones(window), "same")[: len(values)] for x in parts)  # else as long as the window
+    return np.where(count > 0.5, total / np.maximum(count, 1), np.nan), window
 
 
 def loss_curve(rows: Sequence[Row], dark: bool = False) -> bytes:
     """Loss over samples seen: each step faint, its running mean strong, restarts as vertical lines."""
     seen, loss = np.array([(row["samples_seen"], row["loss"]) for row in rows], dtype=float).T
-    window = min(max(1, len(rows) // 25), 500) | 1
     restarts = [after for before, after in pairwise(rows) if before["generation"] != after["generation"]]
     with matplotlib.rc_context(theme(dark)):
         figure, axes = _samples_axes("Training loss")
         axes.plot(seen, loss, color=_GREY, lw=0.8, alpha=0.7, label="each step")
-        mean, label = _running_mean(loss, window), f"mean of {window} steps" if window > 1 else None
+        mean, window = running_mean(loss)
+        label = f"mean of {window} steps" if window > 1 else None
         axes.plot(seen, mean, ".-" if len(rows) < 30 else "-", color=TIME_COLOURS["productive"], lw=2.2, label=label)
         for row in restarts:
             start, name = row["positions"][0], f"group {row['generation']}" if len(restarts) <= 12 else ""

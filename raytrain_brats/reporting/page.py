@@ -214,12 +214,6 @@ def _scores(found: Evaluated, validations: Sequence[Row]) -> tuple[dict[str, Any
     return {}, ""
 
 
-def _mapping(config: str) -> Row:
-    """config.yaml's content; {} where there is none, or something else."""
-    found = yaml.safe_load(config)
-    return found if isinstance(found, dict) else {}
-
-
 def _on_phantoms(summary: Row, config: Any) -> bool:
     """By the evaluation's word, else by the configuration's `synthetic`."""
     if "data" in summary:

@@ -19,6 +19,7 @@ from raytrain_brats.run.repeated import Repeated
 from raytrain_brats.run.run_dir import RunDir
 
 TIMEOUT_S = 30.0
+"""At least; for slow steps, on CPUs, some steps' time (`patience_s`)."""
 HOLD_S = 60.0
 SAVE, HOLD = 1, 2
 """What can be requested: save and continue; save, then wait to be ended."""
@@ -30,6 +31,12 @@ def training(run_dir: str) -> control.Generation | None:
     return generation if generation and control.status(run_dir, generation.number).trains else None
 
 
+def patience_s(run_dir: str) -> float:
+    """How long a checkpoint may take from its request on: it is heard before the next step, and saved after that."""
+    generation = control.current(run_dir)
+    return max(TIMEOUT_S, 4 * control.status(run_dir, generation.number).step_s) if generation else TIMEOUT_S
+
+
 def request(run_dir: str, what: int) -> bool:
     """Request a checkpoint and wait until it is committed; False when no group trains, or when none came in time.
 
@@ -38,19 +45,19 @@ def request(run_dir: str, what: int) -> bool:
     """
     if (generation := training(run_dir)) is None:
         return False
-    asked = time.time()
+    asked, patience = time.time(), patience_s(run_dir)
     document = RunDir(run_dir).save_request
     for _ in range(20):  # another writer may win the compare-and-swap
         before = document.read()
         other = _parsed(before)
-        if other.get("generation") == generation.number and other["time"] > asked - TIMEOUT_S:
+        if other.get("generation") == generation.number and other["time"] > asked - patience:
             what = max(what, other["what"])
         wanted = {"generation": generation.number, "what": what, "time": asked}
         if document.swap(before, json.dumps(wanted).encode()):
             break
     else:
         return False
-    while time.time() < asked + TIMEOUT_S and control.current(run_dir) == generation:
+    while time.time() < asked + patience and control.current(run_dir) == generation:
         now = control.status(run_dir, generation.number)
         if now.holds_since > asked - HOLD_S or (now.answered >= asked and what == SAVE):
             return True

@@ -60,6 +60,8 @@ def current(run_dir: str) -> Generation | None:
 class GroupStatus:
     trains: bool = False
     """It has applied a step."""
+    step_s: float = 0.0
+    """Seconds of its first step, without waiting for data."""
     committed: bool = False
     """It has committed a checkpoint."""
     answered: float = 0.0

@@ -192,6 +192,7 @@ def _save(run_dir: str) -> None:
     outcome, onwards = "not saved now", "goes on from the newest checkpoint"
     try:
         if checkpoint_request.training(run_dir):
+            interrupt.allow(checkpoint_request.patience_s(run_dir) + interrupt.GRACE_S)
             _tell("saving a checkpoint ...")
             if checkpoint_request.request(run_dir, checkpoint_request.HOLD):
                 outcome = "saved"

@@ -92,7 +92,8 @@ def _choose(spec: RunSpec, rank: Rank, cases: Callable[[], tuple[Case, ...]]) ->
     wanted = _set_bytes(spec, cases())
     free, total = torch.cuda.mem_get_info(rank.device)
     kind = "stream"
-    if 0 < wanted < HOST_SHARE * shutil.disk_usage(resident.SHARED).free:
+    free_here = shutil.disk_usage(resident.SHARED).free + resident.kept_bytes(spec.dataset_identity)
+    if 0 < wanted < HOST_SHARE * free_here:
         kind = "device" if wanted < min(DEVICE_SHARE * total, free) else "host"
     place = torch.tensor(KINDS.index(kind), device=rank.device)
     if rank.world_size > 1:

@@ -23,12 +23,11 @@ from raytrain_brats import interrupt
 from raytrain_brats.config import Config
 from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.ray_ext import cluster, roles, start_up
-from raytrain_brats.run import checkpoint_request
 
 PARENT = "RAYTRAIN_BRATS_PARENT"
 """Process number of the command that trains all folds, in the environment of one that trains one."""
-SAVE_S = checkpoint_request.TIMEOUT_S + 2 * interrupt.GRACE_S
-"""How long folds may take to save and end."""
+SAVE_S = 300.0
+"""How long folds may take to save and end: each has a limit of its own, which is a few steps' time."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Out: a `hang` event that names the rank, every rank's stack in `stacks/`, and th
 again from the newest checkpoint. Without this all others wait for a hung rank in their collective for half an hour.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain_brats import storage
+from raytrain_brats.errors import UserError
 from raytrain_brats.ray_ext.internals import core
 from raytrain_brats.run import journal
 from raytrain_brats.run.heartbeat import PREFIX
@@ -143,7 +145,8 @@ class HangDetector(Repeated):
             if text == GONE:  # it was killed, which Ray notices by itself: that is no hang
                 continue
             file = RunDir(self._run_dir).stacks(report["generation"], rank)
-            storage.write_bytes(file, text.encode())
+            with contextlib.suppress(OSError, UserError):  # a full disk, storage that is away: it is told all the same
+                storage.write_bytes(file, text.encode())
             if rank in to_kill:
                 facts = {key: report[key] for key in ("generation", "rank", "phase", "samples_seen", "pid", "node")}
                 silent = now_s - status.beat_s > self._timeout_s

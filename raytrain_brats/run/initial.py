@@ -102,9 +102,8 @@ def fitting(
 ) -> "tuple[dict[str, Tensor], list[str], list[str]]":
     """(weights that both networks have, names only they have, names only ours has). Raises UserError where they differ
     in more than their heads."""
-    weights = {
-        n: t for n, t in weights.items() if not n.startswith("skip_layers.")
-    }  # DynUNet's, named twice (format 1)
+    # DynUNet's skip_layers are named twice in format 1
+    weights = {n: t for n, t in weights.items() if n in own or not n.startswith("skip_layers.")}
     kept = {name: t for name, t in weights.items() if name in own and own[name].shape == t.shape}
     left_out, fresh = sorted(weights.keys() - kept.keys()), sorted(own.keys() - kept.keys())
     if wrong := [name for name in {*left_out, *fresh} if not name.startswith(HEADS)]:

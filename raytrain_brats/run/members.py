@@ -125,7 +125,7 @@ def parts_of(members: Iterable[Member]) -> list[OwnPart]:
     return [network for network in networks if network]
 
 
-def rules_of(folders: Sequence[str], members: Sequence[Member]) -> tuple[Rules | None, str]:
+def rules_of(folders: Sequence[str], members: Sequence[Member], mirror: bool = True) -> tuple[Rules | None, str]:
     """(what held-out cases taught about these networks, if anything was asked of them; in words, or why not).
 
     From the first `postprocessing.json` of the folders given whose networks include all of these: of the same weights.
@@ -146,7 +146,9 @@ def rules_of(folders: Sequence[str], members: Sequence[Member]) -> tuple[Rules |
                 f"{uri} is damaged ({error}); remove it, or run `raytrain-brats postprocess` again"
             ) from error
         if {(member.fold, member.digest) for member in members} <= known:
-            return rules, "post-processing: " + ("; ".join(rules.in_words()) or "none helped")
+            other = {True: "; learned from mirrored masks", False: "; learned from masks of one view"}
+            views = "" if found.get("mirror", mirror) == mirror else other[not mirror]
+            return rules, "post-processing: " + ("; ".join(rules.in_words()) or "none helped") + views
         said = f"{uri} was learned for other weights and is not used; run `raytrain-brats postprocess` again"
     return None, said
 

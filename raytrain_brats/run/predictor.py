@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from raytrain_brats.config import Config
+from raytrain_brats.data.nifti import InvalidCase
 from raytrain_brats.data.preprocess import Prepared, restore
-from raytrain_brats.errors import UserError
+from raytrain_brats.errors import RunFailed, UserError
 from raytrain_brats.labels import REGIONS, to_regions
 from raytrain_brats.learn.inference import probabilities, to_masks
 from raytrain_brats.learn.model import build_network
@@ -38,6 +39,17 @@ class Score:
     case_id: str
     dice: dict[str, float]
     hd95_mm: dict[str, float]
+
+
+def left_out(case: str, error: Exception) -> str:
+    """Why a case has no result, in words; raises what concerns all cases."""
+    if isinstance(error, InvalidCase):
+        return f"case {case}: {error.reason}, {error.detail}"
+    if isinstance(error, RunFailed | UserError):
+        raise error
+    text = " ".join(str(error).split())[:300]
+    advice = "; a GPU with more memory, or --no-mirror, may do it" if "out of memory" in text.lower() else ""
+    return f"case {case}: {type(error).__name__}: {text}{advice}"
 
 
 def newest_weights(run_dir: str, best: bool = False) -> tuple[str, dict[str, torch.Tensor]]:

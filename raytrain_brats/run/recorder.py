@@ -157,9 +157,9 @@ class RunRecorder:
         return ranks[0][1]
 
     def step(self, before: int, seen: int, launched: Launched, mine: list[Patch]) -> int:
-        """Record the steps whose numbers are there: usually the one before, since reading those of the newest would
-        make the host wait for the device. Returns what rank 0 asked for; then, and where something may be due by
-        the number of samples, all steps are recorded, so that it happens after a step of which all is known.
+        """Record the steps whose numbers are there: on a GPU usually the one before, since reading those of the newest
+        would make the host wait for it. Returns what rank 0 asked for; then, and where something may be due by the
+        number of samples, all steps are recorded, so that it happens after a step of which all is known.
 
         All ranks read the same numbers at the same step, so they do the same.
         """
@@ -168,9 +168,9 @@ class RunRecorder:
                 self._quarantined.add(patch.case_id)
                 reason, _, detail = patch.reason.partition(": ")
                 self.event("quarantine", case=patch.case_id, reason=reason, detail=detail, position=patch.position)
-        first = before == self.generation.samples_seen
+        there = before == self.generation.samples_seen or self.rank.device.type == "cpu"
         self._unread.append((before, seen, launched, self.timer.step_times()))
-        asked = self._read(0 if first or may_be_due(self.spec.config, self.spec.sampler, before, seen) else 1)
+        asked = self._read(0 if there or may_be_due(self.spec.config, self.spec.sampler, before, seen) else 1)
         return asked | self.drain() if asked else 0
 
     def drain(self) -> int:
@@ -205,7 +205,7 @@ class RunRecorder:
             about |= {"loss": result.loss, "lr": result.learning_rate, "bad": result.bad, "finite": result.finite}
             self._log.add(about | {"wait_s": round(wait_s, 4), "step_s": round(step_s, 4), "time": time.time()})
             if before == self.generation.samples_seen:
-                self._note(trains=True)
+                self._note(trains=True, step_s=round(step_s - wait_s, 1))
                 self._recovered()
             self._gauges.set_step(seen - before, seen, world_size, result.loss, wait_s, step_s)
             for rank, times in slow:

@@ -14,6 +14,7 @@ import ray.train
 import ray.train.torch
 import torch
 
+from raytrain_brats.data import resident
 from raytrain_brats.data.patch import Patch
 from raytrain_brats.data.stream import open_shard
 from raytrain_brats.learn import micro_batch
@@ -47,6 +48,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
         share = partial(open_shard, rank.number, rank.world_size)
         stream = open_steps(spec, step, rank, arguments["prefetch"], lambda: ray.get(arguments["cases"]), share)
         train_rank(spec, generation, rank, timer, stream)
+        del stream  # a run that ended early has not read it to its end
+        resident.leave(spec.dataset_identity)
 
 
 def train_rank(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from raytrain_brats.labels import CAVITY, CORE, EDEMA, ENHANCING, known, regions
 
-CHALLENGES = ("GLI", "SSA", "PED", "MEN", "MET")
 _BY_CONVENTION = {"brats2024_ped": "PED", "brats2024_met": "MET"}
 _NAMED = re.compile(r"^BraTS-(GLI|SSA|PED|MEN|MET)-")
 

@@ -160,6 +160,16 @@ def test_books_of_one_file_each_are_still_read(tmp_path: Path) -> None:
     assert checkpoint.committed(run) == [] and books.parts(run) == []
 
 
+def test_what_a_person_leaves_among_events_is_none(tmp_path: Path) -> None:
+    """`cat events/*.jsonl > events/all.jsonl`, and a new group begins all the same."""
+    run = str(tmp_path)
+    journal.event(run, "launch", total_samples=8)
+    (segment,) = (tmp_path / "events").iterdir()
+    (tmp_path / "events/all.jsonl").write_bytes(segment.read_bytes())
+    assert [e["event"] for e in books.read_events(run)] == [e["event"] for e in books.recent(run)[1]] == ["launch"]
+    assert journal.begin_generation(run).number == 1
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_events_stand_in_order_whatever_the_clocks_of_hosts_show(data: st.DataObject) -> None:

@@ -75,6 +75,7 @@ def test_config_is_frozen_and_hashable() -> None:
         (["data.convention=brats"], ["data.convention", "msd"]),
         (["checkpoint.keep=1"], ["checkpoint.keep", "1"]),
         (["network.name=unett"], ["network", "unett", "segresnet", "dynunet"]),
+        (["network.name=unet", "network.filters=[8]"], ["key network.filters is not known; did you mean network."]),
         (["network=3"], ["network", "3"]),
         (["network.blocks_down=[]"], ["blocks_up", "blocks_down"]),
         (["network.blocks_up=[1, 1, 1]"], ["blocks_up", "blocks_down"]),
@@ -178,3 +179,9 @@ def test_the_learning_rate_is_for_the_batch(name: str, rate: float, batch: int) 
     train = load(name).train
     assert train.optimiser.learning_rate == pytest.approx(rate * (train.global_batch / batch) ** 0.5, rel=0.02)
     assert train.optimiser.warmup_share > 0
+
+
+def test_another_network_brings_its_own_options() -> None:
+    """Those of the recipe's network are none of its own; the same name leaves them."""
+    assert load("demo", ("network.name=unet",)).network.name == "unet"
+    assert load("demo", ("network.name=segresnet",)).network == load("demo").network

@@ -255,20 +255,49 @@ def test_the_spread_is_that_of_the_folds_means() -> None:
     assert fold_scores.lines([row(0, 0.4)])[-1][2:] == ["-"] * 6
 
 
+def mapped(
+    function: Callable[[Any], Any], items: Iterable[Any], on_gpus: bool, read: Any = None, failed: Any = None
+) -> Iterable[Any]:
+    """As `parallel_map` meets what fails."""
+    for item in items:
+        try:
+            yield function(read(item) if read else item)
+        except Exception as error:  # noqa: BLE001 - as `parallel_map` has it
+            yield failed(item, error)
+
+
+def test_a_case_that_fails_is_named_and_the_others_are_scored(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory is short for one: exit code 1, a line, the scores of the others; what a person left beside them stays."""
+    shutil.copytree(made / "run/fold-0", tmp_path / "run")
+    other = write_msd_folder(tmp_path / "other", 3, shape=(12, 12, 12))
+    words = ["--run-dir", str(tmp_path / "run"), "--data", str(other), "--split", "all", "--no-mirror"]
+    assert evaluate.main(words) == 0
+    notes, short = tmp_path / "run/evaluation/notes.txt", [2]
+    notes.write_text("looked at")
+    sound = evaluate.native_probabilities
+
+    def tight(*given: Any, **named: Any) -> Any:
+        short[0] -= 1
+        if not short[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sound(*given, **named)
+
+    monkeypatch.setattr(cluster, "parallel_map", mapped)
+    monkeypatch.setattr(evaluate, "native_probabilities", tight)
+    assert evaluate.main(words) == 1
+    said = capsys.readouterr().err
+    assert "left out: case BRATS_002: OutOfMemoryError" in said and "1 of 3 cases could not be scored" in said
+    rows = csv.DictReader((tmp_path / "run/evaluation/cases.csv").read_text().splitlines())
+    assert [row["case"] for row in rows] == ["BRATS_001", "BRATS_003"] and notes.read_text() == "looked at"
+
+
 def test_a_case_that_fails_is_named_and_the_others_are_predicted(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A damaged scan, and one for which memory is short: exit code 1, a line each; the same command tries them again.
     Where the first ten all fail it is not the cases; a full disk ends the command at once."""
-
-    def mapped(
-        function: Callable[[Any], Any], items: Iterable[Any], on_gpus: bool, read: Any, failed: Any
-    ) -> Iterable[Any]:
-        for item in items:
-            try:
-                yield function(read(item))
-            except Exception as error:  # noqa: BLE001 - as `parallel_map` has it
-                yield failed(item, error)
 
     monkeypatch.setattr(cluster, "parallel_map", mapped)
     data = write_msd_folder(tmp_path / "data", 12, shape=(12, 12, 12))

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributed
 
-from raytrain_brats.run import journal
+from raytrain_brats import books, storage
+from raytrain_brats.run import hang_detector, journal
 from raytrain_brats.run.hang_detector import RankStatus, find_hung, updated
 from raytrain_brats.run.phase_timer import PHASES, PhaseTimer
 from raytrain_brats.run.rank import Rank
@@ -38,6 +40,33 @@ def life(
 
 def named(*lives: RankStatus, longest_s: float = 1.0) -> list[int]:
     return [found.rank for found in find_hung(lives, 1000, 20, longest_s)]
+
+
+def test_a_hang_is_told_also_where_no_stack_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank is killed by then: on a full disk this is all that people hear of it."""
+
+    class Stacks:
+        def options(self, **_: Any) -> "Stacks":
+            return self
+
+        def remote(self, *_: Any) -> str:
+            return "in all_reduce"
+
+    def full(uri: str, *_: Any) -> None:
+        raise OSError(28, "No space left on device", uri)
+
+    monkeypatch.setattr(hang_detector, "_stacks", Stacks())
+    monkeypatch.setattr(hang_detector, "NodeAffinitySchedulingStrategy", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "wait", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "get", lambda found, **_: found)
+    monkeypatch.setattr(storage, "write_bytes", full)
+    detector = hang_detector.HangDetector(str(tmp_path), "run", 20)
+    hung = life(1, "forward", moved_s=50)
+    hung.report.update(node="a", stacks="file")
+    detector._ranks = {1: hung}
+    assert detector._end([hung], 1000)
+    (told,) = books.read_events(str(tmp_path))
+    assert (told["event"], told["rank"], told["for_s"]) == ("hang", 1, 50)
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,7 @@ def test_train_begins_no_run_among_other_files(
     assert "project/config.yaml is not a run's" in refused(*ready, made / "project")
 
     (made / "begun").mkdir()
-    for name in ("lease.json", "generation.json", "write-probe", ".lease.json.lock"):
+    for name in ("lease.json", "generation.json", "plan.json", "write-probe", ".lease.json.lock"):
         (made / "begun" / name).write_text("{}")
     for name in ("connect", "check_shared"):
         monkeypatch.setattr(cluster, name, lambda *_, **__: None)

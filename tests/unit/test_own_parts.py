@@ -77,6 +77,9 @@ def across(logits, regions): return (logits - regions).square().flatten(1).mean(
 def constant(logits, regions): return regions.flatten(1).mean(1)
 def by_tumour(logits, regions): return (logits.sigmoid() * regions).flatten(1).sum(1) / regions.flatten(1).sum(1)
 def fails(logits, regions): raise ValueError("no such\\nthing")
+class Strict:
+    def __init__(self, gamma): raise ValueError(f"gamma {gamma} is not\\npositive")
+    def __call__(self, logits, regions): return logits
 def elementwise(logits, regions): return (logits - regions).square()
 
 def noisy(image, regions, draws): return image + torch.rand_like(image), regions
@@ -157,6 +160,10 @@ def test_the_same_seed_gives_the_same_weights() -> None:
         ("train.loss=bad:constant", ["no gradient"]),
         ("train.loss=bad:by_tumour", ["loss of a patch without tumour is not finite"]),
         ("train.loss=bad:fails", ["bad:fails fails (ValueError: no such thing)"]),
+        (
+            "train.loss={name: 'bad:Strict', gamma: -1}",
+            ["train.loss bad:Strict cannot be made", "gamma -1 is not positive"],
+        ),
         ("train.loss={name: 'my_parts:focal', gama: 1}", ["gama", "focal(logits"]),
         ("train.augment.own=bad:noisy", ["take all random numbers from `draws`"]),
         ("train.augment.own=bad:smaller", ["image was (4, 8, 10, 12)", "became (4, 7, 10, 12)"]),

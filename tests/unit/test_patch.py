@@ -288,7 +288,9 @@ def test_executions_of_the_datasource_chain_to_the_end(
                 assert turn % len(ranks) == 0, "an execution begins with the first rank"
                 for task in CaseDatasource(spec).get_read_tasks(1, data_context=context):
                     read: Any = task.read_fn
-                    for row in read.args[1]:
+                    _, sampled, places, cases, _ = read.args
+                    for row in (sampled.row(*place) for place in places):
+                        assert all(cases[index] == found[index] for index, _ in row.cases)
                         rank, turn = ranks[turn % len(ranks)], turn + 1
                         for _, samples in row.cases:
                             seen += [s.position for s in samples]

@@ -269,3 +269,18 @@ def test_the_example_of_the_docs_is_what_the_command_says(capsys: pytest.Capture
     shown = {cells[1].strip(): cells[2:4] for line in page.splitlines() if len(cells := line.split("|")) == 5}
     for name in ("nodes", "waiting for data", "in all, on spot", "USD on demand", "USD on spot", "next limit"):
         assert [cell.strip() for cell in told[name]] == [cell.strip() for cell in shown[name]], name
+
+
+def test_settings_that_take_time_are_in_the_plan() -> None:
+    """Mirrored or denser validations, more of them, checkpoints by samples; what has no rate is refused."""
+    machines = fleet()
+    plain = asked(48_884, machines)
+    mirrored, dense = (asked(48_884, machines, "raw", f"validate.{s}") for s in ("mirror=true", "overlap=0.75"))
+    score = plain.validation_s - (mirrored.validation_s - plain.validation_s) / 7
+    assert dense.validation_s - score == pytest.approx(mirrored.validation_s - score)  # 8 views; 2^3 times the windows
+    often = asked(48_884, machines, "raw", "validate.every_samples=10000")
+    assert closed_form.plan(often, machines).validations == -(-often.samples // 10_000)
+    saved = closed_form.plan(asked(48_884, machines, "raw", "checkpoint.every_samples=5000"), machines)
+    assert saved.demand.checkpoint_s == pytest.approx(5000 / saved.samples_per_s)
+    with pytest.raises(UserError, match="exact"):
+        asked(48_884, machines, "raw", "train.reduction=exact")

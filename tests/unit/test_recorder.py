@@ -254,6 +254,14 @@ def test_a_request_that_was_not_answered_in_time_is_withdrawn(tmp_path: Path, mo
         assert poller._request and poller.poll() == 0
 
 
+def test_slow_steps_are_waited_for(tmp_path: Path) -> None:
+    """On a CPU a step may take longer than any fixed limit: it is heard before the next, and saved after that."""
+    generation = begun(tmp_path)
+    assert checkpoint_request.patience_s(str(tmp_path)) == checkpoint_request.TIMEOUT_S
+    control.note(str(tmp_path), generation.number, step_s=25.0)
+    assert checkpoint_request.patience_s(str(tmp_path)) == 100
+
+
 def test_a_status_is_written_after_any_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that is no OSError, as of a mount without locks: later changes wait for the same thread."""
     real, failures = control.note, [UserError("its file system does not lock files")]

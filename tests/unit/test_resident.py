@@ -14,7 +14,7 @@ from raytrain_brats.data.manifest import Case
 from raytrain_brats.data.patch import Patch, PatchSpec, decode
 from raytrain_brats.data.sampler import Sampler
 from raytrain_brats.data.store import Source
-from raytrain_brats.data.turns import StreamSpec, rank_steps, tables
+from raytrain_brats.data.turns import StreamSpec, rank_steps, read_ahead, tables
 from raytrain_brats.run.feed import Uploader, resident_rows
 from raytrain_brats.run.rank import Rank
 from tests.support.cases import write_msd_folder
@@ -106,6 +106,20 @@ def test_shared_memory_is_given_back(tmp_path: Path) -> None:
     assert folder.exists()
     with resident.shared_folder("b", tmp_path):
         assert not folder.exists()
+
+
+def test_a_run_that_ends_early_gives_it_back(spec: StreamSpec, tmp_path: Path) -> None:
+    """Its stream is closed amid the rows; the folder goes once the reading thread has left, and not before."""
+    rows = read_ahead(lambda: resident_rows(spec, "x", Rank(0, 1, CPU), "host", tmp_path), 1)
+    for _ in range(3):
+        next(rows)
+    (folder,) = tmp_path.glob("*-x")
+    assert resident.kept_bytes("x", tmp_path) >= 2 * min(file.stat().st_size for file in folder.glob("*.arrow"))
+    resident.leave("x", tmp_path, patience_s=0.3)
+    assert folder.exists()
+    del rows
+    resident.leave("x", tmp_path)
+    assert not folder.exists() and resident.kept_bytes("x", tmp_path) == 0
 
 
 def test_an_uploader_places_a_row_once() -> None:

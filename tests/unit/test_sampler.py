@@ -144,6 +144,22 @@ def test_a_row_brings_what_is_left_of_a_case_and_turns_have_one_for_each_rank(
     assert found == Counter(p for p in later if sampler.sample(p).case is not None)
 
 
+@settings(deadline=None, max_examples=100)
+@given(LENGTHENED, st.integers(1, 5), st.integers(1, 3), st.data())
+def test_the_cases_of_a_row_are_known_without_its_samples(
+    sampler: Sampler, world_size: int, size: int, data: st.DataObject
+) -> None:
+    """Read tasks are planned by them: the same cases, in the same order."""
+    step = data.draw(st.integers(0, sampler.steps - 1))
+    for turn in sampler.turns(step, world_size, size):
+        for rank in range(world_size):
+            place = (step, turn, rank, world_size, size)
+            planned = [sampler.case(dealt) for dealt in sampler.row_dealt(*place)]
+            assert planned == [case for case, _ in sampler.row(*place).cases]
+    with pytest.raises(IndexError):
+        sampler.case(sampler.dealt)
+
+
 def test_pinned_samples_and_draws() -> None:
     """Values that must never change: a resumed run of an older version would silently train on another order."""
     assert [GOLDEN.sample(p).case for p in range(GOLDEN.total)] == GOLDEN_CASES

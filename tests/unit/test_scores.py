@@ -120,7 +120,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     for name in ("DATA", "STORE", "RUN_DIR"):
         monkeypatch.delenv(f"RAYTRAIN_BRATS_{name}", raising=False)
     monkeypatch.setattr(cluster, "connect", lambda **_: None)
-    monkeypatch.setattr(cluster, "parallel_map", lambda function, items, on_gpus=False: map(function, items))
+    monkeypatch.setattr(cluster, "parallel_map", lambda function, items, **_: map(function, items))
 
     def run(*arguments: Any) -> tuple[int, str, str]:
         code = evaluate.main([str(a) for a in arguments])

@@ -97,6 +97,9 @@ def test_one_file_predicts_what_the_run_does(made: Path, tmp_path: Path, run: st
     again = members.opened([str(file)])
     assert [(m.fold, m.checkpoint, m.digest) for m in again] == [(m.fold, m.checkpoint, m.digest) for m in networks]
     assert members.rules_of([str(file)], again)[0] == rules
+    storage.write_bytes(RunDir(str(tmp_path / "one")).postprocessing, json.dumps(about | {"mirror": False}).encode())
+    taught, said = members.rules_of([str(tmp_path / "one")], again)
+    assert taught == rules and said.endswith("; learned from masks of one view")
     begun, lines = initial.begin(run_spec(tmp_path / "new", made / "data", 1), str(file))
     assert begun.initial and begun.initial.checkpoint == networks[-1].checkpoint and len(lines) == 1
 
@@ -168,13 +171,15 @@ def test_runs_side_by_side(made: Path, tmp_path: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     lines = [" ".join(line.replace("│", " ").replace("┃", " ").split()) for line in said.splitlines()]
     assert "other evaluated, 6 cases 20 0.500 0.500 0.500 0.500" in lines
-    assert any(line.startswith("other 24 ") and line.endswith("$2.50") for line in lines)
+    assert any(line.startswith("other 28 ") and line.endswith("$2.50") for line in lines)
     assert "data.fold 0 1 0" in lines and "train.epochs 2 2 4" in lines and "train.seed 0 1 0" in lines
     assert not any(line.startswith("network.") for line in lines)
     assert "these runs hold out other folds" in said
     with Image.open(tmp_path / "both.png") as drawn:
-        assert drawn.width > 1000 and comparison.is_ours((tmp_path / "both.png").read_bytes())
+        assert drawn.width > 1000 and "raytrain-brats compare" in drawn.info["Software"]
     assert compare.main(words) == 0, "its own picture is drawn again"
+    others = made / "other", made / "runs/fold-0", "--picture", tmp_path / "both.png"
+    assert "--overwrite" in fails(compare, *others, capsys=capsys), "of other runs, it is not"
 
 
 def test_what_cannot_be_compared(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +197,7 @@ def test_both_panels_have_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> N
     """Loss of each step and Dice of the last tenth stand over the same axis, which begins at 0."""
     drawn = []
     monkeypatch.setattr(comparison.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
-    comparison.picture([comparison.Curve("a", range(4, 404, 4), [0.5] * 100, [(320, 0.8), (400, 0.9)])])
+    comparison.picture([comparison.Curve("a", range(4, 404, 4), [0.5] * 100, [(320, 0.8), (400, 0.9)])], "test")
     ends = [axes.get_xlim() for axes in drawn[0].axes]
     assert ends[0] == ends[1] and ends[0][0] == 0 and ends[0][1] >= 400
 
