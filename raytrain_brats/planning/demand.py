@@ -132,8 +132,7 @@ def demand(config: Config, recipe: str, cases: int, fleet: Fleet, rates: Rates, 
     train, data, validate = config.train, config.data, config.validate_
     if train.reduction == "exact":
         raise UserError("train.reduction=exact: only `fast` is planned; no rate of samples one by one is known")
-    batch, k = train.global_batch, data.patches_per_case
-    ranks = min(fleet.gpus, batch)
+    batch, k, ranks = train.global_batch, data.patches_per_case, min(fleet.gpus, train.global_batch)
     network = _network(config, recipe, rates)
     patch = math.prod(data.patch_xyz) / FULL_EDGE**3
     cpu = rates.of("data.vcpu")
