@@ -87,7 +87,7 @@ def shared_folder(identity: str, place: Path = SHARED) -> Iterator[Path]:
         _remove_unused(folder)
 
 
-def leave(identity: str, place: Path = SHARED, patience_s: float = 10.0) -> None:
+def leave(identity: str, place: Path = SHARED, patience_s: float = 3.0) -> None:
     """For a run that ended before its stream did: remove the folder once all of this machine have left it."""
     until = time.monotonic() + patience_s
     while (folder := _folder(identity, place)).exists():

@@ -24,7 +24,7 @@ from raytrain_brats.config import Run
 from raytrain_brats.errors import UserError
 from raytrain_brats.monitoring import event_files
 from raytrain_brats.monitoring.event_files import Point
-from raytrain_brats.run import checkpoint
+from raytrain_brats.run import checkpoint, driver
 from raytrain_brats.run.repeated import Repeated
 from raytrain_brats.run.run_dir import RunDir
 from raytrain_brats.run.spec import RunSpec
@@ -113,7 +113,7 @@ class Tracking(Repeated):
             }
             tracker.tell(list(map(step_point, rows)), [validation_point(scored[n]) for n in sorted(scored)])
         if last:
-            tracker.end(seen >= total)
+            tracker.end(bool(driver.end_of(self._spec, seen)))
 
 
 def step_point(row: Mapping[str, Any]) -> Point:

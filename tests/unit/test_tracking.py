@@ -18,6 +18,7 @@ from raytrain_brats.books import Part
 from raytrain_brats.errors import UserError
 from raytrain_brats.monitoring import event_files, tracking
 from raytrain_brats.monitoring.tracking import Tracking, step_point
+from raytrain_brats.run import gains
 from tests.support.run_folders import event, step
 
 SAMPLES = 4
@@ -245,6 +246,31 @@ def test_mlflow_has_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder.events[0]["time"] = 5.0
     folder.track(f"mlflow:{server}")
     assert len(client.search_runs([experiment.experiment_id])) == 2
+
+
+def test_a_run_that_patience_ended_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that reached its last sample; one that was stopped is not."""
+    ended: list[bool] = []
+
+    class Noted:
+        def told(self) -> tuple[int, int]:
+            return 0, 0
+
+        def tell(self, *_: Any) -> None:
+            pass
+
+        def end(self, finished: bool) -> None:
+            ended.append(finished)
+
+    folder = Folder(str(tmp_path / "run"))
+    folder.rows(0, 4)
+    folder.put("events/0000000000001-h-1-a.jsonl", "")
+    Tracking(folder.spec)._bring_up(Noted(), last=True)
+    monkeypatch.setattr(gains, "stalled", lambda *_: "no gain")
+    more = folder.spec.config.validate_.model_copy(update={"patience_samples": 8})
+    folder.spec.config = folder.spec.config.model_copy(update={"validate_": more})
+    Tracking(folder.spec)._bring_up(Noted(), last=True)
+    assert ended == [False, True]
 
 
 def test_numbers_that_are_none_are_kept() -> None:
