@@ -73,7 +73,7 @@ RUNS = {
     "full-data-2": Case(240, 16, "raw", 2),
     "full-step-1": Case(240, 48, "store", 1),
     "full-step-2": Case(240, 48, "store", 2),
-    "kill": Case(240, 48, "store", 2, kills=(0.45,)),
+    "kill": Case(240, 48, "store", 2, kills=(0.3, 0.65)),
 }
 """Data-bound where patches are tiny and cases are not; step-bound where it is the other way round."""
 
@@ -95,7 +95,7 @@ class Args:
     runs: str = ",".join(RUNS)
     """Comma-separated."""
     seconds: float = 90.0
-    """About how long each run trains; the first 25 are left out, as long as processes are made ready."""
+    """About how long each run trains, three times that with kills; the first 25 do not count: processes are made ready."""
     work: str = ""
     """Folder for cases and what loading them takes, kept for the next time; by default one that is removed."""
     json: str = ""
@@ -256,7 +256,7 @@ def compare(case: Case, d: Demand, kept: Path, run_dir: Path, seconds: float) ->
     limits = closed_form.limits(d)
     closed = min(limits.values())
     simulated, wait = simulation.pace(d, True, 0)
-    killed_at: list[float] = []
+    killed_at, seconds = list[float](), seconds * (3 if case.kills else 1)
 
     def kill(driver: psutil.Process) -> None:
         killed_at.append(kill_worker(driver))
@@ -286,7 +286,7 @@ def compare(case: Case, d: Demand, kept: Path, run_dir: Path, seconds: float) ->
 
 def measure(kept: Path, run_dir: Path) -> Machine:
     """By a run of its own, with one kill: what all but workers spend, and what is missing at its end."""
-    case, marks = dataclasses.replace(RUNS["tiny-step-2"], kills=(KILLED_AFTER_S / CALIBRATED_S,)), []
+    case, marks = dataclasses.replace(RUNS["full-step-2"], kills=(KILLED_AFTER_S / CALIBRATED_S,)), []
     patch = cpu_of_patch(bench(kept, case))
 
     def mark(driver: psutil.Process) -> None:
