@@ -95,7 +95,7 @@ class Args:
     runs: str = ",".join(RUNS)
     """Comma-separated."""
     seconds: float = 90.0
-    """About how long each run trains, three times that with kills; the first 25 do not count: processes are made ready."""
+    """About how long each run trains, three times that with kills; the first 25 do not count."""
     work: str = ""
     """Folder for cases and what loading them takes, kept for the next time; by default one that is removed."""
     json: str = ""
