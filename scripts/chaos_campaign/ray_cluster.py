@@ -91,7 +91,7 @@ class Cluster:
         return name
 
     def _start(self, options: str, before: str = "") -> tuple[str, "subprocess.Popen[bytes]"]:
-        for _ in range(3):  # on a busy machine a node gives up when its own helpers take 15 s to start
+        for _ in range(10):  # on a busy machine a node gives up after 30 s, or when its own helpers take 15 s to start
             name = f"node{self._number}"
             self._number += 1
             command = f"exec {RAY} start {options} --node-ip-address=127.0.0.1 --node-name={name} --block"
